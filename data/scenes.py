@@ -13,7 +13,18 @@ from typing import NamedTuple
 import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates
 
-__all__ = ["ACCENTS", "GROUNDS", "RELIEFS", "SKIES", "Attributes", "Scene", "caption", "draw_attributes", "paint", "scene"]
+__all__ = [
+    "ACCENTS",
+    "GROUNDS",
+    "RELIEFS",
+    "SKIES",
+    "Attributes",
+    "Scene",
+    "caption",
+    "draw_attributes",
+    "paint",
+    "scene",
+]
 
 SIZE = 128
 
@@ -25,17 +36,28 @@ class Sky(NamedTuple):
     zenith: tuple[float, float, float]
     cloud: tuple[float, float, float]
     light: tuple[float, float, float]
-    haze: float                 # how much of the horizon's colour lies over distant relief
-    weathers: tuple[str, ...]   # what may be added to the caption; "" is clear
+    haze: float  # how much of the horizon's colour lies over distant relief
+    weathers: tuple[str, ...]  # what may be added to the caption; "" is clear
 
 
 SKIES = {
     "dawn": Sky((1.00, 0.78, 0.66), (0.60, 0.66, 0.88), (1.00, 0.84, 0.82), (1.00, 0.86, 0.84), 0.55, ("", "clouds")),
-    "day": Sky((0.78, 0.89, 0.97), (0.22, 0.48, 0.84), (0.98, 0.98, 0.99), (1.00, 1.00, 0.98), 0.40, ("", "clouds", "clouds", "snowfall")),
+    "day": Sky(
+        (0.78, 0.89, 0.97),
+        (0.22, 0.48, 0.84),
+        (0.98, 0.98, 0.99),
+        (1.00, 1.00, 0.98),
+        0.40,
+        ("", "clouds", "clouds", "snowfall"),
+    ),
     "sunset": Sky((1.00, 0.58, 0.20), (0.46, 0.20, 0.42), (0.92, 0.40, 0.36), (0.98, 0.70, 0.52), 0.45, ("", "clouds")),
     "dusk": Sky((0.66, 0.42, 0.58), (0.13, 0.15, 0.38), (0.42, 0.30, 0.46), (0.50, 0.46, 0.68), 0.45, ("", "clouds")),
-    "night": Sky((0.14, 0.19, 0.34), (0.03, 0.04, 0.13), (0.20, 0.22, 0.32), (0.27, 0.32, 0.46), 0.40, ("", "clouds", "aurora")),
-    "storm": Sky((0.55, 0.58, 0.58), (0.25, 0.28, 0.31), (0.36, 0.38, 0.41), (0.56, 0.60, 0.62), 0.50, ("", "rain", "lightning")),
+    "night": Sky(
+        (0.14, 0.19, 0.34), (0.03, 0.04, 0.13), (0.20, 0.22, 0.32), (0.27, 0.32, 0.46), 0.40, ("", "clouds", "aurora")
+    ),
+    "storm": Sky(
+        (0.55, 0.58, 0.58), (0.25, 0.28, 0.31), (0.36, 0.38, 0.41), (0.56, 0.60, 0.62), 0.50, ("", "rain", "lightning")
+    ),
     "fog": Sky((0.84, 0.86, 0.86), (0.76, 0.79, 0.81), (0.86, 0.87, 0.88), (0.84, 0.87, 0.88), 0.80, ("", "snowfall")),
 }
 GROUNDS = ("lake", "sea", "forest", "desert", "meadow", "snowfield", "wheat field")
@@ -75,14 +97,20 @@ def draw_attributes(rng: np.random.Generator) -> Attributes:
     """Attributes drawn uniformly, as far as they go together (no cabin on water)."""
     sky, ground = str(rng.choice(list(SKIES))), str(rng.choice(GROUNDS))
     accents = ("", "", "boulders", "a sailboat", "tall grass") if ground in WATER else ("", *ACCENTS)
-    return Attributes(sky, ground, str(rng.choice(RELIEFS)), str(rng.choice(SKIES[sky].weathers)), str(rng.choice(accents)))
+    return Attributes(
+        sky, ground, str(rng.choice(RELIEFS)), str(rng.choice(SKIES[sky].weathers)), str(rng.choice(accents))
+    )
 
 
 def caption(attributes: Attributes, rng: np.random.Generator | None = None) -> str:
     """'lake at sunset with snowy mountains, clouds'; with a generator, optional parts are sometimes left unsaid."""
     a = attributes
     said = (lambda p: rng.random() < p) if rng else (lambda p: True)
-    text = f"{a.ground} in {'a storm' if a.sky == 'storm' else a.sky}" if a.sky in ("storm", "fog") else f"{a.ground} at {a.sky}"
+    text = (
+        f"{a.ground} in {'a storm' if a.sky == 'storm' else a.sky}"
+        if a.sky in ("storm", "fog")
+        else f"{a.ground} at {a.sky}"
+    )
     if a.relief and said(0.9):
         text += f" with {a.relief}"
     return ", ".join([text, *(part for part in (a.weather, a.accent) if part and said(0.8))])
@@ -107,11 +135,13 @@ class _Painter:
 
     def __init__(self, attributes: Attributes, rng: np.random.Generator, size: int) -> None:
         self.a, self.rng, self.n = attributes, rng, size
-        self.sky = Sky(*(self._vary(c) if isinstance(c, tuple) and not isinstance(c[0], str) else c for c in SKIES[attributes.sky]))
+        self.sky = Sky(
+            *(self._vary(c) if isinstance(c, tuple) and not isinstance(c[0], str) else c for c in SKIES[attributes.sky])
+        )
         self.y, self.x = (np.mgrid[:size, :size] + 0.5) / size
         self.horizon = rng.uniform(0.48, 0.66)
         self.sun = np.array([rng.uniform(0.08, 0.92), rng.uniform(0.08, self.horizon - 0.10)])
-        self.depth = np.clip((self.y - self.horizon) / (1 - self.horizon), 0, 1)      # 0 at the horizon, 1 at our feet
+        self.depth = np.clip((self.y - self.horizon) / (1 - self.horizon), 0, 1)  # 0 at the horizon, 1 at our feet
         self.image = np.zeros((size, size, 3))
 
     def paint(self) -> np.ndarray:
@@ -180,7 +210,9 @@ class _Painter:
     def _paint_sun(self) -> None:
         night = self.a.sky == "night"
         radius = self.rng.uniform(0.035, 0.065)
-        colour = self._vary({"night": (0.93, 0.93, 0.88), "sunset": (1.0, 0.88, 0.58)}.get(self.a.sky, (1.0, 0.96, 0.84)), 0.015)
+        colour = self._vary(
+            {"night": (0.93, 0.93, 0.88), "sunset": (1.0, 0.88, 0.58)}.get(self.a.sky, (1.0, 0.96, 0.84)), 0.015
+        )
         distance = np.hypot(self.x - self.sun[0], self.y - self.sun[1])
         self._over(colour, 0.55 * np.exp(-distance / (0.06 if night else 0.16)))
         maria = 1 - 0.10 * np.clip(self._field(1.6), 0, 1.5) if night else np.ones_like(distance)
@@ -247,17 +279,30 @@ class _Painter:
             mesa = np.tanh(2.2 * self._skyline(1.7)) * 0.085 + 0.010 * self._skyline(1.0)
             height = np.minimum(self.horizon - (0.17 - 0.06 * i) + mesa, self.horizon - 0.015)
             self._ridge(height, (0.68, 0.34, 0.20), 0.7 - 0.4 * i, 1.0)
-            strata = np.sin(self.y * self.n * 0.75 + 1.2 * self._field(2.0)) * self._below(height[None]) * self._above_ground()
+            strata = (
+                np.sin(self.y * self.n * 0.75 + 1.2 * self._field(2.0))
+                * self._below(height[None])
+                * self._above_ground()
+            )
             self.image *= (1 + 0.07 * strata)[..., None]
 
     def _relief_volcano(self) -> None:
         self._range(lambda: self._skyline(1.9), (0.30, 0.30, 0.30), 0.10, 0.03, 0.8)
         centre, width, rise = self.rng.uniform(0.25, 0.75), self.rng.uniform(0.24, 0.36), self.rng.uniform(0.28, 0.40)
         off = np.abs((np.arange(self.n) + 0.5) / self.n - centre) / width
-        cone = np.maximum(self.horizon - rise * np.exp(-1.9 * off), self.horizon - rise * 0.80) + 0.006 * self._skyline(1.2)
+        cone = np.maximum(self.horizon - rise * np.exp(-1.9 * off), self.horizon - rise * 0.80) + 0.006 * self._skyline(
+            1.2
+        )
         self._ridge(np.minimum(cone, self.horizon), (0.33, 0.27, 0.26), 0.3, 0.9)
-        smoke = np.exp(-(((self.x - centre - 0.25 * (cone.min() - self.y)) / (0.03 + 0.35 * np.clip(cone.min() - self.y, 0, 1))) ** 2))
-        density = smoke * np.clip((cone.min() + 0.01 - self.y) * 12, 0, 1) * np.clip(0.55 + 0.35 * self._field(1.8), 0, 0.9)
+        smoke = np.exp(
+            -(
+                ((self.x - centre - 0.25 * (cone.min() - self.y)) / (0.03 + 0.35 * np.clip(cone.min() - self.y, 0, 1)))
+                ** 2
+            )
+        )
+        density = (
+            smoke * np.clip((cone.min() + 0.01 - self.y) * 12, 0, 1) * np.clip(0.55 + 0.35 * self._field(1.8), 0, 0.9)
+        )
         self._over(np.asarray((0.50, 0.47, 0.47)) * (0.3 + 0.7 * np.asarray(self.sky.light)), density)
         if self.a.sky in ("dusk", "night", "storm", "sunset"):
             self._over((1.0, 0.45, 0.12), 0.9 * np.exp(-np.hypot((self.x - centre) / 1.6, self.y - cone.min()) / 0.025))
@@ -276,21 +321,33 @@ class _Painter:
         """The picture above the horizon, upside down, its rows displaced by ripple (in units of the height)."""
         rows = np.clip(2 * self.horizon - self.y, 0, 1) * self.n - 0.5
         columns = self.x * self.n - 0.5 + ripple * self.n
-        return np.stack([map_coordinates(self.image[..., c], [rows, columns], order=1, mode="mirror") for c in range(3)], -1)
+        return np.stack(
+            [map_coordinates(self.image[..., c], [rows, columns], order=1, mode="mirror") for c in range(3)], -1
+        )
 
     def _ground_lake(self) -> None:
         ripple = self._perspective(self._field(1.3), 0.10, 6.0)
-        water = self._mirror(0.012 * ripple * (0.3 + self.depth)) * (0.86 - 0.10 * self.depth + 0.045 * ripple)[..., None]
-        self._over(water + (self._lit((0.10, 0.20, 0.25), np.ones_like(ripple)) - water) * 0.15, self._below(self.horizon))
+        water = (
+            self._mirror(0.012 * ripple * (0.3 + self.depth)) * (0.86 - 0.10 * self.depth + 0.045 * ripple)[..., None]
+        )
+        self._over(
+            water + (self._lit((0.10, 0.20, 0.25), np.ones_like(ripple)) - water) * 0.15, self._below(self.horizon)
+        )
 
     def _ground_sea(self) -> None:
         swell = self._perspective(self._field(1.25), 0.16, 3.5)
-        water = self._mirror(0.05 * swell * (0.2 + self.depth)) * 0.30 + self._lit((0.10, 0.37, 0.46), 0.92 + 0.26 * swell) * 0.72
+        water = (
+            self._mirror(0.05 * swell * (0.2 + self.depth)) * 0.30
+            + self._lit((0.10, 0.37, 0.46), 0.92 + 0.26 * swell) * 0.72
+        )
         glitter = np.exp(-(((self.x - self.sun[0]) / (0.05 + 0.10 * self.depth)) ** 2)) * np.clip(swell - 0.2, 0, 1)
         if self.a.sky not in ("storm", "fog"):
             water += np.asarray(self.sky.horizon) * (0.7 * glitter)[..., None]
         self._over(np.clip(water, 0, 1), self._below(self.horizon))
-        self._over(self._lit((0.90, 0.94, 0.95), np.ones_like(swell)), np.clip((swell - 1.35) * 1.6, 0, 0.75) * (self.depth > 0.02))
+        self._over(
+            self._lit((0.90, 0.94, 0.95), np.ones_like(swell)),
+            np.clip((swell - 1.35) * 1.6, 0, 0.75) * (self.depth > 0.02),
+        )
 
     def _ground_desert(self) -> None:
         dunes = self._perspective(self._field(2.1), 0.10, 2.2)
@@ -302,31 +359,45 @@ class _Painter:
         grass = self._perspective(self._field(0.9), 0.22)
         patches = self._perspective(self._field(1.8), 0.12, 2.0)
         self._land((0.36, 0.56, 0.20), 0.90 + 0.13 * grass + 0.13 * patches)
-        flower = np.array([(0.90, 0.22, 0.20), (0.95, 0.84, 0.22), (0.93, 0.92, 0.96), (0.66, 0.36, 0.80)])[self.rng.integers(4)]
+        flower = np.array([(0.90, 0.22, 0.20), (0.95, 0.84, 0.22), (0.93, 0.92, 0.96), (0.66, 0.36, 0.80)])[
+            self.rng.integers(4)
+        ]
         bloom = np.clip(self._perspective(self._field(0.7), 0.16) + 0.8 * patches - 1.7, 0, 1) * (self.depth > 0.03)
         self._over(self._lit(flower, np.ones_like(bloom)), 1.2 * bloom)
 
     def _ground_snowfield(self) -> None:
         drifts = self._perspective(self._field(2.0), 0.12, 2.5)
         slope = np.gradient(drifts, axis=0) * self.n / 16
-        self._land((0.92, 0.95, 1.0), 0.98 + 0.09 * np.tanh(slope) + 0.05 * drifts + 0.03 * self._perspective(self._field(0.9), 0.2))
+        self._land(
+            (0.92, 0.95, 1.0),
+            0.98 + 0.09 * np.tanh(slope) + 0.05 * drifts + 0.03 * self._perspective(self._field(0.9), 0.2),
+        )
 
     def _ground_wheat(self) -> None:
         across = (self.x - self.rng.uniform(0.2, 0.8)) / (self.depth + 0.12)
         rows = np.sin(across * self.rng.uniform(16, 24)) * np.clip(self.depth * 4, 0, 1)
         ears = self._perspective(self._field(0.9), 0.22, 0.7)
-        self._land((0.84, 0.66, 0.20), 0.94 + 0.17 * rows + 0.12 * ears + 0.08 * self._perspective(self._field(1.9), 0.1))
+        self._land(
+            (0.84, 0.66, 0.20), 0.94 + 0.17 * rows + 0.12 * ears + 0.08 * self._perspective(self._field(1.9), 0.1)
+        )
 
     def _ground_forest(self) -> None:
         self._land((0.17, 0.27, 0.13), 0.90 + 0.18 * self._perspective(self._field(1.0), 0.2))
         for depth in np.sort(self.rng.uniform(0, 1, self.rng.integers(26, 40)) ** 1.4):
-            self._conifer(self.rng.uniform(-0.03, 1.03), self.horizon + depth * (1.02 - self.horizon), 0.10 + 0.36 * depth, depth)
+            self._conifer(
+                self.rng.uniform(-0.03, 1.03), self.horizon + depth * (1.02 - self.horizon), 0.10 + 0.36 * depth, depth
+            )
 
     # -- accents --------------------------------------------------------------------------------------------------
 
     def _conifer(self, x: float, foot: float, height: float, depth: float) -> None:
         up = (foot - self.y) / height
-        width = height * self.rng.uniform(0.17, 0.24) * (1 - up) * (0.72 + 0.28 * np.abs(np.sin(up * self.rng.uniform(11, 16))))
+        width = (
+            height
+            * self.rng.uniform(0.17, 0.24)
+            * (1 - up)
+            * (0.72 + 0.28 * np.abs(np.sin(up * self.rng.uniform(11, 16))))
+        )
         inside = np.clip((width - np.abs(self.x - x)) * self.n, 0, 1) * ((up > 0) & (up < 1))
         side = np.clip((self.x - x) / (width + 1e-3), -1, 1) * np.sign(self.sun[0] - x)
         colour = self._lit(self._vary((0.13, 0.30, 0.16)), 0.85 + 0.35 * side + 0.10 * np.sin(up * 45))
@@ -341,10 +412,17 @@ class _Painter:
         x, foot = self._foot()
         height = self.rng.uniform(0.34, 0.48)
         lean = 0.02 * np.sin((foot - self.y) / height * 3)
-        trunk = np.clip((0.016 + 0.02 * np.clip(self.y - foot + height * 0.35, 0, 1) - np.abs(self.x - x - lean)) * self.n, 0, 1)
-        self._over(self._lit((0.30, 0.21, 0.14), np.ones_like(trunk)), trunk * (self.y < foot) * (self.y > foot - 0.75 * height))
+        trunk = np.clip(
+            (0.016 + 0.02 * np.clip(self.y - foot + height * 0.35, 0, 1) - np.abs(self.x - x - lean)) * self.n, 0, 1
+        )
+        self._over(
+            self._lit((0.30, 0.21, 0.14), np.ones_like(trunk)),
+            trunk * (self.y < foot) * (self.y > foot - 0.75 * height),
+        )
         leaves = self._field(1.1)
-        crown = 1 - np.hypot((self.x - x) / 0.62, (self.y - foot + 0.72 * height) / 0.5) / (0.46 * height) + 0.16 * leaves
+        crown = (
+            1 - np.hypot((self.x - x) / 0.62, (self.y - foot + 0.72 * height) / 0.5) / (0.46 * height) + 0.16 * leaves
+        )
         light = 0.85 + 0.9 * np.clip(foot - 0.72 * height - self.y, -0.15, 0.15) * 2 + 0.12 * leaves
         leaf = ((0.24, 0.44, 0.17), (0.62, 0.34, 0.12), (0.36, 0.46, 0.15))[self.rng.integers(3)]
         self._over(self._lit(self._vary(leaf), light), crown * 7)
@@ -353,22 +431,47 @@ class _Painter:
         rock = self._field(1.4)
         for _ in range(self.rng.integers(3, 7)):
             depth = self.rng.uniform(0.25, 0.95)
-            x, foot, radius = self.rng.uniform(0, 1), self.horizon + depth * (1 - self.horizon), 0.03 + 0.075 * depth * self.rng.uniform(0.6, 1.2)
+            x, foot, radius = (
+                self.rng.uniform(0, 1),
+                self.horizon + depth * (1 - self.horizon),
+                0.03 + 0.075 * depth * self.rng.uniform(0.6, 1.2),
+            )
             rise = (foot - self.y) / radius
             inside = 1 - np.hypot((self.x - x) / (1.35 * radius), rise - 0.25) + 0.10 * rock
-            shade = 0.62 + 0.30 * rise + 0.16 * rock + 0.25 * np.clip((self.x - x) / radius, -1, 1) * np.sign(self.sun[0] - x)
-            self._over(self._lit((0.52, 0.49, 0.46), shade), np.clip(inside * radius * self.n, 0, 1) * np.clip((foot - self.y) * self.n, 0, 1))
+            shade = (
+                0.62
+                + 0.30 * rise
+                + 0.16 * rock
+                + 0.25 * np.clip((self.x - x) / radius, -1, 1) * np.sign(self.sun[0] - x)
+            )
+            self._over(
+                self._lit((0.52, 0.49, 0.46), shade),
+                np.clip(inside * radius * self.n, 0, 1) * np.clip((foot - self.y) * self.n, 0, 1),
+            )
 
     def _accent_cabin(self) -> None:
         x, foot = self._foot()
         half, wall, roof = self.rng.uniform(0.07, 0.11), 0.085, 0.075
         rise, off = foot - self.y, np.abs(self.x - x)
         planks = 0.80 + 0.10 * np.sin(self.y * self.n * 1.6) + 0.05 * self._field(1.2)
-        self._over(self._lit(self._vary((0.46, 0.28, 0.17)), planks), np.clip((half - off) * self.n, 0, 1) * (rise > 0) * (rise < wall))
-        slope = np.clip((half * 1.25 * (1 - (rise - wall) / roof) - off) * self.n, 0, 1) * (rise >= wall) * (rise < wall + roof)
+        self._over(
+            self._lit(self._vary((0.46, 0.28, 0.17)), planks),
+            np.clip((half - off) * self.n, 0, 1) * (rise > 0) * (rise < wall),
+        )
+        slope = (
+            np.clip((half * 1.25 * (1 - (rise - wall) / roof) - off) * self.n, 0, 1)
+            * (rise >= wall)
+            * (rise < wall + roof)
+        )
         self._over(self._lit(self._vary((0.40, 0.16, 0.13)), 0.9 + 0.2 * np.sign(self.x - x)), slope)
-        lamp = (1.0, 0.80, 0.40) if self.a.sky in ("night", "dusk", "storm") else self._lit((0.20, 0.24, 0.30), np.ones_like(off))
-        window = np.clip((0.016 - np.abs(off - half * 0.5)) * self.n, 0, 1) * np.clip((0.016 - np.abs(rise - 0.048)) * self.n, 0, 1)
+        lamp = (
+            (1.0, 0.80, 0.40)
+            if self.a.sky in ("night", "dusk", "storm")
+            else self._lit((0.20, 0.24, 0.30), np.ones_like(off))
+        )
+        window = np.clip((0.016 - np.abs(off - half * 0.5)) * self.n, 0, 1) * np.clip(
+            (0.016 - np.abs(rise - 0.048)) * self.n, 0, 1
+        )
         self._over(lamp, window)
 
     def _accent_grass(self) -> None:
@@ -377,7 +480,9 @@ class _Painter:
             up = (1.02 - self.y) / height
             bend = self.rng.normal(0, 0.05) * up**2
             blade = np.clip((0.009 * (1 - up) - np.abs(self.x - foot - bend)) * self.n + 0.3, 0, 1) * (up < 1)
-            self._over(np.asarray(self._vary((0.30, 0.36, 0.13), 0.05)) * self.sky.light * self.rng.uniform(0.6, 1.1), blade)
+            self._over(
+                np.asarray(self._vary((0.30, 0.36, 0.13), 0.05)) * self.sky.light * self.rng.uniform(0.6, 1.1), blade
+            )
 
     def _accent_sailboat(self) -> None:
         x, foot = self._foot()
@@ -387,14 +492,22 @@ class _Painter:
         hull = np.clip((0.42 + 0.35 * rise - np.abs(off)) * size * self.n, 0, 1) * (rise > -0.02) * (rise < 0.16)
         self._over(self._lit(self._vary((0.40, 0.20, 0.14)), np.ones_like(off)), hull)
         for side, reach in ((1, 0.48), (-1, 0.34)):
-            sail = np.clip((reach * (1.15 - rise) - side * off) * size * self.n, 0, 1) * (side * off > 0.02) * (rise > 0.2) * (rise < 1.15)
+            sail = (
+                np.clip((reach * (1.15 - rise) - side * off) * size * self.n, 0, 1)
+                * (side * off > 0.02)
+                * (rise > 0.2)
+                * (rise < 1.15)
+            )
             self._over(self._lit((0.96, 0.94, 0.88), 1.0 - 0.10 * side * np.ones_like(off)), sail)
 
     # -- weather --------------------------------------------------------------------------------------------------
 
     def _paint_weather(self) -> None:
         if self.a.sky == "fog":
-            self._over(self.sky.horizon, 0.55 * np.exp(-(((self.y - self.horizon) / 0.22) ** 2)) * np.clip(0.8 + 0.25 * self._field(2.0), 0, 1))
+            self._over(
+                self.sky.horizon,
+                0.55 * np.exp(-(((self.y - self.horizon) / 0.22) ** 2)) * np.clip(0.8 + 0.25 * self._field(2.0), 0, 1),
+            )
         if self.a.weather == "snowfall":
             flakes = np.zeros((self.n, self.n))
             row, column = self.rng.integers(0, self.n, (2, 130))

@@ -35,9 +35,9 @@ sys.path.insert(0, str(ROOT))
 from data.scenes import scene  # noqa: E402
 
 SEED = 20240918
-HELD_OUT = 1_000_000            # scene seeds from here on are never trained on
-CONTEXT = 24                    # tokens of a prompt
-UNCONDITIONAL = 0.15            # share of training captions replaced by the empty prompt
+HELD_OUT = 1_000_000  # scene seeds from here on are never trained on
+CONTEXT = 24  # tokens of a prompt
+UNCONDITIONAL = 0.15  # share of training captions replaced by the empty prompt
 
 
 # -- the modules --------------------------------------------------------------------------------------------------
@@ -45,25 +45,39 @@ UNCONDITIONAL = 0.15            # share of training captions replaced by the emp
 
 def make_autoencoder() -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=[16, 32, 64], down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
-        layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=128, mid_block_add_attention=False,
-    )  # fmt: skip
+        block_out_channels=[16, 32, 64],
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=128,
+        mid_block_add_attention=False,
+    )
 
 
 def make_unet(text_width: int) -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=32, block_out_channels=(64, 96, 128), layers_per_block=1, norm_num_groups=8,
+        sample_size=32,
+        block_out_channels=(64, 96, 128),
+        layers_per_block=1,
+        norm_num_groups=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=text_width, attention_head_dim=4,
-    )  # fmt: skip
+        cross_attention_dim=text_width,
+        attention_head_dim=4,
+    )
 
 
 def make_scheduler() -> DDIMScheduler:
     return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-        clip_sample=False, set_alpha_to_one=False, steps_offset=1,
-    )  # fmt: skip
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
 
 
 def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
@@ -72,21 +86,41 @@ def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
 
     blank = CLIPTokenizer()
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.normalizer, learner.pre_tokenizer = blank.backend_tokenizer.normalizer, blank.backend_tokenizer.pre_tokenizer
+    learner.normalizer, learner.pre_tokenizer = (
+        blank.backend_tokenizer.normalizer,
+        blank.backend_tokenizer.pre_tokenizer,
+    )
     special = ["<|startoftext|>", "<|endoftext|>"]
     alphabet = sorted(set(map(chr, range(33, 127))))
-    learner.train_from_iterator(captions, trainers.BpeTrainer(
-        vocab_size=2048, special_tokens=special, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False))  # fmt: skip
+    learner.train_from_iterator(
+        captions,
+        trainers.BpeTrainer(
+            vocab_size=2048,
+            special_tokens=special,
+            initial_alphabet=alphabet,
+            end_of_word_suffix="</w>",
+            show_progress=False,
+        ),
+    )
     model = json.loads(learner.to_str())["model"]
     return CLIPTokenizer(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]], model_max_length=CONTEXT)
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=CONTEXT, projection_dim=64,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    ))  # fmt: skip
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=CONTEXT,
+            projection_dim=64,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
 
 
 # -- a training run that can be killed ------------------------------------------------------------------------------
@@ -104,12 +138,14 @@ class Run:
 
     def _load(self) -> None:
         stored = load_file(self.path)
-        part = lambda name: {k.removeprefix(name): v for k, v in stored.items() if k.startswith(name)}  # noqa: E731
+        part = lambda name: {k.removeprefix(name): v for k, v in stored.items() if k.startswith(name)}
         self.net.load_state_dict(part("net/"))
         self.ema = part("ema/")
         self.step, self.seconds = int(stored["step"]), float(stored["seconds"])
         for name, p in self.net.named_parameters():
-            self.optimizer.state[p] = {k: stored[f"{k}/{name}"] for k in ("exp_avg", "exp_avg_sq")} | {"step": torch.tensor(float(self.step))}
+            self.optimizer.state[p] = {k: stored[f"{k}/{name}"] for k in ("exp_avg", "exp_avg_sq")} | {
+                "step": torch.tensor(float(self.step))
+            }
 
     def save(self) -> None:
         flat = {f"net/{k}": v for k, v in self.net.state_dict().items()} | {f"ema/{k}": v for k, v in self.ema.items()}
@@ -243,7 +279,10 @@ def train_autoencoder(work: Path, pixels: np.ndarray, steps: int, batch: int) ->
         z = vae.encode(held_out).latent_dist.mean
         decoded = vae.decode(z).sample.clamp(-1, 1)
         psnr = -10 * ((decoded - held_out) / 2).square().mean((1, 2, 3)).log10()
-        tqdm.write(f"autoencoder step {run.step}: PSNR {psnr.mean():.2f} dB, channel std {z.std((0, 2, 3)).tolist()}", file=sys.stderr)
+        tqdm.write(
+            f"autoencoder step {run.step}: PSNR {psnr.mean():.2f} dB, channel std {z.std((0, 2, 3)).tolist()}",
+            file=sys.stderr,
+        )
         save_grid(torch.cat([held_out[:8], decoded[:8], held_out[8:16], decoded[8:16]]), 8, work / "autoencoder.png")
 
     run.train(loss, steps, picture, every=500)
@@ -272,7 +311,9 @@ def encode_scenes(work: Path, vae: AutoencoderKL, pixels: np.ndarray, version: s
 # -- stage 4: diffusion ---------------------------------------------------------------------------------------------------
 
 
-def diffusion_loss(unet: nn.Module, text: nn.Module, z: Tensor, ids: Tensor, alpha_bar: Tensor, rng: torch.Generator) -> Tensor:
+def diffusion_loss(
+    unet: nn.Module, text: nn.Module, z: Tensor, ids: Tensor, alpha_bar: Tensor, rng: torch.Generator
+) -> Tensor:
     """ε-prediction, weighted by min(SNR, 5)/SNR (arXiv 2303.09556)."""
     t = torch.randint(len(alpha_bar), (len(z),), generator=rng)
     a = alpha_bar[t].view(-1, 1, 1, 1)
@@ -283,12 +324,14 @@ def diffusion_loss(unet: nn.Module, text: nn.Module, z: Tensor, ids: Tensor, alp
     return ((predicted.float() - eps).square().mean((1, 2, 3)) * snr.clamp(max=5) / snr).mean()
 
 
-def train_diffusion(work: Path, latents: Tensor, captions: list[str], vae: AutoencoderKL, scale: float, steps: int, batch: int) -> Run:
+def train_diffusion(
+    work: Path, latents: Tensor, captions: list[str], vae: AutoencoderKL, scale: float, steps: int, batch: int
+) -> Run:
     tokenizer = make_tokenizer(captions)
     text = make_text_encoder(tokenizer)
     unet = make_unet(text.config.hidden_size)
     run = Run(work / "diffusion.safetensors", {"unet": unet, "text": text}, lr=8e-4)
-    tokenize = lambda texts: tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids  # noqa: E731
+    tokenize = lambda texts: tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
     ids, empty = tokenize(captions), tokenize([""])[0]
     alpha_bar = make_scheduler().alphas_cumprod
     prompts = [scene(HELD_OUT + i).caption for i in range(24)]
@@ -298,12 +341,20 @@ def train_diffusion(work: Path, latents: Tensor, captions: list[str], vae: Autoe
         i = torch.randint(latents.shape[1], (batch,), generator=rng)
         side = torch.randint(2, (batch,), generator=rng)
         dropped = torch.rand(batch, 1, generator=rng) < UNCONDITIONAL
-        return diffusion_loss(unet, text, latents[side, i].float() * scale, torch.where(dropped, empty, ids[i]), alpha_bar, rng)
+        return diffusion_loss(
+            unet, text, latents[side, i].float() * scale, torch.where(dropped, empty, ids[i]), alpha_bar, rng
+        )
 
     def picture() -> None:
         pipe = assemble(vae, unet, text, tokenizer)
         pipe.set_progress_bar_config(disable=True)
-        out = pipe(prompts, num_inference_steps=20, guidance_scale=3.0, generator=torch.Generator().manual_seed(1), output_type="pt")
+        out = pipe(
+            prompts,
+            num_inference_steps=20,
+            guidance_scale=3.0,
+            generator=torch.Generator().manual_seed(1),
+            output_type="pt",
+        )
         save_grid(out.images * 2 - 1, 8, work / "diffusion.png")
         tqdm.write(f"diffusion step {run.step}: {work / 'diffusion.png'}", file=sys.stderr)
 
@@ -317,9 +368,15 @@ def train_diffusion(work: Path, latents: Tensor, captions: list[str], vae: Autoe
 
 def assemble(vae, unet, text, tokenizer) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
-        vae=vae, unet=unet, text_encoder=text, tokenizer=tokenizer, scheduler=make_scheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=vae,
+        unet=unet,
+        text_encoder=text,
+        tokenizer=tokenizer,
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def export(vae, unet, text, tokenizer, target: Path) -> None:
@@ -330,14 +387,28 @@ def export(vae, unet, text, tokenizer, target: Path) -> None:
 
 
 @click.command()
-@click.option("--work", type=click.Path(path_type=Path), default=ROOT / "build" / "pocket", show_default=True, help="Checkpoints and pictures.")
-@click.option("--target", type=click.Path(path_type=Path), default=ROOT / "data" / "pocket", show_default=True, help="Where the model goes.")
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    default=ROOT / "build" / "pocket",
+    show_default=True,
+    help="Checkpoints and pictures.",
+)
+@click.option(
+    "--target",
+    type=click.Path(path_type=Path),
+    default=ROOT / "data" / "pocket",
+    show_default=True,
+    help="Where the model goes.",
+)
 @click.option("--scenes", default=24_000, show_default=True, help="Training scenes.")
 @click.option("--autoencoder-steps", default=10_000, show_default=True)
 @click.option("--diffusion-steps", default=24_000, show_default=True)
 @click.option("--batch", default=16, show_default=True, help="Images a step; twice as many for diffusion.")
 @click.option("--export-only", is_flag=True, help="No more training: export the checkpoints as they are.")
-def main(work: Path, target: Path, scenes: int, autoencoder_steps: int, diffusion_steps: int, batch: int, export_only: bool) -> None:
+def main(
+    work: Path, target: Path, scenes: int, autoencoder_steps: int, diffusion_steps: int, batch: int, export_only: bool
+) -> None:
     """Train the embedded model and write it as a diffusers folder."""
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
@@ -346,9 +417,13 @@ def main(work: Path, target: Path, scenes: int, autoencoder_steps: int, diffusio
     vae = autoencoder.net["vae"]
     latents = encode_scenes(work, vae, pixels, f"{scenes}-{autoencoder.step}")
     vae.register_to_config(scaling_factor=round(1 / float(latents.float().std()), 5))
-    diffusion = train_diffusion(work, latents, captions, vae, vae.config.scaling_factor, 0 if export_only else diffusion_steps, 2 * batch)
+    diffusion = train_diffusion(
+        work, latents, captions, vae, vae.config.scaling_factor, 0 if export_only else diffusion_steps, 2 * batch
+    )
     export(vae, diffusion.net["unet"], diffusion.net["text"], make_tokenizer(captions), target)
-    (work / "times.json").write_text(json.dumps({r.path.stem: {"steps": r.step, "seconds": round(r.seconds)} for r in (autoencoder, diffusion)}))
+    (work / "times.json").write_text(
+        json.dumps({r.path.stem: {"steps": r.step, "seconds": round(r.seconds)} for r in (autoencoder, diffusion)})
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,487 @@
+"""The commands; no logic. Heavy imports wait until a command runs, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+
+import click
+
+PATH = click.Path(path_type=Path)
+EXIT_ABSENT, EXIT_USAGE, EXIT_INCONCLUSIVE, EXIT_INTERRUPTED = 1, 2, 3, 130
+
+
+class Ringmark(click.Group):
+    """Turns the library's errors into one line and exit code 2."""
+
+    def invoke(self, ctx: click.Context):
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("interrupted; what is done is kept, the same command goes on from here", err=True)
+            ctx.exit(EXIT_INTERRUPTED)
+        except (ValueError, OSError) as error:
+            raise _one_line(error) from error
+
+
+def _one_line(error: Exception) -> Exception:
+    from data.images import ImageError
+    from data.store import StoreError
+    from inversion.errors import ModelError
+    from watermark.errors import RingmarkError
+
+    if isinstance(error, (RingmarkError, ImageError, StoreError, ModelError)):
+        message = str(error)
+    elif isinstance(error, OSError) and error.strerror:
+        message = f"{error.filename or 'system'}: {error.strerror}"
+    else:
+        return error
+    shown = click.ClickException(" ".join(message.split()))
+    shown.exit_code = EXIT_USAGE
+    return shown
+
+
+def options(*decorators):
+    """Several click options as one decorator."""
+
+    def apply(command):
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return apply
+
+
+model_options = options(
+    click.option(
+        "--model", "source", default="pocket", show_default=True, help='"pocket", a diffusers folder or a hub id.'
+    ),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …"),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+        default="auto",
+        show_default=True,
+        help="auto: float16 on CUDA, float32 on a CPU.",
+    ),
+)
+steps_option = click.option("--steps", type=click.IntRange(1), default=25, show_default=True, help="DDIM steps.")
+batch_option = click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Images at a time.")
+inversion_options = options(
+    click.option(
+        "--method",
+        type=click.Choice(["encoder", "forward", "km", "adam", "anderson"]),
+        default="anderson",
+        show_default=True,
+        help="Decoder inversion; encoder is none.",
+    ),
+    click.option(
+        "--max-steps", type=click.IntRange(0), default=8, show_default=True, help="Steps of the decoder inversion."
+    ),
+    steps_option,
+    batch_option,
+)
+alpha_option = click.option(
+    "--alpha",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=1e-3,
+    show_default=True,
+    help="A key is present at p ≤ ALPHA, corrected for the number of keys.",
+)
+keys_option = click.option(
+    "--key", "key_paths", type=PATH, multiple=True, required=True, help="A key file; repeat for several."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+force_option = click.option("--force", is_flag=True, help="Replace what is there.")
+guidance_option = click.option(
+    "--guidance", type=click.FloatRange(1), default=3.0, show_default=True, help="Classifier-free guidance; 1 is none."
+)
+
+
+@cache
+def load_model(source: str, device: str, dtype: str):
+    """The model these options name."""
+    import torch
+
+    from inversion.errors import ModelError
+    from inversion.model import LatentModel
+
+    _quiet()
+    try:
+        return LatentModel.from_pretrained(
+            source, device=device, dtype=None if dtype == "auto" else getattr(torch, dtype)
+        )
+    except RuntimeError as error:
+        raise ModelError(f"--device {device}: {str(error).splitlines()[0]}") from error
+
+
+def _quiet() -> None:
+    """Keep libraries' import-time remarks off the terminal."""
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("transformers", "diffusers", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def load_detector(model, key_paths: tuple[Path, ...], method: str, max_steps: int, steps: int, alpha: float):
+    """A detector for these key files."""
+    from watermark.detect import detector
+    from watermark.keys import Key
+
+    return detector(model, [Key.load(path) for path in key_paths], method, max_steps, steps, alpha)
+
+
+def say(result: dict | list, text: str, as_json: bool) -> None:
+    """Print a result for a person or for a program."""
+    click.echo(json.dumps(result, indent=1, default=str) if as_json else text)
+
+
+def numbers(ctx, param, value: str | None) -> tuple[int, ...] | None:
+    """'0,2' or '3-10' as whole numbers."""
+    if value is None:
+        return None
+    try:
+        return tuple(int(part) for part in value.replace("-", ",").split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: whole numbers are needed, as in 0,2 or 3-10") from None
+
+
+@click.group(cls=Ringmark, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="ringmark")
+def main() -> None:
+    """Tell whether an image was made by your latent diffusion model.
+
+    \b
+    A key is planted as a ring in the Fourier transform of the initial noise:
+      ringmark keygen -o my.key
+      ringmark generate --key my.key -n 4 -o marked
+      ringmark verify marked/*.png --key my.key
+    """
+
+
+@main.command()
+@click.option("-o", "--output", type=PATH, required=True, help="The key file to write.")
+@click.option("--pattern", type=click.Choice(["ring", "rand", "zeros"]), default="ring", show_default=True)
+@click.option(
+    "--mask",
+    type=click.Choice(["centred", "published"]),
+    default="centred",
+    show_default=True,
+    help="published: one row off centre, as in the tree-ring paper's code.",
+)
+@click.option(
+    "--channels",
+    callback=numbers,
+    help="Latent channels, as in 0,2.  [default: where this model's noise is best recovered]",
+)
+@click.option("--radii", callback=numbers, help="Range of ring radii, as in 3-10.  [default: likewise]")
+@model_options
+@force_option
+@json_option
+def keygen(output, pattern, mask, channels, radii, source, device, dtype, force, as_json) -> None:
+    """Make a key from the operating system's random numbers.
+
+    \b
+    Example:
+      ringmark keygen -o my.key
+    """
+    from watermark.schemes.tree_ring import Placement, make_key, recommend
+
+    if radii is not None and len(radii) != 2:
+        raise click.BadParameter("two numbers are needed, as in 3-10", param_hint="--radii")
+    model = load_model(source, device, dtype)
+    best = recommend(model.recovery, model.latent_shape)
+    key = make_key(
+        model.latent_shape,
+        Placement(channels or best.channels, radii or best.radii),
+        model=model.identity,
+        pattern=pattern,
+        mask=mask,
+    )
+    key.save(output, overwrite=force)
+    low, high = key.metadata["radii"]
+    text = f"key {key.fingerprint} written to {output}: {pattern} in channel {', '.join(map(str, key.metadata['channels']))}, radii {low}-{high}, for model {model.name}. Keep it secret."
+    say({"path": str(output), "fingerprint": key.fingerprint} | key.metadata, text, as_json)
+
+
+@main.command()
+@click.option("-o", "--output", type=PATH, required=True, help="The folder to draw into.")
+@click.option("--key", "key_path", type=PATH, help="Mark the images with this key.")
+@click.option("--no-mark", is_flag=True, help="Draw unmarked images.")
+@click.option("-n", "--number", type=click.IntRange(1), help="How many images.  [default: one a prompt]")
+@click.option(
+    "--prompt", "prompts", multiple=True, help="A prompt; repeat for several.  [default: captions of procedural scenes]"
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the first image's noise.")
+@guidance_option
+@steps_option
+@batch_option
+@model_options
+@json_option
+def generate(
+    output, key_path, no_mark, number, prompts, seed, guidance, steps, batch, source, device, dtype, as_json
+) -> None:
+    """Draw marked or unmarked images.
+
+    \b
+    Example:
+      ringmark generate --key my.key --prompt "lake at sunset with snowy mountains" -n 4 -o marked
+    """
+    from watermark.keys import Key
+    from watermark.runs import draw, prompts_for
+
+    if bool(key_path) == no_mark:
+        raise click.UsageError("give either --key KEY to mark the images or --no-mark")
+    key = Key.load(key_path) if key_path else None
+    model = load_model(source, device, dtype)
+    texts = prompts_for(list(prompts), number or max(1, len(prompts)), seed)
+    paths = draw(model, output, texts, seed, key=key, steps=steps, guidance=guidance, batch=batch)
+    say(
+        [{"path": str(p), "prompt": t} for p, t in zip(paths, texts, strict=True)],
+        f"{len(paths)} {'marked' if key else 'unmarked'} images in {output}",
+        as_json,
+    )
+
+
+@main.command()
+@click.argument("images", type=PATH, nargs=-1, required=True)
+@keys_option
+@alpha_option
+@inversion_options
+@click.option("--explain", type=PATH, help="Draw what the first image's verdict rests on into this PNG or SVG.")
+@model_options
+@json_option
+@click.pass_context
+def verify(
+    ctx, images, key_paths, alpha, method, max_steps, steps, batch, explain, source, device, dtype, as_json
+) -> None:
+    """Say of each image whether it carries a key.
+
+    Exit code 0: all do; 1: some do not; 2: usage, or a file that cannot be read; 3: inconclusive.
+
+    \b
+    Example:
+      ringmark verify picture.png --key my.key --explain why.png
+    """
+    from watermark.single import explain_to, verify_files
+
+    detector = load_detector(load_model(source, device, dtype), key_paths, method, max_steps, steps, alpha)
+    outcome = verify_files(detector, list(images), batch=batch)
+    for line in outcome:
+        if not as_json:
+            click.echo(line.text, err=line.unreadable)
+    if as_json:
+        click.echo(json.dumps([line.record for line in outcome], indent=1))
+    if explain:
+        explain_to(detector, images[0], explain)
+    codes = [line.exit_code for line in outcome]
+    ctx.exit(max(codes, key=[0, EXIT_ABSENT, EXIT_INCONCLUSIVE, EXIT_USAGE].index))
+
+
+@main.command()
+@click.argument("folder", type=PATH)
+@keys_option
+@click.option(
+    "-o",
+    "--output",
+    type=PATH,
+    required=True,
+    help="Results, a JSON line a file; started again, the audit goes on from here.",
+)
+@alpha_option
+@inversion_options
+@model_options
+@json_option
+def audit(folder, key_paths, output, alpha, method, max_steps, steps, batch, source, device, dtype, as_json) -> None:
+    """Look for keys in every image of a folder, recursively.
+
+    \b
+    Example:
+      ringmark audit pictures --key my.key --key old.key -o results.jsonl
+    """
+    from watermark import runs
+
+    detector = load_detector(load_model(source, device, dtype), key_paths, method, max_steps, steps, alpha)
+    found = runs.audit(detector, folder, output, batch=batch)
+    keys = "".join(f"\n  key {name[:8]}: {count}" for name, count in found.by_key.items())
+    text = f"{found.images} images: {found.present} carry a key, {found.absent} do not, {found.inconclusive} inconclusive, {found.unreadable} unreadable; records in {output}{keys}"
+    say(asdict(found), text, as_json)
+
+
+@main.command()
+@click.argument("results", type=PATH, nargs=-1, required=True)
+@click.option(
+    "--labels",
+    type=PATH,
+    multiple=True,
+    required=True,
+    help="CSV with path,label or JSON {path: label}; repeat for several.",
+)
+@click.option("-o", "--output", type=PATH, help="Draw the curves into this PNG or SVG.")
+@click.option(
+    "--fpr",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.01,
+    show_default=True,
+    help="FPR at which the TPR is reported.",
+)
+@json_option
+def roc(results, labels, output, fpr, as_json) -> None:
+    """ROC and AUC from audits of labelled images.
+
+    \b
+    Example:
+      ringmark roc results.jsonl --labels marked/labels.csv --labels unmarked/labels.csv -o roc.png
+    """
+    from watermark.report import roc_figure, save_figure, table
+    from watermark.runs import curves_of_files
+
+    found = curves_of_files(list(results), list(labels), fpr)
+    if output:
+        save_figure(roc_figure(found), output)
+    say([c.summary() for c in found], table(found) + (f"\ncurves drawn into {output}" if output else ""), as_json)
+
+
+@main.command()
+@click.option("-o", "--output", type=PATH, required=True, help="Folder for images, records, tables and plots.")
+@click.option(
+    "--key", "key_path", type=PATH, help="The key; needed with --marked.  [default: a new one, kept in the folder]"
+)
+@click.option("--marked", type=PATH, help="Folder of marked images.  [default: they are drawn]")
+@click.option("--unmarked", type=PATH, help="Folder of unmarked images.  [default: they are drawn]")
+@click.option(
+    "-n", "--number", type=click.IntRange(2), default=32, show_default=True, help="Images of each kind to draw."
+)
+@click.option("--methods", default="encoder,anderson", show_default=True, help="Decoder inversions to compare.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the first image's noise.")
+@guidance_option
+@click.option(
+    "--max-steps", type=click.IntRange(0), default=8, show_default=True, help="Steps of the decoder inversion."
+)
+@steps_option
+@batch_option
+@model_options
+@json_option
+def evaluate(
+    output,
+    key_path,
+    marked,
+    unmarked,
+    number,
+    methods,
+    seed,
+    guidance,
+    max_steps,
+    steps,
+    batch,
+    source,
+    device,
+    dtype,
+    as_json,
+) -> None:
+    """AUC, TPR at 1 % FPR and time an image of several decoder inversions, on images drawn or given.
+
+    \b
+    Example:
+      ringmark evaluate -n 100 -o evaluation
+    """
+    from watermark.report import table
+    from watermark.runs import Comparison, compare
+
+    plan = Comparison(
+        output, key_path, marked, unmarked, number, tuple(methods.split(",")), seed, guidance, max_steps, steps, batch
+    )
+    found = compare(load_model(source, device, dtype), plan)
+    say(
+        [c.summary() | {"seconds": s} for c, s in found],
+        table([c for c, _ in found], [s for _, s in found]) + f"\ntables and plots in {output}",
+        as_json,
+    )
+
+
+@main.command()
+@click.argument("image", type=PATH)
+@click.option("-o", "--output", type=PATH, required=True, help="safetensors file for latents, noise and residuals.")
+@inversion_options
+@model_options
+@json_option
+def invert(image, output, method, max_steps, steps, batch, source, device, dtype, as_json) -> None:
+    """Recover an image's latent and initial noise.
+
+    \b
+    Example:
+      ringmark invert picture.png -o noise.safetensors --method anderson
+    """
+    from watermark.single import invert_file
+
+    detector = load_detector(load_model(source, device, dtype), (), method, max_steps, steps, 1e-3)
+    facts = invert_file(detector, image, output)
+    say(
+        facts,
+        f"{image}: {facts['status']} after {facts['evaluations']} evaluations, residual {facts['residuals'][-1] if facts['residuals'] else 'not computed'}; latents and noise in {output}",
+        as_json,
+    )
+
+
+@main.command()
+@click.option(
+    "-o", "--output", type=PATH, default=Path("demo"), show_default=True, help="Folder for what the demo makes."
+)
+@click.option("-n", "--number", type=click.IntRange(2), default=24, show_default=True, help="Images of each kind.")
+def demo(output, number) -> None:
+    """The whole job on the embedded model: key, images, verdicts, audit, ROC.
+
+    \b
+    Example:
+      ringmark demo -o demo
+    """
+    key, results = output / "my.key", output / "results.jsonl"
+    marked, unmarked = output / "images" / "marked", output / "images" / "unmarked"
+    first = [str(folder / f"{seed:07d}.png") for folder, seed in ((marked, 0), (unmarked, number))]
+    steps = [
+        ["generate", "--key", str(key), "-n", str(number), "-o", str(marked)],
+        ["generate", "--no-mark", "-n", str(number), "--seed", str(number), "-o", str(unmarked)],
+        ["verify", *first, "--key", str(key), "--explain", str(output / "explain.png")],
+        ["audit", str(output / "images"), "--key", str(key), "-o", str(results)],
+        [
+            "roc",
+            str(results),
+            "--labels",
+            str(marked / "labels.csv"),
+            "--labels",
+            str(unmarked / "labels.csv"),
+            "-o",
+            str(output / "roc.png"),
+        ],
+    ]
+    for step in steps if key.exists() else [["keygen", "-o", str(key)], *steps]:
+        click.secho("\n$ ringmark " + " ".join(step), bold=True)
+        code = main.main(step, standalone_mode=False) or 0
+        if code not in (0, EXIT_ABSENT):
+            sys.exit(code)
+    click.echo(f"\nImages, key, records and plots are in {output}.")
+
+
+@main.command()
+@model_options
+@json_option
+def info(source, device, dtype, as_json) -> None:
+    """Facts about a model and this installation.
+
+    \b
+    Example:
+      ringmark info --model pocket
+    """
+    from watermark.single import facts
+
+    found = facts(load_model(source, device, dtype))
+    say(found, "\n".join(f"{name:18} {value}" for name, value in found.items()), as_json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""The detector: decoder inversion, noise recovery, a scheme's statistic and a verdict."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from inversion.decoder import invert_decoder
+from inversion.diffusion import invert
+from inversion.methods import METHODS, Anderson
+from inversion.model import LatentModel
+from inversion.solve import Method, Solution
+from watermark.errors import KeyFileError, RingmarkError
+from watermark.keys import Key
+from watermark.schemes.tree_ring import TreeRing
+from watermark.statistics import cosine_test, power_test, published_distance, published_p_value
+
+if TYPE_CHECKING:
+    from data.images import Sample
+
+__all__ = ["ALPHA", "Detector", "Recovered", "Verdict", "detector"]
+
+ALPHA = 1e-3  # an unmarked image is called marked once in a thousand
+FLAT = 1 / 255  # an image whose pixels vary less than half a grey level (of a range of 2) says nothing
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is said of one image and one key. `present` None is "inconclusive", and `notes` say why.
+
+    `p_value` is already corrected for the number of keys tested; `score` the whitened cosine, `distance` and
+    `published_p` the published statistics; `residual` the pixel RMS of the decoder inversion; `seconds` of computing.
+    """
+
+    sample_id: str
+    key: str
+    present: bool | None
+    p_value: float
+    score: float
+    distance: float
+    published_p: float
+    residual: float
+    status: str
+    seconds: float
+    label: bool | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def record(self) -> dict:
+        """As plain values, for a store or JSON."""
+        return asdict(self) | {"notes": list(self.notes)}
+
+    def sentence(self) -> str:
+        """In words: 'carries key 3f9a…, p = 2e-9'."""
+        said = {True: "carries", False: "does not carry", None: "inconclusive for"}[self.present]
+        return f"{said} key {self.key[:8]}, p = {self.p_value:.2g}" + "".join(f"; {note}" for note in self.notes)
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A batch on its way back: images (B, 3, H, W), the decoder's solution, the noise (B, C, h, w), seconds an image."""
+
+    images: Tensor
+    solution: Solution
+    noise: Tensor
+    seconds: float
+
+
+class Detector:
+    """Looks for keys in images; every key is tested on one and the same inversion.
+
+    `method` and `max_steps` are those of the decoder inversion (`max_steps` 0: encoder alone), `steps` those of naive
+    DDIM inversion with the empty prompt. `alpha` is the corrected p-value at which a key is called present. Raises
+    KeyFileError for a key made for other latents or another model.
+    """
+
+    def __init__(
+        self,
+        model: LatentModel,
+        keys: list[Key],
+        *,
+        method: Method = Anderson(),
+        max_steps: int = 8,
+        steps: int = 25,
+        alpha: float = ALPHA,
+    ) -> None:
+        self.model, self.method, self.max_steps, self.steps, self.alpha = model, method, max_steps, steps, alpha
+        self.grid = model.grid(steps)
+        self.nothing = model.embed([""])
+        self.schemes = {}
+        for key in keys:
+            _check_fit(key, model)
+            self.schemes[key.fingerprint] = TreeRing(key)
+
+    def with_keys(self, keys: list[Key]) -> Detector:
+        """The same detector, looking for other keys."""
+        return Detector(
+            self.model, keys, method=self.method, max_steps=self.max_steps, steps=self.steps, alpha=self.alpha
+        )
+
+    def settings(self) -> dict:
+        """What a result depends on."""
+        return {
+            "model": self.model.identity,
+            "keys": sorted(self.schemes),
+            "method": repr(self.method),
+            "max_steps": self.max_steps,
+            "steps": self.steps,
+            "alpha": self.alpha,
+        }
+
+    @torch.inference_mode()
+    def recover(self, images: Tensor) -> Recovered:
+        """Images (B, 3, H, W) in [-1, 1] → their latents and initial noise."""
+        started = time.perf_counter()
+        images = images.to(self.model.device)
+        solution = invert_decoder(self.model.encode, self.model.decode, images, self.method, max_steps=self.max_steps)
+        cond = self.nothing.expand(len(images), -1, -1)
+        noise = invert(self.model, solution.value, cond, self.grid).float().cpu()
+        return Recovered(images, solution, noise, (time.perf_counter() - started) / len(images))
+
+    def scan(self, samples: Iterable[Sample], batch: int = 8) -> Iterator[tuple[Sample, list[Verdict]]]:
+        """Verdicts for each sample, one a key, batch by batch."""
+        from data.images import to_array
+
+        samples = iter(samples)
+        while some := list(islice(samples, batch)):
+            recovered = self.recover(torch.from_numpy(np.stack([to_array(s.image) for s in some])))
+            yield from zip(some, self.judge(some, recovered), strict=True)
+
+    def judge(self, samples: list[Sample], recovered: Recovered) -> list[list[Verdict]]:
+        """For each recovered sample its verdicts, one a key."""
+        per_key = [self._judge(name, scheme, samples, recovered) for name, scheme in self.schemes.items()]
+        return list(map(list, zip(*per_key, strict=True)))
+
+    def statistic(self, scheme: TreeRing, noise: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Score and p-value (B,) of recovered noise (B, C, h, w), uncorrected."""
+        features, key = scheme.features(noise)
+        if scheme.pattern == "zeros":
+            return power_test(features.numpy(), scheme.outside(noise).numpy())
+        return cosine_test(features.numpy(), key.numpy(), self._feature_variance(scheme))
+
+    def _feature_variance(self, scheme: TreeRing) -> np.ndarray | float:
+        """The null variance of each feature: measured on the model's own images, or that of white noise."""
+        if self.model.recovery is None:
+            return 1.0
+        return self.model.recovery.null[scheme.feature_rings()].numpy()
+
+    def _judge(self, name: str, scheme: TreeRing, samples: list[Sample], recovered: Recovered) -> list[Verdict]:
+        noise = torch.nan_to_num(recovered.noise)
+        scores, p_values = self.statistic(scheme, noise)
+        published = [x.numpy() for x in scheme.masked(noise)]
+        distances, published_p = published_distance(*published), published_p_value(*published)
+        merits = _final_rms(recovered)
+        verdicts = []
+        for i, sample in enumerate(samples):
+            p = min(1.0, float(p_values[i]) * len(self.schemes))
+            reasons = self._doubts(recovered, i)
+            verdicts.append(
+                Verdict(
+                    sample.id,
+                    name,
+                    None if reasons else p <= self.alpha,
+                    p,
+                    float(scores[i]),
+                    float(distances[i]),
+                    float(published_p[i]),
+                    merits[i],
+                    recovered.solution.status[i].value,
+                    recovered.seconds,
+                    sample.label,
+                    (*sample.notes, *reasons),
+                )
+            )
+        return verdicts
+
+    def _doubts(self, recovered: Recovered, i: int) -> tuple[str, ...]:
+        """Why nothing can be said of image i; empty if something can."""
+        if recovered.images[i].std() < FLAT:
+            return ("the image is one flat colour",)
+        if not torch.isfinite(recovered.noise[i]).all():
+            return ("the inversion left the range of numbers",)
+        return ()
+
+
+def detector(
+    model: LatentModel, keys: list[Key], method: str, max_steps: int, steps: int, alpha: float = ALPHA
+) -> Detector:
+    """A detector by the name of its decoder inversion: one of METHODS, or "encoder", which is none."""
+    if method not in (*METHODS, "encoder"):
+        raise RingmarkError(f"method {method!r}: choose from encoder, {', '.join(METHODS)}")
+    chosen = METHODS.get(method, Anderson)()
+    return Detector(
+        model, keys, method=chosen, max_steps=0 if method == "encoder" else max_steps, steps=steps, alpha=alpha
+    )
+
+
+def _final_rms(recovered: Recovered) -> list[float]:
+    """Pixel RMS of each image's best iterate, in grey levels of 255; NaN for the encoder alone, which decodes nothing."""
+    merits = recovered.solution.merits
+    if not len(merits):
+        return [float("nan")] * len(recovered.images)
+    best = torch.from_numpy(np.nanmin(merits.numpy(), axis=0, initial=np.inf))
+    return (best / recovered.images[0].numel() ** 0.5 * 127.5).tolist()
+
+
+def _check_fit(key: Key, model: LatentModel) -> None:
+    made_for = key.metadata["model"]
+    if tuple(key.metadata["latent_shape"]) != tuple(model.latent_shape):
+        raise KeyFileError(
+            f"key {key.fingerprint[:8]}: made for latents of {key.metadata['latent_shape']}, {model.name} has {list(model.latent_shape)}; use --model {made_for.get('name')}"
+        )
+    if made_for.get("fingerprint") != model.identity["fingerprint"]:
+        raise KeyFileError(
+            f"key {key.fingerprint[:8]}: made for model {made_for.get('name')!r} ({made_for.get('fingerprint')}), not {model.name!r} ({model.identity['fingerprint']}); use that model, or make a key for this one"
+        )

@@ -1,0 +1,121 @@
+"""Keys: secret values with a public description, in one safetensors file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import tempfile
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+
+from watermark.errors import KeyFileError
+
+__all__ = ["Key"]
+
+MAX_BYTES = 64 << 20
+FIELDS = {
+    "scheme": str,
+    "pattern": str,
+    "mask": str,
+    "channels": list,
+    "radii": list,
+    "latent_shape": list,
+    "model": dict,
+    "created": str,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Key:
+    """`values` float32, secret; `metadata` the description (FIELDS); `fingerprint` 16 hex digits over both.
+
+    The creation time is not part of the fingerprint. Printing a key shows no values.
+    """
+
+    values: np.ndarray
+    metadata: dict
+
+    def __repr__(self) -> str:
+        return f"Key({self.fingerprint})"
+
+    @classmethod
+    def new(cls, values: np.ndarray, **metadata) -> Key:
+        """A key made now."""
+        return cls(values, metadata | {"created": datetime.now(timezone.utc).isoformat(timespec="seconds")})
+
+    @staticmethod
+    def system_rng() -> np.random.Generator:
+        """A generator seeded with 256 bits from the operating system; the seed is kept nowhere."""
+        return np.random.default_rng(secrets.randbits(256))
+
+    @property
+    def fingerprint(self) -> str:
+        public = {k: v for k, v in self.metadata.items() if k != "created"}
+        return hashlib.sha256(
+            json.dumps(public, sort_keys=True).encode() + np.ascontiguousarray(self.values).tobytes()
+        ).hexdigest()[:16]
+
+    def save(self, path: Path, *, overwrite: bool = False) -> None:
+        """Write the file whole or not at all, readable by its owner only. Raises KeyFileError where one exists."""
+        from safetensors.numpy import save
+
+        data = save(
+            {"values": np.ascontiguousarray(self.values)},
+            {"ringmark": json.dumps(self.metadata | {"fingerprint": self.fingerprint})},
+        )
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".key-")  # mode 0600
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(data)
+                # A hard link fails where the name is taken, with no moment in which two writers could both succeed.
+                os.replace(temporary, path) if overwrite else os.link(temporary, path)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
+        except FileExistsError:
+            raise KeyFileError(
+                f"{path}: exists already; choose another name, or --force to replace it (marks made with the old key are then lost)"
+            ) from None
+        except OSError as error:
+            raise KeyFileError(f"{path}: cannot be written: {error.strerror}") from None
+
+    @classmethod
+    def load(cls, path: Path) -> Key:
+        """Read and check a key. Raises KeyFileError; no message shows a value."""
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        try:
+            if not path.is_file():
+                raise KeyFileError(f"{path}: no such key file; make one with: ringmark keygen -o {path}")
+            if path.stat().st_size > MAX_BYTES:
+                raise KeyFileError(f"{path}: too large to be a key ({path.stat().st_size >> 20} MB)")
+            with safe_open(path, "numpy") as file:
+                metadata = json.loads((file.metadata() or {})["ringmark"])
+                values = file.get_tensor("values")
+        except KeyFileError:
+            raise
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, RecursionError, OSError):
+            raise KeyFileError(
+                f"{path}: not a ringmark key, or damaged; use the file that ringmark keygen wrote"
+            ) from None
+        return cls._checked(path, values, metadata)
+
+    @classmethod
+    def _checked(cls, path: Path, values: np.ndarray, metadata: dict) -> Key:
+        stored = metadata.pop("fingerprint", None) if isinstance(metadata, dict) else None
+        if stored is None or not all(isinstance(metadata.get(k), kind) for k, kind in FIELDS.items()):
+            raise KeyFileError(f"{path}: not a ringmark key, or damaged; use the file that ringmark keygen wrote")
+        key = cls(values, metadata)
+        if key.fingerprint != stored or not np.isfinite(values).all():
+            raise KeyFileError(f"{path}: damaged: its fingerprint does not fit its contents; restore it from a copy")
+        return key

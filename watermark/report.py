@@ -1,0 +1,154 @@
+"""Pictures of results. matplotlib is imported where something is drawn."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data.store import write_atomic
+from watermark.detect import Detector, Recovered, Verdict
+from watermark.evaluate import Curve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+__all__ = ["explain", "plot_roc", "roc_figure", "save_figure", "table", "write_table"]
+
+INK, MARK, GREY = "#1b3a5c", "#d1495b", "#9aa5b1"
+
+
+def plot_roc(curves: Sequence[Curve], ax: Axes) -> None:
+    """ROC curves over a logarithmic FPR axis, which starts at what the number of negatives can resolve."""
+    floor = min(0.5 / c.negatives for c in curves)
+    for curve, colour, style in zip(
+        curves, [INK, MARK, "#2a9d8f", "#e9a23b", GREY] * 4, ["-", "--", "-.", ":"] * 5, strict=False
+    ):
+        low, high = curve.auc_interval
+        ax.step(
+            np.maximum(curve.fpr, floor),
+            curve.tpr,
+            style,
+            where="post",
+            color=colour,
+            lw=1.8,
+            label=f"{curve.name}: AUC {curve.auc:.3f} [{low:.3f}, {high:.3f}]",
+        )
+    chance = np.geomspace(floor, 1, 100)
+    ax.plot(chance, chance, color=GREY, lw=0.8, ls=":", label="chance")
+    ax.axvline(curves[0].fpr_limit, color=GREY, lw=0.8)
+    ax.set(xscale="log", xlim=(floor, 1), ylim=(0, 1.02), xlabel="false-positive rate", ylabel="true-positive rate")
+    ax.legend(loc="lower right", fontsize=8, frameon=False)
+
+
+def roc_figure(curves: Sequence[Curve], title: str = "") -> Figure:
+    """One figure with these curves."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    ax = figure.subplots()
+    plot_roc(curves, ax)
+    ax.set_title(title or f"{curves[0].positives} marked, {curves[0].negatives} unmarked images", fontsize=10)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure in the format that the suffix names; parent folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def table(curves: Sequence[Curve], seconds: Sequence[float] | None = None) -> str:
+    """The curves' numbers as a Markdown table, with 95 % intervals."""
+    limit = f"TPR at {curves[0].fpr_limit:.3g} FPR"
+    rows = [["", "AUC", limit, "marked + unmarked", *(["s an image"] if seconds else [])]]
+    for i, c in enumerate(curves):
+        interval = lambda pair: "[{:.3f}, {:.3f}]".format(*pair)
+        cells = [
+            c.name,
+            f"{c.auc:.3f} {interval(c.auc_interval)}",
+            f"{c.tpr_at:.3f} {interval(c.tpr_at_interval)}",
+            f"{c.positives} + {c.negatives}",
+        ]
+        rows.append(cells + ([f"{seconds[i]:.2f}"] if seconds else []))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    """Rows with the same keys as a CSV file with a header."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue())
+
+
+def explain(detector: Detector, image: Image.Image, recovered: Recovered, verdict: Verdict) -> Figure:
+    """What a verdict rests on: image, recovered spectrum with the ring, the key's ring, and the score on its null."""
+    from matplotlib.figure import Figure
+
+    scheme = detector.schemes[verdict.key]
+    figure = Figure(figsize=(13, 3.7), layout="constrained")
+    axes = figure.subplots(1, 4)
+    axes[0].imshow(np.asarray(image))
+    axes[0].set_title("image")
+    channel = scheme.placement.channels[0]
+    spectrum, key = scheme.aligned(recovered.noise[:1])
+    for ax, values, title in ((axes[1], spectrum, f"recovered noise, channel {channel}"), (axes[2], key, "key")):
+        ax.imshow(values, cmap="RdBu_r", vmin=-2.5, vmax=2.5, extent=_frequency_extent(*values.shape))
+        for radius in (scheme.placement.radii[0] - 0.5, scheme.placement.radii[1] + 0.5):
+            ax.add_patch(_circle(radius))
+        ax.set_title(title)
+        ax.set_xlabel("frequency")
+    _plot_null(axes[3], detector, verdict)
+    axes[0].set_axis_off()
+    figure.suptitle(f"{Path(verdict.sample_id).name}: {verdict.sentence()}", fontsize=11)
+    return figure
+
+
+def _frequency_extent(height: int, width: int) -> tuple[float, float, float, float]:
+    return (-width / 2 - 0.5, width / 2 - 0.5, height / 2 - 0.5, -height / 2 - 0.5)
+
+
+def _circle(radius: float):
+    from matplotlib.patches import Circle
+
+    return Circle((0, 0), radius, fill=False, color=INK, lw=1, ls="--")
+
+
+def _plot_null(ax: Axes, detector: Detector, verdict: Verdict) -> None:
+    """The score's density on unmarked images and where this image stands; for *zeros* the p-value alone."""
+    from scipy import stats
+
+    scheme = detector.schemes[verdict.key]
+    ax.set_title("score on its null")
+    if scheme.pattern == "zeros":
+        ax.text(
+            0.5,
+            0.5,
+            f"log power outside / inside = {verdict.score:.2f}\np = {verdict.p_value:.2g}",
+            ha="center",
+            va="center",
+            transform=ax.transAxes,
+        )
+        ax.set_axis_off()
+        return
+    nu = len(scheme.feature_rings()[0]) - 1
+    reach = max(0.3, abs(verdict.score) * 1.15)
+    c = np.linspace(-reach, reach, 1001)
+    # c = t / √(ν + t²), so the density of c is that of t times dt/dc.
+    t = c * np.sqrt(nu / (1 - c**2))
+    ax.fill_between(c, stats.t.pdf(t, nu) * np.sqrt(nu) * (1 - c**2) ** -1.5, color=GREY, alpha=0.5, label="unmarked")
+    limit = stats.t.isf(detector.alpha / len(detector.schemes), nu)
+    ax.axvline(limit / np.sqrt(nu + limit**2), color=INK, lw=1, ls="--", label=f"p = {detector.alpha:g}")
+    ax.axvline(verdict.score, color=MARK, lw=2, label="this image")
+    ax.set(xlabel="whitened cosine", yticks=[])
+    ax.legend(fontsize=8, frameon=False)

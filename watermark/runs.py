@@ -1,0 +1,263 @@
+"""Runs over folders: draw images into one, audit one, compare methods on two. Each goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data.images import ImageError, Sample, find_images, from_array, read_labels, read_sample, save_png
+from data.scenes import scene
+from data.store import Store, read_records, write_atomic
+from inversion.model import LatentModel
+from watermark.detect import Detector, detector
+from watermark.errors import EvaluationError
+from watermark.evaluate import Curve, roc
+from watermark.generate import generate
+from watermark.keys import Key
+from watermark.report import roc_figure, save_figure, table, write_table
+from watermark.schemes.tree_ring import TreeRing, make_key, recommend
+
+UNSEEN_SCENES = 2_000_000  # seeds that scripts/train_pocket.py neither trains on nor tests with
+
+__all__ = [
+    "Audit",
+    "Comparison",
+    "audit",
+    "compare",
+    "curves",
+    "curves_of_files",
+    "draw",
+    "label_records",
+    "prompts_for",
+]
+
+
+def prompts_for(given: list[str], number: int, seed: int) -> list[str]:
+    """`number` prompts: those given, in turn, or else captions of procedural scenes that no model was trained on."""
+    if given:
+        return [given[i % len(given)] for i in range(number)]
+    return [scene(UNSEEN_SCENES + seed + i).caption for i in range(number)]
+
+
+def draw(
+    model: LatentModel,
+    folder: Path,
+    prompts: list[str],
+    first_seed: int,
+    *,
+    key: Key | None,
+    steps: int,
+    guidance: float,
+    batch: int = 8,
+) -> list[Path]:
+    """Draw an image for each prompt into `folder` as PNG, with labels.csv beside them (path, label, prompt, seed).
+
+    Images are named by their seeds. A folder begun with other settings is refused (StoreError).
+    """
+    settings = {"model": model.identity, "key": key.fingerprint if key else None, "steps": steps, "guidance": guidance}
+    seeds = [first_seed + i for i in range(len(prompts))]
+    names = {seed: f"{seed:07d}.png" for seed in seeds}
+    with Store(folder / "drawn.jsonl", settings) as store:
+        missing = [
+            i for i, seed in enumerate(seeds) if names[seed] not in store.done or not (folder / names[seed]).exists()
+        ]
+        with tqdm(
+            total=len(seeds), initial=len(seeds) - len(missing), desc=f"draw {folder.name}", unit="image", disable=None
+        ) as bar:
+            images = generate(
+                model,
+                [prompts[i] for i in missing],
+                [seeds[i] for i in missing],
+                scheme=TreeRing(key) if key else None,
+                steps=steps,
+                guidance=guidance,
+                batch=batch,
+            )
+            for drawn in images:
+                save_png(from_array(drawn.image.numpy()), folder / names[drawn.seed])
+                store.append(
+                    {"sample_id": names[drawn.seed], "prompt": drawn.prompt, "seed": drawn.seed, "label": bool(key)}
+                )
+                bar.update()
+    _, records = read_records(folder / "drawn.jsonl")
+    write_table(
+        folder / "labels.csv",
+        [{"path": r["sample_id"], "label": int(r["label"]), "prompt": r["prompt"], "seed": r["seed"]} for r in records],
+    )
+    return [folder / names[seed] for seed in seeds]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found: how many images carry a key, carry none, are inconclusive, could not be read."""
+
+    images: int
+    present: int
+    absent: int
+    inconclusive: int
+    unreadable: int
+    by_key: dict[str, int]
+
+    @classmethod
+    def of(cls, records: list[dict]) -> Audit:
+        """From an audit's records."""
+        errors = sum("error" in r for r in records)
+        said = [r["present"] for r in records if "error" not in r]
+        keys: dict[str, int] = {}
+        for r in records:
+            for name in r.get("carries", ()):
+                keys[name] = keys.get(name, 0) + 1
+        return cls(len(records), said.count(True), said.count(False), said.count(None), errors, keys)
+
+
+def audit(detector: Detector, folder: Path, results: Path, *, batch: int = 8) -> Audit:
+    """One record a file of `folder`, recursively, appended to `results`; files recorded already are not read again.
+
+    A record holds the verdict of the best key, `carries`, the keys that fit, and `keys`, p and score for each. A file
+    that cannot be read gets a record with `error` and is tried again by the next run.
+    """
+    paths = find_images(folder)
+    with Store(results, detector.settings()) as store:
+        todo = [p for p in paths if str(p.relative_to(folder)) not in store.done]
+        with tqdm(total=len(paths), initial=len(paths) - len(todo), desc="audit", unit="image", disable=None) as bar:
+            for sample, verdicts in detector.scan(_readable(detector, folder, todo, store, bar), batch):
+                best = min(verdicts, key=lambda v: v.p_value)
+                per_key = {v.key: {"p_value": v.p_value, "score": v.score, "distance": v.distance} for v in verdicts}
+                store.append(
+                    best.record()
+                    | {"sample_id": sample.id, "carries": [v.key for v in verdicts if v.present], "keys": per_key}
+                )
+                bar.update()
+    wanted = {str(p.relative_to(folder)) for p in paths}
+    return Audit.of([r for r in read_records(results)[1] if r["sample_id"] in wanted])
+
+
+def _readable(detector: Detector, folder: Path, paths: list[Path], store: Store, bar: tqdm) -> Iterator[Sample]:
+    for path in paths:
+        name = str(path.relative_to(folder))
+        try:
+            yield read_sample(path, detector.model.image_size, id=name)
+        except ImageError as error:
+            store.append({"sample_id": name, "error": str(error)})
+            bar.update()
+
+
+def label_records(records: list[dict], label_files: list[Path]) -> dict[str, bool]:
+    """Labels of records by sample_id. A label's path is looked for below its file's folder's name, then as it stands.
+
+    Raises EvaluationError where no label fits any record.
+    """
+    ids, found = {r["sample_id"] for r in records}, {}
+    for file in label_files:
+        for path, label in read_labels(file).items():
+            for name in (f"{file.resolve().parent.name}/{path}", path):
+                if name in ids:
+                    found[name] = label
+                    break
+    if not found:
+        raise EvaluationError(
+            f"{', '.join(map(str, label_files))}: no label fits any of the {len(ids)} audited images; paths must be as in the results, e.g. {min(ids, default='-')}"
+        )
+    return found
+
+
+def curves(
+    records: list[dict],
+    labels: dict[str, bool],
+    *,
+    name: str,
+    statistics: tuple[str, ...] = ("score", "distance"),
+    fpr_limit: float = 0.01,
+) -> list[Curve]:
+    """An ROC for each statistic of the best key: the score, and the published distance with its sign turned."""
+    judged = [r for r in records if r["sample_id"] in labels and r.get("score") is not None]
+    truth = np.array([labels[r["sample_id"]] for r in judged], bool)
+    out = []
+    for statistic in statistics:
+        values = np.array([r[statistic] for r in judged], float) * (-1 if statistic == "distance" else 1)
+        out.append(roc(values[truth], values[~truth], name=f"{name} {statistic}".strip(), fpr_limit=fpr_limit))
+    return out
+
+
+def curves_of_files(results: list[Path], label_files: list[Path], fpr_limit: float) -> list[Curve]:
+    """The curves of several audits taken together."""
+    records = [record for path in results for record in read_records(path)[1]]
+    return curves(records, label_records(records, label_files), name="", fpr_limit=fpr_limit)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A plan: decoder inversions compared on the same marked and unmarked images, drawn here unless folders are given.
+
+    Marked and unmarked images have different prompts and seeds.
+    """
+
+    output: Path
+    key: Path | None
+    marked: Path | None
+    unmarked: Path | None
+    number: int
+    methods: tuple[str, ...]
+    seed: int
+    guidance: float
+    max_steps: int
+    steps: int
+    batch: int
+
+
+def compare(model: LatentModel, plan: Comparison) -> list[tuple[Curve, float]]:
+    """Curves and median seconds an image of each method; everything is kept in plan.output, where it goes on if stopped."""
+    if plan.marked and not plan.key:
+        raise EvaluationError("--marked needs --key, the key that these images carry")
+    detectors = {name: detector(model, [], name, plan.max_steps, plan.steps) for name in plan.methods}
+    key = _key_of(model, plan)
+    truth, found = {True: plan.marked, False: plan.unmarked}, []
+    for label, offset in ((True, 0), (False, plan.number)):
+        if truth[label] is None:
+            truth[label] = plan.output / ("marked" if label else "unmarked")
+            first = plan.seed + offset
+            draw(
+                model,
+                truth[label],
+                prompts_for([], plan.number, first),
+                first,
+                key=key if label else None,
+                steps=plan.steps,
+                guidance=plan.guidance,
+                batch=plan.batch,
+            )
+    for name, looking in detectors.items():
+        records = []
+        for label, folder in truth.items():
+            results = plan.output / f"{name}-{'marked' if label else 'unmarked'}.jsonl"
+            audit(looking.with_keys([key]), folder, results, batch=plan.batch)
+            records += [
+                r | {"sample_id": f"{label}/{r['sample_id']}", "label": label} for r in read_records(results)[1]
+            ]
+        seconds = statistics.median(r["seconds"] for r in records if "seconds" in r)
+        labels = {r["sample_id"]: r["label"] for r in records}
+        found += [(curve, seconds) for curve in curves(records, labels, name=name)]
+    _write_comparison(plan.output, found)
+    return found
+
+
+def _key_of(model: LatentModel, plan: Comparison) -> Key:
+    path = plan.key or plan.output / "evaluation.key"
+    if not plan.key and not path.exists():
+        make_key(model.latent_shape, recommend(model.recovery, model.latent_shape), model=model.identity).save(path)
+    return Key.load(path)
+
+
+def _write_comparison(folder: Path, found: list[tuple[Curve, float]]) -> None:
+    rows = [c.summary() | {"seconds": round(s, 4)} for c, s in found]
+    write_atomic(folder / "evaluation.json", json.dumps(rows, indent=1))
+    write_table(folder / "evaluation.csv", rows)
+    write_atomic(folder / "evaluation.md", table([c for c, _ in found], [s for _, s in found]) + "\n")
+    for suffix in ("png", "svg"):
+        save_figure(roc_figure([c for c, _ in found]), folder / f"roc.{suffix}")

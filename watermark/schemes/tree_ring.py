@@ -1,0 +1,241 @@
+"""Tree-ring watermarks: a pattern in the Fourier transform of the initial noise (arXiv 2305.20030).
+
+Transforms are orthonormal, so that a bin of white noise has unit power. Masks and spectra are in the unshifted order
+of torch.fft. The centred mask is symmetric about DC and its pattern Hermitian, so what is embedded is what is looked
+for. The published mask sits one row off DC; taking the real part then discards about half of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from inversion.diagnostics import NoiseRecovery, rings
+from watermark.errors import SchemeError
+from watermark.keys import Key
+
+__all__ = ["MASKS", "PATTERNS", "Placement", "TreeRing", "draw_spectrum", "make_key", "recommend"]
+
+PATTERNS = ("ring", "rand", "zeros")
+MASKS = ("centred", "published")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the mark goes: latent channels and, inclusive, the range of ring radii in whole frequencies."""
+
+    channels: tuple[int, ...]
+    radii: tuple[int, int]
+
+    def check(self, latent_shape: tuple[int, int, int]) -> None:
+        """Raises SchemeError unless the placement fits a latent (C, h, w)."""
+        count, *size = latent_shape
+        low, high = self.radii
+        if (
+            not self.channels
+            or len(set(self.channels)) < len(self.channels)
+            or not all(0 <= c < count for c in self.channels)
+        ):
+            raise SchemeError(f"channels {list(self.channels)}: must be different numbers from 0 to {count - 1}")
+        if not 0 <= low <= high < min(size) // 2:
+            raise SchemeError(
+                f"radii {low}-{high}: must rise and lie within 0 to {min(size) // 2 - 1} for latents of {size[0]}x{size[1]}"
+            )
+
+
+def signed_frequencies(height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Whole frequencies (h, 1) and (1, w) of an unshifted DFT."""
+    return torch.fft.fftfreq(height, 1 / height)[:, None], torch.fft.fftfreq(width, 1 / width)[None]
+
+
+def ring_index(mask: str, height: int, width: int) -> Tensor:
+    """(h, w) int64: the ring each bin belongs to; -1 for none."""
+    if mask == "centred":
+        return rings(height, width)
+    ky, kx = signed_frequencies(height, width)
+    # Flipping y about an even number of rows puts the published centre at row h/2 − 1, where DC is at h/2.
+    return torch.hypot(ky + 1, kx).ceil().clamp_min(1).long()
+
+
+def draw_spectrum(
+    pattern: str, mask: str, placement: Placement, latent_shape: tuple[int, int, int], rng: np.random.Generator
+) -> Tensor:
+    """A key's complex spectrum (len(channels), h, w), zero outside the mask, of unit mean power on it.
+
+    ring: one Gaussian value a circle, the same all along it, so that rotation about the image's centre keeps it;
+    rand: the transform of white noise; zeros: nothing.
+    """
+    _, height, width = latent_shape
+    ring, channels = ring_index(mask, height, width), len(placement.channels)
+    inside = (ring >= placement.radii[0]) & (ring <= placement.radii[1])
+    white = torch.fft.fft2(torch.from_numpy(rng.normal(size=(channels, height, width))), norm="ortho")
+    if pattern == "zeros":
+        return torch.zeros_like(white)
+    if pattern == "rand":
+        return _unit_power(white * inside, inside)
+    values = rng.normal(size=(channels, int(ring.max()) + 1))
+    if mask == "published":
+        complex_values = torch.from_numpy((values + 1j * rng.normal(size=values.shape)) / 2**0.5)
+        return _unit_power(complex_values[:, ring] * inside, inside)
+    return _unit_power(torch.from_numpy(values)[:, ring] * middle_phase(height, width) * inside, inside)
+
+
+def middle_phase(height: int, width: int) -> Tensor:
+    """(h, w) the phases that move a pattern from the corner to the middle of the picture, about which it is turned and flipped."""
+    ky, kx = (k.double() for k in signed_frequencies(height, width))
+    return torch.exp(-1j * torch.pi * (ky * (height - 1) / height + kx * (width - 1) / width))
+
+
+def _unit_power(spectrum: Tensor, inside: Tensor) -> Tensor:
+    """Scale each channel to mean power 1 on the mask, which is what white noise has there."""
+    power = spectrum.abs().square().sum((-2, -1), keepdim=True) / inside.sum()
+    return spectrum / power.clamp_min(1e-12).sqrt()
+
+
+def make_key(
+    latent_shape: tuple[int, int, int],
+    placement: Placement,
+    *,
+    model: dict,
+    pattern: str = "ring",
+    mask: str = "centred",
+    rng: np.random.Generator | None = None,
+) -> Key:
+    """A new key; values come from the operating system's generator unless `rng` is given (tests and experiments only)."""
+    placement.check(latent_shape)
+    if pattern not in PATTERNS or mask not in MASKS:
+        raise SchemeError(
+            f"pattern {pattern!r} with mask {mask!r}: patterns are {', '.join(PATTERNS)}, masks {', '.join(MASKS)}"
+        )
+    spectrum = draw_spectrum(pattern, mask, placement, latent_shape, rng or Key.system_rng())
+    values = torch.view_as_real(spectrum).float().numpy()
+    return Key.new(
+        values,
+        scheme="tree-ring",
+        pattern=pattern,
+        mask=mask,
+        channels=list(placement.channels),
+        radii=list(placement.radii),
+        latent_shape=list(latent_shape),
+        model=model,
+    )
+
+
+class TreeRing:
+    """The scheme with one key in it."""
+
+    def __init__(self, key: Key) -> None:
+        meta = key.metadata
+        self.pattern, self.mask_name = meta["pattern"], meta["mask"]
+        self.placement = Placement(tuple(meta["channels"]), tuple(meta["radii"]))
+        self.latent_shape = tuple(meta["latent_shape"])
+        self.placement.check(self.latent_shape)
+        _, height, width = self.latent_shape
+        expected = (len(self.placement.channels), height, width, 2)
+        if key.values.shape != expected:
+            raise SchemeError(
+                f"key {key.fingerprint}: its values have shape {key.values.shape}, its description says {expected}"
+            )
+        self.spectrum = torch.view_as_complex(torch.from_numpy(key.values).double().contiguous())
+        self.ring = ring_index(self.mask_name, height, width)
+        self.inside = (self.ring >= self.placement.radii[0]) & (self.ring <= self.placement.radii[1])
+        self._rows, self._real_only = self._independent_bins()
+
+    def _independent_bins(self) -> tuple[Tensor, Tensor]:
+        """Flat indices of one bin of each conjugate pair that the mark reaches, and which of them are their own mirror."""
+        height, width = self.inside.shape
+        index = torch.arange(height * width).view(height, width)
+        mirror = self._mirror(index)
+        reached = self.inside | self._mirror(self.inside)
+        rows = index[reached & (index <= mirror)]
+        return rows, rows == mirror.flatten()[rows]
+
+    @staticmethod
+    def _mirror(x: Tensor) -> Tensor:
+        """x(−k) in the unshifted order."""
+        return x.flip(-2, -1).roll((1, 1), (-2, -1))
+
+    def _transform(self, noise: Tensor) -> Tensor:
+        return torch.fft.fft2(noise[:, list(self.placement.channels)].double().cpu(), norm="ortho")
+
+    def embed(self, noise: Tensor) -> Tensor:
+        """Replace the masked bins by the key's and go back; exact for the centred mask, see the module's text for the other."""
+        marked = torch.where(self.inside, self.spectrum, self._transform(noise))
+        out = noise.clone()
+        out[:, list(self.placement.channels)] = torch.fft.ifft2(marked, norm="ortho").real.to(noise)
+        return out
+
+    def features(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Real and imaginary parts on independent bins, scaled to unit variance on white noise: (B, d) and (d,).
+
+        The key is the Hermitian part of its spectrum, which is what taking the real part leaves of it.
+        """
+        key = (self.spectrum + self._mirror(self.spectrum).conj()) / 2
+        return self._stack(self._transform(noise)), self._stack(key[None])[0]
+
+    def aligned(self, noise: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """For the eye: real spectra (h, w), DC in the middle, of the first marked channel of one noise and of the key.
+
+        Turned to the phase of the image's middle, where a ring is real and the same all along its circle.
+        """
+        height, width = self.inside.shape
+        turn = middle_phase(height, width).conj()
+        both = torch.stack([self._transform(noise)[0, 0], self.spectrum[0]]) * turn
+        return tuple(torch.fft.fftshift(both, dim=(-2, -1)).real.numpy() * 2**0.5)
+
+    def _stack(self, spectrum: Tensor) -> Tensor:
+        bins = spectrum.flatten(2)[..., self._rows]
+        real = bins.real * torch.where(self._real_only, 1.0, 2**0.5)
+        imaginary = bins.imag[..., ~self._real_only] * 2**0.5
+        return torch.cat([real, imaginary], -1).flatten(1)
+
+    def feature_rings(self) -> tuple[Tensor, Tensor]:
+        """For each feature (d,): its latent channel, and its ring about DC (the published mask's rings are not about DC)."""
+        ring = rings(*self.inside.shape).flatten()[self._rows]
+        ring = torch.cat([ring, ring[~self._real_only]])
+        channels = torch.tensor(self.placement.channels)
+        return channels.repeat_interleave(len(ring)), ring.repeat(len(channels))
+
+    def outside(self, noise: Tensor) -> Tensor:
+        """Power (B, n) of the marked channels' independent bins just outside the mask: what *zeros* is compared with."""
+        low, high = self.placement.radii
+        near = (self.ring <= high + max(2, (high - low) // 2)) & ~self.inside & (self.ring > 0)
+        return self._transform(noise)[..., near].abs().square().flatten(1)
+
+    def masked(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """All masked bins in the published units, where white noise has power h·w: (B, n) and (n,), complex."""
+        scale = self.inside.numel() ** 0.5
+        return self._transform(noise)[..., self.inside].flatten(1) * scale, self.spectrum[
+            ..., self.inside
+        ].flatten() * scale
+
+
+def recommend(
+    recovery: NoiseRecovery | None, latent_shape: tuple[int, int, int], *, budget: float = 0.08, lowest: int = 3
+) -> Placement:
+    """The placement with the greatest expected signal, Σ a²/v over its bins, within a share `budget` of all bins.
+
+    Radii below `lowest` fix the picture's layout, radii beyond a third of the side rarely survive compression: both
+    are left alone. Without a measured recovery: every channel, mid frequencies.
+    """
+    count, height, width = latent_shape
+    short = min(height, width)
+    if recovery is None:
+        return Placement(tuple(range(count)), (max(1, short // 16), max(2, short // 6)))
+    sizes = torch.bincount(rings(height, width).flatten()).double()
+    gain = recovery.attenuation.clamp_min(0).square() / recovery.variance * sizes
+    allowed = budget * count * height * width
+    best, chosen = -1.0, None
+    for low in range(lowest, short // 3 + 1):
+        for high in range(low + 1, short // 3 + 1):
+            number = min(count, int(allowed // sizes[low : high + 1].sum()))
+            total, order = gain[:, low : high + 1].sum(1).sort(descending=True)
+            if number and total[:number].sum() > best:
+                best, chosen = (
+                    float(total[:number].sum()),
+                    Placement(tuple(sorted(order[:number].tolist())), (low, high)),
+                )
+    return chosen or recommend(None, latent_shape)

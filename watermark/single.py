@@ -1,0 +1,103 @@
+"""Single images: verify, explain, invert; and facts about a model."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from data.images import ImageError, Sample, read_sample, to_array
+from data.store import write_atomic
+from inversion.model import LatentModel
+from watermark.detect import Detector, Recovered
+from watermark.report import explain, save_figure
+from watermark.schemes.tree_ring import recommend
+
+__all__ = ["Line", "explain_to", "facts", "invert_file", "verify_files"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """What is said of one file: a sentence, a record, and the exit code that it alone would give."""
+
+    text: str
+    record: dict
+    exit_code: int
+
+    @property
+    def unreadable(self) -> bool:
+        return "error" in self.record
+
+
+def verify_files(detector: Detector, paths: list[Path], *, batch: int = 8) -> list[Line]:
+    """A line for each file, in the order given; with several keys, of the one that fits best."""
+    lines: dict[int, Line] = {}
+
+    def readable() -> Iterator[Sample]:
+        for i, path in enumerate(paths):
+            try:
+                yield read_sample(path, detector.model.image_size, id=str(i))
+            except ImageError as error:
+                lines[i] = Line(str(error), {"sample_id": str(path), "error": str(error)}, 2)
+
+    for sample, verdicts in detector.scan(readable(), batch):
+        i, best = int(sample.id), min(verdicts, key=lambda v: v.p_value)
+        record = best.record() | {"sample_id": str(paths[i]), "carries": [v.key for v in verdicts if v.present]}
+        lines[i] = Line(f"{paths[i]}: {best.sentence()}", record, {True: 0, False: 1, None: 3}[best.present])
+    return [lines[i] for i in range(len(paths))]
+
+
+def _recover(detector: Detector, path: Path) -> tuple[Sample, Recovered]:
+    sample = read_sample(path, detector.model.image_size)
+    return sample, detector.recover(torch.from_numpy(to_array(sample.image))[None])
+
+
+def explain_to(detector: Detector, path: Path, output: Path) -> None:
+    """Draw what the verdict on one image rests on, for the key that fits best."""
+    sample, recovered = _recover(detector, path)
+    best = min(detector.judge([sample], recovered)[0], key=lambda v: v.p_value)
+    save_figure(explain(detector, sample.image, recovered, best), output)
+
+
+def invert_file(detector: Detector, path: Path, output: Path) -> dict:
+    """Write `latents` and `noise` (C, h, w) and the residuals along the way; return what the solver did."""
+    from safetensors.torch import save
+
+    sample, recovered = _recover(detector, path)
+    solution = recovered.solution
+    done = {
+        "image": str(path),
+        "status": solution.status[0].value if len(solution.residuals) else "encoder only",
+        "evaluations": int(solution.steps[0]),
+        "residuals": solution.residuals[:, 0].tolist(),
+        "pixel_residuals": solution.merits[:, 0].tolist(),
+        "seconds": recovered.seconds,
+        "notes": list(sample.notes),
+        **detector.settings(),
+    }
+    tensors = {"latents": solution.value[0].cpu().contiguous(), "noise": recovered.noise[0].contiguous()}
+    write_atomic(output, save(tensors, {"ringmark": json.dumps(done)}))
+    return done
+
+
+def facts(model: LatentModel) -> dict:
+    """What a model and this installation are."""
+    best = recommend(model.recovery, model.latent_shape)
+    return {
+        "model": model.name,
+        "fingerprint": model.identity["fingerprint"],
+        "image size": "{}x{}".format(*model.image_size),
+        "latent shape": "x".join(map(str, model.latent_shape)),
+        "prediction": model.prediction,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "noise recovery": "measured" if model.recovery else "not measured",
+        "default mark": f"channels {list(best.channels)}, radii {best.radii[0]}-{best.radii[1]}",
+        **{name: version(name) for name in ("ringmark", "torch", "diffusers", "transformers")},
+        "python": platform.python_version(),
+    }
