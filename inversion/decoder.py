@@ -40,6 +40,7 @@ def invert_decoder(
     rounding x to 8 bits alone causes (the discrepancy principle): iterating past it fits the rounding noise.
     """
     target = encode(images)
+    images = images.to(target.device)
     if max_steps and isinstance(tol, str):
         tol = quantisation_level(encode, images, target)
 
@@ -69,8 +70,8 @@ def gradient_residual(decode: Map, images: Tensor) -> Residual:
     """∇_z Σ(D(z) − x)² with merit ‖D(z) − x‖: the baseline's residual. It stores the decoder's whole graph."""
 
     def residual(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            z = z.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            z = z.clone().requires_grad_()  # a clone, since the start may have been made in inference mode
             error = decode(z) - images[rows]
             loss = error.square().sum()
             (gradient,) = torch.autograd.grad(loss, z)

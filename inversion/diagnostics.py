@@ -55,7 +55,7 @@ class NoiseRecovery:
     @classmethod
     def measure(cls, recovered: Tensor, truth: Tensor) -> NoiseRecovery:
         """From recovered and true noise (B, C, h, w): a = Re Σ F̂ F* / Σ |F|², v = mean |F̂ − a F|²."""
-        f, g = (torch.fft.fft2(x.double(), norm="ortho") for x in (truth, recovered))
+        f, g = (torch.fft.fft2(x.double().cpu(), norm="ortho") for x in (truth, recovered))
         ring = rings(*truth.shape[-2:])
         count = len(truth) * torch.bincount(ring.flatten())
 
@@ -69,7 +69,7 @@ class NoiseRecovery:
     def save(self, folder: Path, **settings) -> None:
         """Store it beside the model's weights, with the settings it was measured under."""
         table = {"attenuation": self.attenuation, "variance": self.variance}
-        rounded = {k: [[round(x, 5) for x in row] for row in v.tolist()] for k, v in table.items()}
+        rounded = {k: [[float(f"{x:.6g}") for x in row] for row in v.tolist()] for k, v in table.items()}
         (folder / self.FILE).write_text(json.dumps(settings | rounded, indent=1))
 
     @classmethod
@@ -81,8 +81,8 @@ class NoiseRecovery:
         try:
             stored = json.loads(path.read_text())
             a, v = (torch.tensor(stored[k], dtype=torch.float64) for k in ("attenuation", "variance"))
-            if a.shape != v.shape or a.ndim != 2 or not (v > 0).all():
-                raise ValueError("attenuation and variance must be tables of one shape, variance positive")
+            if a.shape != v.shape or a.ndim != 2 or not (a.isfinite() & v.isfinite() & (v > 0)).all():
+                raise ValueError("attenuation and variance must be tables of one shape, finite, variance positive")
         except (ValueError, KeyError, TypeError) as error:
             raise ModelError(f"{path}: damaged ({error}); measure it again with scripts/measure_recovery.py") from error
         return cls(a, v)

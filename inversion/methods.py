@@ -48,9 +48,11 @@ class InertialKM:
     beta: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.lam * (1 - self.alpha + 2 * self.alpha**2) < (1 - self.alpha) ** 2:
+        if not 0 <= self.alpha < 1:
+            raise ValueError(f"inertial KM needs 0 <= alpha < 1, not {self.alpha}")
+        if not 0 < self.lam * (1 - self.alpha + 2 * self.alpha**2) < (1 - self.alpha) ** 2:
             bound = (1 - self.alpha) ** 2 / (1 - self.alpha + 2 * self.alpha**2)
-            raise ValueError(f"inertial KM with alpha = {self.alpha} needs lam < {bound:.4g}, not {self.lam}")
+            raise ValueError(f"inertial KM with alpha = {self.alpha} needs 0 < lam < {bound:.4g}, not {self.lam}")
 
     def init(self, z: Tensor) -> State:
         return {"previous": z.clone()}
@@ -113,6 +115,10 @@ class Anderson:
     ridge: float = 1e-4
     safeguard: float = 1.5
 
+    def __post_init__(self) -> None:
+        if self.window < 1 or not self.ridge > 0:
+            raise ValueError(f"Anderson needs window >= 1 and ridge > 0, not {self.window} and {self.ridge}")
+
     def init(self, z: Tensor) -> State:
         none = torch.zeros(len(z), self.window, z[0].numel(), device=z.device)
         beta = torch.full((len(z),), self.beta, device=z.device)
@@ -157,11 +163,14 @@ class Anderson:
 
     def _mix(self, dt: Tensor, t: Tensor) -> Tensor:
         """γ (B, m): ridge regression of t on the rows of dt, in float64; empty rows get γ = 0."""
-        gram = torch.einsum("bmn,bkn->bmk", dt, dt).double()
+        dt, t = dt.double(), t.double()
+        gram = torch.einsum("bmn,bkn->bmk", dt, dt)
         trace = gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(torch.finfo(torch.float32).tiny)
         eye = torch.eye(self.window, dtype=gram.dtype, device=gram.device)
-        right = torch.einsum("bmn,bn->bm", dt, t).double()
-        return torch.linalg.solve(gram + self.ridge * trace[:, None, None] * eye, right).float()
+        right = torch.einsum("bmn,bn->bm", dt, t)
+        # solve_ex, because solve raises for the whole batch where one sample's system is singular
+        mix, _ = torch.linalg.solve_ex(gram + self.ridge * trace[:, None, None] * eye, right)
+        return mix.nan_to_num(0.0, 0.0, 0.0).float()
 
 
 METHODS: dict[str, type[Method]] = {"forward": ForwardStep, "km": InertialKM, "adam": Adam, "anderson": Anderson}

@@ -7,7 +7,8 @@ which noise schedule was trained. Nothing else in the project knows.
 from __future__ import annotations
 
 import hashlib
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -49,7 +50,8 @@ class LatentModel:
             tokenizer,
             scheduler,
         )
-        if unet.config.get("addition_embed_type") or unet.config.in_channels != vae.config.latent_channels:
+        more = [unet.config.get(k) for k in ("addition_embed_type", "class_embed_type", "num_class_embeds")]
+        if any(more) or unet.config.in_channels != vae.config.latent_channels:
             raise ModelError(
                 f"{name}: needs more than a prompt and latents (as SDXL and inpainting models do); use a text-to-image model of the Stable Diffusion 1 or 2 kind"
             )
@@ -60,6 +62,8 @@ class LatentModel:
             )
         self.name, self.recovery = name, recovery
         side = unet.config.sample_size
+        if not side:
+            raise ModelError(f"{name}: the config of its network gives no sample_size, the side of its latents")
         height, width = (side, side) if isinstance(side, int) else side
         factor = 2 ** (len(vae.config.get("block_out_channels", vae.config.get("decoder_block_out_channels"))) - 1)
         self.latent_shape = (vae.config.latent_channels, height, width)
@@ -80,13 +84,11 @@ class LatentModel:
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         dtype = dtype or (torch.float16 if place.type == "cuda" else torch.float32)
         where = resolve(source)
-        model = cls(
-            **_load_parts(where),
-            name=Path(where).name if Path(where).is_dir() else where,
-            recovery=NoiseRecovery.load(Path(where)),
-        )
-        for module in (model.vae, model.unet, model.text_encoder):
-            module.to(place, dtype).requires_grad_(False).eval()
+        name = Path(where).resolve().name if Path(where).is_dir() else where
+        with _quiet():
+            model = cls(**_load_parts(where), name=name, recovery=NoiseRecovery.load(Path(where)))
+            for module in (model.vae, model.unet, model.text_encoder):
+                module.to(place, dtype).requires_grad_(False).eval()
         return model
 
     @classmethod
@@ -98,7 +100,8 @@ class LatentModel:
         """Of the weights, from a few values of every tensor, so that it costs milliseconds for any model."""
         digest = hashlib.sha256()
         for module in (self.vae, self.unet, self.text_encoder):
-            for key, p in sorted(module.state_dict().items()):
+            # transformers 4 calls the same tensors text_model.…
+            for key, p in sorted((k.removeprefix("text_model."), p) for k, p in module.state_dict().items()):
                 flat = p.detach().flatten()
                 some = flat[:: max(1, flat.numel() // 8)][:8].float().cpu().contiguous()
                 digest.update(key.encode() + some.numpy().tobytes())
@@ -149,12 +152,15 @@ class LatentModel:
         if not 1 <= steps <= ddim.config.num_train_timesteps:
             raise ModelError(f"{self.name}: steps must lie in 1 … {ddim.config.num_train_timesteps}, not {steps}")
         ddim.set_timesteps(steps)
-        return Grid.from_schedule(ddim.alphas_cumprod, ddim.timesteps, float(ddim.final_alpha_cumprod))
+        try:
+            return Grid.from_schedule(ddim.alphas_cumprod, ddim.timesteps, float(ddim.final_alpha_cumprod))
+        except (IndexError, ValueError) as error:
+            raise ModelError(f"{self.name}: its schedule cannot be walked in {steps} steps: {error}") from error
 
 
 def resolve(source: str | Path) -> str:
     """Where "pocket", a folder or a hub id is to be loaded from. Raises ModelError for a folder that is no model."""
-    folder = POCKET if str(source) == "pocket" else Path(source)
+    folder = POCKET if str(source) == "pocket" else Path(source).expanduser()
     if (folder / "model_index.json").is_file():
         return str(folder)
     if folder.exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
@@ -165,27 +171,62 @@ def resolve(source: str | Path) -> str:
 
 
 def _load_parts(source: str) -> dict:
-    from diffusers import AutoModel, DDIMScheduler
-    from diffusers.utils import logging
+    from diffusers import DDIMScheduler, ModelMixin, SchedulerMixin, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    def whole(kind, part: str, **dtype: torch.dtype) -> nn.Module:
+        module, info = kind.from_pretrained(
+            source, subfolder=part, use_safetensors=True, output_loading_info=True, **dtype
+        )
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"{part}: its weights lack {missing[0]} and {len(missing) - 1} more")
+        return module
+
     try:
+        vae = _kind(UNet2DConditionModel.load_config(source, subfolder="vae"), ModelMixin)
+        schedule = DDIMScheduler.load_config(source, subfolder="scheduler")
+        tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise ValueError("tokenizer: it has no vocabulary")
         return {
-            "vae": AutoModel.from_pretrained(source, subfolder="vae", use_safetensors=True, torch_dtype=torch.float32),
-            "unet": AutoModel.from_pretrained(
-                source, subfolder="unet", use_safetensors=True, torch_dtype=torch.float32
-            ),
-            "text_encoder": CLIPTextModel.from_pretrained(
-                source, subfolder="text_encoder", use_safetensors=True, dtype=torch.float32
-            ),
-            "tokenizer": CLIPTokenizer.from_pretrained(source, subfolder="tokenizer"),
-            "scheduler": DDIMScheduler.from_pretrained(source, subfolder="scheduler"),
+            "vae": whole(vae, "vae", torch_dtype=torch.float32),
+            "unet": whole(UNet2DConditionModel, "unet", torch_dtype=torch.float32),
+            "text_encoder": whole(CLIPTextModel, "text_encoder", dtype=torch.float32),
+            "tokenizer": tokenizer,
+            "scheduler": _kind(schedule, SchedulerMixin).from_config(schedule),
         }
-    except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    except Exception as error:  # whatever three libraries raise for a file that is missing, damaged or of another kind
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if not Path(source).is_dir():
+            reason = f"no such folder, and no model of this name in the cache or within reach on the hub ({reason})"
         raise ModelError(f"{source}: cannot be loaded as a latent diffusion model: {reason}") from error
+
+
+def _kind(config: dict, base: type) -> type:
+    """The class of diffusers that a config names."""
+    import diffusers
+
+    name = config.get("_class_name")
+    kind = getattr(diffusers, str(name), None)
+    if not (isinstance(kind, type) and issubclass(kind, base)):
+        raise ValueError(f"{name!r} is no {base.__name__} of diffusers {diffusers.__version__}")
+    return kind
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Progress bars and remarks of the libraries are for their own users; errors still come as exceptions."""
+    import diffusers.utils.logging as ours
+    import transformers.utils.logging as theirs
+
+    before = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in (ours, theirs)]
+    for log, _, _ in before:
+        log.set_verbosity(log.CRITICAL)
+        log.disable_progress_bar()
+    try:
+        yield
     finally:
-        if bars:
-            logging.enable_progress_bar()
+        for log, verbosity, bars in before:
+            log.set_verbosity(verbosity)
+            if bars:
+                log.enable_progress_bar()

@@ -93,13 +93,14 @@ class _Progress:
         self.lowest[rows] = torch.cat([best, self.lowest[rows, :-1]], 1)
         self.steps[rows.cpu()] += 1
 
-    def finished(self, rows: Tensor, size: Tensor, tol: Tensor) -> Tensor:
+    def finished(self, rows: Tensor, size: Tensor, tol: Tensor | None) -> Tensor:
         """(A,) which of the active samples stop here; their status is noted."""
+        converged = size <= (0.0 if tol is None else tol[rows])
         diverged = ~torch.isfinite(size) | (size > BLOW_UP * self.first[rows])
-        stalled = self.lowest[rows, 0] > STALL_GAIN * self.lowest[rows, -1]
+        stalled = (self.lowest[rows, 0] > STALL_GAIN * self.lowest[rows, -1]) & (tol is not None)
         done = torch.zeros_like(diverged)
         for now, status in (
-            (size <= tol[rows], Status.CONVERGED),
+            (converged, Status.CONVERGED),
             (diverged, Status.DIVERGED),
             (stalled, Status.STALLED),
         ):
@@ -121,12 +122,13 @@ def solve(
     """Look for z with T(z) = 0, each sample of the batch by itself.
 
     `max_steps` ≥ 0 steps are taken at most, so T is evaluated max_steps + 1 times (not at all for 0: the solution is
-    the start). `tol`, a number or one a sample, is the ‖T‖ at which a sample has converged. The value returned is the
-    evaluated iterate with the lowest merit, so it is never worse than the start. `progress(k, active)` is called after
+    the start). `tol`, a number or one a sample, is the ‖T‖ at which a sample has converged; a sample that stalls above
+    it stops too. With None every step is taken, save where T is zero or diverges. The value returned is the evaluated
+    iterate with the lowest merit, so it is never worse than the start. `progress(k, active)` is called after
     each evaluation. State and iterates are float32 whatever the dtype of the maps.
     """
     z = start.float()
-    tol = torch.as_tensor(-1.0 if tol is None else tol, dtype=z.dtype, device=z.device).expand(len(z))
+    tol = None if tol is None else torch.as_tensor(tol, dtype=z.dtype, device=z.device).expand(len(z))
     rows, state, seen = torch.arange(len(z), device=z.device), method.init(z), _Progress.start(z)
     sizes, merits = [], []
     for k in range(max_steps + 1 if max_steps else 0):

@@ -384,6 +384,8 @@ def export(vae, unet, text, tokenizer, target: Path) -> None:
     # A fresh pipeline of half-precision modules: the ones in training keep their fp32.
     pipe = assemble(vae, unet, text, tokenizer).to(torch.float16)
     pipe.save_pretrained(target, safe_serialization=True)
+    for file in target.rglob("*.safetensors"):
+        file.chmod(0o644)
 
 
 @click.command()
@@ -421,9 +423,12 @@ def main(
         work, latents, captions, vae, vae.config.scaling_factor, 0 if export_only else diffusion_steps, 2 * batch
     )
     export(vae, diffusion.net["unet"], diffusion.net["text"], make_tokenizer(captions), target)
-    (work / "times.json").write_text(
-        json.dumps({r.path.stem: {"steps": r.step, "seconds": round(r.seconds)} for r in (autoencoder, diffusion)})
-    )
+    times = [
+        f"{run.path.stem} {run.step} steps of {n} images in {run.seconds / 60:.0f} minutes"
+        for run, n in ((autoencoder, batch), (diffusion, 2 * batch))
+    ]
+    options = f" --autoencoder-steps {autoencoder.step} --diffusion-steps {diffusion.step}"
+    (target / "training.json").write_text(json.dumps({"command": options, "times": "; ".join(times)}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -109,23 +109,12 @@ def load_model(source: str, device: str, dtype: str):
     from inversion.errors import ModelError
     from inversion.model import LatentModel
 
-    _quiet()
     try:
         return LatentModel.from_pretrained(
             source, device=device, dtype=None if dtype == "auto" else getattr(torch, dtype)
         )
     except RuntimeError as error:
         raise ModelError(f"--device {device}: {str(error).splitlines()[0]}") from error
-
-
-def _quiet() -> None:
-    """Keep libraries' import-time remarks off the terminal."""
-    import logging
-    import warnings
-
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("transformers", "diffusers", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def load_detector(model, key_paths: tuple[Path, ...], method: str, max_steps: int, steps: int, alpha: float):

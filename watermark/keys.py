@@ -47,7 +47,10 @@ class Key:
     @classmethod
     def new(cls, values: np.ndarray, **metadata) -> Key:
         """A key made now."""
-        return cls(values, metadata | {"created": datetime.now(timezone.utc).isoformat(timespec="seconds")})
+        return cls(
+            np.asarray(values, np.float32),
+            metadata | {"created": datetime.now(timezone.utc).isoformat(timespec="seconds")},
+        )
 
     @staticmethod
     def system_rng() -> np.random.Generator:
@@ -78,13 +81,13 @@ class Key:
                     file.write(data)
                 # A hard link fails where the name is taken, with no moment in which two writers could both succeed.
                 os.replace(temporary, path) if overwrite else os.link(temporary, path)
+            except FileExistsError:
+                raise KeyFileError(
+                    f"{path}: exists already; choose another name, or --force to replace it (marks made with the old key are then lost)"
+                ) from None
             finally:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(temporary)
-        except FileExistsError:
-            raise KeyFileError(
-                f"{path}: exists already; choose another name, or --force to replace it (marks made with the old key are then lost)"
-            ) from None
         except OSError as error:
             raise KeyFileError(f"{path}: cannot be written: {error.strerror}") from None
 
@@ -99,23 +102,36 @@ class Key:
                 raise KeyFileError(f"{path}: no such key file; make one with: ringmark keygen -o {path}")
             if path.stat().st_size > MAX_BYTES:
                 raise KeyFileError(f"{path}: too large to be a key ({path.stat().st_size >> 20} MB)")
+            path.open("rb").close()  # says why, where safetensors does not
             with safe_open(path, "numpy") as file:
                 metadata = json.loads((file.metadata() or {})["ringmark"])
                 values = file.get_tensor("values")
+            return cls._checked(path, values, metadata)
         except KeyFileError:
             raise
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, RecursionError, OSError):
+        except PermissionError as error:
+            raise KeyFileError(f"{path}: cannot be read: {error.strerror}") from None
+        # Any other dtype, number or nesting than keygen writes may fail in numpy, safetensors or json, each in its way.
+        except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RecursionError, OSError):
             raise KeyFileError(
                 f"{path}: not a ringmark key, or damaged; use the file that ringmark keygen wrote"
             ) from None
-        return cls._checked(path, values, metadata)
 
     @classmethod
     def _checked(cls, path: Path, values: np.ndarray, metadata: dict) -> Key:
         stored = metadata.pop("fingerprint", None) if isinstance(metadata, dict) else None
-        if stored is None or not all(isinstance(metadata.get(k), kind) for k, kind in FIELDS.items()):
+        if stored is None or not _described(metadata) or values.dtype != np.float32:
             raise KeyFileError(f"{path}: not a ringmark key, or damaged; use the file that ringmark keygen wrote")
         key = cls(values, metadata)
         if key.fingerprint != stored or not np.isfinite(values).all():
             raise KeyFileError(f"{path}: damaged: its fingerprint does not fit its contents; restore it from a copy")
         return key
+
+
+def _described(metadata: dict) -> bool:
+    """Whether every field is there and of its type; lists hold whole numbers."""
+    return (
+        all(isinstance(metadata.get(k), kind) for k, kind in FIELDS.items())
+        and all(type(n) is int for k, kind in FIELDS.items() if kind is list for n in metadata[k])
+        and (len(metadata["radii"]), len(metadata["latent_shape"])) == (2, 3)
+    )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data.store import write_atomic
+from inversion.diagnostics import NoiseRecovery
 from watermark.detect import Detector, Recovered, Verdict
 from watermark.evaluate import Curve
 
@@ -19,17 +20,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
-__all__ = ["explain", "plot_roc", "roc_figure", "save_figure", "table", "write_table"]
+__all__ = ["explain", "plot_roc", "recovery_figure", "roc_figure", "save_figure", "table", "write_table"]
 
 INK, MARK, GREY = "#1b3a5c", "#d1495b", "#9aa5b1"
+COLOURS = (INK, MARK, "#2a9d8f", "#e9a23b", GREY)
 
 
 def plot_roc(curves: Sequence[Curve], ax: Axes) -> None:
     """ROC curves over a logarithmic FPR axis, which starts at what the number of negatives can resolve."""
     floor = min(0.5 / c.negatives for c in curves)
-    for curve, colour, style in zip(
-        curves, [INK, MARK, "#2a9d8f", "#e9a23b", GREY] * 4, ["-", "--", "-.", ":"] * 5, strict=False
-    ):
+    for curve, colour, style in zip(curves, COLOURS * 4, ["-", "--", "-.", ":"] * 5, strict=False):
         low, high = curve.auc_interval
         ax.step(
             np.maximum(curve.fpr, floor),
@@ -45,6 +45,20 @@ def plot_roc(curves: Sequence[Curve], ax: Axes) -> None:
     ax.axvline(curves[0].fpr_limit, color=GREY, lw=0.8)
     ax.set(xscale="log", xlim=(floor, 1), ylim=(0, 1.02), xlabel="false-positive rate", ylabel="true-positive rate")
     ax.legend(loc="lower right", fontsize=8, frameon=False)
+
+
+def recovery_figure(recovery: NoiseRecovery) -> Figure:
+    """Correlation of true and recovered noise against ring radius, a line a latent channel: a / √(a² + v)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    ax = figure.subplots()
+    for channel, values in enumerate(recovery.attenuation / recovery.null.sqrt()):
+        ax.plot(values.numpy(), ".-", color=COLOURS[channel % len(COLOURS)], lw=1.2, label=f"channel {channel}")
+    ax.axhline(0, color=GREY, lw=0.8)
+    ax.set(xlabel="ring radius", ylabel="correlation of true and recovered noise", ylim=(-0.2, 1))
+    ax.legend(fontsize=8, frameon=False)
+    return figure
 
 
 def roc_figure(curves: Sequence[Curve], title: str = "") -> Figure:

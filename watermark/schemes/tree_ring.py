@@ -40,9 +40,10 @@ class Placement:
             or not all(0 <= c < count for c in self.channels)
         ):
             raise SchemeError(f"channels {list(self.channels)}: must be different numbers from 0 to {count - 1}")
-        if not 0 <= low <= high < min(size) // 2:
+        # DC alone is one number, which has no direction to compare.
+        if not 0 <= low <= high < min(size) // 2 or high == 0:
             raise SchemeError(
-                f"radii {low}-{high}: must rise and lie within 0 to {min(size) // 2 - 1} for latents of {size[0]}x{size[1]}"
+                f"radii {low}-{high}: must rise, from 0 at least to between 1 and {min(size) // 2 - 1} for latents of {size[0]}x{size[1]}"
             )
 
 
@@ -57,7 +58,7 @@ def ring_index(mask: str, height: int, width: int) -> Tensor:
         return rings(height, width)
     ky, kx = signed_frequencies(height, width)
     # Flipping y about an even number of rows puts the published centre at row h/2 − 1, where DC is at h/2.
-    return torch.hypot(ky + 1, kx).ceil().clamp_min(1).long()
+    return torch.hypot(ky + 1 - height % 2, kx).ceil().clamp_min(1).long()
 
 
 def draw_spectrum(
@@ -106,10 +107,7 @@ def make_key(
 ) -> Key:
     """A new key; values come from the operating system's generator unless `rng` is given (tests and experiments only)."""
     placement.check(latent_shape)
-    if pattern not in PATTERNS or mask not in MASKS:
-        raise SchemeError(
-            f"pattern {pattern!r} with mask {mask!r}: patterns are {', '.join(PATTERNS)}, masks {', '.join(MASKS)}"
-        )
+    _check_names(pattern, mask)
     spectrum = draw_spectrum(pattern, mask, placement, latent_shape, rng or Key.system_rng())
     values = torch.view_as_real(spectrum).float().numpy()
     return Key.new(
@@ -124,12 +122,22 @@ def make_key(
     )
 
 
+def _check_names(pattern: str, mask: str) -> None:
+    if pattern not in PATTERNS or mask not in MASKS:
+        raise SchemeError(
+            f"pattern {pattern!r} with mask {mask!r}: patterns are {', '.join(PATTERNS)}, masks {', '.join(MASKS)}"
+        )
+
+
 class TreeRing:
-    """The scheme with one key in it."""
+    """The scheme with one key in it. Raises SchemeError for a key of another scheme and for noise of another shape."""
 
     def __init__(self, key: Key) -> None:
         meta = key.metadata
+        if meta["scheme"] != "tree-ring":
+            raise SchemeError(f"key {key.fingerprint}: its scheme {meta['scheme']!r} is not tree-ring")
         self.pattern, self.mask_name = meta["pattern"], meta["mask"]
+        _check_names(self.pattern, self.mask_name)
         self.placement = Placement(tuple(meta["channels"]), tuple(meta["radii"]))
         self.latent_shape = tuple(meta["latent_shape"])
         self.placement.check(self.latent_shape)
@@ -149,9 +157,13 @@ class TreeRing:
         height, width = self.inside.shape
         index = torch.arange(height * width).view(height, width)
         mirror = self._mirror(index)
-        reached = self.inside | self._mirror(self.inside)
-        rows = index[reached & (index <= mirror)]
+        rows = index[self._reached & (index <= mirror)]
         return rows, rows == mirror.flatten()[rows]
+
+    @property
+    def _reached(self) -> Tensor:
+        """(h, w) the masked bins and their conjugates."""
+        return self.inside | self._mirror(self.inside)
 
     @staticmethod
     def _mirror(x: Tensor) -> Tensor:
@@ -159,6 +171,10 @@ class TreeRing:
         return x.flip(-2, -1).roll((1, 1), (-2, -1))
 
     def _transform(self, noise: Tensor) -> Tensor:
+        if noise.ndim != 4 or tuple(noise.shape[1:]) != self.latent_shape:
+            raise SchemeError(
+                f"noise {tuple(noise.shape)}: this key needs (B, {', '.join(map(str, self.latent_shape))})"
+            )
         return torch.fft.fft2(noise[:, list(self.placement.channels)].double().cpu(), norm="ortho")
 
     def embed(self, noise: Tensor) -> Tensor:
@@ -200,10 +216,10 @@ class TreeRing:
         return channels.repeat_interleave(len(ring)), ring.repeat(len(channels))
 
     def outside(self, noise: Tensor) -> Tensor:
-        """Power (B, n) of the marked channels' independent bins just outside the mask: what *zeros* is compared with."""
+        """Power (B, n) of the marked channels' bins just outside the mask, conjugates too: what *zeros* is compared with."""
         low, high = self.placement.radii
-        near = (self.ring <= high + max(2, (high - low) // 2)) & ~self.inside & (self.ring > 0)
-        return self._transform(noise)[..., near].abs().square().flatten(1)
+        near = (self.ring <= high + max(2, (high - low) // 2)) & (self.ring > 0)
+        return self._transform(noise)[..., near & self._mirror(near) & ~self._reached].abs().square().flatten(1)
 
     def masked(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """All masked bins in the published units, where white noise has power h·w: (B, n) and (n,), complex."""

@@ -1,0 +1,359 @@
+"""A key comes back as it was saved, is never lost or shown, and nothing else is taken for one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import stat
+import struct
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import watermark.keys
+from watermark.errors import KeyFileError
+from watermark.keys import Key
+
+VALUES = np.array([[0.7310586, -1.2345678], [3.1415927, -0.0987654]], np.float32)
+PUBLIC = {
+    "scheme": "tree-ring",
+    "pattern": "ring",
+    "mask": "centred",
+    "channels": [0, 2],
+    "radii": [3, 8],
+    "latent_shape": [4, 32, 32],
+    "model": {"name": "pocket", "fingerprint": "0123456789abcdef"},
+}
+CREATED = {"created": "2026-01-01T00:00:00+00:00"}
+KEY = Key(VALUES, PUBLIC | CREATED)
+
+
+@pytest.fixture
+def path(tmp_path):
+    KEY.save(tmp_path / "my.key")
+    return tmp_path / "my.key"
+
+
+def parts(path) -> tuple[dict, bytes]:
+    """Header and body of a safetensors file."""
+    data = path.read_bytes()
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8:end]), data[end:]
+
+
+def put(path, header: dict, body: bytes) -> None:
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+
+
+def put_description(path, text: str) -> None:
+    header, body = parts(path)
+    put(path, header | {"__metadata__": {"ringmark": text}}, body)
+
+
+def refused(act, path) -> str:
+    """The message, one line that names the path and shows no value, with which `act` fails."""
+    with pytest.raises(KeyFileError) as caught:
+        act()
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message
+    assert not shows_values(message + repr(caught.value))
+    return message
+
+
+def shows_values(text: str) -> bool:
+    return any(f"{abs(x):.3f}"[:-1] in text for x in VALUES.flat)
+
+
+def test_there_and_back(tmp_path):
+    key = Key.new(VALUES, **PUBLIC)
+    key.save(tmp_path / "a.key")
+    back = Key.load(tmp_path / "a.key")
+    assert back.values.dtype == np.float32 and np.array_equal(back.values, VALUES)
+    assert back.metadata == key.metadata and back.fingerprint == key.fingerprint
+
+
+def test_non_contiguous_and_wider_values_come_back_as_float32(tmp_path):
+    key = Key.new(np.arange(12.0).reshape(3, 4).T, **PUBLIC)
+    key.save(tmp_path / "a.key")
+    assert np.array_equal(Key.load(tmp_path / "a.key").values, np.arange(12.0).reshape(3, 4).T)
+
+
+def test_the_fingerprint_of_a_known_key_never_changes():
+    assert KEY.fingerprint == "6d974d3b8170ea53"
+
+
+@given(st.integers(0, 3), st.booleans())
+def test_any_value_changes_the_fingerprint(index, up):
+    values = VALUES.copy()
+    values.flat[index] = np.nextafter(values.flat[index], np.float32(np.inf if up else -np.inf))
+    assert Key(values, KEY.metadata).fingerprint != KEY.fingerprint
+
+
+@pytest.mark.parametrize("field", [*PUBLIC, "another"])
+def test_any_public_field_changes_the_fingerprint(field):
+    assert Key(VALUES, KEY.metadata | {field: "other"}).fingerprint != KEY.fingerprint
+
+
+def test_neither_time_nor_order_of_fields_changes_the_fingerprint():
+    assert Key(VALUES, KEY.metadata | {"created": "2030"}).fingerprint == KEY.fingerprint
+    assert Key(VALUES, dict(reversed(KEY.metadata.items()))).fingerprint == KEY.fingerprint
+
+
+def test_two_system_keys_differ():
+    a, b = (Key.new(Key.system_rng().normal(size=8), **PUBLIC) for _ in range(2))
+    assert not np.array_equal(a.values, b.values) and a.fingerprint != b.fingerprint
+
+
+def test_a_printed_key_shows_its_fingerprint_alone():
+    for text in (repr(KEY), str(KEY), f"{KEY}", repr([KEY])):
+        assert KEY.fingerprint in text and not shows_values(text)
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_only_the_owner_may_read_it(tmp_path, umask, overwrite):
+    target = tmp_path / "new" / "folder" / "my.key"
+    before = os.umask(umask)
+    try:
+        if overwrite:
+            target.parent.mkdir(parents=True)
+            target.write_bytes(b"")
+            target.chmod(0o666)
+        KEY.save(target, overwrite=overwrite)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+    assert os.listdir(target.parent) == ["my.key"]
+
+
+def test_a_key_is_never_replaced_unasked(path):
+    before = path.read_bytes()
+    other = Key.new(-VALUES, **PUBLIC)
+    assert "--force" in refused(lambda: other.save(path), path)
+    assert path.read_bytes() == before and os.listdir(path.parent) == ["my.key"]
+
+
+def test_replacing_is_atomic(path):
+    reader, before = path.with_name("reader"), path.read_bytes()
+    os.link(path, reader)  # stands for a process that has the old file open
+    other = Key.new(-VALUES, **PUBLIC)
+    other.save(path, overwrite=True)
+    assert Key.load(path).fingerprint == other.fingerprint
+    assert reader.read_bytes() == before and sorted(os.listdir(path.parent)) == ["my.key", "reader"]
+
+
+def test_of_many_writers_one_wins(tmp_path):
+    keys = [Key.new(VALUES + i, **PUBLIC) for i in range(8)]
+
+    def save(key):
+        try:
+            key.save(tmp_path / "my.key")
+        except KeyFileError:
+            return None
+        return key.fingerprint
+
+    with ThreadPoolExecutor(8) as pool:
+        won = [f for f in pool.map(save, keys) if f]
+    assert won == [Key.load(tmp_path / "my.key").fingerprint] and os.listdir(tmp_path) == ["my.key"]
+
+
+@pytest.mark.parametrize("overwrite, call", [(False, "link"), (True, "replace"), (False, "fdopen"), (True, "fdopen")])
+def test_a_failed_save_leaves_no_trace(path, monkeypatch, overwrite, call):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    target, before = path if overwrite else path.with_name("new.key"), path.read_bytes()
+    monkeypatch.setattr(watermark.keys.os, call, fail)
+    message = refused(lambda: Key.new(-VALUES, **PUBLIC).save(target, overwrite=overwrite), target)
+    assert os.strerror(errno.ENOSPC) in message
+    assert path.read_bytes() == before and os.listdir(path.parent) == ["my.key"]
+
+
+def test_where_nothing_can_be_written(path, tmp_path):
+    below = path / "x.key"  # its folder is a file
+    assert "--force" not in refused(lambda: KEY.save(below), below)
+    refused(lambda: KEY.save(tmp_path, overwrite=True), tmp_path)
+    assert os.listdir(tmp_path) == ["my.key"]
+
+
+def test_missing_file_and_folder(tmp_path):
+    for name in ("none.key", "no/such.key", "."):
+        assert "keygen" in refused(lambda name=name: Key.load(tmp_path / name), tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\0",
+        b"key",
+        bytes(range(256)) * 8,
+        b"\xff" * 4096,
+        struct.pack("<Q", 2**63) + b"{}",
+        b"\x02" + b"\0" * 7 + b"{}",
+    ],
+    ids=["empty", "nul", "short", "bytes", "ones", "endless header", "no tensor"],
+)
+def test_other_bytes(tmp_path, data):
+    (tmp_path / "x.key").write_bytes(data)
+    refused(lambda: Key.load(tmp_path / "x.key"), tmp_path / "x.key")
+
+
+def test_a_truncated_or_lengthened_key(path):
+    data = path.read_bytes()
+    for some in [data[:n] for n in (7, 8, 9, len(data) // 2, len(data) - 1)] + [data + b"\0"]:
+        path.write_bytes(some)
+        refused(lambda: Key.load(path), path)
+
+
+def test_no_bit_of_the_values_can_be_turned(path):
+    header, body = parts(path)
+    for i in range(8 * len(body)):
+        turned = bytearray(body)
+        turned[i // 8] ^= 1 << i % 8
+        put(path, header, bytes(turned))
+        assert "fingerprint" in refused(lambda: Key.load(path), path)
+
+
+@pytest.mark.parametrize("field", [*PUBLIC, "fingerprint"])
+def test_no_field_may_be_altered_or_missing(path, field):
+    stored = json.loads(parts(path)[0]["__metadata__"]["ringmark"])
+    same_type = {list: [1, 2, 3][: len(stored[field])], dict: {}, str: "other"}[type(stored[field])]
+    put_description(path, json.dumps(stored | {field: same_type}))
+    assert "fingerprint" in refused(lambda: Key.load(path), path)
+    put_description(path, json.dumps({k: v for k, v in stored.items() if k != field}))
+    refused(lambda: Key.load(path), path)
+
+
+WRONG = {
+    **{field: 7 for field in (*PUBLIC, "created")},
+    "channels": ["0"],
+    "radii": [1, 2, 3],
+    "latent_shape": [4, 32],
+}
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [*WRONG.items(), ("channels", [True]), ("radii", [1.5, 3]), ("latent_shape", [4, None, 32]), ("channels", [{}])],
+)
+def test_types_are_checked_even_if_the_fingerprint_fits(path, field, value):
+    Key(VALUES, KEY.metadata | {field: value}).save(path, overwrite=True)
+    refused(lambda: Key.load(path), path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "null", "[]", '"text"', "7", "{", '{"a": ' + "1" * 5000 + "}", "[" * 10**5, '{"fingerprint": NaN}'],
+    ids=["empty", "null", "list", "string", "number", "cut", "long number", "deep", "nan"],
+)
+def test_descriptions_that_are_none(path, text):
+    put_description(path, text)
+    refused(lambda: Key.load(path), path)
+
+
+def test_nesting_at_the_very_limit_of_json(path):
+    stored = parts(path)[0]["__metadata__"]["ringmark"]
+    for depth in range(900, 1000):
+        put_description(path, f'{stored[:-1]}, "x": {"[" * depth}{"]" * depth}}}')
+        refused(lambda: Key.load(path), path)
+
+
+def test_no_description_at_all(path):
+    header, body = parts(path)
+    for some in ({}, {"__metadata__": {}}, {"__metadata__": {"other": "x"}}):
+        put(path, {"values": header["values"]} | some, body)
+        refused(lambda: Key.load(path), path)
+    put(path, {"other": header["values"], "__metadata__": header["__metadata__"]}, body)
+    refused(lambda: Key.load(path), path)
+
+
+@pytest.mark.parametrize(
+    "dtype, size",
+    [("I32", 4), ("U32", 4), ("F64", 8), ("F16", 2), ("BF16", 2), ("C64", 8), ("F8_E4M3", 1), ("BOOL", 1), ("X", 4)],
+)
+def test_the_same_bytes_as_other_numbers(path, dtype, size):
+    header, body = parts(path)
+    put(path, header | {"values": header["values"] | {"dtype": dtype, "shape": [len(body) // size]}}, body)
+    refused(lambda: Key.load(path), path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_numbers(path, value):
+    values = VALUES.copy()
+    values[0, 0] = value
+    Key(values, KEY.metadata).save(path, overwrite=True)
+    refused(lambda: Key.load(path), path)
+
+
+class Trap:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder) -> None:
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_a_pickle_is_never_opened(tmp_path, protocol):
+    data = pickle.dumps(Trap(tmp_path / "sprung"), protocol)
+    (tmp_path / "x.key").write_bytes(data)
+    refused(lambda: Key.load(tmp_path / "x.key"), tmp_path / "x.key")
+    assert not (tmp_path / "sprung").exists()
+    pickle.loads(data)
+    assert (tmp_path / "sprung").exists()  # the trap works
+
+
+def test_too_large_a_file_is_not_read(path, monkeypatch):
+    size = path.stat().st_size
+    monkeypatch.setattr(watermark.keys, "MAX_BYTES", size)
+    Key.load(path)
+    monkeypatch.setattr(watermark.keys, "MAX_BYTES", size - 1)
+    assert "too large" in refused(lambda: Key.load(path), path)
+
+
+def test_nothing_large_is_allocated(path):
+    header, body = parts(path)
+    claims = [
+        {"shape": [2**62, 2**62]},
+        {"shape": [2**40]},
+        {"shape": [2**40], "data_offsets": [0, 2**42]},
+        {"shape": [2**64 - 1], "data_offsets": [0, 2**64 - 1]},
+        {"shape": [2, 2], "data_offsets": [2**63, 2**63 + 16]},
+    ]
+    Key.load(path)
+    tracemalloc.start()
+    try:
+        for claim in claims:
+            put(path, header | {"values": header["values"] | claim}, body)
+            refused(lambda: Key.load(path), path)
+        with path.open("r+b") as file:
+            file.truncate(1 << 32)  # sparse
+        refused(lambda: Key.load(path), path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+        path.unlink()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_a_key_that_may_not_be_read(path):
+    path.chmod(0)
+    assert "cannot be read" in refused(lambda: Key.load(path), path)
+
+
+def test_reading_that_is_forbidden_is_said_to_be(path, monkeypatch):
+    def forbid(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(watermark.keys.Path, "open", forbid)
+    assert "cannot be read" in refused(lambda: Key.load(path), path)
