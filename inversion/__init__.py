@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 
-# Looked up on first use (PEP 562), so that importing the package does not import torch.
+# Looked up on first use (PEP 562), so that importing the package does not import torch. `inversion.solve` is
+# the module: solve() is imported from there.
 _HOMES = {
     "Adam": "methods",
     "Anderson": "methods",
@@ -15,7 +16,6 @@ _HOMES = {
     "ModelError": "errors",
     "Solution": "solve",
     "Status": "solve",
-    "solve": "solve",
     "invert_decoder": "decoder",
     "invert": "diffusion",
     "sample": "diffusion",

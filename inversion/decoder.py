@@ -85,4 +85,4 @@ def invert_decoder_by_gradient(
 ) -> Solution:
     """The gradient baseline of arXiv 2409.18442 from `start` (the encoder's latents): Adam at 0.1, scheduled, unless told otherwise."""
     method = Adam(lr=0.1, horizon=max_steps) if method is None else method
-    return solve(gradient_residual(decode, images), start, method, max_steps=max_steps)
+    return solve(gradient_residual(decode, images.to(start.device)), start, method, max_steps=max_steps)

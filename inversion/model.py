@@ -58,7 +58,7 @@ class LatentModel:
         self.prediction = scheduler.config.get("prediction_type", "epsilon")
         if self.prediction not in PREDICTIONS or not hasattr(scheduler, "alphas_cumprod"):
             raise ModelError(
-                f"{name}: its scheduler predicts {self.prediction!r}; only {', '.join(PREDICTIONS)} on a schedule of ᾱ are supported"
+                f"{name}: its {type(scheduler).__name__} predicts {self.prediction!r}; only {', '.join(PREDICTIONS)} on a schedule of ᾱ are supported"
             )
         self.name, self.recovery = name, recovery
         side = unet.config.sample_size
@@ -96,6 +96,7 @@ class LatentModel:
         """Wrap the modules of a loaded diffusers pipeline, where and as they are."""
         return cls(pipe.vae, pipe.unet, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, name=name)
 
+    @torch.inference_mode()
     def _fingerprint(self) -> str:
         """Of the weights, from a few values of every tensor, so that it costs milliseconds for any model."""
         digest = hashlib.sha256()
@@ -179,7 +180,7 @@ def _load_parts(source: str) -> dict:
             source, subfolder=part, use_safetensors=True, output_loading_info=True, **dtype
         )
         if missing := sorted(info["missing_keys"]):
-            raise ValueError(f"{part}: its weights lack {missing[0]} and {len(missing) - 1} more")
+            raise ValueError(f"{part}: {len(missing)} of its tensors are missing, {missing[0]} the first")
         return module
 
     try:

@@ -130,7 +130,7 @@ for command in ([], *([name] for name in watermark.cli.main.commands)):
     except SystemExit as done:
         assert not done.code, command
 heavy = {"torch", "numpy", "scipy", "sklearn", "matplotlib", "PIL", "diffusers", "transformers", "safetensors"}
-sys.exit(", ".join(sorted(heavy & set(sys.modules))))
+sys.exit(", ".join(sorted(heavy & set(sys.modules))) or 0)
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -155,7 +155,13 @@ def main() -> None:
 
 @main.command()
 @click.option("-o", "--output", type=PATH, required=True, help="The key file to write.")
-@click.option("--pattern", type=click.Choice(["ring", "rand", "zeros"]), default="ring", show_default=True)
+@click.option(
+    "--pattern",
+    type=click.Choice(["ring", "rand", "zeros"]),
+    default="rand",
+    show_default=True,
+    help="On the rings: rand, a value a frequency; ring, one a circle (survives flips and rotation); zeros, nothing.",
+)
 @click.option(
     "--mask",
     type=click.Choice(["centred", "published"]),

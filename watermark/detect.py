@@ -46,7 +46,7 @@ class Verdict:
     score: float
     distance: float
     published_p: float
-    residual: float
+    residual: float | None
     status: str
     seconds: float
     label: bool | None = None
@@ -182,7 +182,7 @@ class Detector:
 
     def _doubts(self, recovered: Recovered, i: int) -> tuple[str, ...]:
         """Why nothing can be said of image i; empty if something can."""
-        if recovered.images[i].std() < FLAT:
+        if recovered.images[i].std((1, 2)).max() < FLAT:
             return ("the image is one flat colour",)
         if not torch.isfinite(recovered.noise[i]).all():
             return ("the inversion left the range of numbers",)
@@ -201,11 +201,11 @@ def detector(
     )
 
 
-def _final_rms(recovered: Recovered) -> list[float]:
-    """Pixel RMS of each image's best iterate, in grey levels of 255; NaN for the encoder alone, which decodes nothing."""
+def _final_rms(recovered: Recovered) -> list[float | None]:
+    """Pixel RMS of each image's best iterate, in grey levels of 255; None for the encoder alone, which decodes nothing."""
     merits = recovered.solution.merits
     if not len(merits):
-        return [float("nan")] * len(recovered.images)
+        return [None] * len(recovered.images)
     best = torch.from_numpy(np.nanmin(merits.numpy(), axis=0, initial=np.inf))
     return (best / recovered.images[0].numel() ** 0.5 * 127.5).tolist()
 

@@ -79,12 +79,9 @@ class Key:
             try:
                 with os.fdopen(handle, "wb") as file:
                     file.write(data)
-                # A hard link fails where the name is taken, with no moment in which two writers could both succeed.
-                os.replace(temporary, path) if overwrite else os.link(temporary, path)
-            except FileExistsError:
-                raise KeyFileError(
-                    f"{path}: exists already; choose another name, or --force to replace it (marks made with the old key are then lost)"
-                ) from None
+                if not overwrite:
+                    _reserve(path)
+                os.replace(temporary, path)
             finally:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(temporary)
@@ -135,3 +132,13 @@ def _described(metadata: dict) -> bool:
         and all(type(n) is int for k, kind in FIELDS.items() if kind is list for n in metadata[k])
         and (len(metadata["radii"]), len(metadata["latent_shape"])) == (2, 3)
     )
+
+
+def _reserve(path: Path) -> None:
+    """Take the name with an empty file, so that no two writers can both succeed. Raises KeyFileError where it is taken."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        raise KeyFileError(
+            f"{path}: exists already; choose another name, or --force to replace it (marks made with the old key are then lost)"
+        ) from None

@@ -46,10 +46,12 @@ def published_distance(recovered: np.ndarray, key: np.ndarray) -> np.ndarray:
 def published_p_value(recovered: np.ndarray, key: np.ndarray) -> np.ndarray:
     """The p-value of arXiv 2305.20030, for comparison: it is not calibrated.
 
-    Non-central χ² with σ estimated from the bins under test and conjugate bins counted twice.
+    Non-central χ² with σ estimated from the bins under test and conjugate bins counted twice; 1 where they do not vary.
     """
     parts = lambda x: np.concatenate([np.real(x), np.imag(x)], -1)
     f, k = parts(np.asarray(recovered)), parts(np.asarray(key))
     sigma = f.std(-1, ddof=1)
-    noncentral = np.square(k).sum() / sigma**2
-    return stats.ncx2.cdf(np.square(f - k).sum(-1) / sigma**2, k.shape[-1], noncentral)
+    p, some = np.ones(len(f)), sigma > 0
+    noncentral = np.square(k).sum() / sigma[some] ** 2
+    p[some] = stats.ncx2.cdf(np.square(f[some] - k).sum(-1) / sigma[some] ** 2, k.shape[-1], noncentral)
+    return p

@@ -66,8 +66,9 @@ def draw_spectrum(
 ) -> Tensor:
     """A key's complex spectrum (len(channels), h, w), zero outside the mask, of unit mean power on it.
 
-    ring: one Gaussian value a circle, the same all along it, so that rotation about the image's centre keeps it;
-    rand: the transform of white noise; zeros: nothing.
+    rand: the transform of white noise, so that marked noise is white noise still; ring: one Gaussian value a circle,
+    the same all along it, so that flips and rotations about the image's centre keep it, at the price of few free
+    numbers and of a bump in the middle of the noise; zeros: nothing, which is no secret either.
     """
     _, height, width = latent_shape
     ring, channels = ring_index(mask, height, width), len(placement.channels)
@@ -101,7 +102,7 @@ def make_key(
     placement: Placement,
     *,
     model: dict,
-    pattern: str = "ring",
+    pattern: str = "rand",
     mask: str = "centred",
     rng: np.random.Generator | None = None,
 ) -> Key:
@@ -185,12 +186,19 @@ class TreeRing:
         return out
 
     def features(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Real and imaginary parts on independent bins, scaled to unit variance on white noise: (B, d) and (d,).
+        """What a key leaves free, scaled to unit variance on white noise: (B, d) and (d,).
 
-        The key is the Hermitian part of its spectrum, which is what taking the real part leaves of it.
+        Real and imaginary parts on independent bins; for a ring one mean a circle, since its key is constant there:
+        two ring keys differ in no more than that, and a test on every bin would take one for the other. The key is the
+        Hermitian part of its spectrum, which is what taking the real part leaves of it.
         """
         key = (self.spectrum + self._mirror(self.spectrum).conj()) / 2
-        return self._stack(self._transform(noise)), self._stack(key[None])[0]
+        stack = self._circles if self._averages else self._bins
+        return stack(self._transform(noise)), stack(key[None])[0]
+
+    @property
+    def _averages(self) -> bool:
+        return self.pattern == "ring" and self.mask_name == "centred"
 
     def aligned(self, noise: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """For the eye: real spectra (h, w), DC in the middle, of the first marked channel of one noise and of the key.
@@ -202,16 +210,27 @@ class TreeRing:
         both = torch.stack([self._transform(noise)[0, 0], self.spectrum[0]]) * turn
         return tuple(torch.fft.fftshift(both, dim=(-2, -1)).real.numpy() * 2**0.5)
 
-    def _stack(self, spectrum: Tensor) -> Tensor:
+    def _bins(self, spectrum: Tensor) -> Tensor:
         bins = spectrum.flatten(2)[..., self._rows]
         real = bins.real * torch.where(self._real_only, 1.0, 2**0.5)
         imaginary = bins.imag[..., ~self._real_only] * 2**0.5
         return torch.cat([real, imaginary], -1).flatten(1)
 
+    def _circles(self, spectrum: Tensor) -> Tensor:
+        """Σ / √n over the n bins of each circle, turned to the image's middle, where conjugate bins are equal and real."""
+        turned = (spectrum * middle_phase(*self.inside.shape).conj()).real[..., self.inside]
+        circle = self.ring[self.inside] - self.placement.radii[0]
+        count = torch.bincount(circle)
+        total = torch.zeros(*turned.shape[:-1], len(count), dtype=turned.dtype).index_add_(-1, circle, turned)
+        return (total / count.sqrt()).flatten(1)
+
     def feature_rings(self) -> tuple[Tensor, Tensor]:
         """For each feature (d,): its latent channel, and its ring about DC (the published mask's rings are not about DC)."""
-        ring = rings(*self.inside.shape).flatten()[self._rows]
-        ring = torch.cat([ring, ring[~self._real_only]])
+        if self._averages:
+            ring = torch.arange(self.placement.radii[0], self.placement.radii[1] + 1)
+        else:
+            ring = rings(*self.inside.shape).flatten()[self._rows]
+            ring = torch.cat([ring, ring[~self._real_only]])
         channels = torch.tensor(self.placement.channels)
         return channels.repeat_interleave(len(ring)), ring.repeat(len(channels))
 
@@ -224,9 +243,8 @@ class TreeRing:
     def masked(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """All masked bins in the published units, where white noise has power h·w: (B, n) and (n,), complex."""
         scale = self.inside.numel() ** 0.5
-        return self._transform(noise)[..., self.inside].flatten(1) * scale, self.spectrum[
-            ..., self.inside
-        ].flatten() * scale
+        recovered = self._transform(noise)[..., self.inside].flatten(1)
+        return recovered * scale, self.spectrum[..., self.inside].flatten() * scale
 
 
 def recommend(

@@ -1,0 +1,61 @@
+"""Tests run offline and draw the same examples every time; a tiny latent diffusion model for those that need one."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("ringmark", deadline=None, derandomize=True, database=None)
+settings.load_profile("ringmark")
+
+
+@pytest.fixture(scope="session")
+def tiny_parts():
+    """The modules of a random latent diffusion model: 4×8×8 latents, 16×16 images, the pocket model's tokenizer."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from inversion.model import POCKET
+
+    tokenizer = CLIPTokenizer.from_pretrained(POCKET, subfolder="tokenizer")
+    torch.manual_seed(0)
+    return {
+        "vae": AutoencoderKL(
+            block_out_channels=[8, 8],
+            down_block_types=["DownEncoderBlock2D"] * 2,
+            up_block_types=["UpDecoderBlock2D"] * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+            scaling_factor=0.7,
+        ).eval(),
+        "unet": UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=16,
+            attention_head_dim=4,
+        ).eval(),
+        "text_encoder": CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=tokenizer.model_max_length,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        ).eval(),
+        "tokenizer": tokenizer,
+        "scheduler": DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+        ),
+    }

@@ -1,0 +1,289 @@
+"""Every command end to end on the embedded model, and what it says to bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from watermark import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = ["--steps", "4", "--max-steps", "1"]
+
+
+def run(*args: object, code: int = 0) -> Result:
+    """Run a command as a user would; stderr apart from stdout."""
+    result = CliRunner().invoke(cli.main, [str(a) for a in args])
+    assert result.exit_code == code, (result.output, result.stderr, result.exception)
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result
+
+
+def refused(*args: object) -> str:
+    """The one line by which a command refuses its arguments."""
+    message = run(*args, code=2).stderr.strip()
+    assert "Traceback" not in message
+    if message.startswith("Error: "):
+        assert "\n" not in message
+    return message
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a key, two marked and two unmarked images, drawn in a few steps."""
+    folder = tmp_path_factory.mktemp("house")
+    run("keygen", "-o", folder / "my.key")
+    run("generate", "--key", folder / "my.key", "-n", 2, "-o", folder / "images/marked", "--steps", 4)
+    run("generate", "--no-mark", "-n", 2, "--seed", 2, "-o", folder / "images/unmarked", "--steps", 4)
+    return folder
+
+
+def pictures(house: Path, kind: str = "*") -> list[Path]:
+    return sorted((house / "images").glob(f"{kind}/*.png"))
+
+
+def test_every_command_has_an_example_and_stands_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for name, command in cli.main.commands.items():
+        assert f"Example:\n  ringmark {name}" in re.sub(r"\n +", "\n  ", command.help)
+        assert f"ringmark {name}" in readme
+
+
+def test_same_words_for_the_same_options() -> None:
+    helps: dict[str, set[str | None]] = {}
+    for command in cli.main.commands.values():
+        for option in command.params:
+            if option.name in (
+                "source",
+                "device",
+                "dtype",
+                "steps",
+                "batch",
+                "as_json",
+                "guidance",
+                "max_steps",
+                "alpha",
+            ):
+                helps.setdefault(option.name, set()).add((option.help, str(option.default)))
+    assert all(len(texts) == 1 for texts in helps.values()), helps
+
+
+def test_keygen_writes_a_key_once(house: Path) -> None:
+    made = json.loads(
+        run(
+            "keygen", "-o", house / "second.key", "--pattern", "rand", "--channels", "1", "--radii", "2-6", "--json"
+        ).stdout
+    )
+    assert made["pattern"] == "rand" and made["channels"] == [1] and made["radii"] == [2, 6]
+    assert "exists already" in refused("keygen", "-o", house / "second.key")
+    again = json.loads(run("keygen", "-o", house / "second.key", "--force", "--json").stdout)
+    assert again["fingerprint"] != made["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--channels", "9"],
+        ["--channels", "1,1"],
+        ["--radii", "5"],
+        ["--radii", "5-2"],
+        ["--radii", "0-99"],
+        ["--channels", "x"],
+    ],
+)
+def test_keygen_refuses(house: Path, options: list[str]) -> None:
+    refused("keygen", "-o", house / "never.key", *options)
+    assert not (house / "never.key").exists()
+
+
+def test_generate_is_deterministic_and_goes_on(house: Path, tmp_path: Path) -> None:
+    args = ["generate", "--no-mark", "-n", 2, "--seed", 2, "-o", tmp_path / "again", "--steps", 4]
+    run(*args)
+    first = tmp_path / "again/0000002.png"
+    assert first.read_bytes() == (house / "images/unmarked/0000002.png").read_bytes()
+    first.unlink()
+    stamp = (tmp_path / "again/0000003.png").stat().st_mtime_ns
+    run(*args)
+    assert first.exists() and (tmp_path / "again/0000003.png").stat().st_mtime_ns == stamp
+    rows = list(csv.DictReader((tmp_path / "again/labels.csv").open()))
+    assert [(r["path"], r["label"]) for r in rows] == [("0000002.png", "0"), ("0000003.png", "0")]
+    assert "steps was 4, is 5" in refused(*args[:-1], 5)
+
+
+def test_generate_needs_a_key_or_no_mark(house: Path) -> None:
+    assert "--no-mark" in refused("generate", "-o", house / "none")
+    assert "--no-mark" in refused("generate", "-o", house / "none", "--key", house / "my.key", "--no-mark")
+
+
+def test_verify_says_a_line_an_image(house: Path) -> None:
+    paths = pictures(house)
+    result = run("verify", *paths, "--key", house / "my.key", *QUICK, code=1)
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(paths)
+    for path, line in zip(paths, lines, strict=True):
+        assert re.fullmatch(re.escape(str(path)) + r": (carries|does not carry) key [0-9a-f]{8}, p = \S+", line)
+    assert [("carries" in line) for line in lines] == [p.parent.name == "marked" for p in paths]
+
+
+def test_verify_exit_codes_and_json(house: Path, tmp_path: Path) -> None:
+    marked = pictures(house, "marked")
+    records = json.loads(run("verify", *marked, "--key", house / "my.key", *QUICK, "--json").stdout)
+    assert [r["present"] for r in records] == [True, True]
+    assert all(0 <= r["p_value"] <= 1e-3 and r["seconds"] > 0 for r in records)
+    Image.new("RGB", (128, 128), (90, 120, 30)).save(tmp_path / "flat.png")
+    flat = run("verify", tmp_path / "flat.png", "--key", house / "my.key", *QUICK, code=3)
+    assert "inconclusive" in flat.stdout and "flat" in flat.stdout
+    missing = run("verify", marked[0], tmp_path / "none.png", "--key", house / "my.key", *QUICK, code=2)
+    assert "carries" in missing.stdout and "none.png" in missing.stderr
+
+
+def test_verify_explains(house: Path, tmp_path: Path) -> None:
+    run(
+        "verify", pictures(house, "marked")[0], "--key", house / "my.key", *QUICK, "--explain", tmp_path / "new/why.png"
+    )
+    with Image.open(tmp_path / "new/why.png") as image:
+        assert image.width > 1000 and np.asarray(image.convert("L")).std() > 10
+
+
+def test_encoder_only_takes_no_steps(house: Path) -> None:
+    (record,) = json.loads(
+        run(
+            "verify",
+            pictures(house, "marked")[0],
+            "--key",
+            house / "my.key",
+            "--method",
+            "encoder",
+            "--steps",
+            4,
+            "--json",
+        ).stdout
+    )
+    assert record["residual"] is None and record["p_value"] < 1e-3
+
+
+def test_audit_records_everything_and_goes_on(house: Path, tmp_path: Path) -> None:
+    folder, results = tmp_path / "folder", tmp_path / "results.jsonl"
+    (folder / "deep").mkdir(parents=True)
+    for i, path in enumerate(pictures(house)):
+        (folder / ("deep" if i % 2 else ".") / f"{path.parent.name}-{path.name}").write_bytes(path.read_bytes())
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    run("keygen", "-o", tmp_path / "other.key")
+    args = [
+        "audit",
+        folder,
+        "--key",
+        house / "my.key",
+        "--key",
+        tmp_path / "other.key",
+        "-o",
+        results,
+        *QUICK,
+        "--json",
+    ]
+    found = json.loads(run(*args).stdout)
+    assert (found["images"], found["present"], found["absent"], found["unreadable"]) == (5, 2, 2, 1)
+    assert list(found["by_key"].values()) == [2]
+    lines = results.read_text().splitlines()
+    results.write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])
+    assert json.loads(run(*args).stdout) == found
+    records = {r["sample_id"]: r for r in map(json.loads, results.read_text().splitlines()[1:])}
+    assert "error" in records["broken.png"] and len(records) == 5
+    assert "max_steps was 1, is 2" in refused(*args[:-2], 2)
+
+
+def test_roc_from_an_audit(house: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    run("audit", house / "images", "--key", house / "my.key", "-o", results, *QUICK)
+    labels = [x for kind in ("marked", "unmarked") for x in ("--labels", house / "images" / kind / "labels.csv")]
+    curves = json.loads(run("roc", results, *labels, "-o", tmp_path / "roc.png", "--json").stdout)
+    assert curves[0]["auc"] == 1.0 and (curves[0]["positives"], curves[0]["negatives"]) == (2, 2)
+    assert (tmp_path / "roc.png").stat().st_size > 10_000
+    assert "marked and unmarked" in refused("roc", results, *labels[:2])
+    (tmp_path / "labels.csv").write_text("path,label\nelsewhere.png,1\n")
+    assert "no label fits" in refused("roc", results, "--labels", tmp_path / "labels.csv")
+    assert "Missing option '--labels'" in run("roc", results, code=2).stderr
+
+
+def test_evaluate_compares_methods(tmp_path: Path) -> None:
+    args = ["evaluate", "-o", tmp_path / "out", "-n", 2, *QUICK, "--json"]
+    rows = json.loads(run(*args).stdout)
+    assert {row["name"].split()[0] for row in rows} == {"encoder", "anderson"}
+    for name in ("evaluation.csv", "evaluation.json", "evaluation.md", "roc.png", "roc.svg"):
+        assert (tmp_path / "out" / name).stat().st_size > 100
+    assert json.loads(run(*args).stdout) == rows
+    assert "choose from" in refused(*args, "--methods", "magic")
+    assert "--key" in refused(*args, "--marked", tmp_path / "out/marked")
+
+
+def test_invert_writes_what_it_found(house: Path, tmp_path: Path) -> None:
+    run("invert", pictures(house)[0], "-o", tmp_path / "noise.safetensors", *QUICK)
+    tensors = load_file(tmp_path / "noise.safetensors")
+    assert tensors["latents"].shape == tensors["noise"].shape == (4, 32, 32)
+    with safe_open(tmp_path / "noise.safetensors", "numpy") as file:
+        facts = json.loads(file.metadata()["ringmark"])
+    assert facts["evaluations"] == 2 and len(facts["residuals"]) == 2
+
+
+def test_info_names_the_model() -> None:
+    assert json.loads(run("info", "--json").stdout)["latent shape"] == "4x32x32"
+
+
+def test_demo_does_the_whole_job(tmp_path: Path) -> None:
+    out = run("demo", "-o", tmp_path / "demo", "-n", 2).stdout
+    assert "AUC" in out and "carries key" in out
+    for name in ("my.key", "explain.png", "results.jsonl", "roc.png"):
+        assert (tmp_path / "demo" / name).exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"", "empty"), (b"hello", "not an image"), (b"\x89PNG\r\n\x1a\n" + b"0" * 64, "damaged")],
+)
+def test_verify_refuses_what_is_no_image(house: Path, tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "strange.png"
+    path.write_bytes(content)
+    message = run("verify", path, "--key", house / "my.key", *QUICK, code=2).stderr
+    assert str(path) in message and said in message and len(message.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "I;16", "CMYK", "RGBA", "LA"])
+def test_verify_takes_every_kind_of_picture(house: Path, tmp_path: Path, mode: str) -> None:
+    rng = np.random.default_rng(0)
+    grey = Image.fromarray(rng.integers(0, 255, (150, 200), dtype=np.uint8))
+    path = tmp_path / ("picture.tif" if mode == "CMYK" else "picture.png")
+    image = (
+        Image.fromarray(rng.integers(0, 65535, (150, 200), dtype=np.uint16)) if mode == "I;16" else grey.convert(mode)
+    )
+    image.save(path)
+    line = run("verify", path, "--key", house / "my.key", *QUICK, code=1).stdout
+    assert "does not carry" in line and "resized 200x150" in line
+
+
+def test_wrong_corrupt_and_missing_keys(house: Path, tmp_path: Path) -> None:
+    picture = pictures(house)[0]
+    assert "no such key" in refused("verify", picture, "--key", tmp_path / "none.key")
+    damaged = bytearray((house / "my.key").read_bytes())
+    damaged[-5] ^= 1
+    (tmp_path / "damaged.key").write_bytes(damaged)
+    assert "damaged" in refused("verify", picture, "--key", tmp_path / "damaged.key")
+    assert "not a ringmark key" in refused("verify", picture, "--key", picture)
+
+
+def test_folders_and_models_that_are_not(house: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    args = ["--key", house / "my.key", "-o", tmp_path / "r.jsonl"]
+    assert "empty" in refused("audit", tmp_path / "empty", *args)
+    assert "none" in refused("audit", tmp_path / "none", *args)
+    assert not (tmp_path / "r.jsonl").exists()
+    assert "no model_index.json" in refused("info", "--model", tmp_path / "empty")
+    assert "--device" in refused("info", "--device", "warp")

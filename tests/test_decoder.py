@@ -1,0 +1,195 @@
+"""Decoder inversion against linear autoencoders, whose answer is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from inversion import Adam, Anderson, ForwardStep, InertialKM, Status, invert_decoder
+from inversion.decoder import GREY_LEVEL, gradient_residual, invert_decoder_by_gradient, quantisation_level
+from inversion.solve import norms
+
+LATENT, IMAGE = (4, 2, 3), (3, 4, 6)
+N, M = 24, 72
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Linear:
+    """D = A with singular values in [low, 1]; E = a rough left inverse: E∘D is the identity plus `error`."""
+
+    def __init__(self, low=0.5, error=0.2, scale=0.1, seed=0):
+        u, v = torch.linalg.qr(draw(M, N, seed=seed))[0], torch.linalg.qr(draw(N, N, seed=seed + 1))[0]
+        self.a = scale * u @ torch.diag(torch.linspace(low, 1, N)) @ v.T
+        self.e = (torch.eye(N) + error * draw(N, N, seed=seed + 2) / N**0.5) @ torch.linalg.pinv(self.a)
+
+    def decode(self, z):
+        return (z.flatten(1) @ self.a.T.to(z.dtype)).view(-1, *IMAGE)
+
+    def encode(self, x):
+        return (x.flatten(1) @ self.e.T.to(x.dtype)).view(-1, *LATENT)
+
+
+def rounded(images):
+    """As an 8-bit file would hold it."""
+    return ((images + 1) * 127.5).round() / 127.5 - 1
+
+
+@pytest.mark.parametrize("method", [ForwardStep(), InertialKM(), Anderson(), Anderson(window=1)], ids=repr)
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_the_true_latent_is_found(method, batch):
+    maps, truth = Linear(), draw(batch, *LATENT, seed=7)
+    done = invert_decoder(maps.encode, maps.decode, maps.decode(truth), method, max_steps=150, tol=1e-4)
+    assert done.status == [Status.CONVERGED] * batch
+    assert (norms(done.value - truth) < 1e-3 * norms(truth)).all()
+    start = norms(maps.encode(maps.decode(truth)) - truth)
+    assert (start > 0.05 * norms(truth)).all()  # the encoder alone was far off
+
+
+def test_no_steps_are_the_encoder_alone():
+    maps, truth = Linear(), draw(3, *LATENT)
+    images = maps.decode(truth)
+    done = invert_decoder(maps.encode, None, images, max_steps=0)
+    assert torch.equal(done.value, maps.encode(images)) and done.steps.tolist() == [0] * 3
+
+
+def test_the_iterate_kept_has_the_least_pixel_residual():
+    maps, truth = Linear(low=0.05), draw(2, *LATENT)
+    images = rounded(maps.decode(truth))
+    done = invert_decoder(maps.encode, maps.decode, images, max_steps=20, tol=None)
+    error = norms(maps.decode(done.value) - images)
+    assert torch.allclose(error, done.merits.nan_to_num(torch.inf).min(0).values, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [ForwardStep(), Anderson()], ids=repr)
+def test_auto_stops_at_the_level_of_rounding_and_no_further(method):
+    maps, truth = Linear(low=0.3, error=0.4), draw(4, *LATENT, seed=3)
+    images = rounded(maps.decode(truth))
+    level = quantisation_level(maps.encode, images, maps.encode(images))
+    done = invert_decoder(maps.encode, maps.decode, images, method, max_steps=100)
+    assert done.status == [Status.CONVERGED] * 4
+    for i, k in enumerate(done.steps.tolist()):
+        assert done.residuals[k - 1, i] <= level[i] < done.residuals[: k - 1, i].min()
+    longer = invert_decoder(maps.encode, maps.decode, images, method, max_steps=100, tol=1e-5)
+    assert (longer.steps > done.steps).all()
+
+
+def test_auto_takes_no_step_for_an_image_the_encoder_already_explains():
+    maps, truth = Linear(error=0.0), draw(2, *LATENT)
+    done = invert_decoder(maps.encode, maps.decode, rounded(maps.decode(truth)))
+    assert done.steps.tolist() == [1, 1] and done.status == [Status.CONVERGED] * 2
+
+
+def test_quantisation_level_of_a_known_gain():
+    """E = g Q with orthonormal rows: E‖E(u)‖² = g² N Var(u), Var(u) = (grey level)²/12."""
+    gain, rows = 5.0, torch.linalg.qr(draw(M, N))[0].T
+    encode = lambda x: gain * (x.flatten(1) @ rows.T)
+    images = draw(6, *IMAGE).clamp(-1, 1)
+    level = quantisation_level(encode, images, encode(images), draws=9)
+    expected = gain * (N / 12) ** 0.5 * GREY_LEVEL
+    assert torch.allclose(level, torch.full((6,), expected), rtol=0.25)
+    assert torch.allclose(level, level[0].expand(6), rtol=1e-3)  # a linear map knows no image from another
+
+
+def test_quantisation_level_does_not_depend_on_the_batch():
+    encode = lambda x: torch.sin(3 * x.flatten(1))
+    images = draw(5, *IMAGE)
+    together = quantisation_level(encode, images, encode(images))
+    for i in range(5):
+        alone = quantisation_level(encode, images[i : i + 1], encode(images[i : i + 1]))
+        assert torch.allclose(alone, together[i : i + 1], rtol=1e-5)
+    assert together.std() > 0
+
+
+def test_a_result_does_not_depend_on_the_batch():
+    maps, truth = Linear(low=0.2, error=0.3), draw(5, *LATENT)
+    images = rounded(maps.decode(truth * torch.tensor([0.01, 0.1, 1, 2, 5]).view(5, 1, 1, 1)))
+    together = invert_decoder(maps.encode, maps.decode, images)
+    for i in range(5):
+        alone = invert_decoder(maps.encode, maps.decode, images[i : i + 1])
+        assert torch.allclose(alone.value[0], together.value[i], rtol=1e-3, atol=1e-4)
+        assert alone.steps[0] == together.steps[i] and alone.status[0] == together.status[i]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_maps_of_sixteen_bits(dtype):
+    """Iterates stay in float32; the decoder sees the dtype that the encoder gave."""
+    maps, truth, dtypes = Linear(), draw(2, *LATENT), set()
+
+    def decode(z):
+        dtypes.add(z.dtype)
+        return maps.decode(z)
+
+    images = maps.decode(truth)
+    done = invert_decoder(lambda x: maps.encode(x.to(dtype)), decode, images, max_steps=10)
+    assert dtypes == {dtype} and done.value.dtype == torch.float32
+    assert (norms(done.value - truth) < norms(maps.encode(images) - truth)).all()
+
+
+def test_no_graph_is_stored():
+    weight = torch.ones((), requires_grad=True)
+    maps, graphs = Linear(), []
+
+    def decode(z):
+        out = weight * maps.decode(z)
+        graphs.append(out.grad_fn)
+        return out
+
+    done = invert_decoder(maps.encode, decode, maps.decode(draw(1, *LATENT)), max_steps=3, tol=None)
+    assert graphs == [None] * 4 and not done.value.requires_grad
+
+
+def test_progress_is_told():
+    maps, heard = Linear(), []
+    invert_decoder(
+        maps.encode,
+        maps.decode,
+        maps.decode(draw(2, *LATENT)),
+        max_steps=3,
+        tol=None,
+        progress=lambda k, active: heard.append((k, active)),
+    )
+    assert heard == [(0, 2), (1, 2), (2, 2), (3, 2)]
+
+
+def test_gradient_residual_is_the_gradient():
+    maps, truth, z = Linear(), draw(3, *LATENT), draw(2, *LATENT, seed=1)
+    images, rows = maps.decode(truth), torch.tensor([2, 0])
+    gradient, merit = gradient_residual(maps.decode, images)(z, rows)
+    error = maps.decode(z) - images[rows]
+    assert torch.allclose(gradient, (2 * error.flatten(1) @ maps.a).view_as(z), atol=1e-6)
+    assert torch.allclose(merit, norms(error)) and not gradient.requires_grad and not merit.requires_grad
+
+
+def test_the_gradient_baseline_takes_all_its_steps_and_reaches_the_true_latent():
+    maps, truth = Linear(low=0.7, scale=1.0), draw(3, *LATENT)
+    images = maps.decode(truth)
+    start = truth + 0.2 * draw(3, *LATENT, seed=1)
+    done = invert_decoder_by_gradient(maps.decode, images, start, Adam(lr=0.02, horizon=100), max_steps=300)
+    assert done.steps.tolist() == [301] * 3
+    assert (norms(done.value - truth) < 1e-2 * norms(start - truth)).all()
+
+
+@pytest.mark.parametrize("steps", [20, 50, 100])
+def test_the_gradient_baseline_reduces_the_sum_of_squares(steps):
+    maps, truth = Linear(low=0.1, scale=1.0), draw(3, *LATENT)
+    images = maps.decode(truth)
+    start = truth + 0.3 * draw(3, *LATENT, seed=1)
+    done = invert_decoder_by_gradient(maps.decode, images, start, max_steps=steps)
+    assert (norms(maps.decode(done.value) - images) < 0.5 * norms(maps.decode(start) - images)).all()
+    assert done.steps.tolist() == [steps + 1] * 3
+
+
+def test_the_gradient_baseline_goes_on_from_inference_mode():
+    """Its start usually comes from invert_decoder; its caller may itself be in inference mode."""
+    maps, truth = Linear(scale=1.0), draw(2, *LATENT)
+    images = maps.decode(truth)
+    start = invert_decoder(maps.encode, maps.decode, images, max_steps=0).value
+    free = invert_decoder_by_gradient(maps.decode, images, start, max_steps=5).value
+    with torch.inference_mode():
+        inside = invert_decoder_by_gradient(maps.decode, images.clone(), start, max_steps=5).value
+    assert torch.equal(free, inside)
+    with torch.no_grad():
+        assert torch.equal(free, invert_decoder_by_gradient(maps.decode, images, start, max_steps=5).value)

@@ -1,0 +1,144 @@
+"""Known numbers: decibels, cocoercivity, rings of the Fourier plane, recovery of synthetic noise."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inversion import ModelError
+from inversion.diagnostics import NoiseRecovery, cocoercivity, nmse_db, rings
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_nmse_in_decibels():
+    truth = draw(4, 2, 3, 3)
+    factor = torch.tensor([1.1, 1.01, 2.0, 0.0]).view(4, 1, 1, 1)
+    assert torch.allclose(nmse_db(factor * truth, truth), torch.tensor([-20.0, -40.0, 0.0, 0.0]), atol=1e-3)
+    assert (nmse_db(truth, truth) == -torch.inf).all()
+    assert torch.allclose(nmse_db(2 * truth.half(), truth.half()), torch.zeros(4), atol=0.01)
+
+
+def test_cocoercivity_of_linear_maps():
+    """T = λ(z − z*): ⟨Tx, x⟩/‖Tx‖² = 1/λ; a rotation by a right angle has none; a rising residual, a negative one."""
+    root = draw(3, 2, 1, 2)
+    x = draw(3, 2, 1, 2, seed=1)
+    rates = torch.tensor([0.5, 2.0, -4.0])
+    assert torch.allclose(cocoercivity(root + x, rates.view(3, 1, 1, 1) * x, root), 1 / rates, atol=1e-5)
+    turned = torch.stack([-x.flatten(1)[:, 1], x.flatten(1)[:, 0], -x.flatten(1)[:, 3], x.flatten(1)[:, 2]], 1)
+    assert torch.allclose(cocoercivity(root + x, turned.view_as(x), root), torch.zeros(3), atol=1e-5)
+
+
+@pytest.mark.parametrize("matrix", [torch.diag(torch.tensor([0.5, 1.0, 2.0]))])
+def test_cocoercivity_along_any_direction_is_bounded_by_the_largest_eigenvalue(matrix):
+    x = draw(50, 3)
+    beta = cocoercivity(x, x @ matrix, torch.zeros(50, 3))
+    assert beta.min() >= 1 / 2.0 - 1e-5 and beta.max() <= 1 / 0.5 + 1e-5
+
+
+def test_rings_of_a_small_plane():
+    assert rings(4, 4).tolist() == [[0, 1, 2, 1], [1, 1, 2, 1], [2, 2, 3, 2], [1, 1, 2, 1]]
+
+
+@given(height=st.integers(2, 24), width=st.integers(2, 24))
+def test_rings(height, width):
+    ring = rings(height, width)
+    assert ring.shape == (height, width) and ring.dtype == torch.int64
+    assert ring[0, 0] == 0
+    mirrored = ring.roll((-1, -1), (0, 1)).flip((0, 1))  # bin k ↦ −k
+    assert torch.equal(ring, mirrored)
+    assert torch.equal(ring, rings(width, height).T)
+    assert (torch.bincount(ring.flatten()) > 0).all()  # no ring is empty
+
+
+@pytest.mark.parametrize("side", [8, 16, 32, 64])
+def test_direct_current_is_alone_in_its_ring(side):
+    counts = torch.bincount(rings(side, side).flatten())
+    assert counts[0] == 1 and counts[1] == 8 and counts.sum() == side**2
+
+
+def test_measure_finds_a_known_attenuation_and_variance():
+    shape = (3, 12, 16)
+    ring = rings(*shape[1:])
+    count = int(ring.max()) + 1
+    a = torch.linspace(-0.2, 0.9, 3 * count, dtype=torch.float64).view(3, count)
+    v = torch.linspace(0.8, 0.05, 3 * count, dtype=torch.float64).view(3, count)
+    truth, rest = draw(1500, *shape).double(), draw(1500, *shape, seed=1).double()
+    through = lambda x, gain: torch.fft.ifft2(torch.fft.fft2(x) * gain[:, ring]).real
+    found = NoiseRecovery.measure(through(truth, a) + through(rest, v.sqrt()), truth)
+    assert found.attenuation.shape == found.variance.shape == (3, count)
+    assert torch.allclose(found.attenuation, a, atol=0.06)
+    assert torch.allclose(found.variance, v, rtol=0.15)
+    assert torch.allclose(found.null, found.attenuation**2 + found.variance)
+
+
+def test_measure_of_perfect_and_of_no_recovery():
+    truth = draw(40, 2, 8, 8)
+    perfect = NoiseRecovery.measure(truth, truth)
+    assert torch.allclose(perfect.attenuation, torch.ones_like(perfect.variance))
+    assert perfect.variance.abs().max() < 1e-12
+    none = NoiseRecovery.measure(draw(40, 2, 8, 8, seed=9), truth)
+    assert none.attenuation[:, 1:].abs().max() < 0.2 and (none.variance[:, 1:] - 1).abs().max() < 0.3
+
+
+def test_measure_takes_sixteen_bit_noise():
+    truth = draw(4, 1, 4, 4)
+    assert NoiseRecovery.measure(truth.half(), truth.bfloat16()).attenuation.dtype == torch.float64
+
+
+@given(scale=st.sampled_from([1.0, 1e-3, 1e-7, 1e4]))
+def test_save_and_load_round_trip(tmp_path_factory, scale):
+    folder = tmp_path_factory.mktemp("model")
+    stored = NoiseRecovery(draw(4, 7).double(), scale * draw(4, 7, seed=1).double().abs())
+    stored.save(folder, steps=25, guidance=3.0)
+    loaded = NoiseRecovery.load(folder)
+    assert torch.allclose(loaded.attenuation, stored.attenuation, rtol=1e-4)
+    assert torch.allclose(loaded.variance, stored.variance, rtol=1e-4, atol=0)
+    settings = json.loads((folder / NoiseRecovery.FILE).read_text())
+    assert settings["steps"] == 25 and settings["guidance"] == 3.0
+
+
+def test_a_model_without_a_measurement_has_none(tmp_path):
+    assert NoiseRecovery.load(tmp_path) is None
+    assert NoiseRecovery.load(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "{}",
+        '{"attenuation": [[1.0]]}',
+        '{"attenuation": [[1.0]], "variance": [[0.0]]}',
+        '{"attenuation": [[1.0]], "variance": [[-1.0]]}',
+        '{"attenuation": [[1.0]], "variance": [[NaN]]}',
+        '{"attenuation": [[1.0]], "variance": [[Infinity]]}',
+        '{"attenuation": [[NaN]], "variance": [[1.0]]}',
+        '{"attenuation": [[1.0, 2.0]], "variance": [[1.0]]}',
+        '{"attenuation": [[1.0, 2.0], [1.0]], "variance": [[1.0, 1.0], [1.0]]}',
+        '{"attenuation": [1.0], "variance": [1.0]}',
+        '{"attenuation": [["x"]], "variance": [["x"]]}',
+        '{"attenuation": null, "variance": null}',
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, content):
+    path = tmp_path / NoiseRecovery.FILE
+    path.write_text(content)
+    with pytest.raises(ModelError) as caught:
+        NoiseRecovery.load(tmp_path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_no_text_are_a_damaged_file(tmp_path):
+    (tmp_path / NoiseRecovery.FILE).write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(ModelError):
+        NoiseRecovery.load(tmp_path)
