@@ -46,7 +46,7 @@ def invert_decoder(
 
     def residual(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         decoded = decode(z.to(target.dtype))
-        return encode(decoded).float() - target[rows].float(), norms((decoded - images[rows]).float())
+        return encode(decoded).float() - target[rows].float(), (decoded - images[rows]).float()
 
     return solve(
         residual, target, method, max_steps=max_steps, tol=None if isinstance(tol, str) else tol, progress=progress
@@ -67,7 +67,7 @@ def quantisation_level(encode: Map, images: Tensor, target: Tensor, draws: int =
 
 
 def gradient_residual(decode: Map, images: Tensor) -> Residual:
-    """∇_z Σ(D(z) − x)² with merit ‖D(z) − x‖: the baseline's residual. It stores the decoder's whole graph."""
+    """∇_z Σ(D(z) − x)² with error D(z) − x: the baseline's residual. It stores the decoder's whole graph."""
 
     def residual(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         with torch.inference_mode(False), torch.enable_grad():
@@ -75,7 +75,7 @@ def gradient_residual(decode: Map, images: Tensor) -> Residual:
             error = decode(z) - images[rows]
             loss = error.square().sum()
             (gradient,) = torch.autograd.grad(loss, z)
-        return gradient, norms(error.detach())
+        return gradient, error.detach()
 
     return residual
 

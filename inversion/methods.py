@@ -30,8 +30,8 @@ class ForwardStep:
     def init(self, z: Tensor) -> State:
         return {}
 
-    def step(self, z: Tensor, residual: Tensor, state: State) -> tuple[Tensor, State]:
-        return z - self.rho * residual, state
+    def step(self, z: Tensor, t: Tensor, error: Tensor, state: State) -> tuple[Tensor, State]:
+        return z - self.rho * t, state
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class InertialKM:
     def init(self, z: Tensor) -> State:
         return {"previous": z.clone()}
 
-    def step(self, z: Tensor, residual: Tensor, state: State) -> tuple[Tensor, State]:
-        new = z - 2 * self.lam * self.beta * residual
+    def step(self, z: Tensor, t: Tensor, error: Tensor, state: State) -> tuple[Tensor, State]:
+        new = z - 2 * self.lam * self.beta * t
         return new + self.alpha * (new - state["previous"]), {"previous": new}
 
 
@@ -92,10 +92,10 @@ class Adam:
             "k": torch.zeros(len(z), dtype=torch.int64, device=z.device),
         }
 
-    def step(self, z: Tensor, residual: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, z: Tensor, t: Tensor, error: Tensor, state: State) -> tuple[Tensor, State]:
         b1, b2 = self.betas
-        m = b1 * state["m"] + (1 - b1) * residual
-        v = b2 * state["v"] + (1 - b2) * residual**2
+        m = b1 * state["m"] + (1 - b1) * t
+        v = b2 * state["v"] + (1 - b2) * t**2
         k = int(state["k"][0])  # the driver drops samples but never restarts them: one count serves all
         update = (m / (1 - b1 ** (k + 1))) / ((v / (1 - b2 ** (k + 1))).sqrt() + self.eps)
         return z - self.rate(k) * update, {"m": m, "v": v, "k": state["k"] + 1}
@@ -105,72 +105,61 @@ class Adam:
 class Anderson:
     """Anderson acceleration, type II, of z ← z − β T(z), safeguarded sample by sample.
 
-    With ΔZ, ΔT the last `window` differences and γ = argmin ‖T − ΔT γ‖² + ridge·tr(ΔTᵀΔT)‖γ‖²:
-    z⁺ = z − β T − (ΔZ − β ΔT) γ. A step after which ‖T‖ exceeds `safeguard` times the lowest so far is undone: back to
-    that iterate with an empty history and half the β (after arXiv 1808.03971).
+    With ΔZ, ΔT, ΔR the last `window` differences of z, T and the error R, γ = argmin ‖R − ΔR γ‖² + ridge ‖γ‖² (columns
+    of ΔR scaled to length 1) and z⁺ = z − β T − (ΔZ − β ΔT) γ. Where the map gives an error beside T, as decoder
+    inversion gives D(z) − x, the mixture is the one that fits the picture best, and E∘D need not be cocoercive in the
+    directions already seen. Where it gives none, R = T, which is the usual method.
+
+    A step after which ‖R‖ exceeds `safeguard` times the lowest so far is undone and β halved; the difference it made
+    stays in the history, for it says how the map bends there (after arXiv 1808.03971).
     """
 
     window: int = 5
     beta: float = 1.0
     ridge: float = 1e-4
-    safeguard: float = 1.5
+    safeguard: float = 1.2
 
     def __post_init__(self) -> None:
         if self.window < 1 or not self.ridge > 0:
             raise ValueError(f"Anderson needs window >= 1 and ridge > 0, not {self.window} and {self.ridge}")
 
     def init(self, z: Tensor) -> State:
-        none = torch.zeros(len(z), self.window, z[0].numel(), device=z.device)
-        beta = torch.full((len(z),), self.beta, device=z.device)
-        far = torch.full((len(z),), torch.inf, device=z.device)
-        return {
-            "dz": none,
-            "dt": none.clone(),
-            "z": z.clone(),
-            "t": torch.zeros_like(z),
-            "best_z": z.clone(),
-            "best_t": torch.zeros_like(z),
-            "best": far,
-            "beta": beta,
-        }
+        return {}
 
-    def step(self, z: Tensor, residual: Tensor, state: State) -> tuple[Tensor, State]:
-        size, first = norms(residual), state["best"].isinf()
-        bad = size > self.safeguard * state["best"]
-        better = size < state["best"]
-        best_z, best_t = (
-            torch.where(_each(better, z), z, state["best_z"]),
-            torch.where(_each(better, z), residual, state["best_t"]),
-        )
-        z, t = torch.where(_each(bad, z), best_z, z), torch.where(_each(bad, z), best_t, residual)
-        beta = torch.where(bad, state["beta"] / 2, state["beta"])
-        fresh = (bad | first)[:, None, None]
-        push = lambda old, new: torch.where(fresh, 0.0, torch.cat([old[:, 1:], new.flatten(1)[:, None]], 1))
-        dz, dt = push(state["dz"], z - state["z"]), push(state["dt"], t - state["t"])
-        plain, gamma = _each(beta, z) * t, self._mix(dt, t.flatten(1))
-        correction = torch.einsum("bm,bmn->bn", gamma, dz - beta[:, None, None] * dt).view_as(z)
+    def _first(self, z: Tensor, t: Tensor, error: Tensor) -> State:
+        """Nothing seen yet: no differences, and a best that any finite error beats."""
+        empty = lambda x: torch.zeros(len(x), self.window, x[0].numel(), device=x.device)
+        one = torch.ones(len(z), device=z.device)
+        base = {"z": z, "t": t, "r": error, "best": one * torch.inf, "beta": one * self.beta}
+        return base | {"dz": empty(z), "dt": empty(t), "dr": empty(error)}
+
+    def step(self, z: Tensor, t: Tensor, error: Tensor, state: State) -> tuple[Tensor, State]:
+        old = state or self._first(z, t, error)
+        size = norms(error)
+        accepted = size <= self.safeguard * old["best"]
         new = {
-            "dz": dz,
-            "dt": dt,
-            "z": z,
-            "t": t,
-            "best_z": best_z,
-            "best_t": best_t,
-            "best": torch.minimum(size, state["best"]),
-            "beta": beta,
+            "best": torch.fmin(size, old["best"]),
+            "beta": torch.where(accepted, old["beta"], old["beta"] / 2),
         }
-        return z - plain - correction, new
+        for name, now in (("z", z), ("t", t), ("r", error)):
+            change = (now - old[name]).flatten(1)[:, None]
+            new["d" + name] = torch.cat([old["d" + name][:, 1:], change], 1)
+            new[name] = torch.where(_each(accepted, now), now, old[name])
+        gamma, beta = self._mix(new["dr"], new["r"].flatten(1)), new["beta"][:, None, None]
+        correction = torch.einsum("bm,bmn->bn", gamma, new["dz"] - beta * new["dt"]).view_as(z)
+        return new["z"] - _each(new["beta"], z) * new["t"] - correction, new
 
-    def _mix(self, dt: Tensor, t: Tensor) -> Tensor:
-        """γ (B, m): ridge regression of t on the rows of dt, in float64; empty rows get γ = 0."""
-        dt, t = dt.double(), t.double()
-        gram = torch.einsum("bmn,bkn->bmk", dt, dt)
-        trace = gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(torch.finfo(torch.float32).tiny)
+    def _mix(self, dr: Tensor, r: Tensor) -> Tensor:
+        """γ (B, m): ridge regression of r on the rows of dr, in float64; empty rows get γ = 0."""
+        dr, r = dr.double(), r.double()
+        length = dr.norm(dim=2)
+        inverse = torch.where(length > 0, 1 / length, 0.0)
+        gram = torch.einsum("bmn,bkn->bmk", dr, dr) * inverse[:, :, None] * inverse[:, None]
+        right = torch.einsum("bmn,bn->bm", dr, r) * inverse
         eye = torch.eye(self.window, dtype=gram.dtype, device=gram.device)
-        right = torch.einsum("bmn,bn->bm", dt, t)
         # solve_ex, because solve raises for the whole batch where one sample's system is singular
-        mix, _ = torch.linalg.solve_ex(gram + self.ridge * trace[:, None, None] * eye, right)
-        return mix.nan_to_num(0.0, 0.0, 0.0).float()
+        mix, _ = torch.linalg.solve_ex(gram + self.ridge * eye, right)
+        return (mix * inverse).nan_to_num(0.0, 0.0, 0.0).float()
 
 
 METHODS: dict[str, type[Method]] = {"forward": ForwardStep, "km": InertialKM, "adam": Adam, "anderson": Anderson}

@@ -20,7 +20,9 @@ State = dict[str, Tensor]
 """What a method remembers: tensors with a leading batch dimension, so that the driver can drop finished samples."""
 
 Residual = Callable[[Tensor, Tensor], "Tensor | tuple[Tensor, Tensor]"]
-"""(iterates (A, …), their rows in the batch (A,)) → T of the same shape, or T and a merit (A,), lower is better."""
+"""(iterates (A, …), their rows in the batch (A,)) → T of the same shape, or T and an error (A, …) of any shape.
+
+The norm of the error is the merit by which the best iterate is chosen; without an error it is that of T."""
 
 
 class Method(Protocol):
@@ -28,7 +30,7 @@ class Method(Protocol):
 
     def init(self, z: Tensor) -> State: ...
 
-    def step(self, z: Tensor, residual: Tensor, state: State) -> tuple[Tensor, State]: ...
+    def step(self, z: Tensor, t: Tensor, error: Tensor, state: State) -> tuple[Tensor, State]: ...
 
 
 class Status(Enum):
@@ -54,12 +56,12 @@ class Solution:
 
 STALL_GAIN = 0.99  # a sample stalls unless its best residual falls below this share of the one `PATIENCE` ago
 PATIENCE = 3
-BLOW_UP = 10.0  # a residual this many times the first will not come back
+BLOW_UP = 1e3  # a residual this many times the first will not come back
 
 
 def norms(x: Tensor) -> Tensor:
     """Euclidean norm of each sample (B,)."""
-    return x.flatten(1).norm(dim=1)
+    return x.reshape(len(x), -1).norm(dim=1)
 
 
 @dataclass
@@ -133,10 +135,8 @@ def solve(
     sizes, merits = [], []
     for k in range(max_steps + 1 if max_steps else 0):
         value = residual(z, rows)
-        t, merit = value if isinstance(value, tuple) else (value, None)
-        t = t.float()
-        size = norms(t)
-        merit = size if merit is None else merit.float()
+        t, error = (x.float() for x in (value if isinstance(value, tuple) else (value, value)))
+        size, merit = norms(t), norms(error)
         seen.update(rows, z, size, merit)
         for log, now in ((sizes, size), (merits, merit)):
             log.append(torch.full((len(start),), torch.nan).index_put_((rows.cpu(),), now.float().cpu()))
@@ -145,8 +145,8 @@ def solve(
             progress(k, int(keep.sum()))
         if k == max_steps or not keep.any():
             break
-        z, t, rows, state = z[keep], t[keep], rows[keep], {name: s[keep] for name, s in state.items()}
-        z, state = method.step(z, t, state)
+        rows, state = rows[keep], {name: s[keep] for name, s in state.items()}
+        z, state = method.step(z[keep], t[keep], error[keep], state)
     empty = torch.empty(0, len(start))
     return Solution(
         seen.value,

@@ -131,7 +131,9 @@ class Run:
 
     def __init__(self, path: Path, modules: dict[str, nn.Module], lr: float) -> None:
         self.path, self.net, self.lr, self.step, self.seconds = path, nn.ModuleDict(modules), lr, 0, 0.0
-        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
+        self.optimizer = torch.optim.AdamW(
+            self.net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
+        )
         self.ema = {k: v.detach().clone() for k, v in self.net.state_dict().items()}
         if path.exists():
             self._load()

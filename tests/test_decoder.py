@@ -157,10 +157,10 @@ def test_progress_is_told():
 def test_gradient_residual_is_the_gradient():
     maps, truth, z = Linear(), draw(3, *LATENT), draw(2, *LATENT, seed=1)
     images, rows = maps.decode(truth), torch.tensor([2, 0])
-    gradient, merit = gradient_residual(maps.decode, images)(z, rows)
+    gradient, found = gradient_residual(maps.decode, images)(z, rows)
     error = maps.decode(z) - images[rows]
     assert torch.allclose(gradient, (2 * error.flatten(1) @ maps.a).view_as(z), atol=1e-6)
-    assert torch.allclose(merit, norms(error)) and not gradient.requires_grad and not merit.requires_grad
+    assert torch.allclose(found, error) and not gradient.requires_grad and not found.requires_grad
 
 
 def test_the_gradient_baseline_takes_all_its_steps_and_reaches_the_true_latent():
