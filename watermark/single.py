@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from data.images import ImageError, Sample, read_sample, to_array
 from data.store import write_atomic
@@ -45,7 +46,8 @@ def verify_files(detector: Detector, paths: list[Path], *, batch: int = 8) -> li
             except ImageError as error:
                 lines[i] = Line(str(error), {"sample_id": str(path), "error": str(error)}, 2)
 
-    for sample, verdicts in detector.scan(readable(), batch):
+    found = detector.scan(readable(), batch)
+    for sample, verdicts in tqdm(found, "verify", len(paths), unit="image", disable=None, leave=False, delay=2):
         i, best = int(sample.id), min(verdicts, key=lambda v: v.p_value)
         record = best.record() | {"sample_id": str(paths[i]), "carries": [v.key for v in verdicts if v.present]}
         lines[i] = Line(f"{paths[i]}: {best.sentence()}", record, {True: 0, False: 1, None: 3}[best.present])
