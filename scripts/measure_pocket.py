@@ -81,7 +81,7 @@ model's samples (guidance 3, 25 DDIM steps).
 
 ## Trained
 
-By `python scripts/train_pocket.py{command}`, on two cores: {times}.
+By `python scripts/train_pocket.py{command}`, on two cores: {times}. {remark}
 """
 
 
@@ -184,6 +184,7 @@ def card(model: LatentModel, figures: dict, captions: list[str], folder: Path) -
         cells=CELLS,
         command=trained["command"],
         times=trained["times"],
+        remark=trained.get("remark", ""),
         **{k: v for k, v in figures.items() if k not in ("obeyed", "accuracy")},
     )
 
