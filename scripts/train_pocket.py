@@ -386,6 +386,10 @@ def export(vae, unet, text, tokenizer, target: Path) -> None:
     # A fresh pipeline of half-precision modules: the ones in training keep their fp32.
     pipe = assemble(vae, unet, text, tokenizer).to(torch.float16)
     pipe.save_pretrained(target, safe_serialization=True)
+    # Half precision is for the disk: without this, transformers would load the text encoder in it and diffusers the
+    # network in float32.
+    config = target / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"float16"', '"float32"'))
     for file in target.rglob("*.safetensors"):
         file.chmod(0o644)
 
