@@ -85,12 +85,16 @@ def draw(
                     {"sample_id": names[drawn.seed], "prompt": drawn.prompt, "seed": drawn.seed, "label": bool(key)}
                 )
                 bar.update()
-    _, records = read_records(folder / "drawn.jsonl")
-    write_table(
-        folder / "labels.csv",
-        [{"path": r["sample_id"], "label": int(r["label"]), "prompt": r["prompt"], "seed": r["seed"]} for r in records],
-    )
+    _write_labels(folder)
     return [folder / names[seed] for seed in seeds]
+
+
+def _write_labels(folder: Path) -> None:
+    _, records = read_records(folder / "drawn.jsonl")
+    rows = [
+        {"path": r["sample_id"], "label": int(r["label"]), "prompt": r["prompt"], "seed": r["seed"]} for r in records
+    ]
+    write_table(folder / "labels.csv", rows)
 
 
 @dataclass(frozen=True)
