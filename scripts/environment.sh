@@ -17,8 +17,10 @@ fi
 stamp=$(cat setup.cfg pyproject.toml constraints.txt | cksum)
 if [ "$(cat .venv/ringmark-installed 2>/dev/null || true)" != "$stamp" ]; then
     say "installing ringmark and what it needs (a minute or two)"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+    # The pinned set needs Python 3.11; on 3.10 pip chooses what fits.
+    pins=$(.venv/bin/python -c 'import sys; print("-cconstraints.txt" if sys.version_info >= (3, 11) else "--prefer-binary")')
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "$pins" torch
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "$pins" -e '.[test]'
     echo "$stamp" > .venv/ringmark-installed
 else
     say "reusing the environment in .venv"

@@ -8,6 +8,7 @@ the default placement of the mark from the table, the detector the null variance
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import click
@@ -39,11 +40,12 @@ def main(source: str, number: int, steps: int, guidance: float, seed: int, plot:
     prompts = prompts_for([], number, seed)
     drawn = generate(model, prompts, list(range(seed, seed + number)), steps=steps, guidance=guidance)
     truth, recovered = [], []
-    for one in tqdm(drawn, "recover", number, disable=None):
-        seen = torch.from_numpy(to_array(from_array(one.image.numpy())))
-        truth.append(one.noise)
-        recovered.append(detector.recover(seen[None]).noise[0])
-    recovery = NoiseRecovery.measure(torch.stack(recovered), torch.stack(truth))
+    drawn = iter(tqdm(drawn, "recover", number, disable=None))
+    while some := list(islice(drawn, 8)):
+        seen = [torch.from_numpy(to_array(from_array(one.image.numpy()))) for one in some]
+        truth += [one.noise for one in some]
+        recovered.append(detector.recover(torch.stack(seen)).noise)
+    recovery = NoiseRecovery.measure(torch.cat(recovered), torch.stack(truth))
     recovery.save(folder, images=number, steps=steps, guidance=guidance, seed=seed, model=model.identity["fingerprint"])
     best = recommend(recovery, model.latent_shape)
     click.echo(f"recommended mark: channels {list(best.channels)}, radii {best.radii[0]}-{best.radii[1]}")

@@ -119,6 +119,15 @@ def test_generate_is_deterministic_and_goes_on(house: Path, tmp_path: Path) -> N
     assert "steps was 4, is 5" in refused(*args[:-1], 5)
 
 
+def test_generate_refuses_other_prompts_for_the_same_pictures(tmp_path: Path) -> None:
+    args = ["generate", "--no-mark", "-o", tmp_path / "drawn", "--steps", 2]
+    run(*args, "--prompt", "lake at sunset")
+    message = refused(*args, "--prompt", "desert at noon")
+    assert "lake at sunset" in message and "desert at noon" in message and "--seed" in message
+    run(*args, "--prompt", "desert at noon", "--seed", 1)
+    assert len(list((tmp_path / "drawn").glob("*.png"))) == 2
+
+
 def test_generate_needs_a_key_or_no_mark(house: Path) -> None:
     assert "--no-mark" in refused("generate", "-o", house / "none")
     assert "--no-mark" in refused("generate", "-o", house / "none", "--key", house / "my.key", "--no-mark")

@@ -64,7 +64,7 @@ def test_marked_are_found_and_unmarked_are_not(pattern: str, method: str) -> Non
     mine = key(1, pattern)
     noise = initial_noise(list(range(8)), MODEL.latent_shape)
     noise[:4] = TreeRing(mine).embed(noise[:4])
-    verdicts = [v for _, (v,) in detector(MODEL, [mine], method, 4, 5).scan(samples(noise), batch=3)]
+    verdicts = [v for _, (v,), _ in detector(MODEL, [mine], method, 4, 5).scan(samples(noise), batch=3)]
     assert [v.present for v in verdicts] == [True] * 4 + [False] * 4
     assert [v.sample_id for v in verdicts] == list(map(str, range(8)))
     assert all(v.p_value < 1e-9 for v in verdicts[:4])
@@ -82,8 +82,8 @@ def test_several_keys_are_tested_on_one_inversion_and_corrected_for() -> None:
     (sample,) = samples(TreeRing(keys[1]).embed(initial_noise([7], MODEL.latent_shape)))
     alone = Detector(MODEL, [keys[0]], steps=3)
     together = alone.with_keys(keys)
-    ((_, (one,)),) = alone.scan([sample])
-    ((_, all_three),) = together.scan([sample])
+    ((_, (one,), _),) = alone.scan([sample])
+    ((_, all_three, _),) = together.scan([sample])
     assert [v.present for v in all_three] == [False, True, False]
     assert all_three[0].p_value == pytest.approx(min(1, 3 * one.p_value))
     assert together.settings()["keys"] == sorted(k.fingerprint for k in keys)
@@ -92,22 +92,22 @@ def test_several_keys_are_tested_on_one_inversion_and_corrected_for() -> None:
 def test_results_do_not_depend_on_the_batch() -> None:
     looking = Detector(MODEL, [key(3)], steps=3)
     some = samples(initial_noise([1, 2, 3], MODEL.latent_shape))
-    whole = [v.p_value for _, (v,) in looking.scan(some, batch=3)]
-    single = [v.p_value for _, (v,) in looking.scan(some, batch=1)]
+    whole = [v.p_value for _, (v,), _ in looking.scan(some, batch=3)]
+    single = [v.p_value for _, (v,), _ in looking.scan(some, batch=1)]
     assert whole == pytest.approx(single, rel=1e-4)
 
 
 def test_flat_and_broken_images_are_inconclusive() -> None:
     looking = Detector(MODEL, [key(4)], steps=2)
     flat = Sample("flat", from_array(np.ones((3, 32, 32)) * np.array([0.1, -0.4, 0.8])[:, None, None]))
-    ((_, (verdict,)),) = looking.scan([flat])
+    ((_, (verdict,), _),) = looking.scan([flat])
     assert verdict.present is None and "flat" in verdict.sentence()
 
     class Overflowing(Identity):
         def eps(self, latents, t, cond):
             return torch.full_like(latents, torch.inf)
 
-    ((_, (verdict,)),) = Detector(Overflowing(), [key(4)], steps=2).scan(
+    ((_, (verdict,), _),) = Detector(Overflowing(), [key(4)], steps=2).scan(
         samples(initial_noise([5], MODEL.latent_shape))
     )
     assert verdict.present is None and "range of numbers" in verdict.sentence() and np.isfinite(verdict.p_value)

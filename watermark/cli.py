@@ -82,7 +82,6 @@ inversion_options = options(
         "--max-steps", type=click.IntRange(0), default=8, show_default=True, help="Steps of the decoder inversion."
     ),
     steps_option,
-    batch_option,
 )
 alpha_option = click.option(
     "--alpha",
@@ -248,6 +247,7 @@ def generate(
 @keys_option
 @alpha_option
 @inversion_options
+@batch_option
 @click.option("--explain", type=PATH, help="Draw what the first image's verdict rests on into this PNG or SVG.")
 @model_options
 @json_option
@@ -263,17 +263,15 @@ def verify(
     Example:
       ringmark verify picture.png --key my.key --explain why.png
     """
-    from watermark.single import explain_to, verify_files
+    from watermark.single import verify_files
 
     detector = load_detector(load_model(source, device, dtype), key_paths, method, max_steps, steps, alpha)
-    outcome = verify_files(detector, list(images), batch=batch)
+    outcome = verify_files(detector, list(images), batch=batch, explain_to=explain)
     for line in outcome:
         if not as_json:
             click.echo(line.text, err=line.unreadable)
     if as_json:
         click.echo(json.dumps([line.record for line in outcome], indent=1))
-    if explain:
-        explain_to(detector, images[0], explain)
     codes = [line.exit_code for line in outcome]
     ctx.exit(max(codes, key=[0, EXIT_ABSENT, EXIT_INCONCLUSIVE, EXIT_USAGE].index))
 
@@ -290,6 +288,7 @@ def verify(
 )
 @alpha_option
 @inversion_options
+@batch_option
 @model_options
 @json_option
 def audit(folder, key_paths, output, alpha, method, max_steps, steps, batch, source, device, dtype, as_json) -> None:
@@ -405,7 +404,7 @@ def evaluate(
 @inversion_options
 @model_options
 @json_option
-def invert(image, output, method, max_steps, steps, batch, source, device, dtype, as_json) -> None:
+def invert(image, output, method, max_steps, steps, source, device, dtype, as_json) -> None:
     """Recover an image's latent and initial noise.
 
     \b

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from watermark.statistics import cosine_test, power_test, published_distance, pu
 if TYPE_CHECKING:
     from data.images import Sample
 
-__all__ = ["ALPHA", "Detector", "Recovered", "Verdict", "detector"]
+__all__ = ["ALPHA", "Detector", "Judged", "Recovered", "Verdict", "detector"]
 
 ALPHA = 1e-3  # an unmarked image is called marked once in a thousand
 FLAT = 1 / 255  # an image whose pixels vary less than half a grey level (of a range of 2) says nothing
@@ -70,6 +70,19 @@ class Recovered:
     solution: Solution
     noise: Tensor
     seconds: float
+
+
+class Judged(NamedTuple):
+    """A sample, its verdicts, one a key, and its recovered noise (C, h, w)."""
+
+    sample: Sample
+    verdicts: list[Verdict]
+    noise: Tensor
+
+    @property
+    def best(self) -> Verdict:
+        """The verdict of the key that fits best."""
+        return min(self.verdicts, key=lambda v: v.p_value)
 
 
 class Detector:
@@ -125,14 +138,14 @@ class Detector:
         noise = invert(self.model, solution.value, cond, self.grid).float().cpu()
         return Recovered(images, solution, noise, (time.perf_counter() - started) / len(images))
 
-    def scan(self, samples: Iterable[Sample], batch: int = 8) -> Iterator[tuple[Sample, list[Verdict]]]:
-        """Verdicts for each sample, one a key, batch by batch."""
+    def scan(self, samples: Iterable[Sample], batch: int = 8) -> Iterator[Judged]:
+        """Every sample judged, batch by batch."""
         from data.images import to_array
 
         samples = iter(samples)
         while some := list(islice(samples, batch)):
             recovered = self.recover(torch.from_numpy(np.stack([to_array(s.image) for s in some])))
-            yield from zip(some, self.judge(some, recovered), strict=True)
+            yield from map(Judged, some, self.judge(some, recovered), recovered.noise)
 
     def judge(self, samples: list[Sample], recovered: Recovered) -> list[list[Verdict]]:
         """For each recovered sample its verdicts, one a key."""

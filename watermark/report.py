@@ -12,13 +12,12 @@ import numpy as np
 
 from data.store import write_atomic
 from inversion.diagnostics import NoiseRecovery
-from watermark.detect import Detector, Recovered, Verdict
+from watermark.detect import Detector, Judged, Verdict
 from watermark.evaluate import Curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from PIL import Image
 
 __all__ = ["explain", "plot_roc", "recovery_figure", "roc_figure", "save_figure", "table", "write_table"]
 
@@ -105,17 +104,18 @@ def write_table(path: Path, rows: list[dict]) -> None:
     write_atomic(path, text.getvalue())
 
 
-def explain(detector: Detector, image: Image.Image, recovered: Recovered, verdict: Verdict) -> Figure:
-    """What a verdict rests on: image, recovered spectrum with the ring, the key's ring, and the score on its null."""
+def explain(detector: Detector, judged: Judged, name: str) -> Figure:
+    """What the best key's verdict rests on: image, recovered spectrum with the ring, key, and the score on its null."""
     from matplotlib.figure import Figure
 
+    verdict = judged.best
     scheme = detector.schemes[verdict.key]
     figure = Figure(figsize=(13, 3.7), layout="constrained")
     axes = figure.subplots(1, 4)
-    axes[0].imshow(np.asarray(image))
+    axes[0].imshow(np.asarray(judged.sample.image))
     axes[0].set_title("image")
     channel = scheme.placement.channels[0]
-    spectrum, key = scheme.aligned(recovered.noise[:1])
+    spectrum, key = scheme.aligned(judged.noise[None])
     for ax, values, title in ((axes[1], spectrum, f"recovered noise, channel {channel}"), (axes[2], key, "key")):
         ax.imshow(values, cmap="RdBu_r", vmin=-2.5, vmax=2.5, extent=_frequency_extent(*values.shape))
         for radius in (scheme.placement.radii[0] - 0.5, scheme.placement.radii[1] + 0.5):
@@ -124,7 +124,7 @@ def explain(detector: Detector, image: Image.Image, recovered: Recovered, verdic
         ax.set_xlabel("frequency")
     _plot_null(axes[3], detector, verdict)
     axes[0].set_axis_off()
-    figure.suptitle(f"{Path(verdict.sample_id).name}: {verdict.sentence()}", fontsize=11)
+    figure.suptitle(f"{name}: {verdict.sentence()}", fontsize=11)
     return figure
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from data.images import ImageError, Sample, find_images, from_array, read_labels, read_sample, save_png
 from data.scenes import scene
-from data.store import Store, read_records, write_atomic
+from data.store import Store, StoreError, read_records, write_atomic
 from inversion.model import LatentModel
 from watermark.detect import Detector, detector
 from watermark.errors import EvaluationError
@@ -64,6 +64,7 @@ def draw(
     seeds = [first_seed + i for i in range(len(prompts))]
     names = {seed: f"{seed:07d}.png" for seed in seeds}
     with Store(folder / "drawn.jsonl", settings) as store:
+        _same_prompts(store.path, {names[seed]: prompt for seed, prompt in zip(seeds, prompts, strict=True)})
         missing = [
             i for i, seed in enumerate(seeds) if names[seed] not in store.done or not (folder / names[seed]).exists()
         ]
@@ -87,6 +88,16 @@ def draw(
                 bar.update()
     _write_labels(folder)
     return [folder / names[seed] for seed in seeds]
+
+
+def _same_prompts(path: Path, wanted: dict[str, str]) -> None:
+    """Raises StoreError where a picture of the folder was drawn with another prompt than is now wanted."""
+    for record in read_records(path)[1]:
+        name, old = record["sample_id"], record["prompt"]
+        if wanted.get(name, old) != old:
+            raise StoreError(
+                f"{path}: {name} was drawn with prompt {old!r}, not {wanted[name]!r}; choose another -o or --seed"
+            )
 
 
 def _write_labels(folder: Path) -> None:
@@ -130,12 +141,16 @@ def audit(detector: Detector, folder: Path, results: Path, *, batch: int = 8) ->
     with Store(results, detector.settings()) as store:
         todo = [p for p in paths if str(p.relative_to(folder)) not in store.done]
         with tqdm(total=len(paths), initial=len(paths) - len(todo), desc="audit", unit="image", disable=None) as bar:
-            for sample, verdicts in detector.scan(_readable(detector, folder, todo, store, bar), batch):
-                best = min(verdicts, key=lambda v: v.p_value)
+            for judged in detector.scan(_readable(detector, folder, todo, store, bar), batch):
+                best, verdicts = judged.best, judged.verdicts
                 per_key = {v.key: {"p_value": v.p_value, "score": v.score, "distance": v.distance} for v in verdicts}
                 store.append(
                     best.record()
-                    | {"sample_id": sample.id, "carries": [v.key for v in verdicts if v.present], "keys": per_key}
+                    | {
+                        "sample_id": judged.sample.id,
+                        "carries": [v.key for v in verdicts if v.present],
+                        "keys": per_key,
+                    }
                 )
                 bar.update()
     wanted = {str(p.relative_to(folder)) for p in paths}

@@ -15,11 +15,11 @@ from tqdm import tqdm
 from data.images import ImageError, Sample, read_sample, to_array
 from data.store import write_atomic
 from inversion.model import LatentModel
-from watermark.detect import Detector, Recovered
+from watermark.detect import Detector
 from watermark.report import explain, save_figure
 from watermark.schemes.tree_ring import recommend
 
-__all__ = ["Line", "explain_to", "facts", "invert_file", "verify_files"]
+__all__ = ["Line", "facts", "invert_file", "verify_files"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,13 @@ class Line:
         return "error" in self.record
 
 
-def verify_files(detector: Detector, paths: list[Path], *, batch: int = 8) -> list[Line]:
-    """A line for each file, in the order given; with several keys, of the one that fits best."""
+def verify_files(
+    detector: Detector, paths: list[Path], *, batch: int = 8, explain_to: Path | None = None
+) -> list[Line]:
+    """A line for each file, in the order given; with several keys, of the one that fits best.
+
+    What the first readable image's verdict rests on is drawn into `explain_to`.
+    """
     lines: dict[int, Line] = {}
 
     def readable() -> Iterator[Sample]:
@@ -47,30 +52,22 @@ def verify_files(detector: Detector, paths: list[Path], *, batch: int = 8) -> li
                 lines[i] = Line(str(error), {"sample_id": str(path), "error": str(error)}, 2)
 
     found = detector.scan(readable(), batch)
-    for sample, verdicts in tqdm(found, "verify", len(paths), unit="image", disable=None, leave=False, delay=2):
-        i, best = int(sample.id), min(verdicts, key=lambda v: v.p_value)
-        record = best.record() | {"sample_id": str(paths[i]), "carries": [v.key for v in verdicts if v.present]}
+    for judged in tqdm(found, "verify", len(paths), unit="image", disable=None, leave=False, delay=2):
+        i, best = int(judged.sample.id), judged.best
+        record = best.record() | {"sample_id": str(paths[i]), "carries": [v.key for v in judged.verdicts if v.present]}
         lines[i] = Line(f"{paths[i]}: {best.sentence()}", record, {True: 0, False: 1, None: 3}[best.present])
+        if explain_to:
+            save_figure(explain(detector, judged, paths[i].name), explain_to)
+            explain_to = None
     return [lines[i] for i in range(len(paths))]
-
-
-def _recover(detector: Detector, path: Path) -> tuple[Sample, Recovered]:
-    sample = read_sample(path, detector.model.image_size)
-    return sample, detector.recover(torch.from_numpy(to_array(sample.image))[None])
-
-
-def explain_to(detector: Detector, path: Path, output: Path) -> None:
-    """Draw what the verdict on one image rests on, for the key that fits best."""
-    sample, recovered = _recover(detector, path)
-    best = min(detector.judge([sample], recovered)[0], key=lambda v: v.p_value)
-    save_figure(explain(detector, sample.image, recovered, best), output)
 
 
 def invert_file(detector: Detector, path: Path, output: Path) -> dict:
     """Write `latents` and `noise` (C, h, w) and the residuals along the way; return what the solver did."""
     from safetensors.torch import save
 
-    sample, recovered = _recover(detector, path)
+    sample = read_sample(path, detector.model.image_size)
+    recovered = detector.recover(torch.from_numpy(to_array(sample.image))[None])
     solution = recovered.solution
     done = {
         "image": str(path),
