@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
@@ -24,10 +24,13 @@ from data.store import one_line, write_atomic
 
 __all__ = [
     "ImageError",
+    "Listing",
     "Sample",
+    "check_folder",
     "find_images",
     "fit",
     "from_array",
+    "list_images",
     "read_image",
     "read_labels",
     "read_sample",
@@ -37,7 +40,10 @@ __all__ = [
 
 MAX_PIXELS = 64_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif")
+SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".avif", ".avifs"),
+)
 LABELS = {
     "1": True,
     "true": True,
@@ -49,6 +55,7 @@ LABELS = {
     "unmarked": False,
 }
 ORIENTATION = 0x0112  # the EXIF tag
+PHOTOMETRIC, YCBCR = 262, 6  # the TIFF tag of the colour space
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -61,10 +68,11 @@ TURNS = {
 
 
 class ImageError(ValueError):
-    """A file that cannot be used: one line that starts with its path, says the fact and the remedy."""
+    """A file that cannot be used: one line that starts with its `path`, says the fact and the remedy."""
 
     def __init__(self, path: str | os.PathLike, fact: str) -> None:
         super().__init__(one_line(f"{path}: {fact}"))
+        self.path = Path(path)
 
 
 @dataclass(frozen=True)
@@ -174,32 +182,53 @@ def save_png(image: Image.Image, path: str | os.PathLike, **text: object) -> Non
     write_atomic(path, buffer.getvalue())
 
 
-def find_images(folder: str | os.PathLike) -> list[Path]:
-    """All files below `folder` with one of SUFFIXES in either case, sorted; what is hidden is skipped.
-
-    Links are followed, each folder once. Raises ImageError if there is no such folder, a folder in it cannot be
-    listed, or no image is found.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
+def check_folder(folder: str | os.PathLike) -> None:
+    """Raises ImageError unless there is such a folder."""
+    if not Path(folder).is_dir():
+        exists = Path(folder).exists()
         raise ImageError(
-            folder,
-            "is a file; name the folder it is in" if folder.exists() else "there is no such folder; check the name",
+            folder, "is a file; name the folder it is in" if exists else "there is no such folder; check the name"
         )
 
-    def refuse(error: OSError) -> None:
-        raise ImageError(error.filename, f"cannot be listed ({error.strerror}); allow it to be read") from error
 
-    found, seen = [], set()
-    for here, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+def find_images(folder: str | os.PathLike) -> list[Path]:
+    """The images that `list_images` finds. Raises ImageError where it does, and if a folder cannot be listed."""
+    found = list_images(folder)
+    if found.unlisted:
+        raise found.unlisted[0]
+    return found.images
+
+
+class Listing(NamedTuple):
+    """What is in a folder: images, sorted, an error for each folder that cannot be listed, how many other files."""
+
+    images: list[Path]
+    unlisted: list[ImageError]
+    skipped: int
+
+
+def list_images(folder: str | os.PathLike) -> Listing:
+    """All files below `folder` with one of SUFFIXES in either case are images; what is hidden is left out altogether.
+
+    Links are followed, each folder once. Raises ImageError if there is no such folder or no image is found.
+    """
+    check_folder(folder)
+    files, unlisted, seen = [], [], set()
+
+    def note(error: OSError) -> None:
+        unlisted.append(ImageError(error.filename, f"cannot be listed ({error.strerror}); allow it to be read"))
+
+    for here, folders, names in os.walk(folder, onerror=note, followlinks=True):
         real = os.path.realpath(here)
         folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith("."))
         if real not in seen:
-            found += [Path(here, f) for f in files if not f.startswith(".") and f.lower().endswith(SUFFIXES)]
+            files += [Path(here, name) for name in names if not name.startswith(".")]
         seen.add(real)
-    if not found:
-        raise ImageError(folder, f"holds no images; what counts are files named {', '.join('*' + s for s in SUFFIXES)}")
-    return sorted(found)
+    images = sorted(file for file in files if file.name.lower().endswith(SUFFIXES))
+    if not images:
+        none = f"holds no images; what counts are files named {', '.join('*' + s for s in SUFFIXES)}"
+        raise unlisted[0] if unlisted else ImageError(folder, none)
+    return Listing(images, unlisted, len(files) - len(images))
 
 
 def read_labels(path: str | os.PathLike) -> dict[str, bool]:
@@ -297,6 +326,9 @@ def _decode(path: str | os.PathLike, file: BinaryIO) -> tuple[Image.Image, tuple
     if not 0 < image.width * image.height <= MAX_PIXELS:
         raise ImageError(path, _too_large() if image.width * image.height else "has no pixels; get the file again")
     frames, raw, orientation = getattr(image, "n_frames", 1), str(image.tile), _orientation(image)
+    if "'raw'" in raw and "'RGBX'" in raw and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == YCBCR:
+        # Pillow before 13 takes its three bytes a pixel for four.
+        raise ImageError(path, "is an uncompressed YCbCr TIFF, which this Pillow misreads; convert it to RGB")
     first = f"first of {frames} frames" if frames > 1 else None
     image.load()
     turn = TURNS.get(_orientation(image))  # again: Pillow turns TIFF itself while it loads

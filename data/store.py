@@ -77,7 +77,11 @@ class Store:
         (self.done.add if _succeeded(record) else self.done.discard)(record["sample_id"])
 
     def _write(self, line: bytes) -> None:
-        written = self._file.write(line)
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
         if written != len(line):  # a full disk: half a line would spoil the next one
             self._file.truncate(os.fstat(self._file.fileno()).st_size - (written or 0))
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
@@ -128,8 +132,10 @@ def write_atomic(path: str | os.PathLike, content: str | bytes, mode: int = 0o64
             file.flush()
             os.fsync(file.fileno())  # or a power cut may leave the new name with no content
         os.replace(partial, target)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.strerror:  # a full disk names no file, a failed rename the partial one
+            error.filename, error.filename2 = str(path), None
         raise
 
 
@@ -205,9 +211,7 @@ def _check_settings(path: Path, old: dict, new: dict) -> None:
     names = [name for name in {**old, **new} if old.get(name, missing) != new.get(name, missing)]
     if names:
         said = "; ".join(f"{name} was {_brief(old, name)}, is {_brief(new, name)}" for name in names)
-        raise StoreError(
-            f"{one_line(path)}: holds results of other settings ({one_line(said)}); choose another -o or remove the file"
-        )
+        raise StoreError(f"{one_line(path)}: holds results of other settings ({one_line(said)}); choose another -o")
 
 
 def _brief(settings: dict, name: str) -> str:

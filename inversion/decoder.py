@@ -7,15 +7,25 @@ z₀ = E(x) is near it (arXiv 2409.18442). No gradient is taken, so nothing is s
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from inversion.methods import Adam, Anderson
-from inversion.solve import Method, Residual, Solution, norms, solve
+from inversion.methods import Adam, Anderson, ForwardStep, InertialKM
+from inversion.solve import Method, Residual, Solution, Status, norms, solve
 
-__all__ = ["gradient_residual", "invert_decoder", "invert_decoder_by_gradient", "quantisation_level"]
+__all__ = [
+    "INVERTERS",
+    "Inverter",
+    "gradient_residual",
+    "in_slices",
+    "invert_decoder",
+    "invert_decoder_by_gradient",
+    "quantisation_level",
+    "rounding_share",
+]
 
 Map = Callable[[Tensor], Tensor]
 
@@ -31,39 +41,75 @@ def invert_decoder(
     *,
     max_steps: int = 8,
     tol: float | Tensor | Literal["auto"] | None = "auto",
+    pixels: tuple[float, float] = (-1.0, 1.0),
+    at_once: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> Solution:
-    """Latents z with E(D(z)) = E(x) for images x (B, 3, H, W) in [-1, 1]; `max_steps=0` is the encoder alone.
+    """Latents z with E(D(z)) = E(x) for images x (B, 3, H, W); `max_steps=0` is the encoder alone.
 
-    Works for any two maps. Each image keeps the iterate with the smallest pixel residual ‖D(z) − x‖, which every
-    evaluation yields for free; a step costs one E and one D. `tol="auto"` stops an image once ‖T‖ has fallen to what
-    rounding x to 8 bits alone causes (the discrepancy principle): iterating past it fits the rounding noise.
+    Works for any two maps. D is cut to the range of `pixels`, as x was when it became a picture: where x is white, D(z)
+    may be whiter. Each image keeps the iterate with the smallest pixel residual ‖D(z) − x‖, which every evaluation
+    yields for free; a step costs one E and one D. `tol="auto"` stops an image once ‖T‖ has fallen to what rounding x
+    to 8 bits alone causes (the discrepancy principle): iterating past it fits the rounding noise.
+
+    The maps are called on `at_once` images at most, which bounds their memory whatever B is. A video (B, 3, F, H, W)
+    with maps for single frames is inverted frame by frame: the value is (B, C, F, h, w), and residuals, steps and
+    status are those of the B·F frames.
     """
+    if images.ndim == 5:
+        frames = images.transpose(1, 2).flatten(0, 1)
+        found = invert_decoder(
+            encode, decode, frames, method, max_steps=max_steps, tol=tol, pixels=pixels, at_once=at_once, progress=progress
+        )  # fmt: skip
+        return replace(found, value=found.value.unflatten(0, (len(images), -1)).transpose(1, 2))
+    encode, decode = in_slices(encode, at_once), in_slices(decode, at_once)
     target = encode(images)
     images = images.to(target.device)
-    if max_steps and isinstance(tol, str):
-        tol = quantisation_level(encode, images, target)
+    if isinstance(tol, str):
+        tol = quantisation_level(encode, images, target) if max_steps else None
 
     def residual(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        decoded = decode(z.to(target.dtype))
+        decoded = decode(z.to(target.dtype)).clamp(*pixels)
         return encode(decoded).float() - target[rows].float(), (decoded - images[rows]).float()
 
-    return solve(
-        residual, target, method, max_steps=max_steps, tol=None if isinstance(tol, str) else tol, progress=progress
-    )
+    found = solve(residual, target, method, max_steps=max_steps, tol=tol, progress=progress)
+    if max_steps and target.dtype.itemsize < 4:
+        coarse = rounding_share(encode, images, target) > COARSE
+        found = replace(found, status=[Status.ROUNDED if c else s for c, s in zip(coarse, found.status, strict=True)])
+    return found
+
+
+def in_slices(map_: Map, size: int) -> Map:
+    """The same map, called on at most `size` samples at once."""
+    return lambda x: torch.cat([map_(part) for part in x.split(size)])
 
 
 def quantisation_level(encode: Map, images: Tensor, target: Tensor, draws: int = 3) -> Tensor:
-    """σ_q (B,): median over `draws` of ‖E(x + u) − E(x)‖, u uniform over ± half a grey level.
+    """σ_q (B,): median over `draws` of ‖E(x + u) − E(x)‖, u uniform over ± half a grey level; E(x) is `target`.
 
     The same u serves every image, so that an image's level does not depend on its batch.
     """
     generator = torch.Generator().manual_seed(0)
-    spread = []
-    for _ in range(draws):
-        u = (torch.rand(images[:1].shape, generator=generator) - 0.5) * GREY_LEVEL
-        spread.append(norms((encode(images + u.to(images)) - target).float()))
-    return torch.stack(spread).median(0).values
+    return torch.stack([_spread(encode, images, target, generator, 1.0) for _ in range(draws)]).median(0).values
+
+
+COARSE = 0.5  # 1/8 were E exact
+
+
+def rounding_share(encode: Map, images: Tensor, target: Tensor) -> Tensor:
+    """(B,): how much of σ_q is left when u is an eighth as large: 1/8 for an exact E, about 1 where rounding rules.
+
+    In 16 bit E(x + u) also differs from E(x) by the rounding of every layer, whatever the size of u. Above one half
+    what is below the noise of an 8-bit image is lost in it, and 32-bit maps would come nearer.
+    """
+    at = lambda size: _spread(encode, images, target, torch.Generator().manual_seed(0), size)
+    return at(1 / 8) / at(1.0)
+
+
+def _spread(encode: Map, images: Tensor, target: Tensor, generator: torch.Generator, size: float) -> Tensor:
+    """(B,): ‖E(x + u) − E(x)‖, u uniform over ± `size` half grey levels."""
+    u = (torch.rand(images[:1].shape, generator=generator) - 0.5) * GREY_LEVEL * size
+    return norms((encode(images + u.to(images)) - target).float())
 
 
 def gradient_residual(decode: Map, images: Tensor) -> Residual:
@@ -72,7 +118,7 @@ def gradient_residual(decode: Map, images: Tensor) -> Residual:
     def residual(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         with torch.inference_mode(False), torch.enable_grad():
             z = z.clone().requires_grad_()  # a clone, since the start may have been made in inference mode
-            error = decode(z) - images[rows]
+            error = decode(z).float() - images[rows]
             loss = error.square().sum()
             (gradient,) = torch.autograd.grad(loss, z)
         return gradient, error.detach()
@@ -83,6 +129,61 @@ def gradient_residual(decode: Map, images: Tensor) -> Residual:
 def invert_decoder_by_gradient(
     decode: Map, images: Tensor, start: Tensor, method: Method | None = None, *, max_steps: int = 50
 ) -> Solution:
-    """The gradient baseline of arXiv 2409.18442 from `start` (the encoder's latents): Adam at 0.1, scheduled, unless told otherwise."""
+    """The gradient baseline of arXiv 2409.18442 from `start` (the encoder's latents): Adam at 0.1, scheduled, unless told otherwise.
+
+    A decoder that computes in 16 bit by autocast, or stores less by activation checkpointing, is the caller's to give.
+    """
     method = Adam(lr=0.1, horizon=max_steps) if method is None else method
     return solve(gradient_residual(decode, images.to(start.device)), start, method, max_steps=max_steps)
+
+
+class Autoencoder(Protocol):
+    """What an inverter needs of a model."""
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Inverter:
+    """A way to invert a model's decoder: (model, images (B, 3, H, W)) → Solution.
+
+    `method` and `max_steps` as in `invert_decoder`. With `early` False every step is taken; with `gradient` the method
+    descends the pixels' squared error instead, which is the baseline.
+    """
+
+    method: Method = field(default_factory=Anderson)
+    max_steps: int = 8
+    early: bool = True
+    gradient: bool = False
+
+    def __call__(self, model: Autoencoder, images: Tensor) -> Solution:
+        tol = "auto" if self.early else None
+        if not self.gradient:
+            return invert_decoder(model.encode, model.decode, images, self.method, max_steps=self.max_steps, tol=tol)
+        with torch.inference_mode():
+            start = model.encode(images)
+        return invert_decoder_by_gradient(model.decode, images, start, self.method, max_steps=self.max_steps)
+
+    @classmethod
+    def named(cls, name: str, max_steps: int | None = None) -> Inverter:
+        """One of INVERTERS, with other steps if given; Adam's schedule spans them. KeyError for another name."""
+        found = INVERTERS[name]
+        if max_steps is None or name == "encoder":
+            return found
+        schedule = isinstance(found.method, Adam) and found.method.horizon
+        method = replace(found.method, horizon=max(1, max_steps)) if schedule else found.method
+        return replace(found, method=method, max_steps=max_steps)
+
+
+INVERTERS = {
+    "encoder": Inverter(max_steps=0),
+    "forward": Inverter(ForwardStep(), 12),
+    "km": Inverter(InertialKM(), 20),
+    "adam": Inverter(Adam(horizon=50), 50, early=False),
+    "anderson": Inverter(),
+    "gradient": Inverter(Adam(lr=0.1, horizon=50), 50, early=False, gradient=True),
+}
+"""By the names that commands use: the encoder alone, fixed-point methods, and the gradient baseline. Adam and the
+gradient run as in arXiv 2409.18442: every step of their schedule."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inversion.solve import Method, State, norms
+from inversion.solve import State, norms
 
-__all__ = ["METHODS", "Adam", "Anderson", "ForwardStep", "InertialKM"]
+__all__ = ["Adam", "Anderson", "ForwardStep", "InertialKM"]
 
 
 def _each(per_sample: Tensor, like: Tensor) -> Tensor:
@@ -150,17 +150,16 @@ class Anderson:
         return new["z"] - _each(new["beta"], z) * new["t"] - correction, new
 
     def _mix(self, dr: Tensor, r: Tensor) -> Tensor:
-        """γ (B, m): ridge regression of r on the rows of dr, in float64; empty rows get γ = 0."""
-        dr, r = dr.double(), r.double()
-        length = dr.norm(dim=2)
+        """γ (B, m): ridge regression of r on the rows of dr, solved in float64; empty rows get γ = 0.
+
+        The products are taken in float32, whose rounding is far below the ridge: a copy in float64 would be most of
+        what a step needs of memory.
+        """
+        gram, right = (dr @ dr.mT).double(), (dr @ r[:, :, None])[:, :, 0].double()
+        length = gram.diagonal(dim1=1, dim2=2).sqrt()
         inverse = torch.where(length > 0, 1 / length, 0.0)
-        gram = torch.einsum("bmn,bkn->bmk", dr, dr) * inverse[:, :, None] * inverse[:, None]
-        right = torch.einsum("bmn,bn->bm", dr, r) * inverse
+        gram, right = gram * inverse[:, :, None] * inverse[:, None], right * inverse
         eye = torch.eye(self.window, dtype=gram.dtype, device=gram.device)
         # solve_ex, because solve raises for the whole batch where one sample's system is singular
         mix, _ = torch.linalg.solve_ex(gram + self.ridge * eye, right)
         return (mix * inverse).nan_to_num(0.0, 0.0, 0.0).float()
-
-
-METHODS: dict[str, type[Method]] = {"forward": ForwardStep, "km": InertialKM, "adam": Adam, "anderson": Anderson}
-"""The methods by the names that commands use; "encoder" is any of them with zero steps."""

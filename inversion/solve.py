@@ -39,6 +39,7 @@ class Status(Enum):
     CONVERGED = "converged"  # its residual fell to the tolerance
     STALLED = "stalled"  # its best residual no longer improves
     MAX_STEPS = "max steps"
+    ROUNDED = "16-bit rounding"  # what 16-bit maps lose is more than an 8-bit image does; 32 bit would come nearer
     DIVERGED = "diverged"  # NaN, overflow, or a residual far above the first; the value is still the best iterate
 
 
@@ -145,8 +146,10 @@ def solve(
             progress(k, int(keep.sum()))
         if k == max_steps or not keep.any():
             break
-        rows, state = rows[keep], {name: s[keep] for name, s in state.items()}
-        z, state = method.step(z[keep], t[keep], error[keep], state)
+        if not keep.all():  # gathering copies
+            rows, z, t, error = rows[keep], z[keep], t[keep], error[keep]
+            state = {name: s[keep] for name, s in state.items()}
+        z, state = method.step(z, t, error, state)
     empty = torch.empty(0, len(start))
     return Solution(
         seen.value,

@@ -1,125 +1,207 @@
 """Decoder inversion against the paper's method and the gradient baseline: accuracy, time, memory, and what it buys.
 
-    python scripts/bench_decoder.py -o build/bench            # 64 images; about an hour on two cores
-    python scripts/bench_decoder.py -o build/bench -n 8 --its 10
+    python scripts/bench_decoder.py -o build/bench                  # 64 images; about an hour on two cores
+    python scripts/bench_decoder.py -o build/bench -n 4 --its 10    # a minute
 
-One run, one machine, the same 8-bit images for all. The first half of the images carries a weak ring, so that the
-table says what each latent is worth for finding it.
+One run, one machine, the same 8-bit images for all; what was inverted is kept, so a stopped run goes on. The first half
+of the drawn images carries a weak ring, so that the table says what each latent is worth for finding it. Times are
+taken in turns on a few of the images, with nothing else running if they are to mean anything.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
 from experiment import (
-    Contender,
+    Inverted,
     Pictures,
-    Timed,
+    cached,
     experiment_options,
     gradients,
+    invert_all,
     mean_and_error,
-    ours,
-    paper_adam,
     peak_memory,
     pictures,
-    run,
+    seconds,
     write_results,
 )
 from torch import Tensor
 
+from inversion.decoder import Inverter
 from inversion.diagnostics import nmse_db
 from inversion.diffusion import invert
 from inversion.model import LatentModel
 from watermark.detect import Detector
 from watermark.evaluate import roc
+from watermark.report import write_table
 from watermark.schemes.tree_ring import Placement, TreeRing, make_key, recommend
 
-BUDGETS = (1, 2, 3, 4, 5, 6, 8, 12, 20)
-MEMORY_BATCH = 4
+BUDGETS = (1, 2, 3, 4, 6, 8, 12, 20)
+ENCODER, DEFAULT = "encoder", "ours, default"
 
 
-def contenders(its: int) -> dict[str, Contender]:
-    """Everything that is compared; `its` are the long runs' iterations (100 in the paper)."""
-    known = {"encoder": partial(ours, max_steps=0), f"paper's Adam, {its // 2}": paper_adam(its // 2)}
-    budgets = {f"ours, {k} steps": partial(ours, max_steps=k, tol=None) for k in BUDGETS}
-    return known | gradients(its // 5) | gradients(its) | budgets | {"ours, default": ours}
+def contenders(its: int) -> dict[str, Inverter]:
+    """Everything that is compared; `its` are the long gradient run's iterations (100 in the paper)."""
+    half = its // 2
+    known = {ENCODER: Inverter.named("encoder"), adam(its): Inverter.named("adam", half)}
+    budgets = {ours(k): Inverter(max_steps=k, early=False) for k in sorted({*BUDGETS, half})}
+    return known | gradients(its // 5) | gradients(its) | budgets | {DEFAULT: Inverter()}
+
+
+def adam(its: int) -> str:
+    return f"paper's Adam, {its // 2}"
+
+
+def ours(steps: int) -> str:
+    return f"ours, {steps} steps"
 
 
 def weak_key(model: LatentModel) -> TreeRing:
-    """Two rings of the recommended placement's first channel."""
+    """A single ring of the recommended placement, in its first channel."""
     best = recommend(model.recovery, model.latent_shape)
-    place = Placement(best.channels[:1], (best.radii[0], best.radii[0] + 1))
+    place = Placement(best.channels[:1], (best.radii[0], best.radii[0]))
     return TreeRing(make_key(model.latent_shape, place, model=model.identity, rng=np.random.default_rng(7)))
 
 
 @torch.inference_mode()
-def worth(model: LatentModel, latents: Tensor, seen: Pictures, scheme: TreeRing, steps: int = 25) -> dict[str, float]:
-    """What latents are good for: correlation of true and recovered noise (empty prompt), and the AUC of the weak ring."""
+def noises(model: LatentModel, latents: Tensor, steps: int = 25) -> dict[str, Tensor]:
+    """Initial noise by naive inversion with the empty prompt, as verification does it."""
     grid, nothing = model.grid(steps), model.embed([""])
-    noise = torch.cat(
-        [invert(model, z.to(model.device), nothing.expand(len(z), -1, -1), grid).cpu() for z in latents.split(8)]
-    )
+    back = lambda z: invert(model, z.to(model.device), nothing.expand(len(z), -1, -1), grid).float().cpu()
+    return {"noise": torch.cat([back(z) for z in latents.split(8)])}
+
+
+def worth(model: LatentModel, latents: Tensor, seen: Pictures, scheme: TreeRing, cache: Path) -> dict[str, float]:
+    """What latents are good for: correlation of true and recovered noise, and the AUC of the weak ring."""
+    noise = cached(cache, [model.identity, latents], lambda: noises(model, latents))["noise"]
     pairs = zip(noise.flatten(1), seen.noise.flatten(1), strict=True)
-    correlation = float(np.mean([torch.corrcoef(torch.stack(pair))[0, 1] for pair in pairs]))
+    correlation = np.array([float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in pairs])
     score, _ = Detector(model, [], steps=1).statistic(scheme, noise)
     curve = roc(score[: len(score) // 2], score[len(score) // 2 :])
     return {
-        "noise correlation": correlation,
+        "noise correlation": correlation.mean(),
+        "its error": correlation.std() / len(correlation) ** 0.5,
         "weak ring AUC": curve.auc,
         "AUC low": curve.auc_interval[0],
         "AUC high": curve.auc_interval[1],
     }
 
 
-def comparisons(nmse: dict[str, Tensor], timed: dict[str, Timed], memory: dict[str, float], its: int) -> list[dict]:
-    """The claims, each with its ratio: the cheapest of our budgets that is as accurate as the other."""
-    mean = {name: float(x.mean()) for name, x in nmse.items()}
-    best = {
-        k: min((n for n in mean if n.startswith("gradient") and n.endswith(f", {k}")), key=mean.get)
-        for k in (its // 5, its)
+def row_of(name: str, found: Inverted, nmse: Tensor, taken: dict, memory: dict, value: dict) -> dict:
+    mean, error = mean_and_error(nmse)
+    return {
+        "method": name,
+        "NMSE dB": mean,
+        "standard error": error,
+        "worst": float(nmse.max()),
+        "pixel RMS": float(found.pixel_rms.mean()),
+        "evaluations": float(found.evaluations.float().mean()),
+        "seconds": taken[name],
+        "MB": memory.get(name),
+        **value.get(name, {}),
     }
-    rows = []
-    for rival, allowance in ((f"paper's Adam, {its // 2}", 0.0), (best[its // 5], 0.0), (best[its], 0.3)):
-        budget = next((k for k in BUDGETS if mean[f"ours, {k} steps"] <= mean[rival] + allowance), None)
-        mine = f"ours, {budget} steps" if budget else f"ours, {BUDGETS[-1]} steps"
-        rows.append({
-            "against": rival, "its NMSE": mean[rival], "ours": mine, "our NMSE": mean[mine], "reached": budget is not None,
-            "time ratio": timed[mine].seconds / timed[rival].seconds, "memory ratio": memory[mine] / memory[rival],
-            "our default NMSE": mean["ours, default"], "our best NMSE": min(v for n, v in mean.items() if n.startswith("ours")),
-        })  # fmt: skip
-    better = int((nmse["ours, default"] < nmse["encoder"]).sum())
-    click.echo(f"default better than the encoder on {better} of {len(nmse['encoder'])} images")
-    return rows
+
+
+def claims(rows: dict[str, dict], nmse: dict[str, Tensor], its: int) -> list[dict]:
+    """What is asked, what was reached: ours is the cheapest budget that is as accurate as the rival."""
+    mean = {name: row["NMSE dB"] for name, row in rows.items()}
+    short, long = (min((n for n in gradients(k)), key=mean.get) for k in (its // 5, its))
+    half, default = its // 2, rows[DEFAULT]
+    budgets = [ours(k) for k in sorted({*BUDGETS, half})]
+
+    def quick(rival: str, slack: float, share: float) -> dict:
+        mine = next((n for n in budgets if mean[n] <= mean[rival] + slack), budgets[-1])
+        ratio = rows[mine]["seconds"] / rows[rival]["seconds"]
+        said = f"{mine}: {mean[mine]:.2f} dB against {mean[rival]:.2f}, in {ratio:.3f} of its time"
+        return claim(
+            rival,
+            f"within {slack} dB in {share:g} of its time",
+            said,
+            mean[mine] <= mean[rival] + slack and ratio <= share,
+        )
+
+    def claim(rival: str, asked: str, reached: str, holds: bool) -> dict:
+        return {"against": rival, "asked": asked, "reached": reached, "holds": bool(holds)}
+
+    gain = mean[adam(its)] - mean[ours(half)]
+    memory = default["MB"] / rows[short]["MB"]
+    better = int((nmse[DEFAULT] < nmse[ENCODER]).sum())
+    found = [
+        quick(adam(its), 0.0, 1 / 10),
+        claim(adam(its), f"1 dB better at {half} evaluations", f"{gain:.2f} dB", gain >= 1),
+        quick(short, 0.0, 1 / 8),
+        claim(short, "memory at most 1/5", f"{memory:.3f} ({default['MB']:.0f} MB of {rows[short]['MB']:.0f})", memory <= 0.2),
+        quick(long, 0.3, 1 / 5),
+        claim(long, "more accurate by default", f"{mean[DEFAULT]:.2f} dB against {mean[long]:.2f}", mean[DEFAULT] < mean[long]),
+        claim(ENCODER, "better on every image", f"{better} of {len(nmse[ENCODER])}", better == len(nmse[ENCODER])),
+    ]  # fmt: skip
+    for measure in ("noise correlation", "weak ring AUC"):
+        if measure in default:
+            best = max((short, long), key=lambda name: rows[name][measure])
+            said = f"{default[measure]:.4f} against {rows[best][measure]:.4f}"
+            found.append(claim(best, f"{measure} as high", said, default[measure] >= rows[best][measure]))
+    return found
+
+
+def figure_of(rows: list[dict]):
+    """NMSE against time: ours as a line of budgets, the others as points."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    ax = figure.subplots()
+    line = [r for r in rows if r["method"].endswith("steps")]
+    line.sort(key=lambda r: r["seconds"])
+    ax.plot([r["seconds"] for r in line], [r["NMSE dB"] for r in line], "o-", label="ours, 1 … steps")
+    for row in rows:
+        if row not in line:
+            ax.errorbar(row["seconds"], row["NMSE dB"], row["standard error"], fmt="s", label=row["method"])
+    ax.set(xscale="log", xlabel="seconds an image", ylabel="NMSE of the latent, dB (mean ± standard error)")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    return figure
 
 
 @click.command()
 @experiment_options(64)
 @click.option("--its", default=100, show_default=True, help="Iterations of the long gradient runs.")
-def main(source: str, images: Path | None, number: int, output: Path, its: int) -> None:
-    """Accuracy, time, memory and worth of every decoder inversion; then the ratios."""
-    model = LatentModel.from_pretrained(source)
+@click.option("--timed", default=4, show_default=True, help="Images on which time and memory are measured.")
+@click.option("--rounds", default=3, show_default=True, help="Turns of each when time is taken.")
+def main(source: str, images: Path | None, number: int, output: Path, its: int, timed: int, rounds: int) -> None:
+    """Accuracy, time, memory and worth of every decoder inversion; then what is claimed of ours."""
+    model, cache = LatentModel.from_pretrained(source), output / "cache"
     scheme = weak_key(model)
-    seen = pictures(model, number, images, scheme=scheme)
-    timed, nmse, memory, rows = {}, {}, {}, []
-    for name, contender in contenders(its).items():
-        timed[name] = run(model, contender, seen.images, name=name)
-        nmse[name] = nmse_db(timed[name].latents, seen.latents)
-        memory[name] = peak_memory(source, contender, seen.images[:MEMORY_BATCH])
-        mean, error = mean_and_error(nmse[name])
-        rows.append({
-            "method": name, "NMSE dB": mean, "standard error": error, "worst": float(nmse[name].max()),
-            "seconds": timed[name].seconds, "evaluations": float(timed[name].evaluations.float().mean()), "MB": memory[name],
-            **(worth(model, timed[name].latents, seen, scheme) if seen.noise is not None else {}),
-        })  # fmt: skip
-        click.echo("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else str(v) for k, v in rows[-1].items()))
-    ratios = comparisons(nmse, timed, memory, its)
-    for row in ratios:
-        click.echo("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-    write_results(output, "bench_decoder", rows, model=model.identity, images=number, ratios=ratios)
+    seen = pictures(model, number, images, scheme=scheme, cache=cache)
+    all_of = contenders(its)
+    found = {
+        name: invert_all(model, inverter, seen.images, name=name, cache=cache) for name, inverter in all_of.items()
+    }
+    nmse = {name: nmse_db(f.latents, seen.latents) for name, f in found.items()}
+    main_ones = [ENCODER, adam(its), *gradients(its // 5), *gradients(its), ours(12), DEFAULT]
+    value = {} if images else {n: worth(model, found[n].latents, seen, scheme, cache) for n in main_ones}
+    memory = {
+        n: peak_memory(source, all_of[n], seen.images[:timed])
+        for n in (ENCODER, adam(its), *gradients(its // 5), DEFAULT)
+    }
+    taken = seconds(model, all_of, seen.images[:timed], rounds)
+    rows = {n: row_of(n, found[n], nmse[n], taken, memory, value) for n in all_of}
+    said = claims(rows, nmse, its)
+    each = [{"image": name} | {n: float(nmse[n][i]) for n in all_of} for i, name in enumerate(seen.names)]
+    write_table(output / "bench_decoder_images.csv", each)
+    worst = max(each, key=lambda one: one[DEFAULT])
+    for one in said:
+        click.echo(
+            f"{'yes' if one['holds'] else 'NO '}  against {one['against']}: asked {one['asked']}; reached {one['reached']}"
+        )
+    click.echo(f"worst image of the default: {worst['image']}, {worst[DEFAULT]:.2f} dB (encoder {worst[ENCODER]:.2f})")
+    blank = {key: None for row in rows.values() for key in row}
+    write_results(
+        output, "bench_decoder", [blank | row for row in rows.values()], figure_of(list(rows.values())),
+        model=model.identity, images=len(seen.names), timed=timed, rounds=rounds, threads=torch.get_num_threads(),
+        claims=said, worst=worst,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -13,15 +14,15 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
 from data.images import find_images, from_array, read_sample, to_array
 from data.store import write_atomic
-from inversion.decoder import invert_decoder, invert_decoder_by_gradient
+from inversion.decoder import Inverter
 from inversion.methods import Adam
 from inversion.model import LatentModel
-from inversion.solve import Solution
 from watermark.generate import generate
 from watermark.report import save_figure, write_table
 from watermark.runs import prompts_for
@@ -71,6 +72,7 @@ def pictures(
     scheme: TreeRing | None = None,
     steps: int = 25,
     guidance: float = 3.0,
+    cache: Path | None = None,
 ) -> Pictures:
     """Drawn by the model, with different prompts and seeds; or, from a folder, encoded and decoded, so that z is known.
 
@@ -82,14 +84,26 @@ def pictures(
         latents = torch.cat([model.encode(x) for x in photos.split(8)])
         images = torch.cat([model.decode(z) for z in latents.split(8)])
         return Pictures(eight_bit(images), latents, None, [str(p.relative_to(folder)) for p in paths])
-    seeds, prompts = list(range(SEED, SEED + number)), prompts_for([], number, SEED)
-    draw = partial(generate, model, steps=steps, guidance=guidance)
-    half = number // 2
-    with tqdm(total=number, desc="draw", unit="image", disable=None) as bar:
+    prompts = prompts_for([], number, SEED)
+    draw = partial(_draw, model, prompts, scheme, steps, guidance)
+    tensors = (
+        cached(cache, [model.identity, number, steps, guidance, scheme and torch.view_as_real(scheme.spectrum)], draw)
+        if cache
+        else draw()
+    )
+    return Pictures(**tensors, names=prompts)
+
+
+def _draw(
+    model: LatentModel, prompts: list[str], scheme: TreeRing | None, steps: int, guidance: float
+) -> dict[str, Tensor]:
+    draw, half = partial(generate, model, steps=steps, guidance=guidance), len(prompts) // 2
+    seeds = list(range(SEED, SEED + len(prompts)))
+    with tqdm(total=len(prompts), desc="draw", unit="image", disable=None) as bar:
         drawn = [*draw(prompts[:half], seeds[:half], scheme=scheme, progress=bar.update)]
         drawn += draw(prompts[half:], seeds[half:], progress=bar.update)
     stack = lambda name: torch.stack([getattr(d, name) for d in drawn])
-    return Pictures(eight_bit(stack("image")), stack("latent"), stack("noise"), [d.prompt for d in drawn])
+    return {"images": eight_bit(stack("image")), "latents": stack("latent"), "noise": stack("noise")}
 
 
 def eight_bit(images: Tensor) -> Tensor:
@@ -97,56 +111,73 @@ def eight_bit(images: Tensor) -> Tensor:
     return torch.stack([torch.from_numpy(to_array(from_array(x.clamp(-1, 1).numpy()))) for x in images])
 
 
-Contender = Callable[[LatentModel, Tensor], Solution]
-
-
-def ours(model: LatentModel, images: Tensor, **options) -> Solution:
-    """invert_decoder with these options."""
-    return invert_decoder(model.encode, model.decode, images, **options)
-
-
-def by_gradient(model: LatentModel, images: Tensor, *, lr: float, scheduled: bool, steps: int) -> Solution:
-    """The gradient baseline from the encoder's latents."""
-    with torch.inference_mode():
-        start = model.encode(images)
-    method = Adam(lr=lr, horizon=steps if scheduled else None)
-    return invert_decoder_by_gradient(model.decode, images, start, method, max_steps=steps)
-
-
-def paper_adam(steps: int) -> Contender:
-    """Adam on T as arXiv 2409.18442 runs it: every one of its steps, whatever the residual."""
-    return partial(ours, method=Adam(horizon=steps), max_steps=steps, tol=None)
-
-
-def gradients(steps: int) -> dict[str, Contender]:
-    """Both settings of the gradient baseline at this many iterations."""
+def gradients(steps: int) -> dict[str, Inverter]:
+    """Both settings of the gradient baseline of arXiv 2409.18442 at this many iterations."""
+    by = partial(Inverter, max_steps=steps, early=False, gradient=True)
     return {
-        f"gradient 0.1 scheduled, {steps}": partial(by_gradient, lr=0.1, scheduled=True, steps=steps),
-        f"gradient 0.01 fixed, {steps}": partial(by_gradient, lr=0.01, scheduled=False, steps=steps),
+        f"gradient 0.1 scheduled, {steps}": by(Adam(lr=0.1, horizon=steps)),
+        f"gradient 0.01 fixed, {steps}": by(Adam(lr=0.01, horizon=None)),
     }
 
 
 @dataclass(frozen=True)
-class Timed:
-    """A contender's latents (N, C, h, w), seconds an image (median over batches) and evaluations (N,)."""
+class Inverted:
+    """Latents (N, C, h, w), evaluations (N,) and the pixel residual's RMS in grey levels (N,), NaN for the encoder."""
 
     latents: Tensor
-    seconds: float
     evaluations: Tensor
+    pixel_rms: Tensor
 
 
-def run(model: LatentModel, contender: Contender, images: Tensor, *, name: str, batch: int = 8) -> Timed:
-    """Invert the images batch by batch, the device synchronised before each reading of the clock."""
-    values, seconds, steps = [], [], []
-    for some in tqdm(images.split(batch), name, leave=False, disable=None):
-        synchronise(model)
-        started = time.perf_counter()
-        solution = contender(model, some.to(model.device))
-        synchronise(model)
-        seconds.append((time.perf_counter() - started) / len(some))
-        values.append(solution.value.cpu())
-        steps.append(solution.steps)
-    return Timed(torch.cat(values), float(np.median(seconds)), torch.cat(steps))
+def invert_all(
+    model: LatentModel, inverter: Inverter, images: Tensor, *, name: str, cache: Path, batch: int = 8
+) -> Inverted:
+    """Invert the images batch by batch. What was inverted before is read from the folder `cache`."""
+    tensors = cached(
+        cache, [model.identity, repr(inverter), images], partial(_invert_all, model, inverter, images, name, batch)
+    )
+    return Inverted(**tensors)
+
+
+def _invert_all(model: LatentModel, inverter: Inverter, images: Tensor, name: str, batch: int) -> dict[str, Tensor]:
+    found = [
+        inverter(model, some.to(model.device)) for some in tqdm(images.split(batch), name, leave=False, disable=None)
+    ]
+    best = [
+        s.merits.nan_to_num(torch.inf).amin(0) if len(s.merits) else torch.full((len(s.value),), torch.nan)
+        for s in found
+    ]
+    return {
+        "latents": torch.cat([s.value.cpu() for s in found]),
+        "evaluations": torch.cat([s.steps for s in found]),
+        "pixel_rms": torch.cat(best) / images[0].numel() ** 0.5 * 127.5,
+    }
+
+
+def cached(folder: Path, key: list, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors that `make` returns, kept in `folder` under a digest of `key`: a run that was stopped goes on."""
+    digest = hashlib.sha256()
+    for part in key:
+        digest.update(part.contiguous().numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
+    path = folder / f"{digest.hexdigest()[:24]}.safetensors"
+    if not path.exists():
+        write_atomic(path, save({name: x.contiguous() for name, x in make().items()}))
+    return load_file(path)
+
+
+def seconds(model: LatentModel, inverters: dict[str, Inverter], images: Tensor, rounds: int = 3) -> dict[str, float]:
+    """Seconds an image: the median over rounds, in each of which all take their turn, the device synchronised."""
+    taken = {name: [] for name in inverters}
+    with tqdm(total=rounds * len(inverters), desc="time", leave=False, disable=None) as bar:
+        for _ in range(rounds):
+            for name, inverter in inverters.items():
+                synchronise(model)
+                started = time.perf_counter()
+                inverter(model, images.to(model.device))
+                synchronise(model)
+                taken[name].append((time.perf_counter() - started) / len(images))
+                bar.update()
+    return {name: float(np.median(values)) for name, values in taken.items()}
 
 
 def synchronise(model: LatentModel) -> None:
@@ -155,23 +186,23 @@ def synchronise(model: LatentModel) -> None:
         torch.cuda.synchronize(model.device)
 
 
-def peak_memory(source: str, contender: Contender, images: Tensor) -> float:
+def peak_memory(source: str, inverter: Inverter, images: Tensor) -> float:
     """Megabytes above the loaded model that one batch needs at its peak, in a process of its own."""
     with get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, (source, contender, images))
+        return pool.apply(_peak, (source, inverter, images))
 
 
-def _peak(source: str, contender: Contender, images: Tensor) -> float:
+def _peak(source: str, inverter: Inverter, images: Tensor) -> float:
     model = LatentModel.from_pretrained(source)
-    ours(model, images[:1], max_steps=1)  # what the libraries allocate once is not the method's
+    Inverter(max_steps=1)(model, images[:1])  # what the libraries allocate once is not the method's
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        contender(model, images.to(model.device))
+        inverter(model, images.to(model.device))
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
     before = _status("VmRSS")
-    contender(model, images)
+    inverter(model, images)
     return (_status("VmHWM") - before) / 2**10
 
 

@@ -85,7 +85,8 @@ def test_arrows_within_the_watermark_point_down():
         for module in modules:
             if top(module) in ("watermark", "inversion"):
                 assert layer(module) <= layer(name), f"{name} imports {module}"
-            assert top(module) != "data" or layer(name) >= 2, f"{name} imports {module}"
+            # Anything may write files; what to do with images is for the upper layers.
+            assert top(module) != "data" or module == "data.store" or layer(name) >= 2, f"{name} imports {module}"
 
 
 def test_the_command_line_is_imported_by_nobody():

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from watermark import cli
+from watermark import cli, runs, single
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--steps", "4", "--max-steps", "1"]
@@ -96,6 +100,9 @@ def test_keygen_writes_a_key_once(house: Path) -> None:
         ["--channels", "1,1"],
         ["--radii", "5"],
         ["--radii", "5-2"],
+        ["--radii", "2-3-4"],
+        ["--channels", "1-0"],
+        ["--channels", ""],
         ["--radii", "0-99"],
         ["--channels", "x"],
     ],
@@ -103,6 +110,13 @@ def test_keygen_writes_a_key_once(house: Path) -> None:
 def test_keygen_refuses(house: Path, options: list[str]) -> None:
     refused("keygen", "-o", house / "never.key", *options)
     assert not (house / "never.key").exists()
+
+
+def test_channels_are_a_list_and_radii_a_pair(tmp_path: Path) -> None:
+    made = json.loads(
+        run("keygen", "-o", tmp_path / "a.key", "--channels", "0,2-3", "--radii", "3-10", "--json").stdout
+    )
+    assert (made["channels"], made["radii"]) == ([0, 2, 3], [3, 10])
 
 
 def test_generate_is_deterministic_and_goes_on(house: Path, tmp_path: Path) -> None:
@@ -161,6 +175,15 @@ def test_verify_explains(house: Path, tmp_path: Path) -> None:
     )
     with Image.open(tmp_path / "new/why.png") as image:
         assert image.width > 1000 and np.asarray(image.convert("L")).std() > 10
+    assert "secret" in run("verify", "--help").stdout
+
+
+def test_strange_names_are_printed_on_one_line(house: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a\n$x.png"
+    path.write_bytes(pictures(house, "marked")[0].read_bytes())
+    result = run("verify", path, "--key", house / "my.key", *QUICK, "--explain", tmp_path / "why.SVG")
+    assert r"a\n$x.png: carries" in result.stdout and len(result.stdout.splitlines()) == 1
+    assert (tmp_path / "why.SVG").read_text().startswith("<?xml")
 
 
 def test_encoder_only_takes_no_steps(house: Path) -> None:
@@ -210,15 +233,80 @@ def test_audit_records_everything_and_goes_on(house: Path, tmp_path: Path) -> No
     assert "max_steps was 1, is 2" in refused(*args[:-2], 2)
 
 
+@pytest.fixture
+def album(house: Path, tmp_path: Path) -> list[object]:
+    """The audit of a small album; it ends with the name of its results."""
+    folder = tmp_path / "here" / "album"
+    folder.mkdir(parents=True)
+    (folder / "a.png").write_bytes(pictures(house, "marked")[0].read_bytes())
+    (folder / "broken.png").write_bytes(b"broken")
+    (folder / "notes.txt").touch()
+    return ["audit", folder, "--key", house / "my.key", *QUICK, "-o", tmp_path / "here" / "results.jsonl"]
+
+
+def test_an_audit_says_what_it_did_not_read(album: list[object]) -> None:
+    result = run(*album)
+    assert "1 unreadable; 1 other files skipped" in result.stdout
+    assert result.stderr.strip().endswith("AVIF") and "broken.png: is not an image" in result.stderr
+    result = run(*album, "--json")
+    found = json.loads(result.stdout)
+    assert found["skipped"] == 1 and "broken.png" in found["errors"][0] and not result.stderr
+
+
+def test_an_audit_looks_again_at_what_has_changed_only(album: list[object], house: Path) -> None:
+    picture, results = album[1] / "a.png", album[-1]
+    assert "1 carry a key" in run(*album).stdout
+    before = results.read_bytes()
+    run(*album)
+    assert results.read_bytes() == before
+    picture.write_bytes(pictures(house, "unmarked")[0].read_bytes())
+    assert "0 carry a key" in run(*album).stdout
+    (album[1] / "broken.png").write_bytes(b"broken otherwise")
+    run(*album)
+    assert len(results.read_text().splitlines()) == 1 + 2 + 1 + 1
+
+
+def test_an_audit_belongs_to_its_folder_even_if_both_are_moved(album: list[object], tmp_path: Path) -> None:
+    run(*album)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "b.png").write_bytes(b"broken")
+    assert "folder was" in refused("audit", tmp_path / "other", *album[2:])
+    before = album[-1].read_bytes()
+    (tmp_path / "here").rename(tmp_path / "there")
+    run("audit", tmp_path / "there" / "album", *album[2:-1], tmp_path / "there" / "results.jsonl")
+    assert (tmp_path / "there" / "results.jsonl").read_bytes().count(b"\n") <= before.count(b"\n") + 1
+
+
+def test_an_audit_goes_on_past_a_folder_that_cannot_be_listed(album: list[object], monkeypatch) -> None:
+    closed, scandir = album[1] / "closed", os.scandir
+    closed.mkdir()
+
+    def forbid(path):
+        if Path(path) == closed:
+            raise PermissionError(13, "no", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbid)
+    result = run(*album)
+    assert "3 images: 1 carry a key" in result.stdout and "closed: cannot be listed" in result.stderr
+
+
 def test_roc_from_an_audit(house: Path, tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
     run("audit", house / "images", "--key", house / "my.key", "-o", results, *QUICK)
     labels = [x for kind in ("marked", "unmarked") for x in ("--labels", house / "images" / kind / "labels.csv")]
-    curves = json.loads(run("roc", results, *labels, "-o", tmp_path / "roc.png", "--json").stdout)
+    said = run("roc", results, results, *labels, "-o", tmp_path / "roc.png", "--json")
+    curves = json.loads(said.stdout)
+    assert said.stderr == "4 of 4 records labelled; 0 labels fit no record\n"
+    (tmp_path / "copy.jsonl").write_bytes(results.read_bytes())
+    message = refused("roc", results, tmp_path / "copy.jsonl", *labels)
+    assert all(part in message for part in ("copy.jsonl", "results.jsonl", "marked/0000000.png"))
     assert curves[0]["auc"] == 1.0 and (curves[0]["positives"], curves[0]["negatives"]) == (2, 2)
     assert (tmp_path / "roc.png").stat().st_size > 10_000
     assert "marked and unmarked" in refused("roc", results, *labels[:2])
     (tmp_path / "labels.csv").write_text("path,label\nelsewhere.png,1\n")
+    (tmp_path / "more.csv").write_text("path,label\nelsewhere.png,1\nmarked/0000000.png,1\nunmarked/0000002.png,0\n")
+    assert "2 of 4 records labelled; 1 labels fit" in run("roc", results, "--labels", tmp_path / "more.csv").stdout
     assert "no label fits" in refused("roc", results, "--labels", tmp_path / "labels.csv")
     assert "Missing option '--labels'" in run("roc", results, code=2).stderr
 
@@ -229,7 +317,11 @@ def test_evaluate_compares_methods(tmp_path: Path) -> None:
     assert {row["name"].split()[0] for row in rows} == {"encoder", "anderson"}
     for name in ("evaluation.csv", "evaluation.json", "evaluation.md", "roc.png", "roc.svg"):
         assert (tmp_path / "out" / name).stat().st_size > 100
-    assert json.loads(run(*args).stdout) == rows
+    assert json.loads(run(*args, "--methods", "encoder, anderson").stdout) == rows
+    message = refused(*args[:-1], "-n", 3)
+    assert str(tmp_path / "out") in message and "number was 2, is 3" in message
+    own = ["--key", tmp_path / "out/evaluation.key"]
+    assert 'unmarked was null, is "marked"' in refused(*args, *own, "--unmarked", tmp_path / "out/marked")
     assert "choose from" in refused(*args, "--methods", "magic")
     assert "--key" in refused(*args, "--marked", tmp_path / "out/marked")
 
@@ -296,3 +388,57 @@ def test_folders_and_models_that_are_not(house: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "r.jsonl").exists()
     assert "no model_index.json" in refused("info", "--model", tmp_path / "empty")
     assert "--device" in refused("info", "--device", "warp")
+
+
+def test_a_refusal_does_not_cost_a_model(house: Path, tmp_path: Path, monkeypatch) -> None:
+    def load(*_):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(cli, "load_model", load)
+    picture, key, none = pictures(house)[0], ["--key", house / "my.key"], tmp_path / "none"
+    assert "exists already" in refused("keygen", "-o", house / "my.key")
+    assert "no such key" in refused("verify", picture, "--key", none)
+    assert "is a folder" in refused("verify", picture, "--key", tmp_path)
+    assert "no such folder" in refused("audit", none, *key, "-o", tmp_path / "r.jsonl")
+    assert "no such folder" in refused("evaluate", *key, "--marked", none, "-o", tmp_path / "out")
+    assert "choose from" in refused("evaluate", "--methods", "magic", "-o", tmp_path / "out")
+    assert ".png or .svg" in refused("verify", picture, *key, "--explain", "why.txt")
+    assert ".png or .svg" in refused("roc", none, "--labels", none, "-o", "roc.pdf")
+    assert "the name is empty" in refused("verify", "", *key)
+    assert "the name is empty" in refused("keygen", "-o", "")
+    assert "--seed" in refused("generate", "--no-mark", "--seed", 2**64, "-o", tmp_path / "out")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
+def test_a_device_that_is_not_there() -> None:
+    assert "--device cuda" in refused("info", "--device", "cuda")
+
+
+def test_no_fault_of_ours_looks_like_a_verdict(monkeypatch) -> None:
+    def fail(*_):
+        raise TypeError("a fault of ours")
+
+    monkeypatch.setattr(single, "facts", fail)
+    assert "TypeError: a fault of ours" in run("info", code=2).stderr
+
+
+def test_only_what_is_resumed_says_so_when_interrupted(tmp_path: Path, monkeypatch) -> None:
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(single, "facts", interrupt)
+    monkeypatch.setattr(runs, "draw", interrupt)
+    assert run("info", code=130).stderr == "interrupted\n"
+    assert "goes on from here" in run("generate", "--no-mark", "-o", tmp_path, code=130).stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of another kind")
+@pytest.mark.parametrize(("args", "closed"), [(["--help"], 1), (["info"], 1), (["keygen"], 2)])
+def test_a_closed_pipe_ends_it_quietly(args: list[str], closed: int) -> None:
+    command = [sys.executable, "-m", "watermark.cli", *args]
+    read, write = os.pipe()
+    os.close(read)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {("stdout", "stderr")[closed - 1]: write}
+    done = subprocess.run(command, cwd=ROOT, **streams)
+    os.close(write)
+    assert (done.returncode, done.stdout or b"", done.stderr or b"") == (cli.EXIT_PIPE, b"", b"")

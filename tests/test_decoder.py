@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from inversion import Adam, Anderson, ForwardStep, InertialKM, Status, invert_decoder
-from inversion.decoder import GREY_LEVEL, gradient_residual, invert_decoder_by_gradient, quantisation_level
+from inversion.decoder import (
+    GREY_LEVEL,
+    INVERTERS,
+    Inverter,
+    gradient_residual,
+    in_slices,
+    invert_decoder_by_gradient,
+    quantisation_level,
+    rounding_share,
+)
+from inversion.diagnostics import nmse_db
 from inversion.solve import norms
 
 LATENT, IMAGE = (4, 2, 3), (3, 4, 6)
@@ -52,7 +62,7 @@ def test_no_steps_are_the_encoder_alone():
     maps, truth = Linear(), draw(3, *LATENT)
     images = maps.decode(truth)
     done = invert_decoder(maps.encode, None, images, max_steps=0)
-    assert torch.equal(done.value, maps.encode(images)) and done.steps.tolist() == [0] * 3
+    assert torch.allclose(done.value, maps.encode(images), atol=1e-5) and done.steps.tolist() == [0] * 3
 
 
 def test_the_iterate_kept_has_the_least_pixel_residual():
@@ -193,3 +203,101 @@ def test_the_gradient_baseline_goes_on_from_inference_mode():
     assert torch.equal(free, inside)
     with torch.no_grad():
         assert torch.equal(free, invert_decoder_by_gradient(maps.decode, images, start, max_steps=5).value)
+
+
+class Spectrum(Linear):
+    """E∘D has these eigenvalues, in directions that are not orthogonal: an encoder trained for another decoder."""
+
+    def __init__(self, eigenvalues, seed=0):
+        super().__init__(low=0.2, scale=0.08, seed=seed)
+        q = torch.eye(N) + 0.3 * draw(N, N, seed=seed + 3) / N**0.5
+        self.e = q @ torch.diag(eigenvalues) @ torch.linalg.inv(q) @ torch.linalg.pinv(self.a)
+
+
+SPECTRA = {
+    "beyond 2": torch.linspace(0.7, 3, N),
+    "near 0": torch.linspace(0, 1.2, N),
+    "below 0": torch.linspace(-0.5, 1.5, N),
+    "a few bad": torch.cat([torch.linspace(0.9, 1.1, N - 6), torch.tensor([3.0, 2.5, 0.0, -0.2, -0.5, 0.05])]),
+    "wild": torch.linspace(-2, 5, N),
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_default_gains_and_does_not_lose_whatever_the_spectrum(spectrum, seed):
+    maps, truth = Spectrum(SPECTRA[spectrum], seed), draw(8, *LATENT, seed=seed + 10)
+    images = rounded(maps.decode(truth).clamp(-1, 1))
+    start = nmse_db(maps.encode(images), truth)
+    for steps in (8, 40):
+        gain = start - nmse_db(invert_decoder(maps.encode, maps.decode, images, max_steps=steps).value, truth)
+        assert gain.min() > -0.05 and gain.mean() > 1, (steps, gain)
+    pixels = lambda z: norms(maps.decode(z).clamp(-1, 1) - images)
+    for name in ("forward", "km", "adam", "anderson"):
+        assert (pixels(Inverter.named(name)(maps, images).value) <= pixels(maps.encode(images)) + 1e-6).all()
+
+
+def test_a_plain_iteration_would_have_lost():
+    maps, truth = Spectrum(SPECTRA["beyond 2"]), draw(4, *LATENT)
+    images, z = rounded(maps.decode(truth)), None
+    z = start = maps.encode(images)
+    for _ in range(20):
+        z = z - (maps.encode(maps.decode(z)) - start)
+    assert (nmse_db(z, truth) > nmse_db(start, truth) + 7).all()
+
+
+def test_saturated_pixels_may_be_whiter_than_white():
+    maps, truth = Linear(low=0.5, error=0.3, scale=1.5), draw(4, *LATENT, seed=5)
+    images = maps.decode(truth).clamp(-1, 1)
+    assert (images.abs() == 1).float().mean() > 0.02
+    cut, uncut = (
+        invert_decoder(maps.encode, maps.decode, images, max_steps=60, tol=1e-5, pixels=p) for p in ((-1, 1), (-9, 9))
+    )
+    assert (nmse_db(cut.value, truth) < -60).all() and (nmse_db(uncut.value, truth) > -40).all()
+
+
+def test_videos_are_inverted_frame_by_frame_in_slices():
+    maps, truth, seen = Linear(), draw(2, 4, 5, 2, 3, seed=8), []
+    frames = truth.transpose(1, 2).flatten(0, 1)
+    images = rounded(maps.decode(frames))
+    encode = lambda x: seen.append(len(x)) or maps.encode(x)
+    done = invert_decoder(
+        encode, maps.decode, images.unflatten(0, (2, 5)).transpose(1, 2), max_steps=6, at_once=3, tol=None
+    )
+    alone = invert_decoder(maps.encode, maps.decode, images, max_steps=6, tol=None)
+    assert done.value.shape == truth.shape and done.steps.shape == (10,) and len(done.status) == 10
+    assert torch.allclose(done.value.transpose(1, 2).flatten(0, 1), alone.value, atol=1e-4)
+    assert max(seen) == 3
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 100])
+def test_slices_change_nothing(size):
+    x = draw(7, 3, 2)
+    assert torch.equal(in_slices(lambda part: 2 * part, size)(x), 2 * x)
+
+
+def test_sixteen_bit_that_costs_accuracy_is_said():
+    maps, truth = Linear(), draw(3, *LATENT, seed=9)
+    images = rounded(maps.decode(truth))
+    # The rounding of many layers: of fixed size and without a pattern
+    sixteen = lambda x: (x + 0.2 * torch.sin(1e5 * x)).bfloat16()
+    for cast, coarse in ((sixteen, True), (torch.Tensor.float, False)):
+        encode = lambda x, cast=cast: cast(maps.encode(x.float()))
+        decode = lambda z: maps.decode(z.float())
+        share = rounding_share(encode, images, encode(images))
+        assert ((share > 0.5) == coarse).all() and (coarse or torch.allclose(share, torch.tensor(0.125), rtol=0.1))
+        done = invert_decoder(encode, decode, images)
+        assert [s is Status.ROUNDED for s in done.status] == [coarse] * 3
+        assert done.value.dtype == torch.float32 and done.value.isfinite().all()
+
+
+@pytest.mark.parametrize("name", INVERTERS)
+def test_every_inverter_by_name(name):
+    maps, truth = Linear(), draw(2, *LATENT, seed=4)
+    images = rounded(maps.decode(truth))
+    done = Inverter.named(name)(maps, images)
+    better = nmse_db(done.value, truth) < nmse_db(maps.encode(images), truth) - 0.3
+    assert better.all() or name == "encoder"
+    few = Inverter.named(name, 3)
+    assert few.max_steps == (0 if name == "encoder" else 3) and few(maps, images).steps.max() <= 4
+    assert getattr(few.method, "horizon", 3) == 3

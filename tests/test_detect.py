@@ -8,11 +8,13 @@ import torch
 from scipy import stats
 
 from data.images import Sample, from_array
+from inversion.decoder import Inverter
 from inversion.grid import Grid
 from watermark.detect import Detector, detector
 from watermark.errors import KeyFileError, RingmarkError
 from watermark.generate import generate, initial_noise
 from watermark.keys import Key
+from watermark.report import explain
 from watermark.schemes.tree_ring import Placement, TreeRing, make_key
 
 
@@ -71,7 +73,7 @@ def test_marked_are_found_and_unmarked_are_not(pattern: str, method: str) -> Non
 
 
 def test_p_values_of_unmarked_images_are_uniform() -> None:
-    looking = Detector(MODEL, [key(2)], steps=2, max_steps=0)
+    looking = Detector(MODEL, [key(2)], steps=2, inverter=Inverter.named("encoder"))
     noise = initial_noise(list(range(100, 500)), MODEL.latent_shape)
     _, p = looking.statistic(looking.schemes[key(2).fingerprint], noise)
     assert stats.kstest(p, "uniform").pvalue > 0.01
@@ -87,6 +89,14 @@ def test_several_keys_are_tested_on_one_inversion_and_corrected_for() -> None:
     assert [v.present for v in all_three] == [False, True, False]
     assert all_three[0].p_value == pytest.approx(min(1, 3 * one.p_value))
     assert together.settings()["keys"] == sorted(k.fingerprint for k in keys)
+
+
+def test_a_perfect_score_can_be_drawn() -> None:
+    keys = [key(i) for i in range(2)]
+    looking = Detector(MODEL, keys, steps=2)
+    (judged,) = looking.scan(samples(TreeRing(keys[1]).embed(initial_noise([7], MODEL.latent_shape))))
+    assert judged.best.score > 0.9
+    explain(looking, judged, "a$x$\n.png").canvas.draw()  # warnings are errors here; the name is no formula
 
 
 def test_results_do_not_depend_on_the_batch() -> None:

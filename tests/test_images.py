@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from data.images import (
     find_images,
     fit,
     from_array,
+    list_images,
     read_image,
     read_labels,
     read_sample,
@@ -176,9 +179,19 @@ def test_unusual_ranges_are_stretched_and_flat_ones_survive(tmp_path):
 def test_other_colour_spaces_come_out_as_rgb(tmp_path, mode):
     path = tmp_path / "x.tif"
     colour = {"CMYK": (255, 0, 255, 0), "LAB": (180, 60, 200), "YCbCr": (150, 44, 21)}[mode]  # greens
-    Image.new(mode, (8, 8), colour).save(path)
+    Image.new(mode, (8, 8), colour).save(path, compression="tiff_lzw")
     r, g, b = pixels(path)[0, 0].astype(int)
     assert g > r + 40 and g > b + 40
+
+
+def test_uncompressed_ycbcr_is_read_rightly_or_refused(tmp_path):
+    path = tmp_path / "x.tif"
+    Image.new("YCbCr", (8, 8), (150, 44, 21)).save(path)
+    path.write_bytes(path.read_bytes() + bytes(64))  # so that reading too far does not end in an error by itself
+    try:
+        assert pixels(path)[7, 7].tolist() == [0, 255, 1]
+    except ImageError as error:
+        assert "YCbCr" in str(error)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -425,6 +438,31 @@ def test_images_are_found_in_order(tmp_path):
         "sub/c.WebP",
         "sub/deep/d.tif",
     ]
+
+
+def test_what_is_no_image_by_its_name_is_counted(tmp_path):
+    for name in ("a.jfif", "b.JPE", "c.apng", "notes.txt", "sub/labels.csv", ".hidden"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = list_images(tmp_path)
+    assert [p.name for p in found.images] == ["a.jfif", "b.JPE", "c.apng"]
+    assert (found.unlisted, found.skipped) == ([], 2)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, photo, monkeypatch):
+    closed, scandir = tmp_path / "closed", os.scandir
+    closed.mkdir()
+
+    def forbid(path):
+        if Path(path) == closed:
+            raise PermissionError(errno.EACCES, "no", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbid)
+    (error,) = list_images(tmp_path).unlisted
+    assert error.path == closed and "cannot be listed" in str(error)
+    with pytest.raises(ImageError, match="cannot be listed"):
+        find_images(tmp_path)
 
 
 def test_linked_folders_are_followed_once(tmp_path):

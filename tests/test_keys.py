@@ -164,7 +164,8 @@ def test_of_many_writers_one_wins(tmp_path):
     assert won == [Key.load(tmp_path / "my.key").fingerprint] and os.listdir(tmp_path) == ["my.key"]
 
 
-@pytest.mark.parametrize("overwrite, call", [(True, "replace"), (False, "fdopen"), (True, "fdopen")])
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("call", ["replace", "fsync"])
 def test_a_failed_save_leaves_no_trace(path, monkeypatch, overwrite, call):
     def fail(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -176,6 +177,18 @@ def test_a_failed_save_leaves_no_trace(path, monkeypatch, overwrite, call):
     assert path.read_bytes() == before and os.listdir(path.parent) == ["my.key"]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+def test_replacing_follows_links_and_leaves_what_is_no_file(path, tmp_path):
+    link, pipe, other = tmp_path / "link.key", tmp_path / "pipe.key", Key.new(-VALUES, **PUBLIC)
+    link.symlink_to(path)
+    os.mkfifo(pipe)
+    other.save(link, overwrite=True)
+    assert link.is_symlink() and Key.load(path).fingerprint == other.fingerprint
+    for overwrite in (False, True):
+        refused(lambda overwrite=overwrite: other.save(pipe, overwrite=overwrite), pipe)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
 def test_where_nothing_can_be_written(path, tmp_path):
     below = path / "x.key"  # its folder is a file
     assert "--force" not in refused(lambda: KEY.save(below), below)
@@ -184,8 +197,8 @@ def test_where_nothing_can_be_written(path, tmp_path):
 
 
 def test_missing_file_and_folder(tmp_path):
-    for name in ("none.key", "no/such.key", "."):
-        assert "keygen" in refused(lambda name=name: Key.load(tmp_path / name), tmp_path / name)
+    for name, said in (("none.key", "keygen"), ("no/such.key", "keygen"), (".", "is a folder")):
+        assert said in refused(lambda name=name: Key.load(tmp_path / name), tmp_path / name)
 
 
 @pytest.mark.parametrize(

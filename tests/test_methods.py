@@ -11,7 +11,6 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from inversion import Adam, Anderson, ForwardStep, InertialKM, Status
-from inversion.methods import METHODS
 from inversion.solve import norms, solve
 
 
@@ -192,11 +191,3 @@ def test_anderson_with_repeated_differences_stays_finite():
 def test_anderson_that_cannot_work_is_refused(bad):
     with pytest.raises(ValueError, match="Anderson"):
         Anderson(**bad)
-
-
-def test_every_method_has_a_name_and_defaults():
-    assert METHODS == {"forward": ForwardStep, "km": InertialKM, "adam": Adam, "anderson": Anderson}
-    root = draw(2, 3)
-    for method in METHODS.values():
-        done = solve(lambda z, rows: z - root[rows], root + 0.1, method(), max_steps=50)
-        assert norms(done.value - root).max() < 0.1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -227,6 +228,14 @@ def test_a_full_disk_leaves_the_file_whole(path, monkeypatch):
         monkeypatch.setattr(store, "_file", Full())
         with pytest.raises(OSError, match="space"):
             store.append({"sample_id": "b"})
+
+        def refuse(*_):
+            raise OSError(errno.ENOSPC, "no space")
+
+        monkeypatch.setattr(Full, "write", refuse)
+        with pytest.raises(OSError, match="space") as caught:
+            store.append({"sample_id": "b"})
+        assert caught.value.filename == str(path)
         assert path.read_bytes() == whole and store.done == {"a"}
 
 
@@ -266,11 +275,12 @@ def test_a_failed_write_leaves_the_old_file(path, monkeypatch):
     write_atomic(path, "old")
 
     def fail(*_):
-        raise OSError("no")
+        raise OSError(errno.ENOSPC, "no")
 
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="no"):
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="no") as caught:
         write_atomic(path, "new")
+    assert caught.value.filename == str(path)
     assert path.read_text() == "old" and os.listdir(path.parent) == [path.name]
 
 

@@ -3,31 +3,82 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 import click
 
-PATH = click.Path(path_type=Path)
-EXIT_ABSENT, EXIT_USAGE, EXIT_INCONCLUSIVE, EXIT_INTERRUPTED = 1, 2, 3, 130
+EXIT_ABSENT, EXIT_USAGE, EXIT_INCONCLUSIVE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 3, 130, 141
+RESUMED = ("generate", "audit", "evaluate", "demo")
+SEED = click.IntRange(0, 2**62)  # torch and NumPy take 63 bits; each further image adds 1
+
+
+class FilePath(click.Path):
+    """A path, which an empty string is not, with one of these suffixes if there are any."""
+
+    def __init__(self, *suffixes: str) -> None:
+        super().__init__(path_type=Path)
+        self.suffixes = suffixes
+
+    def convert(self, value, param, ctx) -> Path:
+        if not os.fspath(value):
+            self.fail("the name is empty; name a file or folder", param, ctx)
+        path = super().convert(value, param, ctx)
+        if self.suffixes and path.suffix.lower() not in self.suffixes:
+            self.fail(f"{path}: the name must end in {' or '.join(self.suffixes)}", param, ctx)
+        return path
+
+
+PATH, FIGURE = FilePath(), FilePath(".png", ".svg")
 
 
 class Ringmark(click.Group):
-    """Turns the library's errors into one line and exit code 2."""
+    """Turns errors into exit code 2, the library's own into one line; 1 is for verdicts alone."""
+
+    def main(self, *args, **extra):
+        with _closed_pipe():
+            return super().main(*args, **extra)
+
+    def make_context(self, *args, **extra) -> click.Context:
+        with _closed_pipe():
+            return super().make_context(*args, **extra)
 
     def invoke(self, ctx: click.Context):
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            click.echo("interrupted; what is done is kept, the same command goes on from here", err=True)
-            ctx.exit(EXIT_INTERRUPTED)
-        except (ValueError, OSError) as error:
-            raise _one_line(error) from error
+        with _closed_pipe():
+            try:
+                return super().invoke(ctx)
+            except KeyboardInterrupt:
+                goes_on = "; what is done is kept, the same command goes on from here"
+                click.echo("interrupted" + (goes_on if ctx.invoked_subcommand in RESUMED else ""), err=True)
+                ctx.exit(EXIT_INTERRUPTED)
+            except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+                raise
+            except Exception as error:
+                if shown := _one_line(error):
+                    raise shown from error
+                traceback.print_exc()
+                ctx.exit(EXIT_USAGE)
 
 
-def _one_line(error: Exception) -> Exception:
+@contextmanager
+def _closed_pipe() -> Iterator[None]:
+    """Ends quietly where nobody reads on; click itself would end with 1, which is a verdict."""
+    try:
+        yield
+    except BrokenPipeError:
+        # What is still buffered has nowhere to go either, of which Python would complain when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_PIPE)
+
+
+def _one_line(error: Exception) -> click.ClickException | None:
+    """The library's errors and the system's for the user; None for any other."""
     from data.images import ImageError
     from data.store import StoreError
     from inversion.errors import ModelError
@@ -38,7 +89,7 @@ def _one_line(error: Exception) -> Exception:
     elif isinstance(error, OSError) and error.strerror:
         message = f"{error.filename or 'system'}: {error.strerror}"
     else:
-        return error
+        return None
     shown = click.ClickException(" ".join(message.split()))
     shown.exit_code = EXIT_USAGE
     return shown
@@ -73,13 +124,13 @@ batch_option = click.option("--batch", type=click.IntRange(1), default=8, show_d
 inversion_options = options(
     click.option(
         "--method",
-        type=click.Choice(["encoder", "forward", "km", "adam", "anderson"]),
+        type=click.Choice(["encoder", "forward", "km", "adam", "anderson", "gradient"]),
         default="anderson",
         show_default=True,
-        help="Decoder inversion; encoder is none.",
+        help="Decoder inversion; encoder is none, gradient the slow baseline.",
     ),
     click.option(
-        "--max-steps", type=click.IntRange(0), default=8, show_default=True, help="Steps of the decoder inversion."
+        "--max-steps", type=click.IntRange(0), help="Steps of the decoder inversion.  [default: the method's own]"
     ),
     steps_option,
 )
@@ -95,6 +146,7 @@ keys_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 force_option = click.option("--force", is_flag=True, help="Replace what is there.")
+seed_option = click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the first image's noise.")
 guidance_option = click.option(
     "--guidance", type=click.FloatRange(1), default=3.0, show_default=True, help="Classifier-free guidance; 1 is none."
 )
@@ -112,31 +164,54 @@ def load_model(source: str, device: str, dtype: str):
         return LatentModel.from_pretrained(
             source, device=device, dtype=None if dtype == "auto" else getattr(torch, dtype)
         )
-    except RuntimeError as error:
-        raise ModelError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    except (AssertionError, RuntimeError) as error:  # torch asserts that it was built with CUDA
+        raise ModelError(f"--device {device}: {str(error).splitlines()[0]}; choose another --device") from error
 
 
-def load_detector(model, key_paths: tuple[Path, ...], method: str, max_steps: int, steps: int, alpha: float):
-    """A detector for these key files."""
+def load_detector(
+    model: tuple[str, str, str], key_paths: tuple[Path, ...], method: str, max_steps: int, steps: int, alpha: float
+):
+    """A detector for these key files; a bad one does not cost the loading of the model."""
     from watermark.detect import detector
     from watermark.keys import Key
 
-    return detector(model, [Key.load(path) for path in key_paths], method, max_steps, steps, alpha)
+    keys = [Key.load(path) for path in key_paths]
+    return detector(load_model(*model), keys, method, max_steps, steps, alpha)
 
 
 def say(result: dict | list, text: str, as_json: bool) -> None:
     """Print a result for a person or for a program."""
-    click.echo(json.dumps(result, indent=1, default=str) if as_json else text)
+    from data.store import one_line
+
+    click.echo(json.dumps(result, indent=1, default=str) if as_json else "\n".join(map(one_line, text.split("\n"))))
 
 
-def numbers(ctx, param, value: str | None) -> tuple[int, ...] | None:
-    """'0,2' or '3-10' as whole numbers."""
+def _span(text: str) -> range:
+    """'3-10' as the numbers from 3 to 10, '3' as 3 alone. Raises ValueError."""
+    low, dash, high = text.partition("-")
+    span = range(int(low), int(high if dash else low) + 1)
+    if not span:
+        raise ValueError(text)
+    return span
+
+
+def channel_numbers(ctx, param, value: str | None) -> tuple[int, ...] | None:
+    """'0,2' as 0 and 2, '0-3' as 0, 1, 2 and 3."""
+    try:
+        return None if value is None else tuple(n for part in value.split(",") for n in _span(part))
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: rising whole numbers are needed, as in 0,2 or 0-3") from None
+
+
+def radius_range(ctx, param, value: str | None) -> tuple[int, int] | None:
+    """'3-10' as 3 and 10."""
     if value is None:
         return None
     try:
-        return tuple(int(part) for part in value.replace("-", ",").split(","))
+        span = _span(value if "-" in value else "")
     except ValueError:
-        raise click.BadParameter(f"{value!r}: whole numbers are needed, as in 0,2 or 3-10") from None
+        raise click.BadParameter(f"{value!r}: two rising whole numbers are needed, as in 3-10") from None
+    return span[0], span[-1]
 
 
 @click.group(cls=Ringmark, context_settings={"help_option_names": ["-h", "--help"]})
@@ -170,10 +245,10 @@ def main() -> None:
 )
 @click.option(
     "--channels",
-    callback=numbers,
-    help="Latent channels, as in 0,2.  [default: where this model's noise is best recovered]",
+    callback=channel_numbers,
+    help="Latent channels, as in 0,2 or 0-3.  [default: where this model's noise is best recovered]",
 )
-@click.option("--radii", callback=numbers, help="Range of ring radii, as in 3-10.  [default: likewise]")
+@click.option("--radii", callback=radius_range, help="Range of ring radii, as in 3-10.  [default: likewise]")
 @model_options
 @force_option
 @json_option
@@ -184,10 +259,11 @@ def keygen(output, pattern, mask, channels, radii, source, device, dtype, force,
     Example:
       ringmark keygen -o my.key
     """
+    from watermark.keys import refuse_existing
     from watermark.schemes.tree_ring import Placement, make_key, recommend
 
-    if radii is not None and len(radii) != 2:
-        raise click.BadParameter("two numbers are needed, as in 3-10", param_hint="--radii")
+    if not force:
+        refuse_existing(output)
     model = load_model(source, device, dtype)
     best = recommend(model.recovery, model.latent_shape)
     key = make_key(
@@ -211,7 +287,7 @@ def keygen(output, pattern, mask, channels, radii, source, device, dtype, force,
 @click.option(
     "--prompt", "prompts", multiple=True, help="A prompt; repeat for several.  [default: captions of procedural scenes]"
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the first image's noise.")
+@seed_option
 @guidance_option
 @steps_option
 @batch_option
@@ -248,7 +324,11 @@ def generate(
 @alpha_option
 @inversion_options
 @batch_option
-@click.option("--explain", type=PATH, help="Draw what the first image's verdict rests on into this PNG or SVG.")
+@click.option(
+    "--explain",
+    type=FIGURE,
+    help="Draw what the first image's verdict rests on into this PNG or SVG. It shows the key: keep it as secret.",
+)
 @model_options
 @json_option
 @click.pass_context
@@ -265,7 +345,7 @@ def verify(
     """
     from watermark.single import verify_files
 
-    detector = load_detector(load_model(source, device, dtype), key_paths, method, max_steps, steps, alpha)
+    detector = load_detector((source, device, dtype), key_paths, method, max_steps, steps, alpha)
     outcome = verify_files(detector, list(images), batch=batch, explain_to=explain)
     for line in outcome:
         if not as_json:
@@ -294,16 +374,23 @@ def verify(
 def audit(folder, key_paths, output, alpha, method, max_steps, steps, batch, source, device, dtype, as_json) -> None:
     """Look for keys in every image of a folder, recursively.
 
+    A file that has changed since its record was made is looked at again. Exit code 0: every image has its record,
+    carrying, not, inconclusive or unreadable; 2: usage, or no such folder; 130: interrupted.
+
     \b
     Example:
       ringmark audit pictures --key my.key --key old.key -o results.jsonl
     """
+    from data.images import check_folder
     from watermark import runs
 
-    detector = load_detector(load_model(source, device, dtype), key_paths, method, max_steps, steps, alpha)
+    check_folder(folder)
+    detector = load_detector((source, device, dtype), key_paths, method, max_steps, steps, alpha)
     found = runs.audit(detector, folder, output, batch=batch)
     keys = "".join(f"\n  key {name[:8]}: {count}" for name, count in found.by_key.items())
-    text = f"{found.images} images: {found.present} carry a key, {found.absent} do not, {found.inconclusive} inconclusive, {found.unreadable} unreadable; records in {output}{keys}"
+    text = f"{found.images} images: {found.present} carry a key, {found.absent} do not, {found.inconclusive} inconclusive, {found.unreadable} unreadable; {found.skipped} other files skipped; records in {output}{keys}"
+    for error in () if as_json else found.errors:
+        click.echo(error, err=True)
     say(asdict(found), text, as_json)
 
 
@@ -316,7 +403,7 @@ def audit(folder, key_paths, output, alpha, method, max_steps, steps, batch, sou
     required=True,
     help="CSV with path,label or JSON {path: label}; repeat for several.",
 )
-@click.option("-o", "--output", type=PATH, help="Draw the curves into this PNG or SVG.")
+@click.option("-o", "--output", type=FIGURE, help="Draw the curves into this PNG or SVG.")
 @click.option(
     "--fpr",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
@@ -335,9 +422,10 @@ def roc(results, labels, output, fpr, as_json) -> None:
     from watermark.report import roc_figure, save_figure, table
     from watermark.runs import curves_of_files
 
-    found = curves_of_files(list(results), list(labels), fpr)
+    found, matched = curves_of_files(list(results), list(labels), fpr)
     if output:
         save_figure(roc_figure(found), output)
+    click.echo(matched, err=as_json)
     say([c.summary() for c in found], table(found) + (f"\ncurves drawn into {output}" if output else ""), as_json)
 
 
@@ -351,11 +439,17 @@ def roc(results, labels, output, fpr, as_json) -> None:
 @click.option(
     "-n", "--number", type=click.IntRange(2), default=32, show_default=True, help="Images of each kind to draw."
 )
-@click.option("--methods", default="encoder,anderson", show_default=True, help="Decoder inversions to compare.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the first image's noise.")
+@click.option(
+    "--methods",
+    default="encoder,anderson",
+    show_default=True,
+    callback=lambda ctx, param, value: tuple(name.strip() for name in value.split(",")),
+    help="Decoder inversions to compare.",
+)
+@seed_option
 @guidance_option
 @click.option(
-    "--max-steps", type=click.IntRange(0), default=8, show_default=True, help="Steps of the decoder inversion."
+    "--max-steps", type=click.IntRange(0), help="Steps of the decoder inversion.  [default: the method's own]"
 )
 @steps_option
 @batch_option
@@ -387,9 +481,7 @@ def evaluate(
     from watermark.report import table
     from watermark.runs import Comparison, compare
 
-    plan = Comparison(
-        output, key_path, marked, unmarked, number, tuple(methods.split(",")), seed, guidance, max_steps, steps, batch
-    )
+    plan = Comparison(output, key_path, marked, unmarked, number, methods, seed, guidance, max_steps, steps, batch)
     found = compare(load_model(source, device, dtype), plan)
     say(
         [c.summary() | {"seconds": s} for c, s in found],
@@ -413,7 +505,7 @@ def invert(image, output, method, max_steps, steps, source, device, dtype, as_js
     """
     from watermark.single import invert_file
 
-    detector = load_detector(load_model(source, device, dtype), (), method, max_steps, steps, 1e-3)
+    detector = load_detector((source, device, dtype), (), method, max_steps, steps, 1e-3)
     facts = invert_file(detector, image, output)
     say(
         facts,

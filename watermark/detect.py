@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inversion.decoder import invert_decoder
+from inversion.decoder import INVERTERS, Inverter
 from inversion.diffusion import invert
-from inversion.methods import METHODS, Anderson
 from inversion.model import LatentModel
-from inversion.solve import Method, Solution
+from inversion.solve import Solution
 from watermark.errors import KeyFileError, RingmarkError
 from watermark.keys import Key
 from watermark.schemes.tree_ring import TreeRing
@@ -25,7 +24,7 @@ from watermark.statistics import cosine_test, power_test, published_distance, pu
 if TYPE_CHECKING:
     from data.images import Sample
 
-__all__ = ["ALPHA", "Detector", "Judged", "Recovered", "Verdict", "detector"]
+__all__ = ["ALPHA", "Detector", "Judged", "Recovered", "Verdict", "check_method", "detector"]
 
 ALPHA = 1e-3  # an unmarked image is called marked once in a thousand
 FLAT = 1 / 255  # an image whose pixels vary less than half a grey level (of a range of 2) says nothing
@@ -88,9 +87,9 @@ class Judged(NamedTuple):
 class Detector:
     """Looks for keys in images; every key is tested on one and the same inversion.
 
-    `method` and `max_steps` are those of the decoder inversion (`max_steps` 0: encoder alone), `steps` those of naive
-    DDIM inversion with the empty prompt. `alpha` is the corrected p-value at which a key is called present. Raises
-    KeyFileError for a key made for other latents or another model.
+    `inverter` inverts the decoder; `steps` are those of naive DDIM inversion with the empty prompt. `alpha` is the
+    corrected p-value at which a key is called present. Raises KeyFileError for a key made for other latents or another
+    model.
     """
 
     def __init__(
@@ -98,12 +97,11 @@ class Detector:
         model: LatentModel,
         keys: list[Key],
         *,
-        method: Method = Anderson(),
-        max_steps: int = 8,
+        inverter: Inverter = Inverter(),
         steps: int = 25,
         alpha: float = ALPHA,
     ) -> None:
-        self.model, self.method, self.max_steps, self.steps, self.alpha = model, method, max_steps, steps, alpha
+        self.model, self.inverter, self.steps, self.alpha = model, inverter, steps, alpha
         self.grid = model.grid(steps)
         self.nothing = model.embed([""])
         self.schemes = {}
@@ -113,17 +111,16 @@ class Detector:
 
     def with_keys(self, keys: list[Key]) -> Detector:
         """The same detector, looking for other keys."""
-        return Detector(
-            self.model, keys, method=self.method, max_steps=self.max_steps, steps=self.steps, alpha=self.alpha
-        )
+        return Detector(self.model, keys, inverter=self.inverter, steps=self.steps, alpha=self.alpha)
 
     def settings(self) -> dict:
         """What a result depends on."""
         return {
             "model": self.model.identity,
             "keys": sorted(self.schemes),
-            "method": repr(self.method),
-            "max_steps": self.max_steps,
+            "method": repr(self.inverter.method),
+            "max_steps": self.inverter.max_steps,
+            "gradient": self.inverter.gradient,
             "steps": self.steps,
             "alpha": self.alpha,
         }
@@ -133,7 +130,7 @@ class Detector:
         """Images (B, 3, H, W) in [-1, 1] → their latents and initial noise."""
         started = time.perf_counter()
         images = images.to(self.model.device)
-        solution = invert_decoder(self.model.encode, self.model.decode, images, self.method, max_steps=self.max_steps)
+        solution = self.inverter(self.model, images)
         cond = self.nothing.expand(len(images), -1, -1)
         noise = invert(self.model, solution.value, cond, self.grid).float().cpu()
         return Recovered(images, solution, noise, (time.perf_counter() - started) / len(images))
@@ -202,16 +199,18 @@ class Detector:
         return ()
 
 
+def check_method(name: str) -> None:
+    """Raises RingmarkError unless this names a decoder inversion: one of INVERTERS."""
+    if name not in INVERTERS:
+        raise RingmarkError(f"method {name!r}: choose from {', '.join(INVERTERS)}")
+
+
 def detector(
-    model: LatentModel, keys: list[Key], method: str, max_steps: int, steps: int, alpha: float = ALPHA
+    model: LatentModel, keys: list[Key], method: str, max_steps: int | None, steps: int, alpha: float = ALPHA
 ) -> Detector:
-    """A detector by the name of its decoder inversion: one of METHODS, or "encoder", which is none."""
-    if method not in (*METHODS, "encoder"):
-        raise RingmarkError(f"method {method!r}: choose from encoder, {', '.join(METHODS)}")
-    chosen = METHODS.get(method, Anderson)()
-    return Detector(
-        model, keys, method=chosen, max_steps=0 if method == "encoder" else max_steps, steps=steps, alpha=alpha
-    )
+    """A detector by the name of its decoder inversion. Raises RingmarkError for an unknown one."""
+    check_method(method)
+    return Detector(model, keys, inverter=Inverter.named(method, max_steps), steps=steps, alpha=alpha)
 
 
 def _final_rms(recovered: Recovered) -> list[float | None]:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import secrets
-import tempfile
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
 
+from data.store import write_atomic
 from watermark.errors import KeyFileError
 
-__all__ = ["Key"]
+__all__ = ["Key", "refuse_existing"]
 
 MAX_BYTES = 64 << 20
 FIELDS = {
@@ -65,7 +64,10 @@ class Key:
         ).hexdigest()[:16]
 
     def save(self, path: Path, *, overwrite: bool = False) -> None:
-        """Write the file whole or not at all, readable by its owner only. Raises KeyFileError where one exists."""
+        """Write the file whole or not at all, readable by its owner only. Raises KeyFileError where one exists.
+
+        With `overwrite` a regular file is replaced, a link followed, and nothing else touched.
+        """
         from safetensors.numpy import save
 
         data = save(
@@ -74,19 +76,16 @@ class Key:
         )
         path = Path(path)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".key-")  # mode 0600
+            if not overwrite:
+                _reserve(path)
             try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(data)
+                write_atomic(path, data, 0o600)
+            except BaseException:
                 if not overwrite:
-                    _reserve(path)
-                os.replace(temporary, path)
-            finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(temporary)
+                    path.unlink(missing_ok=True)
+                raise
         except OSError as error:
-            raise KeyFileError(f"{path}: cannot be written: {error.strerror}") from None
+            raise KeyFileError(f"{path}: cannot be written: {error.strerror}; choose another name") from None
 
     @classmethod
     def load(cls, path: Path) -> Key:
@@ -95,6 +94,8 @@ class Key:
 
         path = Path(path)
         try:
+            if path.is_dir():
+                raise KeyFileError(f"{path}: is a folder; name a key file in it")
             if not path.is_file():
                 raise KeyFileError(f"{path}: no such key file; make one with: ringmark keygen -o {path}")
             if path.stat().st_size > MAX_BYTES:
@@ -134,11 +135,19 @@ def _described(metadata: dict) -> bool:
     )
 
 
+def refuse_existing(path: Path) -> None:
+    """Raises KeyFileError where there is something of this name."""
+    if os.path.lexists(path):
+        raise KeyFileError(
+            f"{path}: exists already; choose another name, or --force to replace it (marks made with the old key are then lost)"
+        )
+
+
 def _reserve(path: Path) -> None:
     """Take the name with an empty file, so that no two writers can both succeed. Raises KeyFileError where it is taken."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except FileExistsError:
-        raise KeyFileError(
-            f"{path}: exists already; choose another name, or --force to replace it (marks made with the old key are then lost)"
-        ) from None
+        refuse_existing(path)
+        raise

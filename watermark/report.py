@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data.store import write_atomic
+from data.store import one_line, write_atomic
 from inversion.diagnostics import NoiseRecovery
 from watermark.detect import Detector, Judged, Verdict
 from watermark.evaluate import Curve
@@ -72,9 +72,10 @@ def roc_figure(curves: Sequence[Curve], title: str = "") -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure in the format that the suffix names; parent folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    """Write a figure, whole or not at all, in the format that the suffix names; parent folders are made."""
+    picture, kind = io.BytesIO(), path.suffix.lower().removeprefix(".")
+    figure.savefig(picture, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    write_atomic(path, picture.getvalue())
 
 
 def table(curves: Sequence[Curve], seconds: Sequence[float] | None = None) -> str:
@@ -105,7 +106,10 @@ def write_table(path: Path, rows: list[dict]) -> None:
 
 
 def explain(detector: Detector, judged: Judged, name: str) -> Figure:
-    """What the best key's verdict rests on: image, recovered spectrum with the ring, key, and the score on its null."""
+    """What the best key's verdict rests on: image, recovered spectrum with the ring, key, and the score on its null.
+
+    Whoever sees the figure sees the key.
+    """
     from matplotlib.figure import Figure
 
     verdict = judged.best
@@ -124,7 +128,7 @@ def explain(detector: Detector, judged: Judged, name: str) -> Figure:
         ax.set_xlabel("frequency")
     _plot_null(axes[3], detector, verdict)
     axes[0].set_axis_off()
-    figure.suptitle(f"{name}: {verdict.sentence()}", fontsize=11)
+    figure.suptitle(f"{one_line(name)}: {verdict.sentence()}", fontsize=11, parse_math=False)
     return figure
 
 
@@ -156,7 +160,7 @@ def _plot_null(ax: Axes, detector: Detector, verdict: Verdict) -> None:
         ax.set_axis_off()
         return
     nu = len(scheme.feature_rings()[0]) - 1
-    reach = max(0.3, abs(verdict.score) * 1.15)
+    reach = min(0.999, max(0.3, abs(verdict.score) * 1.15))  # a cosine's density ends at 1
     c = np.linspace(-reach, reach, 1001)
     # c = t / √(ν + t²), so the density of c is that of t times dt/dc.
     t = c * np.sqrt(nu / (1 - c**2))

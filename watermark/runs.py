@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from data.images import ImageError, Sample, find_images, from_array, read_labels, read_sample, save_png
+from data.images import (
+    ImageError,
+    Sample,
+    check_folder,
+    from_array,
+    list_images,
+    read_labels,
+    read_sample,
+    save_png,
+)
 from data.scenes import scene
 from data.store import Store, StoreError, read_records, write_atomic
 from inversion.model import LatentModel
-from watermark.detect import Detector, detector
+from watermark.detect import Detector, Judged, check_method, detector
 from watermark.errors import EvaluationError
 from watermark.evaluate import Curve, roc
 from watermark.generate import generate
@@ -28,6 +39,7 @@ UNSEEN_SCENES = 2_000_000  # seeds that scripts/train_pocket.py neither trains o
 __all__ = [
     "Audit",
     "Comparison",
+    "Labelled",
     "audit",
     "compare",
     "curves",
@@ -110,7 +122,10 @@ def _write_labels(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit found: how many images carry a key, carry none, are inconclusive, could not be read."""
+    """What an audit found: how many images carry a key, carry none, are inconclusive, could not be read.
+
+    `errors` says why, of each; `skipped` files have no image's name and were not opened.
+    """
 
     images: int
     present: int
@@ -118,72 +133,103 @@ class Audit:
     inconclusive: int
     unreadable: int
     by_key: dict[str, int]
+    errors: list[str]
+    skipped: int
 
     @classmethod
-    def of(cls, records: list[dict]) -> Audit:
+    def of(cls, records: list[dict], skipped: int) -> Audit:
         """From an audit's records."""
-        errors = sum("error" in r for r in records)
+        errors = [r["error"] for r in records if "error" in r]
         said = [r["present"] for r in records if "error" not in r]
         keys: dict[str, int] = {}
         for r in records:
             for name in r.get("carries", ()):
                 keys[name] = keys.get(name, 0) + 1
-        return cls(len(records), said.count(True), said.count(False), said.count(None), errors, keys)
+        said_of = [said.count(outcome) for outcome in (True, False, None)]
+        return cls(len(records), *said_of, len(errors), keys, errors, skipped)
 
 
 def audit(detector: Detector, folder: Path, results: Path, *, batch: int = 8) -> Audit:
-    """One record a file of `folder`, recursively, appended to `results`; files recorded already are not read again.
+    """One record a file of `folder`, recursively, appended to `results`; files recorded as they are now are not read.
 
-    A record holds the verdict of the best key, `carries`, the keys that fit, and `keys`, p and score for each. A file
-    that cannot be read gets a record with `error` and is tried again by the next run.
+    A record holds the verdict of the best key, `carries`, the keys that fit, `keys`, p and score for each, and the
+    file's `size` and `mtime_ns`. What cannot be read, or listed, gets a record with `error` and is tried again by the
+    next run, which records it again only if something has changed.
     """
-    paths = find_images(folder)
-    with Store(results, detector.settings()) as store:
-        todo = [p for p in paths if str(p.relative_to(folder)) not in store.done]
-        with tqdm(total=len(paths), initial=len(paths) - len(todo), desc="audit", unit="image", disable=None) as bar:
-            for judged in detector.scan(_readable(detector, folder, todo, store, bar), batch):
-                best, verdicts = judged.best, judged.verdicts
-                per_key = {v.key: {"p_value": v.p_value, "score": v.score, "distance": v.distance} for v in verdicts}
-                store.append(
-                    best.record()
-                    | {
-                        "sample_id": judged.sample.id,
-                        "carries": [v.key for v in verdicts if v.present],
-                        "keys": per_key,
-                    }
-                )
+    found = list_images(folder)
+    name_of = lambda path: str(path.relative_to(folder))
+    stamps = {name_of(path): _stamp(path) for path in (*found.images, *(e.path for e in found.unlisted))}
+    # Relative, so that a tree that was moved with its results goes on.
+    settings = detector.settings() | {"folder": os.path.relpath(folder, results.parent)}
+    with Store(results, settings) as store:
+        known = {r["sample_id"]: r for r in read_records(results)[1]}
+        fresh = {n for n, stamp in stamps.items() if n in store.done and stamp.items() <= known[n].items()}
+        with tqdm(total=len(stamps), initial=len(fresh), desc="audit", unit="image", disable=None) as bar:
+
+            def keep(name: str, record: dict) -> None:
+                record = {"sample_id": name} | record | stamps[name]
+                if record != known.get(name):  # or a file that stays unreadable would be recorded by every run
+                    store.append(record)
                 bar.update()
-    wanted = {str(p.relative_to(folder)) for p in paths}
-    return Audit.of([r for r in read_records(results)[1] if r["sample_id"] in wanted])
+
+            refuse = lambda error: keep(name_of(error.path), {"error": str(error)})
+            for error in found.unlisted:
+                refuse(error)
+            todo = [path for path in found.images if name_of(path) not in fresh]
+            for judged in detector.scan(_readable(detector, folder, todo, refuse), batch):
+                keep(judged.sample.id, _record(judged))
+    return Audit.of([r for r in read_records(results)[1] if r["sample_id"] in stamps], found.skipped)
 
 
-def _readable(detector: Detector, folder: Path, paths: list[Path], store: Store, bar: tqdm) -> Iterator[Sample]:
+def _record(judged: Judged) -> dict:
+    per_key = {v.key: {"p_value": v.p_value, "score": v.score, "distance": v.distance} for v in judged.verdicts}
+    return judged.best.record() | {"carries": [v.key for v in judged.verdicts if v.present], "keys": per_key}
+
+
+def _stamp(path: Path) -> dict:
+    """What changes when a file does."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return {"size": None, "mtime_ns": None}
+    return {"size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
+
+
+def _readable(
+    detector: Detector, folder: Path, paths: list[Path], refuse: Callable[[ImageError], None]
+) -> Iterator[Sample]:
     for path in paths:
-        name = str(path.relative_to(folder))
         try:
-            yield read_sample(path, detector.model.image_size, id=name)
+            yield read_sample(path, detector.model.image_size, id=str(path.relative_to(folder)))
         except ImageError as error:
-            store.append({"sample_id": name, "error": str(error)})
-            bar.update()
+            refuse(error)
 
 
-def label_records(records: list[dict], label_files: list[Path]) -> dict[str, bool]:
-    """Labels of records by sample_id. A label's path is looked for below its file's folder's name, then as it stands.
+class Labelled(NamedTuple):
+    """Labels of records by sample_id, and how many labels fit no record."""
+
+    labels: dict[str, bool]
+    unmatched: int
+
+
+def label_records(records: list[dict], label_files: list[Path]) -> Labelled:
+    """A label's path is looked for below its file's folder's name, then as it stands.
 
     Raises EvaluationError where no label fits any record.
     """
-    ids, found = {r["sample_id"] for r in records}, {}
+    ids, found, unmatched = {r["sample_id"] for r in records}, {}, 0
     for file in label_files:
         for path, label in read_labels(file).items():
-            for name in (f"{file.resolve().parent.name}/{path}", path):
-                if name in ids:
-                    found[name] = label
-                    break
+            name = next((n for n in (f"{file.resolve().parent.name}/{path}", path) if n in ids), None)
+            if name is None:
+                unmatched += 1
+            else:
+                found[name] = label
     if not found:
         raise EvaluationError(
             f"{', '.join(map(str, label_files))}: no label fits any of the {len(ids)} audited images; paths must be as in the results, e.g. {min(ids, default='-')}"
         )
-    return found
+    return Labelled(found, unmatched)
 
 
 def curves(
@@ -204,17 +250,34 @@ def curves(
     return out
 
 
-def curves_of_files(results: list[Path], label_files: list[Path], fpr_limit: float) -> list[Curve]:
-    """The curves of several audits taken together."""
-    records = [record for path in results for record in read_records(path)[1]]
-    return curves(records, label_records(records, label_files), name="", fpr_limit=fpr_limit)
+def curves_of_files(results: list[Path], label_files: list[Path], fpr_limit: float) -> tuple[list[Curve], str]:
+    """The curves of several audits taken together, and a sentence on how labels and records met."""
+    records = _records_of(results)
+    labels, unmatched = label_records(records, label_files)
+    said = f"{len(labels)} of {len(records)} records labelled; {unmatched} labels fit no record"
+    return curves(records, labels, name="", fpr_limit=fpr_limit), said
+
+
+def _records_of(results: list[Path]) -> list[dict]:
+    """All records; a file given twice counts once. Raises EvaluationError where two files have records of one id."""
+    records, origin = [], {}
+    for path in {p.resolve(): p for p in results}.values():
+        for record in read_records(path)[1]:
+            first = origin.setdefault(record["sample_id"], path)
+            if first != path:
+                raise EvaluationError(
+                    f"{path}: has a record of {record['sample_id']}, and so has {first}; give only one of the two, or audit a folder that holds both"
+                )
+            records.append(record)
+    return records
 
 
 @dataclass(frozen=True)
 class Comparison:
     """A plan: decoder inversions compared on the same marked and unmarked images, drawn here unless folders are given.
 
-    Marked and unmarked images have different prompts and seeds.
+    Marked and unmarked images have different prompts and seeds. Raises what can be said against it before a model is
+    loaded: EvaluationError, RingmarkError, ImageError or KeyFileError.
     """
 
     output: Path
@@ -225,17 +288,38 @@ class Comparison:
     methods: tuple[str, ...]
     seed: int
     guidance: float
-    max_steps: int
+    max_steps: int | None
     steps: int
     batch: int
 
+    def __post_init__(self) -> None:
+        if self.marked and not self.key:
+            raise EvaluationError("--marked needs --key, the key that these images carry")
+        for method in self.methods:
+            check_method(method)
+        for folder in filter(None, (self.marked, self.unmarked)):
+            check_folder(folder)
+        if self.key:
+            Key.load(self.key)
+
+    def settings(self, model: LatentModel, key: Key) -> dict:
+        """What the images depend on."""
+        folders = {
+            name: folder and os.path.relpath(folder, self.output)
+            for name, folder in (("marked", self.marked), ("unmarked", self.unmarked))
+        }
+        names = ("number", "seed", "guidance", "steps")
+        return {"model": model.identity, "key": key.fingerprint, **folders, **{n: getattr(self, n) for n in names}}
+
 
 def compare(model: LatentModel, plan: Comparison) -> list[tuple[Curve, float]]:
-    """Curves and median seconds an image of each method; everything is kept in plan.output, where it goes on if stopped."""
-    if plan.marked and not plan.key:
-        raise EvaluationError("--marked needs --key, the key that these images carry")
-    detectors = {name: detector(model, [], name, plan.max_steps, plan.steps) for name in plan.methods}
+    """Curves and median seconds an image of each method; everything is kept in plan.output, where it goes on if stopped.
+
+    Raises StoreError if plan.output was begun with another plan.
+    """
     key = _key_of(model, plan)
+    detectors = {name: detector(model, [key], name, plan.max_steps, plan.steps) for name in plan.methods}
+    Store(plan.output / "plan.jsonl", plan.settings(model, key)).close()  # refuses another plan's images and records
     truth, found = {True: plan.marked, False: plan.unmarked}, []
     for label, offset in ((True, 0), (False, plan.number)):
         if truth[label] is None:
@@ -255,7 +339,7 @@ def compare(model: LatentModel, plan: Comparison) -> list[tuple[Curve, float]]:
         records = []
         for label, folder in truth.items():
             results = plan.output / f"{name}-{'marked' if label else 'unmarked'}.jsonl"
-            audit(looking.with_keys([key]), folder, results, batch=plan.batch)
+            audit(looking, folder, results, batch=plan.batch)
             records += [
                 r | {"sample_id": f"{label}/{r['sample_id']}", "label": label} for r in read_records(results)[1]
             ]

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from data.images import ImageError, Sample, read_sample, to_array
-from data.store import write_atomic
+from data.store import one_line, write_atomic
 from inversion.model import LatentModel
 from watermark.detect import Detector
 from watermark.report import explain, save_figure
@@ -55,7 +55,7 @@ def verify_files(
     for judged in tqdm(found, "verify", len(paths), unit="image", disable=None, leave=False, delay=2):
         i, best = int(judged.sample.id), judged.best
         record = best.record() | {"sample_id": str(paths[i]), "carries": [v.key for v in judged.verdicts if v.present]}
-        lines[i] = Line(f"{paths[i]}: {best.sentence()}", record, {True: 0, False: 1, None: 3}[best.present])
+        lines[i] = Line(f"{one_line(paths[i])}: {best.sentence()}", record, {True: 0, False: 1, None: 3}[best.present])
         if explain_to:
             save_figure(explain(detector, judged, paths[i].name), explain_to)
             explain_to = None
