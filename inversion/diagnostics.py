@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,9 +13,9 @@ import torch
 from torch import Tensor
 
 from inversion.errors import ModelError
-from inversion.solve import norms
+from inversion.solve import Method, Residual, norms
 
-__all__ = ["NoiseRecovery", "cocoercivity", "nmse_db", "rings"]
+__all__ = ["NoiseRecovery", "Walk", "cocoercivity", "high_frequency_share", "nmse_db", "rings", "stored_bytes", "trace"]
 
 
 def nmse_db(estimate: Tensor, truth: Tensor) -> Tensor:
@@ -27,11 +29,113 @@ def cocoercivity(z: Tensor, residual: Tensor, solution: Tensor) -> Tensor:
     return (t * (z - solution).flatten(1)).sum(1) / t.square().sum(1)
 
 
+def trace(residual: Residual, start: Tensor, method: Method, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(z_k, T z_k) for k = 0 … steps: where the method evaluates T and what it finds, without the driver's stopping.
+
+    For a method with momentum z_k is the extrapolated point, which is where its theorem asks for cocoercivity.
+    """
+    z, rows = start.float(), torch.arange(len(start), device=start.device)
+    state = method.init(z)
+    for k in range(steps + 1):
+        value = residual(z, rows)
+        t, error = (x.float() for x in (value if isinstance(value, tuple) else (value, value)))
+        yield z, t
+        if k < steps:
+            z, state = method.step(z, t, error, state)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How a method comes to where it ends, z_∞ (arXiv 2409.18442 takes the 300th iterate); float64.
+
+    For k = 0 … K and each sample (K + 1, B): `distances` ‖z_k − z_∞‖, `sizes` ‖T z_k‖, `betas`
+    ⟨T z_k, z_k − z_∞⟩ / ‖T z_k‖²; and `end` (B,) ‖T z_∞‖, for the end need not be a fixed point.
+    """
+
+    distances: Tensor
+    sizes: Tensor
+    betas: Tensor
+    end: Tensor
+
+    ARRIVED: ClassVar[float] = 1e-6
+    """Of the first ‖T‖: below it T is rounding, and cocoercivity 0/0."""
+
+    @classmethod
+    def along(cls, residual: Residual, start: Tensor, method: Method, *, steps: int = 300, at: int = 100) -> Walk:
+        """Walk `steps` steps and look back at the first `at` (= K), whose iterates are kept until the end is known."""
+        points = trace(residual, start, method, steps)
+        seen = [(z.double(), t.double()) for z, t in islice(points, at + 1)]
+        end, last = seen[-1]
+        for z, t in points:
+            end, last = z.double(), t.double()
+        each = lambda f: torch.stack([f(z, t) for z, t in seen]).cpu()
+        return cls(
+            each(lambda z, t: norms(z - end)),
+            each(lambda z, t: norms(t)),
+            each(lambda z, t: cocoercivity(z, t, end)),
+            norms(last).cpu(),
+        )
+
+    @property
+    def moving(self) -> Tensor:
+        """(K, B): steps that start before the fixed point is reached to rounding."""
+        return ~(self.sizes[:-1] <= self.ARRIVED * self.sizes[0])
+
+    @property
+    def lowest(self) -> Tensor:
+        """min over k < K of cocoercivity (B,), the path's β; NaN where the path left the finite numbers."""
+        return torch.where(self.moving, self.betas[:-1], torch.inf).amin(0)
+
+    def holds(self, at_least: float = 0.0) -> Tensor:
+        """(K, B): steps at which T is cocoercive with a β above `at_least`; ρ/2 is what Theorem 1 asks for."""
+        return self.betas[:-1] > at_least
+
+    def slack(self, rho: float) -> Tensor:
+        """(K, B): what Theorem 1's descent inequality leaves over, as a share of ‖z_k − z*‖².
+
+        ‖z_k − z*‖² − ρ (2β − ρ) ‖T z_k‖² − ‖z_{k+1} − z*‖² ≥ 0 along z_{k+1} = z_k − ρ T z_k, with β the path's
+        and z* = z_∞. In exact arithmetic it is 2ρ (β_k − β) ‖T z_k‖², so a violation is rounding.
+        """
+        before, after = self.distances[:-1].square(), self.distances[1:].square()
+        return 1 - (rho * (2 * self.lowest - rho) * self.sizes[:-1].square() + after) / before
+
+
 def rings(height: int, width: int) -> Tensor:
     """(h, w) int64: the radius of each bin of an unshifted 2-D DFT, rounded to whole frequencies of the shorter side."""
     short = min(height, width)
     ky, kx = torch.fft.fftfreq(height, 1 / short), torch.fft.fftfreq(width, 1 / short)
     return torch.hypot(ky[:, None], kx[None]).round().long()
+
+
+def high_frequency_share(images: Tensor, above: float = 0.25) -> Tensor:
+    """(B,) in [0, 1]: share of each image's energy, its mean apart, at radial frequencies above `above`, where 1 is Nyquist's.
+
+    images (B, C, H, W); frequencies are cycles a pixel, along whichever side, so that size and aspect do not matter.
+    """
+    power = torch.fft.fft2(images.double().cpu()).abs().square().sum(1)
+    ky, kx = (torch.fft.fftfreq(n, dtype=torch.float64) for n in images.shape[-2:])
+    radius = 2 * torch.hypot(ky[:, None], kx[None])
+    power[:, 0, 0] = 0
+    return power[:, radius > above].sum(1) / power.sum((1, 2)).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def stored_bytes(map_: Callable[[Tensor], Tensor], z: Tensor, weights: Iterable[Tensor] = ()) -> int:
+    """What autograd stores, beside the weights, to differentiate map_(z): a lower bound of the memory a gradient needs.
+
+    With weights and z on the meta device nothing is computed, so it tells what would not fit.
+    """
+    known = {w.untyped_storage()._cdata for w in weights}
+    stored = {}  # keeps the storages alive, so that no address is used twice
+
+    def note(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in known:
+            stored[storage._cdata] = storage
+        return x
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        _graph = map_(z.detach().requires_grad_())
+    return sum(storage.nbytes() for storage in stored.values())
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ which noise schedule was trained. Nothing else in the project knows.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -225,7 +226,9 @@ def _quiet() -> Iterator[None]:
         log.set_verbosity(log.CRITICAL)
         log.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
     finally:
         for log, verbosity, bars in before:
             log.set_verbosity(verbosity)

@@ -120,12 +120,14 @@ def explain(detector: Detector, judged: Judged, name: str) -> Figure:
     axes[0].set_title("image")
     channel = scheme.placement.channels[0]
     spectrum, key = scheme.aligned(judged.noise[None])
+    ring = np.fft.fftshift(scheme.inside.numpy())
     for ax, values, title in ((axes[1], spectrum, f"recovered noise, channel {channel}"), (axes[2], key, "key")):
-        ax.imshow(values, cmap="RdBu_r", vmin=-2.5, vmax=2.5, extent=_frequency_extent(*values.shape))
+        extent = _frequency_extent(*values.shape)
+        ax.imshow(values, cmap="RdBu_r", vmin=-2.5, vmax=2.5, extent=extent, alpha=np.where(ring, 1, 0.25))
         for radius in (scheme.placement.radii[0] - 0.5, scheme.placement.radii[1] + 0.5):
             ax.add_patch(_circle(radius))
         ax.set_title(title)
-        ax.set_xlabel("frequency")
+        ax.set_xlabel("frequency, periods an image side")
     _plot_null(axes[3], detector, verdict)
     axes[0].set_axis_off()
     figure.suptitle(f"{one_line(name)}: {verdict.sentence()}", fontsize=11, parse_math=False)
