@@ -49,30 +49,44 @@ class Walk:
     """How a method comes to where it ends, z_∞ (arXiv 2409.18442 takes the 300th iterate); float64.
 
     For k = 0 … K and each sample (K + 1, B): `distances` ‖z_k − z_∞‖, `sizes` ‖T z_k‖, `betas`
-    ⟨T z_k, z_k − z_∞⟩ / ‖T z_k‖²; and `end` (B,) ‖T z_∞‖, for the end need not be a fixed point.
+    ⟨T z_k, z_k − z_∞⟩ / ‖T z_k‖²; and `end` (B,) ‖T z_∞‖, for the end need not be a fixed point. `true_betas` are
+    cocoercivities about known latents instead, NaN without: a slow method, whose steps ρ are all alike, shows
+    β_k ≈ ρ (steps − k) about its own end, whatever T is.
     """
 
     distances: Tensor
     sizes: Tensor
     betas: Tensor
+    true_betas: Tensor
     end: Tensor
 
     ARRIVED: ClassVar[float] = 1e-6
     """Of the first ‖T‖: below it T is rounding, and cocoercivity 0/0."""
 
     @classmethod
-    def along(cls, residual: Residual, start: Tensor, method: Method, *, steps: int = 300, at: int = 100) -> Walk:
+    def along(
+        cls,
+        residual: Residual,
+        start: Tensor,
+        method: Method,
+        *,
+        steps: int = 300,
+        at: int = 100,
+        truth: Tensor | None = None,
+    ) -> Walk:
         """Walk `steps` steps and look back at the first `at` (= K), whose iterates are kept until the end is known."""
         points = trace(residual, start, method, steps)
         seen = [(z.double(), t.double()) for z, t in islice(points, at + 1)]
         end, last = seen[-1]
         for z, t in points:
             end, last = z.double(), t.double()
+        known = torch.full_like(end, torch.nan) if truth is None else truth.double()
         each = lambda f: torch.stack([f(z, t) for z, t in seen]).cpu()
         return cls(
             each(lambda z, t: norms(z - end)),
             each(lambda z, t: norms(t)),
             each(lambda z, t: cocoercivity(z, t, end)),
+            each(lambda z, t: cocoercivity(z, t, known)),
             norms(last).cpu(),
         )
 
@@ -86,9 +100,10 @@ class Walk:
         """min over k < K of cocoercivity (B,), the path's β; NaN where the path left the finite numbers."""
         return torch.where(self.moving, self.betas[:-1], torch.inf).amin(0)
 
-    def holds(self, at_least: float = 0.0) -> Tensor:
-        """(K, B): steps at which T is cocoercive with a β above `at_least`; ρ/2 is what Theorem 1 asks for."""
-        return self.betas[:-1] > at_least
+    @property
+    def true_lowest(self) -> Tensor:
+        """The same about the known latents."""
+        return torch.where(self.moving, self.true_betas[:-1], torch.inf).amin(0)
 
     def slack(self, rho: float) -> Tensor:
         """(K, B): what Theorem 1's descent inequality leaves over, as a share of ‖z_k − z*‖².

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeVar
 
 import click
 import numpy as np
@@ -21,12 +23,16 @@ from tqdm import tqdm
 from data.images import find_images, from_array, read_sample, to_array
 from data.store import write_atomic
 from inversion.decoder import Inverter
-from inversion.methods import Adam
+from inversion.diagnostics import Walk
+from inversion.methods import Adam, InertialKM
 from inversion.model import LatentModel
+from inversion.solve import Method, Residual
 from watermark.generate import generate
 from watermark.report import save_figure, write_table
 from watermark.runs import prompts_for
 from watermark.schemes.tree_ring import TreeRing
+
+T = TypeVar("T")
 
 SEED = 700_000  # of the first image drawn for an experiment
 
@@ -133,10 +139,9 @@ def invert_all(
     model: LatentModel, inverter: Inverter, images: Tensor, *, name: str, cache: Path, batch: int = 8
 ) -> Inverted:
     """Invert the images batch by batch. What was inverted before is read from the folder `cache`."""
-    tensors = cached(
-        cache, [model.identity, repr(inverter), images], partial(_invert_all, model, inverter, images, name, batch)
-    )
-    return Inverted(**tensors)
+    folder = cache if model.dtype == torch.float32 else cache / str(model.dtype)
+    make = partial(_invert_all, model, inverter, images, name, batch)
+    return Inverted(**cached(folder, [model.identity, repr(inverter), images], make))
 
 
 def _invert_all(model: LatentModel, inverter: Inverter, images: Tensor, name: str, batch: int) -> dict[str, Tensor]:
@@ -152,6 +157,59 @@ def _invert_all(model: LatentModel, inverter: Inverter, images: Tensor, name: st
         "evaluations": torch.cat([s.steps for s in found]),
         "pixel_rms": torch.cat(best) / images[0].numel() ** 0.5 * 127.5,
     }
+
+
+def momentum_bound(alpha: float) -> float:
+    """Theorem 2 of arXiv 2409.18442: inertial KM with momentum α converges for λ below (1 − α)² / (1 − α + 2α²)."""
+    return (1 - alpha) ** 2 / (1 - alpha + 2 * alpha**2)
+
+
+def inertial(alpha: float, rho: float) -> InertialKM:
+    """Inertial KM of step ρ = 2λβ with λ at nine tenths of its bound: what α allows of λ, β makes up for."""
+    lam = 0.9 * momentum_bound(alpha)
+    return InertialKM(lam, alpha, rho / (2 * lam))
+
+
+def residual(model: LatentModel, images: Tensor, pixels: bool = True) -> Residual:
+    """T(z) = E(D(z)) − E(x) with error D(z) − x, D cut to the range of a picture: what `invert_decoder` solves.
+
+    Without `pixels` T is all that a method learns.
+    """
+    images, target = images.to(model.device), model.encode(images)
+
+    def at(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        decoded = model.decode(z.to(target.dtype)).clamp(-1, 1)
+        t = model.encode(decoded).float() - target[rows].float()
+        return (t, (decoded - images[rows]).float()) if pixels else t
+
+    return at
+
+
+@torch.inference_mode()
+def walk(
+    model: LatentModel,
+    method: Method,
+    seen: Pictures,
+    *,
+    steps: int,
+    at: int,
+    name: str,
+    cache: Path,
+    pixels: bool = True,
+    batch: int = 4,
+) -> Walk:
+    """`Walk.along` from the encoder's latents, batch by batch. What was walked before is read from the folder `cache`."""
+
+    def along(images: Tensor, truth: Tensor) -> dict[str, Tensor]:
+        images, truth = images.to(model.device), truth.to(model.device)
+        T, start = residual(model, images, pixels), model.encode(images)
+        return vars(Walk.along(T, start, method, steps=steps, at=at, truth=truth))
+
+    key, parts = [model.identity, repr(method), pixels, steps, at], []
+    some = list(zip(seen.images.split(batch), seen.latents.split(batch), strict=True))
+    for images, truth in tqdm(some, name, leave=False, disable=None):
+        parts.append(cached(cache, [*key, images, truth], partial(along, images, truth)))
+    return Walk(**{key: torch.cat([p[key] for p in parts], -1) for key in parts[0]})
 
 
 def cached(folder: Path, key: list, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -186,24 +244,36 @@ def synchronise(model: LatentModel) -> None:
         torch.cuda.synchronize(model.device)
 
 
-def peak_memory(source: str, inverter: Inverter, images: Tensor) -> float:
-    """Megabytes above the loaded model that one batch needs at its peak, in a process of its own."""
+def peak_memory(source: str, inverter: Inverter, images: Tensor, dtype: str = "float32") -> float:
+    """Megabytes above the loaded model that one batch needs at its peak, in a process of its own.
+
+    Two steps reach the peak: no method's memory grows after them.
+    """
     with get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, (source, inverter, images))
+        return pool.apply(_peak, (source, replace(inverter, max_steps=min(2, inverter.max_steps)), images, dtype))
 
 
-def _peak(source: str, inverter: Inverter, images: Tensor) -> float:
-    model = LatentModel.from_pretrained(source)
+def _peak(source: str, inverter: Inverter, images: Tensor, dtype: str) -> float:
+    model = LatentModel.from_pretrained(source, dtype=getattr(torch, dtype))
     Inverter(max_steps=1)(model, images[:1])  # what the libraries allocate once is not the method's
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        inverter(model, images.to(model.device))
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return peak_during(model.device, lambda: inverter(model, images.to(model.device)))[1]
+
+
+def peak_during(device: torch.device, work: Callable[[], T]) -> tuple[T, float]:
+    """What `work` returns, and the megabytes above what was there before that it needed at its peak (Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        return work(), (torch.cuda.max_memory_allocated(device) - before) / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
     before = _status("VmRSS")
-    inverter(model, images)
-    return (_status("VmHWM") - before) / 2**10
+    return work(), (_status("VmHWM") - before) / 2**10
+
+
+def limit_memory(gib: float) -> None:
+    """Let this process take so much more memory than it has now: what is beyond fails instead of filling the machine (Linux)."""
+    allowed = _status("VmData") * 1024 + int(gib * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
 
 
 def _status(field: str) -> int:
