@@ -1,8 +1,9 @@
 """What 16-bit maps cost decoder inversion, over smooth, textured and high-frequency images.
 
-    python scripts/study_precision.py -o build/precision      # 48 drawn images
-    python scripts/study_precision.py -o build/precision -n 6 --its 4 --dtype bfloat16
-    python scripts/study_precision.py -o build/precision-photos --images photos
+    python scripts/study_precision.py -o build/precision --dtype bfloat16            # 48 drawn images
+    python scripts/study_precision.py -o build/precision-small -n 3 --its 3 --dtype bfloat16
+    python scripts/study_precision.py -o build/precision-float16 -n 12 --its 20      # a CPU's float16 is very slow
+    python scripts/study_precision.py -o build/precision-photos --dtype bfloat16 --images photos
 
 The images' own spectra sort them into thirds: the share of their energy above a quarter of Nyquist's frequency. The
 latents are those from which 32-bit maps decoded the images; E and D then run in 16 bit, solvers stay in float32. Adam
@@ -149,7 +150,9 @@ def plot_rounding(ax: Axes, results: dict[str, tuple], spectrum: Tensor) -> None
     ax.axhline(1 / 8, color="grey", ls=":", lw=1)
     ax.text(0.98, 1 / 8 + 0.02, "exact encoder: 1/8", ha="right", transform=ax.get_yaxis_transform(), fontsize=8)
     ax.set(xscale="log", ylim=(0, 1.2), xlabel="energy above ¼ Nyquist (%)", ylabel="rounding share of σ_q")
-    ax.set_title("what 16 bit leaves of σ_q, an image a point", fontsize=9)
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter("")
+    ax.set_title("each image's rounding", fontsize=9)
 
 
 def summary(rows: list[dict]) -> str:

@@ -301,3 +301,26 @@ def test_every_inverter_by_name(name):
     few = Inverter.named(name, 3)
     assert few.max_steps == (0 if name == "encoder" else 3) and few(maps, images).steps.max() <= 4
     assert getattr(few.method, "horizon", 3) == 3
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
+def test_untrained_autoencoders_of_diffusers_end_no_worse_than_they_start(kind, tiny_parts):
+    """Nothing brings E∘D near the identity here, which is the worst that an autoencoder can do."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    if kind == "AutoencoderTiny":
+        sizes = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+        vae = AutoencoderTiny(**sizes, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).eval()
+        encode = lambda x: vae.encode(x).latents
+    else:
+        vae = tiny_parts["vae"]
+        encode = lambda x: vae.encode(x).latent_dist.mode()
+    decode = lambda z: vae.decode(z).sample
+    with torch.inference_mode():
+        images = rounded(decode(draw(3, 4, 8, 8)).clamp(-1, 1))
+        for name in ("forward", "km", "adam", "anderson"):
+            inverter = Inverter.named(name, 10)
+            done = invert_decoder(encode, decode, images, inverter.method, max_steps=10)
+            assert done.value.shape == (3, 4, 8, 8) and done.value.isfinite().all()
+            assert (done.merits.nan_to_num(torch.inf).amin(0) <= done.merits[0]).all()

@@ -81,3 +81,9 @@ def test_plain_autoencoders_are_inverted_too(run, out):
     for (_, method), row in rows.items():
         if method == "anderson":
             assert row["worst change dB"] < 0.05
+
+
+def test_at_few_steps_no_alternative_is_better(run, out):
+    found = run("study_alternatives", out, "-n", 2, "--steps", 4)
+    nmse = {row["method"]: row["NMSE dB"] for row in found["rows"]}
+    assert min(nmse, key=nmse.get).startswith("Anderson") and max(nmse.values()) < -12

@@ -1,0 +1,92 @@
+"""How the classification embeds and counts, worked by hand; its small setting, end to end."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from watermark.generate import initial_noise
+from watermark.schemes.tree_ring import Placement, TreeRing, make_key
+from watermark.statistics import published_distance
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+SHAPE, PLACE = (4, 32, 32), Placement((3,), (6, 10))
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        import reproduce_classification
+
+        yield reproduce_classification
+    finally:
+        sys.path.remove(str(SCRIPTS))
+
+
+@pytest.fixture(scope="module")
+def scheme():
+    key = make_key(SHAPE, PLACE, model={"name": "none", "fingerprint": "0"}, rng=np.random.default_rng(3))
+    return TreeRing(key)
+
+
+def test_a_weak_mark_is_between_none_and_the_schemes_own(script, scheme):
+    noise = initial_noise(list(range(40)), SHAPE)
+    assert torch.allclose(script.Weak(scheme, 0.0).embed(noise), noise, atol=1e-5)
+    assert torch.allclose(script.Weak(scheme, 1.0).embed(noise), scheme.embed(noise), atol=1e-5)
+    marked = script.Weak(scheme, 0.5).embed(noise)
+    bins, key = scheme.masked(marked)
+    before, _ = scheme.masked(noise)
+    assert torch.allclose(bins, 0.75**0.5 * before + 0.5 * key, atol=1e-3)
+    assert float(marked.var()) == pytest.approx(1, abs=0.01)  # still unit normal to the eye of the model
+    assert torch.equal(marked[:, :3], noise[:, :3])
+
+
+def test_mcnemar_by_hand(script):
+    one, other = np.array([1, 1, 1, 1, 1, 0, 1], bool), np.array([0, 0, 0, 0, 0, 1, 1], bool)
+    assert script.mcnemar(one, other) == (5, 1, pytest.approx(2 * (1 + 6) / 2**6))
+    assert script.mcnemar(other, one)[2] == script.mcnemar(one, other)[2]
+    assert script.mcnemar(one, one) == (0, 0, 1.0)
+
+
+def test_confusion_and_interval(script):
+    truth, chosen = np.array([0, 0, 1, 1, 2, 2]), np.array([0, 1, 1, 1, 2, 0])
+    row = script.score("some", "any", truth, chosen)
+    assert row["confusion"] == [[1, 1, 0], [0, 2, 0], [1, 0, 1]] and row["correct"] == 4
+    assert row["low"] < 4 / 6 < row["high"]
+
+
+def test_true_noise_is_always_recognised(script):
+    from inversion.model import LatentModel
+
+    model = LatentModel.from_pretrained("pocket")
+    schemes = script.make_schemes(model, PLACE, 5)
+    noise = torch.cat([script.Weak(s, 0.6).embed(initial_noise([k, k + 9], SHAPE)) for k, s in enumerate(schemes)])
+    for statistic, chosen in script.choices(model, schemes, noise).items():
+        assert chosen.tolist() == [0, 0, 1, 1, 2, 2], statistic
+    nearest = [published_distance(*(x.numpy() for x in s.masked(noise))) for s in schemes]
+    assert np.argmin(nearest, 0).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_small_setting(script, tmp_path):
+    options = ["-n", "2", "--its", "2", "--steps", "4", "--strength", "1", "--channel", "0", "--no-costs"]
+    done = CliRunner().invoke(script.main, [*options, "-o", str(tmp_path)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "reproduce_classification.json").read_text())
+    assert len(found["rows"]) == 2 * 4 and len(found["pairs"]) == 2 * 6
+    for row in found["rows"]:
+        table = np.array(row["confusion"])
+        assert (table.sum(1) == 2).all() and np.trace(table) == row["correct"] and row["of"] == 6
+        assert row["low"] <= row["share"] <= row["high"]
+    correct = {(r["statistic"], r["method"]): r["correct"] for r in found["rows"]}
+    assert correct["whitened cosine", "ours"] == 6  # a whole mark in a good channel
+    for pair in found["pairs"]:
+        gain = correct[pair["statistic"], pair["one"]] - correct[pair["statistic"], pair["other"]]
+        assert pair["only one right"] - pair["only other right"] == gain
+    assert all((tmp_path / f"reproduce_classification.{kind}").stat().st_size for kind in ("csv", "png", "svg"))
