@@ -1,6 +1,6 @@
 """Memory and time of decoder inversion at the shapes of the paper's models, on their true autoencoder architecture.
 
-    python scripts/bench_shapes.py -o build/shapes            # fp32 on a CPU: about 20 minutes of one core, up to 16 GiB
+    python scripts/bench_shapes.py -o build/shapes            # fp32 on a CPU: about 20 minutes of one core
     python scripts/bench_shapes.py -o build/shapes --width 0.0625 --scale 0.125
 
 Stable Diffusion's autoencoder is built from its config with random weights: time and memory are real, accuracy is not

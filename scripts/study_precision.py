@@ -1,7 +1,7 @@
 """What 16-bit maps cost decoder inversion, over smooth, textured and high-frequency images.
 
     python scripts/study_precision.py -o build/precision --dtype bfloat16            # 48 drawn images
-    python scripts/study_precision.py -o build/precision-small -n 3 --its 3 --dtype bfloat16
+    python scripts/study_precision.py -o build/precision-small -n 6 --its 4 --dtype bfloat16
     python scripts/study_precision.py -o build/precision-float16 -n 12 --its 20      # a CPU's float16 is very slow
     python scripts/study_precision.py -o build/precision-photos --dtype bfloat16 --images photos
 

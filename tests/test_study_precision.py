@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from inversion.decoder import INVERTERS, Inverter
 from inversion.diagnostics import high_frequency_share
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
@@ -53,7 +54,8 @@ def test_thirds_are_in_order(script):
     assert share[group == 0].max() < share[group == 1].min() and share[group == 1].max() < share[group == 2].min()
 
 
-def test_small_setting(script, tmp_path):
+def test_small_setting(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "INVERTERS", {name: Inverter.named(name, 2) for name in INVERTERS})
     options = ["-o", str(tmp_path), "-n", "6", "--its", "1", "--dtype", "bfloat16", "--images", str(tmp_path / "in")]
     save_waves(tmp_path / "in")
     done = CliRunner().invoke(script.main, options, catch_exceptions=False)
