@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -11,6 +14,15 @@ from hypothesis import settings
 
 settings.register_profile("ringmark", deadline=None, derandomize=True, database=None)
 settings.load_profile("ringmark")
+
+
+@pytest.fixture(scope="session")
+def scripts():
+    """The modules in scripts/ by name; processes of their own look for them where this one does."""
+    folder = str(Path(__file__).resolve().parents[1] / "scripts")
+    sys.path.insert(0, folder)
+    yield importlib.import_module
+    sys.path.remove(folder)
 
 
 @pytest.fixture(scope="session")

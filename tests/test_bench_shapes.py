@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,18 +11,10 @@ from click.testing import CliRunner
 
 from inversion.diagnostics import stored_bytes
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-
 
 @pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        import bench_shapes
-
-        yield bench_shapes  # processes of its own look for it where this one does
-    finally:
-        sys.path.remove(str(SCRIPTS))
+def script(scripts):
+    return scripts("bench_shapes")
 
 
 def run(script, out: Path, *options: object) -> dict:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,19 +13,12 @@ from watermark.generate import initial_noise
 from watermark.schemes.tree_ring import Placement, TreeRing, make_key
 from watermark.statistics import published_distance
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 SHAPE, PLACE = (4, 32, 32), Placement((3,), (6, 10))
 
 
 @pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        import reproduce_classification
-
-        yield reproduce_classification
-    finally:
-        sys.path.remove(str(SCRIPTS))
+def script(scripts):
+    return scripts("reproduce_classification")
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,20 +14,14 @@ from inversion.diagnostics import Walk, trace
 from inversion.methods import Adam, Anderson, ForwardStep, InertialKM
 from inversion.solve import norms, solve
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 RATES = torch.tensor([0.4, 0.8, 1.6])
 ROOT = torch.tensor([[1.0, 2.0, 3.0], [-1.0, 0.5, 4.0]])
 START = ROOT + torch.tensor([[1.0, -2.0, 0.5], [0.3, 1.0, 2.0]])
 
 
 @pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        import reproduce_convergence
-    finally:
-        sys.path.remove(str(SCRIPTS))
-    return reproduce_convergence
+def script(scripts):
+    return scripts("reproduce_convergence")
 
 
 def linear(z, rows):

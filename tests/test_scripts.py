@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import math
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 
 @pytest.fixture(scope="module")
@@ -20,12 +17,11 @@ def out(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(monkeypatch):
+def run(scripts):
     """Run a script's command in this process; its results as read back from JSON."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
 
     def invoke(name: str, out: Path, *options: object) -> dict:
-        script = importlib.import_module(name)
+        script = scripts(name)
         done = CliRunner().invoke(script.main, ["-o", str(out), *map(str, options)], catch_exceptions=False)
         assert done.exit_code == 0, done.output
         for suffix in ("csv", "png", "svg"):

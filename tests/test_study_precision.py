@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,18 +12,10 @@ from click.testing import CliRunner
 from inversion.decoder import INVERTERS, Inverter
 from inversion.diagnostics import high_frequency_share
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-
 
 @pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        import study_precision
-
-        yield study_precision
-    finally:
-        sys.path.remove(str(SCRIPTS))
+def script(scripts):
+    return scripts("study_precision")
 
 
 def wave(cycles: int, size: int = 64) -> torch.Tensor:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,17 +13,10 @@ from PIL import Image
 from data.scenes import GROUNDS, SKIES, scene
 from inversion.methods import InertialKM
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-
 
 @pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        import study_sensitivity
-    finally:
-        sys.path.remove(str(SCRIPTS))
-    return study_sensitivity
+def script(scripts):
+    return scripts("study_sensitivity")
 
 
 def test_the_range_is_the_one_around_the_best(script):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -10,15 +9,10 @@ import torch
 
 from data.scenes import scene
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "train_pocket.py"
-
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("train_pocket", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(scripts):
+    return scripts("train_pocket")
 
 
 def start(script, path: Path):
