@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 EXIT_ABSENT, EXIT_USAGE, EXIT_INCONCLUSIVE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 3, 130, 141
-RESUMED = ("generate", "audit", "evaluate", "demo")
+RESUMED = ("generate", "audit", "evaluate", "attack", "demo")
 SEED = click.IntRange(0, 2**62)  # torch and NumPy take 63 bits; each further image adds 1
 
 
@@ -488,6 +488,68 @@ def evaluate(
         table([c for c, _ in found], [s for _, s in found]) + f"\ntables and plots in {output}",
         as_json,
     )
+
+
+def list_attacks(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    """Print all attacks and end."""
+    if value and not ctx.resilient_parsing:
+        from watermark.attacks import listing
+
+        click.echo(listing())
+        ctx.exit()
+
+
+@main.command()
+@click.argument("path", metavar="IN", type=PATH)
+@click.argument("output", metavar="OUT", type=PATH)
+@click.option(
+    "--attack",
+    "specs",
+    multiple=True,
+    required=True,
+    help="As in jpeg:25, jpeg:25+blur:4 (one after the other) or tree-ring (a preset); repeat for several.",
+)
+@click.option(
+    "--list",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=list_attacks,
+    help="Name all attacks and presets, with what they take, and end.",
+)
+@click.option(
+    "--seed",
+    type=SEED,
+    default=0,
+    show_default=True,
+    help="Seed of what is drawn at random; each image's own follows from it and the image's path below IN.",
+)
+@force_option
+@model_options
+@json_option
+@click.pass_context
+def attack(ctx, path, output, specs, seed, force, source, device, dtype, as_json) -> None:
+    """Distort an image, or all of a folder, recursively: what a mark must survive.
+
+    Writes PNG; several attacks have a folder each, in OUT. What is there already from the same source and attack is
+    not made again. A model is loaded for vae and diffuse only. Exit code 0: all images are there; 2: usage, or some
+    could not be attacked; 130: interrupted.
+
+    \b
+    Example:
+      ringmark attack marked attacked --attack jpeg:25+blur:4 --attack tree-ring
+    """
+    from watermark.attack_files import attack_files
+    from watermark.attacks import expand
+
+    chains = expand(specs)
+    model = load_model(source, device, dtype) if any(chain.needs_model for chain in chains) else None
+    found = attack_files(path, output, chains, seed=seed, model=model, force=force)
+    for error in () if as_json else found.errors:
+        click.echo(error, err=True)
+    text = f"{found.written} attacked images written, {found.kept} were there already; in {output}"
+    say(asdict(found), text, as_json)
+    ctx.exit(EXIT_USAGE if found.errors else 0)
 
 
 @main.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["EvaluationError", "KeyFileError", "RingmarkError", "SchemeError"]
+__all__ = ["AttackError", "EvaluationError", "KeyFileError", "RingmarkError", "SchemeError"]
 
 
 class RingmarkError(ValueError):
@@ -19,3 +19,7 @@ class SchemeError(RingmarkError):
 
 class EvaluationError(RingmarkError):
     """Scores from which no curve or interval can be computed."""
+
+
+class AttackError(RingmarkError):
+    """An attack that there is not, or that cannot be done to this image."""
