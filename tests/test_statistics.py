@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from scipy import special, stats
 
 from watermark.schemes.tree_ring import Placement, TreeRing, make_key
-from watermark.statistics import cosine_test, power_test, published_distance, published_p_value
+from watermark.statistics import (
+    agreement,
+    conformal_p,
+    cosine_test,
+    matched_filter,
+    needed_references,
+    power_test,
+    published_distance,
+    published_p_value,
+    whiten,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -186,3 +196,153 @@ def test_the_published_p_value_of_zeros_never_fires():
     # Whatever the power, σ is estimated from it: even an empty mask, as the key would have it, is not seen.
     for amplitude in (1, 0.1):
         assert published_p_value(amplitude * recovered, key).min() > 0.3
+
+
+@pytest.mark.parametrize("d", [1, 3, 300])
+def test_matched_filter_p_values_are_uniform_under_coloured_normal_nulls(d):
+    rng = np.random.default_rng(d)
+    variance = rng.uniform(0.01, 10, d)
+    noise, key = rng.normal(size=(4000, d)) * np.sqrt(variance), rng.normal(size=d)
+    z, p = matched_filter(noise, key, variance)
+    assert uniform(p) and within(p, 0.001) and np.allclose(p, stats.norm.sf(z))
+
+
+def test_matched_filter_by_hand():
+    z, p = matched_filter(np.array([[3.0, 4], [-3, -4], [0, 5]]), np.array([2.0, 0]), np.array([4.0, 1]))
+    assert np.allclose(z, [1.5, -1.5, 0]) and np.allclose(p, stats.norm.cdf([-1.5, 1.5, 0]))
+    assert [x.tolist() for x in matched_filter(np.ones((2, 3)), np.zeros(3))] == [[0, 0], [0.5, 0.5]]
+
+
+def test_only_the_cosine_forgives_an_images_own_scale():
+    rng = np.random.default_rng(8)
+    noise = rng.normal(size=(4000, 50)) * np.exp(rng.normal(size=(4000, 1)))
+    key = rng.normal(size=50)
+    assert uniform(cosine_test(noise, key)[1]) and not uniform(matched_filter(noise, key)[1])
+
+
+def correlated(rng, rows: int, channels: int, bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features (rows, channels, bins) and their covariance (bins, channels, channels)."""
+    mixing = rng.normal(size=(bins, channels, channels)) + 2 * np.eye(channels)
+    return np.einsum("mcd,bdm->bcm", mixing, rng.normal(size=(rows, channels, bins))), mixing @ mixing.transpose(
+        0, 2, 1
+    )
+
+
+def test_whitening_makes_the_covariance_the_identity():
+    rng = np.random.default_rng(9)
+    features, covariance = correlated(rng, 20000, 3, 4)
+    white = whiten(features, covariance)
+    for j in range(4):
+        assert np.allclose(np.cov(white[..., j], rowvar=False), np.eye(3), atol=0.05)
+    roots = np.linalg.cholesky(covariance).transpose(1, 2, 0)  # each column of L comes out a unit vector
+    assert np.allclose(whiten(roots.transpose(1, 0, 2), covariance), np.eye(3)[:, :, None], atol=1e-9)
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**32 - 1))
+@settings(max_examples=40, deadline=None)
+def test_products_of_whitened_vectors_are_those_of_the_precision(channels, bins, seed):
+    rng = np.random.default_rng(seed)
+    (f, k), covariance = correlated(rng, 2, channels, bins)
+    precision = np.linalg.inv(covariance)
+    expected = sum(f[:, j] @ precision[j] @ k[:, j] for j in range(bins))
+    assert np.allclose((whiten(f, covariance) * whiten(k, covariance)).sum(), expected, rtol=1e-6, atol=1e-6)
+    assert whiten(f[None, None], covariance).shape == (1, 1, channels, bins)
+
+
+def test_whitening_of_one_channel_divides_by_the_deviation_and_keeps_complex_numbers():
+    f, v = np.array([[[2.0 + 4j, 3]]]), np.array([4.0, 9])
+    assert np.allclose(whiten(f, v[:, None, None]), [[[1 + 2j, 1]]])
+
+
+@pytest.mark.parametrize("test", [cosine_test, matched_filter])
+def test_correlated_channels_need_the_covariance_and_not_the_variance_alone(test):
+    rng, (channels, bins) = np.random.default_rng(10), (3, 40)
+    mixing = np.linalg.cholesky(0.1 * np.eye(channels) + 0.9)  # correlation .9 between channels
+    noise = np.einsum("cd,bdm->bcm", mixing, rng.normal(size=(4000, channels, bins)))
+    key = np.repeat(rng.normal(size=(1, bins)), channels, 0)  # the same in every channel: variances add up
+    covariance = np.repeat((mixing @ mixing.T)[None], bins, 0)
+    white = test(whiten(noise, covariance).reshape(4000, -1), whiten(key, covariance).ravel())[1]
+    assert uniform(white) and within(white, 0.001)
+    assert not uniform(test(noise.reshape(4000, -1), key.ravel())[1])
+
+
+def test_conformal_p_by_hand():
+    assert conformal_p([5, 3, 2.5, -1], [1, 2, 3]).tolist() == [0.25, 0.5, 0.5, 1]  # a tie counts against the mark
+    assert conformal_p(9.0, []) == 1 and conformal_p(np.zeros((2, 3)), [1.0]).shape == (2, 3)
+
+
+def test_what_is_not_a_number_never_speaks_for_a_mark():
+    assert conformal_p([np.nan, 5, np.inf, -np.inf], [1, np.nan, 3]).tolist() == [1, 0.5, 0.5, 1]
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=20))
+@settings(max_examples=60, deadline=None)
+def test_conformal_p_is_valid_by_exchangeability(scores):
+    # Any of the scores might have been the new one: over all choices P(p ≤ α) ≤ α, with equality without ties.
+    n = len(scores) - 1
+    p = np.sort([conformal_p(s, scores[:i] + scores[i + 1 :]) for i, s in enumerate(scores)])
+    grid = np.arange(1, n + 2) / (n + 1)
+    assert (p >= grid - 1e-12).all() and np.isin(np.rint(p * (n + 1)), np.arange(1, n + 2)).all()
+    if len(set(scores)) == len(scores):
+        assert np.allclose(p, grid)
+
+
+def test_conformal_p_is_uniform_on_its_grid():
+    rng, n = np.random.default_rng(11), 19
+    draws = rng.standard_cauchy(size=(5000, n + 1))
+    counts = np.bincount([round(20 * float(conformal_p(row[0], row[1:]))) for row in draws], minlength=21)[1:]
+    assert stats.chisquare(counts).pvalue > 0.01
+
+
+@pytest.mark.parametrize(
+    "alpha, n", [(1.0, 0), (0.5, 1), (0.05, 19), (0.01, 99), (1e-3, 999), (0.3, 3), (1e-6, 999999)]
+)
+def test_needed_references(alpha, n):
+    assert needed_references(alpha) == n
+    assert conformal_p(1.0, np.zeros(n)) <= alpha
+    assert n == 0 or conformal_p(1.0, np.zeros(n - 1)) > alpha
+
+
+@given(st.floats(1e-5, 1))
+def test_as_many_references_as_are_needed_and_no_more(alpha):
+    n = needed_references(alpha)
+    assert 1 / (n + 1) <= alpha and (n == 0 or 1 / n > alpha)
+
+
+@pytest.mark.parametrize("alpha", [0, -0.1, 1.5, np.nan])
+def test_no_number_of_references_reaches_0(alpha):
+    with pytest.raises(ValueError, match="above 0"):
+        needed_references(alpha)
+
+
+@pytest.mark.parametrize("n", [20, 999])
+@pytest.mark.parametrize("level", [1e-4, 1e-2, 0.2])
+def test_agreement_has_its_level(n, level):
+    # Exactly, for p-values that are the true tail probabilities: by the law of #{sᵢ ≥ s}, not by drawing it.
+    k = np.arange(n + 1)
+    for p in (1e-12, 1e-4, 0.01, 0.3, 0.5, 0.99):
+        fails = ~agreement(np.full(n + 1, p), (1 + k) / (n + 1), n, level=level)
+        assert stats.binom.pmf(k, n, p)[fails].sum() <= level
+    p = np.random.default_rng(12).uniform(size=20000)
+    drawn = np.random.default_rng(13).binomial(n, p)
+    alarms = (~agreement(p, (1 + drawn) / (n + 1), n, level=level)).sum()
+    assert alarms <= stats.binom.ppf(0.999, 20000, level)
+    assert n < 999 or level < 0.01 or alarms >= 0.5 * level * 20000  # and is not much below it, discreteness apart
+
+
+def test_agreement_sees_what_n_references_can_tell():
+    conformal = lambda k, n: (k + 1) / (n + 1)
+    assert agreement(1e-20, conformal(0, 999), 999) and not agreement(1e-20, conformal(1, 999), 999)
+    assert agreement(0.01, conformal(10, 999), 999) and not agreement(0.01, conformal(40, 999), 999)
+    assert not agreement(0.5, conformal(300, 999), 999) and agreement(0.5, conformal(8, 20), 20)
+    assert agreement([0, 1], [conformal(0, 9), conformal(9, 9)], 9).all()
+    assert not agreement([0, 1, np.nan], [conformal(1, 9), conformal(8, 9), 0.5], 9).any()
+
+
+def test_an_uncalibrated_p_value_is_found_out():
+    rng = np.random.default_rng(14)
+    noise, key = rng.normal(size=(1200, 60)) * np.geomspace(0.1, 10, 60), rng.normal(size=60)
+    score, p = matched_filter(noise, key)
+    assert not agreement(p[1000:], conformal_p(score[1000:], score[:1000]), 1000).all()
+    score, p = matched_filter(noise, key, np.geomspace(0.1, 10, 60) ** 2)
+    assert agreement(p[1000:], conformal_p(score[1000:], score[:1000]), 1000).all()

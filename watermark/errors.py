@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["AttackError", "EvaluationError", "KeyFileError", "RingmarkError", "SchemeError"]
+__all__ = ["AttackError", "CalibrationError", "EvaluationError", "KeyFileError", "RingmarkError", "SchemeError"]
 
 
 class RingmarkError(ValueError):
@@ -23,3 +23,7 @@ class EvaluationError(RingmarkError):
 
 class AttackError(RingmarkError):
     """An attack that there is not, or that cannot be done to this image."""
+
+
+class CalibrationError(RingmarkError):
+    """A calibration that cannot be made, read, written or used here."""

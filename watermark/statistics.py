@@ -5,10 +5,22 @@ A score is the larger the more the key is there; a p-value is the probability of
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from scipy import stats
 
-__all__ = ["cosine_test", "power_test", "published_distance", "published_p_value"]
+__all__ = [
+    "agreement",
+    "conformal_p",
+    "cosine_test",
+    "matched_filter",
+    "needed_references",
+    "power_test",
+    "published_distance",
+    "published_p_value",
+    "whiten",
+]
 
 
 def cosine_test(
@@ -26,6 +38,69 @@ def cosine_test(
     with np.errstate(divide="ignore"):
         t = c * np.sqrt(nu / (1 - c**2))
     return c, stats.t.sf(t, nu)
+
+
+def matched_filter(
+    recovered: np.ndarray, key: np.ndarray, variance: np.ndarray | float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """The whitened matched filter z = ⟨f, k⟩ / ‖k‖ (B,) and its one-sided p-values 1 − Φ(z).
+
+    recovered (B, d) and key (d,) are divided by √v, v > 0 the null variance of each feature. z is standard normal for
+    a normal null whose scale is v's in every image; unlike the cosine it does not forgive an image's own scale. A key
+    of zeros has z = 0.
+    """
+    f, k = np.asarray(recovered, float) / np.sqrt(variance), np.asarray(key, float) / np.sqrt(variance)
+    length = np.linalg.norm(k)
+    z = f @ k / length if length > 0 else np.zeros(len(f))
+    return z, stats.norm.sf(z)
+
+
+def whiten(features: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+    """L⁻¹ f bin by bin, Σ = L Lᵀ: features (…, C, m) of C channels on m bins, covariance (m, C, C) positive definite.
+
+    What comes out has the identity for its covariance where f has Σ, and ⟨L⁻¹ f, L⁻¹ k⟩ = fᵀ Σ⁻¹ k, whichever root of
+    Σ is taken. So a test of correlated features is the test with v = 1 of whitened features and of the whitened key.
+    """
+    features = np.asarray(features)
+    turned = features.reshape(-1, *features.shape[-2:]).transpose(2, 1, 0)
+    return np.linalg.solve(np.linalg.cholesky(covariance), turned).transpose(2, 1, 0).reshape(features.shape)
+
+
+def conformal_p(score: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """(1 + #{sᵢ ≥ s}) / (n + 1) for each s of `score` (any shape), from the scores (n,) of unmarked images.
+
+    P(p ≤ α) ≤ α if s and the sᵢ are exchangeable, whatever their distribution, with equality on the grid
+    1/(n + 1) … 1 if there are no ties (Vovk et al. 2005; arXiv 0706.3188). What is not a number never speaks for a
+    mark: such a score has p = 1, such a reference counts as larger.
+    """
+    score, reference = np.asarray(score, float), np.sort(np.asarray(reference, float))  # NaN comes last
+    n = len(reference)
+    larger = n - np.searchsorted(reference, score, "left")
+    return (1 + np.where(np.isnan(score), n, larger)) / (n + 1)
+
+
+def agreement(p: np.ndarray, conformal: np.ndarray, n: int, *, level: float = 1e-4) -> np.ndarray:
+    """Whether p-values and the conformal ones of the same scores, from n references, may both be right.
+
+    If p is a score's true tail probability, #{sᵢ ≥ s} = (n + 1) · conformal − 1 is Binomial(n, p). False where an exact
+    test of that, twice the smaller tail, rejects at `level`; also where p is not a number. 1e-4: a disagreement makes a
+    verdict inconclusive, and that should befall a sound p-value an order of magnitude more rarely than the false alarm
+    at 1e-3 that it guards against. n references see no error of tails far below 1/n. Images judged by the same
+    references share their luck, so that false disagreements come in bunches.
+    """
+    k = np.rint(np.asarray(conformal) * (n + 1)) - 1
+    return 2 * np.minimum(stats.binom.cdf(k, n, p), stats.binom.sf(k - 1, n, p)) >= level
+
+
+def needed_references(alpha: float) -> int:
+    """The fewest unmarked images n with which a conformal p-value reaches alpha in (0, 1]: 1/(n + 1) ≤ alpha.
+
+    At this n only a score above every reference reaches it; one false positive among the references, and none does.
+    """
+    if not 0 < alpha <= 1:
+        raise ValueError(f"alpha {alpha}: must be above 0 and at most 1")
+    n = math.ceil(1 / alpha) - 1
+    return n if 1 / (n + 1) <= alpha else n + 1  # 1 / alpha was rounded down
 
 
 def power_test(inside: np.ndarray, outside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,510 @@
+"""A measured null whitens what it was measured on, gives true p-values for any key, and comes back as it was saved."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+import data.store
+import watermark.calibration
+from inversion.diagnostics import rings
+from watermark.calibration import BORROWED, FOLDS, LEAST, Calibration, smooth, whitened_test
+from watermark.errors import CalibrationError
+from watermark.keys import Key
+from watermark.schemes.tree_ring import Placement, TreeRing, make_key
+from watermark.statistics import agreement, conformal_p, cosine_test
+
+SHAPE = (3, 24, 24)
+RING = rings(*SHAPE[1:]).numpy()
+BINS = np.bincount(RING.ravel())
+PROFILE = np.exp(-np.arange(len(BINS)) / 8) + 0.1
+MIXING = np.array([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [-0.5, 0.4, 1.5]])
+TRUTH = PROFILE[:, None, None] * (MIXING @ MIXING.T)  # (R, C, C)
+SETTINGS = {
+    "model": {"name": "pocket", "fingerprint": "0123", "latent_shape": list(SHAPE)},
+    "image_size": [96, 96],
+    "method": "Anderson()",
+    "steps": 25,
+}
+
+
+def recovered(rng, n: int, own_scale: float = 0.0, shape=SHAPE, profile=PROFILE) -> np.ndarray:
+    """Noise of coloured rings and correlated channels; each image may have its own scale."""
+    white = np.fft.fft2(rng.normal(size=(n, *shape)))
+    colour = np.sqrt(profile)[rings(*shape[1:]).numpy()]
+    noise = np.fft.ifft2(np.einsum("cd,ndyx->ncyx", MIXING, white) * colour).real
+    return noise * np.exp(own_scale * rng.normal(size=(n, 1, 1, 1)))
+
+
+def scheme(pattern: str = "rand", seed: int = 0, channels=(0, 2), radii=(2, 6), mask: str = "centred", shape=SHAPE):
+    rng = np.random.default_rng(seed)
+    return TreeRing(make_key(shape, Placement(channels, radii), model={}, pattern=pattern, mask=mask, rng=rng))
+
+
+def measured(n: int, seed: int = 0, **kwargs) -> Calibration:
+    return Calibration.measure(recovered(np.random.default_rng(seed), n, **kwargs), SETTINGS, {"drawn": n})
+
+
+@pytest.fixture(scope="module")
+def calibration() -> Calibration:
+    return measured(300, own_scale=0.3)
+
+
+@pytest.fixture(scope="module")
+def fresh() -> torch.Tensor:
+    return torch.from_numpy(recovered(np.random.default_rng(99), 1500, own_scale=0.3))
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    measured(LEAST).save(tmp_path / "cal.safetensors")
+    return tmp_path / "cal.safetensors"
+
+
+# --- the covariance
+
+
+def test_the_covariance_is_that_of_the_noise():
+    made = measured(400)
+    assert made.covariance.shape == (len(BINS), 3, 3) and made.n == 400 and made.sources == {"drawn": 400}
+    deviation = np.sqrt(TRUTH.diagonal(axis1=1, axis2=2))
+    error = (made.covariance - TRUTH) / (deviation[:, :, None] * deviation[:, None])
+    # Five standard errors of a ring's variance, and what a slope costs where neighbours lend.
+    assert (np.abs(error).max((1, 2)) < 5 * np.sqrt(2 / (400 * BINS)) + 0.02).all()
+
+
+def test_unit_noise_has_unit_variance_on_every_ring():
+    noise = np.random.default_rng(1).normal(size=(300, *SHAPE))
+    covariance = Calibration.measure(noise, {}, {"other": 300}).covariance
+    assert np.allclose(covariance, np.eye(3), atol=0.12)
+    weight = BINS[:, None, None] / BINS.sum()
+    assert np.allclose(
+        (covariance * weight).sum(0), np.einsum("ncyx,ndyx->cd", noise, noise) / noise[:, 0].size, atol=0.01
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 12), (2, 16, 7)])
+def test_any_latent_shape(shape):
+    noise = np.random.default_rng(2).normal(size=(LEAST, *shape))
+    made = Calibration.measure(noise, {}, {"drawn": LEAST}, reach=max(shape))
+    assert torch.allclose(made.noise(), torch.from_numpy(noise), atol=0.01)  # all rings are stored, in 16 bits
+    low = Calibration.measure(noise, {}, {"drawn": LEAST})
+    kept = torch.fft.fft2(torch.from_numpy(noise)) * (rings(*shape[1:]) <= min(shape[1:]) // 3)
+    assert torch.allclose(low.noise(), torch.fft.ifft2(kept).real, atol=0.01)
+    assert torch.equal(low.noise(slice(3, None, 5)), low.noise()[3::5])
+
+
+@given(st.lists(st.integers(1, 10**6), min_size=1, max_size=30))
+def test_smoothing_keeps_a_constant(weight):
+    constant = np.broadcast_to(TRUTH[0], (len(weight), 3, 3))
+    assert np.allclose(smooth(constant, np.array(weight)), constant)
+
+
+def test_smoothing_by_hand():
+    ring = np.array([1.0, 0, 0, 0, 0])
+    assert np.allclose(smooth(ring, np.full(5, 10)), [1 / 1.75, 0.5 / 2.25, 0.25 / 2.5, 0, 0])
+    few = smooth(ring, np.array([1, 4, 4, 4, 4]))
+    assert few[0] == pytest.approx(1 / (1 + 2 + 1))  # a ring of few bins borrows much, and lends little
+    assert few[1] == pytest.approx(0.5 / (0.5 + 4 + 2 + 1))
+    assert np.abs(smooth(ring, np.full(5, 1000 * BORROWED)) - ring).max() < 1e-3  # well measured rings are left alone
+
+
+def test_smoothing_brings_few_images_nearer_to_the_truth():
+    # The mean square error over a hundred sets of 19 images, rings of few bins above all.
+    rng = np.random.default_rng(3)
+    weight = LEAST * BINS
+    raw = PROFILE * np.stack([rng.chisquare(weight) / weight for _ in range(100)])
+    smoothed = np.stack([smooth(row, weight) for row in raw])
+    error = lambda x: np.square(x / PROFILE - 1).mean(0)
+    assert (error(smoothed)[:5] < 0.75 * error(raw)[:5]).all() and error(smoothed).max() < error(raw).max() / 2
+
+
+def test_the_variance_of_features(calibration):
+    for pattern in ("rand", "ring"):
+        some = scheme(pattern)
+        channels, ring = some.feature_rings()
+        expected = [calibration.covariance[r, c, c] for c, r in zip(channels, ring, strict=True)]
+        assert np.allclose(calibration.variance(channels, ring), expected)
+
+
+# --- what is whitened
+
+
+@pytest.mark.parametrize("pattern, mask", [("rand", "centred"), ("ring", "centred"), ("rand", "published")])
+def test_whitened_features_have_the_identity_for_their_covariance(pattern, mask, monkeypatch):
+    seen = []
+    monkeypatch.setattr(watermark.calibration, "cosine_test", lambda f, k: seen.append(f) or cosine_test(f, k))
+    noise = torch.from_numpy(recovered(np.random.default_rng(4), 3000))
+    whitened_test(scheme(pattern, channels=(2, 0), radii=(2, 3), mask=mask), noise, TRUTH)
+    covariance = seen[0].T @ seen[0] / len(noise)
+    assert np.abs(covariance - np.eye(len(covariance))).max() < 0.12
+
+
+def test_one_channel_is_divided_by_its_deviation(calibration, fresh):
+    one = scheme(channels=(1,))
+    features, key = one.features(fresh[:50])
+    variance = calibration.variance(*one.feature_rings())
+    expected = cosine_test(features.numpy(), key.numpy(), variance)
+    assert np.allclose(calibration.test(one, fresh[:50]), expected)
+
+
+def test_white_noise_needs_no_calibration(fresh):
+    for pattern in ("rand", "ring"):
+        features, key = (x.numpy() for x in scheme(pattern).features(fresh[:20]))
+        white = np.broadcast_to(np.eye(3), TRUTH.shape)
+        assert np.allclose(whitened_test(scheme(pattern), fresh[:20], white), cosine_test(features, key))
+
+
+PATTERNS = [
+    ("rand", "centred"),
+    ("ring", "centred"),
+    ("rand", "published"),
+    ("ring", "published"),
+    ("zeros", "centred"),
+]
+
+
+@pytest.mark.parametrize("pattern, mask", PATTERNS)
+def test_p_values_of_coloured_correlated_noise_are_uniform(calibration, fresh, pattern, mask):
+    radii = (2, 5) if pattern == "zeros" else (2, 6)
+    some = scheme(pattern, seed=5, channels=(0, 1, 2), mask=mask, radii=radii)
+    score, p = calibration.test(some, fresh)
+    conformal = conformal_p(score, calibration.reference_scores(some))
+    assert stats.kstest(p, "uniform").pvalue > 0.01
+    for level in (0.05, 0.01):
+        low, high = stats.binom.interval(0.999, len(p), level)
+        assert low <= (p <= level).sum() <= high
+        assert (conformal <= level).mean() <= level + 4 * np.sqrt(
+            level / calibration.n
+        )  # 300 references share their luck
+    assert agreement(p, conformal, calibration.n).mean() > 0.999
+
+
+def test_without_the_covariance_they_are_not(fresh):
+    # The same key in two channels that are correlated by 0.8.
+    some = scheme("rand", channels=(0, 1))
+    some.spectrum[1] = some.spectrum[0]
+    features, key = (x.numpy() for x in some.features(fresh))
+    diagonal = TRUTH[some.feature_rings()[1], some.feature_rings()[0], some.feature_rings()[0]]
+    p = cosine_test(features, key, diagonal)[1]
+    assert (p <= 0.001).mean() > 0.01
+    assert stats.kstest(whitened_test(some, fresh, TRUTH)[1], "uniform").pvalue > 0.01
+
+
+def test_whitening_finds_a_weak_mark_better():
+    some = scheme("rand", channels=(0, 1), seed=6)
+    rng = np.random.default_rng(7)
+    noise = torch.from_numpy(recovered(rng, 400))
+    zero = torch.zeros(1, *SHAPE, dtype=torch.float64)
+    noise[:200] += 0.15 * some.embed(zero)
+    white, plain = whitened_test(some, noise, TRUTH)[1], cosine_test(*(x.numpy() for x in some.features(noise)))[1]
+    assert np.median(white[:200]) < np.median(plain[:200]) / 10
+
+
+# --- the references
+
+
+def test_a_reference_is_scored_without_its_own_part(calibration):
+    some = scheme("ring")
+    noise = calibration.noise()
+    k = 3
+    rest = np.arange(calibration.n) % FOLDS != k
+    alone = Calibration.measure(
+        recovered(np.random.default_rng(0), 300, own_scale=0.3)[rest], SETTINGS, {"drawn": int(rest.sum())}
+    )
+    assert np.allclose(alone.covariance, calibration._covariance(without=k))
+    expected = whitened_test(some, noise[k::FOLDS], alone.covariance)[0]
+    assert np.allclose(calibration.reference_scores(some)[k::FOLDS], expected)
+
+
+@pytest.mark.parametrize("pattern, mask", PATTERNS)
+def test_stored_spectra_give_the_scores_of_the_noises_themselves(pattern, mask):
+    noise = recovered(np.random.default_rng(8), 40)
+    made = Calibration.measure(noise, SETTINGS, {"drawn": 40})
+    some = scheme(pattern, mask=mask, radii=(2, 5))
+    score = np.empty(40)
+    for k in range(FOLDS):
+        score[k::FOLDS] = whitened_test(some, torch.from_numpy(noise[k::FOLDS]), made._covariance(without=k))[0]
+    assert np.allclose(made.reference_scores(some), score, atol=2e-3)
+
+
+def test_cross_fitted_p_values_are_those_of_full_conformal_prediction():
+    # Exactly valid, and slow: the new image takes part in the covariance that scores it and every reference alike.
+    rng, n = np.random.default_rng(9), 99
+    noise, new = recovered(rng, n, own_scale=0.3), recovered(rng, 60, own_scale=0.3)
+    made, some = Calibration.measure(noise, SETTINGS, {"drawn": n}), scheme("rand", seed=3)
+    cross = conformal_p(made.test(some, torch.from_numpy(new))[0], made.reference_scores(some))
+    full = []
+    for one in new:
+        both = np.concatenate([noise, one[None]])
+        score = Calibration.measure(both, SETTINGS, {"drawn": n + 1}).test(some, torch.from_numpy(both))[0]
+        full.append(conformal_p(score[-1], score[:-1]))
+    assert np.abs(cross - full).max() <= 3 / (n + 1) and abs((cross - full).mean()) < 0.5 / (n + 1)
+
+
+def test_conformal_p_values_hold_their_level_over_calibrations():
+    # From as few images as there may be, so that a covariance that had seen its references would show.
+    some, p = scheme("rand", channels=(0, 1, 2), radii=(1, 7)), []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        made = Calibration.measure(recovered(rng, LEAST), SETTINGS, {"drawn": LEAST})
+        new = torch.from_numpy(recovered(rng, 5))
+        p.append(conformal_p(made.test(some, new)[0], made.reference_scores(some)))
+    p = np.array(p)
+    for level in (0.05, 0.25, 0.5, 0.75):
+        share = (p <= level).mean(1)
+        assert abs(share.mean() - level) < 3.5 * max(share.std(), 0.1) / np.sqrt(60)
+
+
+@pytest.mark.parametrize("changes", [{"radii": (3, 9)}, {"radii": (3, 8), "mask": "published"}, {"pattern": "zeros"}])
+def test_a_key_beyond_the_stored_rings_is_refused(calibration, changes):
+    assert calibration.reach == 8
+    calibration.reference_scores(scheme(radii=(3, 8)))
+    with pytest.raises(CalibrationError, match=r"holds rings up to 8, .* larger reach"):
+        calibration.reference_scores(scheme(**{"radii": (3, 7)} | changes))
+
+
+def test_too_few_images_for_a_level(calibration):
+    assert len(calibration.reference_scores(scheme(), alpha=0.01)) == 300
+    with pytest.raises(CalibrationError, match=r"300 unmarked images: .* 0.001 needs at least 999; "):
+        calibration.reference_scores(scheme(), alpha=1e-3)
+
+
+# --- what cannot be measured
+
+
+def test_too_few_images_at_all():
+    noise = recovered(np.random.default_rng(0), LEAST)
+    with pytest.raises(CalibrationError, match=f"{LEAST - 1} unmarked images: .* at least {LEAST}"):
+        Calibration.measure(noise[:-1], {}, {"drawn": LEAST - 1})
+    with pytest.raises(CalibrationError, match="sources"):
+        Calibration.measure(noise, {}, {"drawn": 3, "other": 4})
+
+
+def test_noise_of_nothing():
+    noise = recovered(np.random.default_rng(0), 30)
+    broken = noise.copy()
+    broken[[7, 9], 0, 3, 4] = np.nan, np.inf
+    with pytest.raises(CalibrationError, match="2 of 30 noises are not finite, the first is number 7"):
+        Calibration.measure(broken, {}, {"drawn": 30})
+    for bad in (np.zeros_like(noise), np.ones_like(noise), noise * [[[[1]], [[0]], [[1]]]], noise[:, [0, 0, 1]]):
+        with pytest.raises(CalibrationError, match="no power of its own in some channel on ring"):
+            Calibration.measure(bad, {}, {"drawn": 30})
+    with pytest.raises(CalibrationError, match="16-bit"):
+        Calibration.measure(noise * 1e6, {}, {"drawn": 30})
+
+
+def test_tensors_and_arrays_of_any_float():
+    noise = recovered(np.random.default_rng(0), 20).astype(np.float32)
+    a, b = (Calibration.measure(x, SETTINGS, {"drawn": 20}) for x in (noise, torch.from_numpy(noise)))
+    assert a.fingerprint == b.fingerprint and a.power.dtype == np.float64 and a.spectra.dtype == np.float16
+
+
+# --- settings
+
+
+def test_only_its_own_settings_will_do(calibration):
+    calibration.check(SETTINGS)
+    calibration.check(SETTINGS | {"keys": ["a"], "alpha": 0.5, "image_size": (96, 96)})  # neither changes the noise
+    other = SETTINGS | {"steps": 50, "model": SETTINGS["model"] | {"fingerprint": "9999"}}
+    with pytest.raises(CalibrationError) as caught:
+        calibration.check(other | {"gradient": True}, "my.cal")
+    assert str(caught.value) == (
+        "my.cal: made with gradient not set, here True; model fingerprint 0123, here 9999; steps 25, here 50; "
+        "use those settings, or calibrate anew with these"
+    )
+    with pytest.raises(CalibrationError, match=r"^calibration: made with image_size \[96, 96\], here not set; use"):
+        calibration.check({k: v for k, v in SETTINGS.items() if k != "image_size"})
+
+
+# --- the file
+
+
+def test_there_and_back(calibration, tmp_path):
+    calibration.save(tmp_path / "new" / "cal.safetensors")
+    back = Calibration.load(tmp_path / "new" / "cal.safetensors")
+    for field in ("power", "spectra"):
+        a, b = getattr(calibration, field), getattr(back, field)
+        assert a.dtype == b.dtype and np.array_equal(a, b)
+    for field in ("latent_shape", "reach", "settings", "sources", "n", "fingerprint"):
+        assert getattr(calibration, field) == getattr(back, field)
+    assert np.array_equal(back.reference_scores(scheme()), calibration.reference_scores(scheme()))
+    assert os.listdir(tmp_path / "new") == ["cal.safetensors"]
+
+
+def test_a_thousand_images_of_the_pocket_model_are_a_few_megabytes(tmp_path):
+    noise = np.zeros((1, 4, 32, 32))
+    assert 1000 * watermark.calibration._pack(noise, 32 // 3).nbytes < 3e6
+
+
+def test_the_fingerprint_is_of_everything(path):
+    made = Calibration.load(path)
+    fields = {name: getattr(made, name) for name in Calibration.__dataclass_fields__}
+    changes = {
+        "power": made.power * (1 + 1e-12),
+        "spectra": made.spectra[::-1],
+        "reach": 7,
+        "latent_shape": (3, 24, 25),
+        "settings": made.settings | {"steps": 26},
+        "sources": {"other": LEAST},
+    }
+    prints = {Calibration(**fields | {name: value}).fingerprint for name, value in changes.items()}
+    assert len(prints | {made.fingerprint}) == 7 and Calibration(**fields).fingerprint == made.fingerprint
+
+
+def parts(path: Path) -> tuple[dict, bytes]:
+    """Header and body of a safetensors file."""
+    data = path.read_bytes()
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8:end]), data[end:]
+
+
+def put(path: Path, header: dict, body: bytes) -> None:
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+
+
+def put_description(path: Path, **changes) -> None:
+    header, body = parts(path)
+    stored = json.loads(header["__metadata__"]["ringmark calibration"]) | changes
+    described = json.dumps({k: v for k, v in stored.items() if v is not None})
+    put(path, header | {"__metadata__": {"ringmark calibration": described}}, body)
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(CalibrationError) as caught:
+        Calibration.load(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message and len(message) > len(str(path)) + 10
+    return message
+
+
+def test_missing_files_folders_and_other_bytes(tmp_path):
+    assert "no such calibration; make it with: ringmark calibrate" in refused(tmp_path / "none")
+    assert "is a folder" in refused(tmp_path)
+    for content in (b"", b"\0", b"text", b"\xff" * 4096, struct.pack("<Q", 2**63) + b"{}", b"\x02" + b"\0" * 7 + b"{}"):
+        (tmp_path / "x").write_bytes(content)
+        assert "not a ringmark calibration, or damaged; make it" in refused(tmp_path / "x")
+
+
+def test_a_key_is_no_calibration_and_the_other_way_round(path, tmp_path):
+    make_key(SHAPE, Placement((0,), (2, 5)), model={}).save(tmp_path / "my.key")
+    assert "not a ringmark calibration" in refused(tmp_path / "my.key")
+    with pytest.raises(ValueError, match="not a ringmark key"):
+        Key.load(path)
+
+
+def test_cut_or_lengthened(path):
+    content = path.read_bytes()
+    for some in [content[:n] for n in (7, 8, 9, len(content) // 2, len(content) - 1)] + [content + b"\0"]:
+        path.write_bytes(some)
+        refused(path)
+
+
+def test_no_bit_can_be_turned(path):
+    header, body = parts(path)
+    for i in np.random.default_rng(10).integers(0, 8 * len(body), 60):
+        turned = bytearray(body)
+        turned[i // 8] ^= 1 << i % 8
+        put(path, header, bytes(turned))
+        assert "fingerprint" in refused(path)
+
+
+@pytest.mark.parametrize("field", ["latent_shape", "reach", "settings", "sources", "fingerprint"])
+def test_no_field_may_be_altered_or_missing(path, field):
+    stored = json.loads(parts(path)[0]["__metadata__"]["ringmark calibration"])
+    content = path.read_bytes()
+    same_type = {list: [3, 24, 23], dict: {}, int: 7, str: "other"}[type(stored[field])]
+    for value in (same_type, None, 1.5, [], "x", [1, 2, True], {"drawn": -1}, {"drawn": []}):
+        path.write_bytes(content)
+        put_description(path, **{field: value})
+        refused(path)
+
+
+@pytest.mark.parametrize(
+    "shape", [[3, 2**20, 2**20], [0, 24, 24], [3, 24], [3, -24, -24], [2**40, 1, 1], [3, 24, 24, 1]]
+)
+def test_a_shape_is_checked_before_anything_is_allocated(path, shape, monkeypatch):
+    put_description(path, latent_shape=shape)
+    monkeypatch.setattr(watermark.calibration, "rings", lambda *_: pytest.fail("allocated"))
+    refused(path)
+
+
+@pytest.mark.parametrize("name, dtype, size", [("power", "F32", 4), ("spectra", "I16", 2), ("spectra", "BF16", 2)])
+def test_numbers_of_another_type(path, name, dtype, size):
+    header, body = parts(path)
+    first, last = header[name]["data_offsets"]
+    put(path, header | {name: header[name] | {"dtype": dtype, "shape": [(last - first) // size]}}, body)
+    refused(path)
+    put(path, header | {name: header[name] | {"dtype": dtype}}, body)
+    refused(path)
+
+
+def test_a_missing_table(path):
+    from safetensors.numpy import load_file, save_file
+
+    metadata = parts(path)[0]["__metadata__"]
+    tensors = load_file(path)
+    for name in tensors:
+        save_file({k: v for k, v in tensors.items() if k != name}, path, metadata)
+        refused(path)
+
+
+@pytest.mark.parametrize("field", ["power", "spectra"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0])
+def test_numbers_that_whiten_nothing_are_refused_even_if_the_fingerprint_fits(path, field, value):
+    made = Calibration.load(path)
+    fields = {name: getattr(made, name) for name in Calibration.__dataclass_fields__}
+    Calibration(**fields | {field: np.full_like(fields[field], value)}).save(path)
+    if (field, value) != ("spectra", 0):
+        assert "damaged" in refused(path)
+
+
+def test_too_large_a_file_is_not_read(path, monkeypatch):
+    monkeypatch.setattr(watermark.calibration, "MAX_BYTES", 1000)
+    assert "too large" in refused(path)
+
+
+def test_deep_descriptions(path):
+    header, body = parts(path)
+    for text in ("", "null", "[]", "7", "{", "[" * 10**5, '{"a": ' + "1" * 5000 + "}"):
+        put(path, header | {"__metadata__": {"ringmark calibration": text}}, body)
+        refused(path)
+
+
+def test_a_pickle_is_never_opened(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    (tmp_path / "x").write_bytes(pickle.dumps(Trap()))
+    refused(tmp_path / "x")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_saving_is_whole_or_not_at_all(path, monkeypatch):
+    before, made = path.read_bytes(), measured(LEAST + 1)
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(data.store.os, "replace", fail)
+    with pytest.raises(CalibrationError, match=f"^{path}: cannot be written: No space left"):
+        made.save(path)
+    monkeypatch.undo()
+    assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
+    made.save(path)
+    assert Calibration.load(path).n == LEAST + 1
+    with pytest.raises(CalibrationError, match="cannot be written"):
+        made.save(path / "below")
