@@ -39,6 +39,7 @@ from inversion.decoder import Inverter
 from inversion.diffusion import invert
 from inversion.model import LatentModel
 from watermark.detect import Detector
+from watermark.evaluate import confusion
 from watermark.generate import generate
 from watermark.runs import prompts_for
 from watermark.schemes.tree_ring import Placement, TreeRing, make_key
@@ -110,13 +111,6 @@ def choices(model: LatentModel, schemes: list[TreeRing], noise: Tensor) -> dict[
     return dict(zip(STATISTICS, (np.argmin(distance, 0), np.argmax(cosine, 0)), strict=True))
 
 
-def confusion(truth: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """(3, 3) counts: rows are the keys that were planted, columns those that were chosen."""
-    table = np.zeros((KEYS, KEYS), int)
-    np.add.at(table, (truth, chosen), 1)
-    return table
-
-
 def mcnemar(one: np.ndarray, other: np.ndarray) -> tuple[int, int, float]:
     """How many only `one` and how many only `other` got right, and McNemar's exact two-sided p-value."""
     only, rival = int((one & ~other).sum()), int((other & ~one).sum())
@@ -125,11 +119,11 @@ def mcnemar(one: np.ndarray, other: np.ndarray) -> tuple[int, int, float]:
 
 def score(name: str, statistic: str, truth: np.ndarray, chosen: np.ndarray) -> dict:
     """Correct of 3N with its 95 % Clopper-Pearson interval, and the confusion matrix."""
-    right = int((truth == chosen).sum())
-    interval = binomtest(right, len(truth)).proportion_ci(method="exact")
+    found = confusion(truth, chosen, KEYS)
+    low, high = found.interval
     return {
-        "method": name, "statistic": statistic, "correct": right, "of": len(truth), "share": right / len(truth),
-        "low": float(interval.low), "high": float(interval.high), "confusion": confusion(truth, chosen).tolist(),
+        "method": name, "statistic": statistic, "correct": found.right, "of": found.number, "share": found.accuracy,
+        "low": low, "high": high, "confusion": found.table.tolist(),
     }  # fmt: skip
 
 

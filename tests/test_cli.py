@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from watermark import cli, runs, single
+from watermark.keys import Key
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--steps", "4", "--max-steps", "1"]
@@ -60,6 +62,9 @@ def test_every_command_has_an_example_and_stands_in_the_readme() -> None:
     for name, command in cli.main.commands.items():
         assert f"Example:\n  ringmark {name}" in re.sub(r"\n +", "\n  ", command.help)
         assert f"ringmark {name}" in readme
+    for name, command in cli.keys.commands.items():
+        assert f"Example:\n  ringmark keys {name}" in re.sub(r"\n +", "\n  ", command.help)
+        assert f"ringmark keys {name}" in readme
 
 
 def test_same_words_for_the_same_options() -> None:
@@ -91,6 +96,56 @@ def test_keygen_writes_a_key_once(house: Path) -> None:
     assert "exists already" in refused("keygen", "-o", house / "second.key")
     again = json.loads(run("keygen", "-o", house / "second.key", "--force", "--json").stdout)
     assert again["fingerprint"] != made["fingerprint"]
+
+
+def test_a_ring_of_keys_is_made_listed_and_looked_for(house: Path, tmp_path: Path) -> None:
+    ring = tmp_path / "ring"
+    made = json.loads(run("keygen", "-n", 3, "-o", ring, "--json").stdout)
+    assert "2 keys written" in run("keygen", "-n", 2, "-o", ring).stdout
+    listed = json.loads(run("keys", "list", ring, "--json").stdout)
+    assert len(listed) == 5 and all(key in listed for key in made)
+    lines = run("keys", "list", ring, house / "my.key").stdout.splitlines()
+    assert len(lines) == 7 and str(house / "my.key") in lines[-1]
+    keys = ["--key", ring, "--key", house / "my.key", "--key", made[0]["path"]]
+    said = run("verify", *pictures(house), *keys, *QUICK, code=1).stdout
+    assert said.count(": carries key") == 2 and said.count(": carries none of 6 keys, nearest") == 2
+    shutil.copy(made[0]["path"], ring / "copy.key")
+    message = refused("audit", house / "images", "--key", ring, "-o", tmp_path / "r.jsonl")
+    assert "copy.key" in message and made[0]["path"] in message
+
+
+def test_keys_are_shown_without_their_values(house: Path, tmp_path: Path) -> None:
+    key, record = house / "my.key", tmp_path / "public.json"
+    shown = json.loads(run("keys", "show", key, "--json", "--plot", tmp_path / "key.png").stdout)
+    assert (tmp_path / "key.png").stat().st_mode & 0o077 == 0 and (tmp_path / "key.png").stat().st_size > 5000
+    assert "has the key" in " ".join(run("keys", "show", "--help").stdout.split())
+    assert shown["commitment"] in run("keys", "show", key).stdout
+    run("keys", "export-public", key, "-o", record)
+    assert json.loads(record.read_text())["commitment"] == shown["commitment"]
+    assert ".json" in refused("keys", "export-public", key, "-o", key)
+
+
+def test_an_interrupted_keygen_says_how_many_keys_there_are(tmp_path: Path, monkeypatch) -> None:
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Key, "save", stop)
+    said = run("keygen", "-n", 2, "-o", tmp_path / "ring", code=130).stderr
+    assert "interrupted: 0 of 2 keys" in said
+
+
+def test_keys_are_listed_without_torch(house: Path) -> None:
+    script = "import sys; from watermark.cli import main; main(sys.argv[1:], standalone_mode=False); assert 'torch' not in sys.modules"
+    for args in (["list", str(house)], ["show", str(house / "my.key")]):
+        subprocess.run([sys.executable, "-c", script, "keys", *args], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files have no modes")
+def test_a_key_that_others_may_read_is_refused(house: Path, tmp_path: Path) -> None:
+    shutil.copy(house / "my.key", tmp_path / "a b.key")
+    (tmp_path / "a b.key").chmod(0o644)
+    for args in (["verify", "x.png", "--key"], ["generate", "-o", tmp_path / "out", "--key"], ["keys", "list"]):
+        assert f"run: chmod 600 '{tmp_path}/a b.key'" in refused(*args, tmp_path / "a b.key")
 
 
 @pytest.mark.parametrize(
@@ -398,7 +453,10 @@ def test_a_refusal_does_not_cost_a_model(house: Path, tmp_path: Path, monkeypatc
     picture, key, none = pictures(house)[0], ["--key", house / "my.key"], tmp_path / "none"
     assert "exists already" in refused("keygen", "-o", house / "my.key")
     assert "no such key" in refused("verify", picture, "--key", none)
-    assert "is a folder" in refused("verify", picture, "--key", tmp_path)
+    assert "no *.key file" in refused("verify", picture, "--key", tmp_path)
+    assert "is a folder" in refused("generate", "--key", tmp_path, "-o", tmp_path / "out")
+    assert "is not a folder" in refused("keygen", "-n", 2, "-o", house / "my.key")
+    assert "with -n" in refused("keygen", "-o", tmp_path)
     assert "no such folder" in refused("audit", none, *key, "-o", tmp_path / "r.jsonl")
     assert "no such folder" in refused("evaluate", *key, "--marked", none, "-o", tmp_path / "out")
     assert "choose from" in refused("evaluate", "--methods", "magic", "-o", tmp_path / "out")

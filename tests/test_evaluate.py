@@ -15,6 +15,7 @@ from watermark.errors import EvaluationError
 from watermark.evaluate import (
     auc_interval,
     bootstrap_interval,
+    confusion,
     delong_variance,
     roc,
     split_operating_point,
@@ -297,3 +298,21 @@ def test_too_few_to_choose_a_threshold():
         split_operating_point([1], [1], 1.0, 0)
     with pytest.raises(EvaluationError, match="not numbers"):
         tpr_at([np.nan], [1, 2], 0.1)
+
+
+def test_confusion_by_hand():
+    found = confusion([0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 2, 0], 4)
+    assert found.table.tolist() == [[1, 1, 0, 0], [0, 2, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
+    assert (found.right, found.number, found.accuracy) == (4, 6, 4 / 6)
+    # Clopper–Pearson's ends are those where 4 of 6 or more, or fewer, have probability 2.5 %.
+    low, high = found.interval
+    assert stats.binom.sf(3, 6, low) == pytest.approx(0.025) and stats.binom.cdf(4, 6, high) == pytest.approx(0.025)
+    assert confusion([1, 0], [1, 0], 2).interval[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("truth", "chosen"), [([], []), ([0], [0, 1]), ([0], [3]), ([-1], [0]), ([0.0], [0.0]), ([[0]], [[0]])]
+)
+def test_confusion_refuses(truth, chosen):
+    with pytest.raises(EvaluationError):
+        confusion(truth, chosen, 3)

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import click
@@ -53,9 +53,10 @@ class Ringmark(click.Group):
         with _closed_pipe():
             try:
                 return super().invoke(ctx)
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as stop:
                 goes_on = "; what is done is kept, the same command goes on from here"
-                click.echo("interrupted" + (goes_on if ctx.invoked_subcommand in RESUMED else ""), err=True)
+                said = f": {stop}" if str(stop) else goes_on if ctx.invoked_subcommand in RESUMED else ""
+                click.echo("interrupted" + said, err=True)
                 ctx.exit(EXIT_INTERRUPTED)
             except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
                 raise
@@ -142,7 +143,12 @@ alpha_option = click.option(
     help="A key is present at p ≤ ALPHA, corrected for the number of keys.",
 )
 keys_option = click.option(
-    "--key", "key_paths", type=PATH, multiple=True, required=True, help="A key file; repeat for several."
+    "--key",
+    "key_paths",
+    type=PATH,
+    multiple=True,
+    required=True,
+    help="A key file or a folder of keys; repeat for several.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 force_option = click.option("--force", is_flag=True, help="Replace what is there.")
@@ -171,11 +177,11 @@ def load_model(source: str, device: str, dtype: str):
 def load_detector(
     model: tuple[str, str, str], key_paths: tuple[Path, ...], method: str, max_steps: int, steps: int, alpha: float
 ):
-    """A detector for these key files; a bad one does not cost the loading of the model."""
+    """A detector for these key files and folders; a bad one does not cost the loading of the model."""
     from watermark.detect import detector
-    from watermark.keys import Key
+    from watermark.keys import load_ring
 
-    keys = [Key.load(path) for path in key_paths]
+    keys = list(load_ring(key_paths).values())
     return detector(load_model(*model), keys, method, max_steps, steps, alpha)
 
 
@@ -228,7 +234,13 @@ def main() -> None:
 
 
 @main.command()
-@click.option("-o", "--output", type=PATH, required=True, help="The key file to write.")
+@click.option("-o", "--output", type=PATH, required=True, help="The key file to write; with -n, the folder.")
+@click.option(
+    "-n",
+    "--number",
+    type=click.IntRange(1),
+    help="Make so many, that can be told apart, in a folder: beside the keys in it, or with --force instead of them.",
+)
 @click.option(
     "--pattern",
     type=click.Choice(["ring", "rand", "zeros"]),
@@ -252,31 +264,109 @@ def main() -> None:
 @model_options
 @force_option
 @json_option
-def keygen(output, pattern, mask, channels, radii, source, device, dtype, force, as_json) -> None:
-    """Make a key from the operating system's random numbers.
+def keygen(output, number, pattern, mask, channels, radii, source, device, dtype, force, as_json) -> None:
+    """Make a key, or a ring of keys, from the operating system's random numbers.
 
     \b
     Example:
       ringmark keygen -o my.key
+      ringmark keygen -n 64 -o ring
     """
-    from watermark.keys import refuse_existing
+    from watermark.keyring import begun, grow
+    from watermark.keys import describe, refuse_existing
     from watermark.schemes.tree_ring import Placement, make_key, recommend
 
-    if not force:
+    old = begun(output) if number else {}
+    if not (number or force):
         refuse_existing(output)
     model = load_model(source, device, dtype)
     best = recommend(model.recovery, model.latent_shape)
-    key = make_key(
-        model.latent_shape,
-        Placement(channels or best.channels, radii or best.radii),
-        model=model.identity,
-        pattern=pattern,
-        mask=mask,
-    )
+    place = Placement(channels or best.channels, radii or best.radii)
+    make = partial(make_key, model.latent_shape, place, model=model.identity, pattern=pattern, mask=mask)
+    if number:
+        found = grow(model, output, number, make, old, force=force)
+        text = f"{number} keys written to {output}, beside {found.kept} kept; {found.drawn_again} drawn again for being too close to another. Keep them secret."
+        say([{"path": str(path)} | describe(key) for path, key in found.new.items()], text, as_json)
+        return
+    key = make()
     key.save(output, overwrite=force)
     low, high = key.metadata["radii"]
     text = f"key {key.fingerprint} written to {output}: {pattern} in channel {', '.join(map(str, key.metadata['channels']))}, radii {low}-{high}, for model {model.name}. Keep it secret."
     say({"path": str(output), "fingerprint": key.fingerprint} | key.metadata, text, as_json)
+
+
+@main.group()
+def keys() -> None:
+    """List, show and publish what may be known of keys; never their secret values.
+
+    \b
+    Example:
+      ringmark keys list ring
+      ringmark keys show my.key --plot key.png
+      ringmark keys export-public my.key -o my-public.json
+    """
+
+
+@keys.command("list")
+@click.argument("paths", metavar="FOLDER|FILE...", type=PATH, nargs=-1, required=True)
+@json_option
+def keys_list(paths, as_json) -> None:
+    """A line a key, of files and of folders of keys.
+
+    \b
+    Example:
+      ringmark keys list ring old.key
+    """
+    from watermark.keys import describe, listing, load_ring
+
+    ring = load_ring(paths)
+    say([{"path": str(path)} | describe(key) for path, key in ring.items()], listing(ring), as_json)
+
+
+@keys.command("show")
+@click.argument("path", metavar="KEY", type=PATH)
+@click.option(
+    "--plot",
+    type=FIGURE,
+    help="Draw the key into this PNG or SVG. Whoever has the picture has the key: keep it secret.",
+)
+@json_option
+def keys_show(path, plot, as_json) -> None:
+    """What a key is for, and its fingerprint and commitment.
+
+    \b
+    Example:
+      ringmark keys show my.key
+    """
+    from watermark.keys import Key, describe
+
+    key = Key.load(path)
+    if plot:
+        from watermark.report import key_figure, save_figure
+
+        save_figure(key_figure(key), plot, 0o600)
+    found = describe(key)
+    say(found, "\n".join(f"{name:14}{value}" for name, value in found.items()), as_json)
+
+
+@keys.command("export-public")
+@click.argument("path", metavar="KEY", type=PATH)
+@click.option("-o", "--output", type=FilePath(".json"), required=True, help="The public record to write.")
+@json_option
+def keys_export_public(path, output, as_json) -> None:
+    """Write what may be published of a key: its description and a commitment, SHA-256 of description and values.
+
+    A record published today proves that the key existed today: that it was not made up afterwards to fit an image
+    that is younger than the record. It does not show the key.
+
+    \b
+    Example:
+      ringmark keys export-public my.key -o my-public.json
+    """
+    from watermark.keys import Key, export_public
+
+    record = export_public(Key.load(path), output)
+    say(record, f"public record of key {record['fingerprint']} written to {output}; it shows no values", as_json)
 
 
 @main.command()

@@ -24,7 +24,7 @@ from watermark.statistics import cosine_test, power_test, published_distance, pu
 if TYPE_CHECKING:
     from data.images import Sample
 
-__all__ = ["ALPHA", "Detector", "Judged", "Recovered", "Verdict", "check_method", "detector"]
+__all__ = ["ALPHA", "Detector", "Judged", "Recovered", "Verdict", "check_method", "detector", "null_variance"]
 
 ALPHA = 1e-3  # an unmarked image is called marked once in a thousand
 FLAT = 1 / 255  # an image whose pixels vary less than half a grey level (of a range of 2) says nothing
@@ -82,6 +82,22 @@ class Judged(NamedTuple):
     def best(self) -> Verdict:
         """The verdict of the key that fits best."""
         return min(self.verdicts, key=lambda v: v.p_value)
+
+    @property
+    def present(self) -> list[Verdict]:
+        """The verdicts of the keys that are there, the best first."""
+        return sorted((v for v in self.verdicts if v.present), key=lambda v: v.p_value)
+
+    def sentence(self) -> str:
+        """In words, of all keys: which one fits, that several do, or that none does and which comes nearest."""
+        best, fitting = self.best, self.present
+        notes = "".join(f"; {note}" for note in best.notes)
+        if len(fitting) > 1:
+            named = ", ".join(f"{v.key[:8]} (p = {v.p_value:.2g})" for v in fitting)
+            return f"carries {len(fitting)} keys: {named}{notes}"
+        if len(self.verdicts) > 1 and best.present is False:
+            return f"carries none of {len(self.verdicts)} keys, nearest {best.key[:8]}, p = {best.p_value:.2g}{notes}"
+        return best.sentence()
 
 
 class Detector:
@@ -158,9 +174,7 @@ class Detector:
 
     def _feature_variance(self, scheme: TreeRing) -> np.ndarray | float:
         """The null variance of each feature: measured on the model's own images, or that of white noise."""
-        if self.model.recovery is None:
-            return 1.0
-        return self.model.recovery.null[scheme.feature_rings()].numpy()
+        return null_variance(self.model, scheme)
 
     def _judge(self, name: str, scheme: TreeRing, samples: list[Sample], recovered: Recovered) -> list[Verdict]:
         noise = torch.nan_to_num(recovered.noise)
@@ -197,6 +211,13 @@ class Detector:
         if not torch.isfinite(recovered.noise[i]).all():
             return ("the inversion left the range of numbers",)
         return ()
+
+
+def null_variance(model: LatentModel, scheme: TreeRing) -> np.ndarray | float:
+    """Of each feature (d,) on unmarked images: measured on the model's own, or that of white noise, 1."""
+    if model.recovery is None:
+        return 1.0
+    return model.recovery.null[scheme.feature_rings()].numpy()
 
 
 def check_method(name: str) -> None:

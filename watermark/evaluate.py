@@ -11,10 +11,12 @@ from watermark.errors import EvaluationError
 from watermark.statistics import needed_references
 
 __all__ = [
+    "Confusion",
     "Curve",
     "OperatingPoint",
     "auc_interval",
     "bootstrap_interval",
+    "confusion",
     "delong_variance",
     "roc",
     "split_operating_point",
@@ -160,6 +162,39 @@ def _rate(hits: int, n: int) -> tuple[float, tuple[float, float]]:
     """hits / n and its exact interval."""
     interval = stats.binomtest(hits, n).proportion_ci(method="exact")
     return hits / n, (float(interval.low), float(interval.high))
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Which of n keys was chosen: `table` (n, n) counts, rows the keys planted, columns those chosen.
+
+    `interval` of the accuracy is Clopper–Pearson's, 95 %, (low, high); images are independent.
+    """
+
+    table: np.ndarray
+    right: int
+    number: int
+    accuracy: float
+    interval: tuple[float, float]
+
+
+def confusion(truth: np.ndarray, chosen: np.ndarray, n: int) -> Confusion:
+    """Of images (N,) the keys planted and those chosen, by argmin of a distance, say: whole numbers from 0 to n − 1.
+
+    Raises EvaluationError for no images, for two lengths and for other numbers.
+    """
+    truth, chosen = np.asarray(truth), np.asarray(chosen)
+    if truth.ndim != 1 or truth.shape != chosen.shape or not len(truth):
+        raise EvaluationError(
+            f"{truth.shape} keys planted, {chosen.shape} chosen: one of each is needed for every image"
+        )
+    both = np.concatenate([truth, chosen])
+    if both.dtype.kind not in "iu" or both.min() < 0 or both.max() >= n:
+        raise EvaluationError(f"keys of a confusion matrix must be whole numbers from 0 to {n - 1}; number the keys so")
+    table = np.zeros((n, n), int)
+    np.add.at(table, (truth, chosen), 1)
+    right = int(np.trace(table))
+    return Confusion(table, right, len(truth), *_rate(right, len(truth)))
 
 
 def delong_variance(marked: np.ndarray, unmarked: np.ndarray) -> float:

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
+import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from data.store import write_atomic
+from data.store import one_line, write_atomic
 from watermark.errors import KeyFileError
 
-__all__ = ["Key", "refuse_existing"]
+__all__ = ["Key", "describe", "export_public", "listing", "load_folder", "load_ring", "refuse_existing"]
 
 MAX_BYTES = 64 << 20
+MAX_HEADER = 1 << 20  # of those, before the values
+MAX_AXES = 8
+READABLE = "RINGMARK_READABLE_KEYS"  # environment: anything but nothing allows keys that others may read
 FIELDS = {
     "scheme": str,
     "pattern": str,
@@ -57,11 +64,20 @@ class Key:
         return np.random.default_rng(secrets.randbits(256))
 
     @property
-    def fingerprint(self) -> str:
+    def commitment(self) -> str:
+        """SHA-256, 64 hex digits, of the description without `created` as sorted JSON, then the values' bytes.
+
+        It begins with the fingerprint, which is too short to bind its owner: two keys of one fingerprint can be made
+        with 2³² trials. It needs no salt: from 256 random bits, the values are not to be guessed (*zeros* is no secret).
+        """
         public = {k: v for k, v in self.metadata.items() if k != "created"}
         return hashlib.sha256(
             json.dumps(public, sort_keys=True).encode() + np.ascontiguousarray(self.values).tobytes()
-        ).hexdigest()[:16]
+        ).hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        return self.commitment[:16]
 
     def save(self, path: Path, *, overwrite: bool = False) -> None:
         """Write the file whole or not at all, readable by its owner only. Raises KeyFileError where one exists.
@@ -89,7 +105,11 @@ class Key:
 
     @classmethod
     def load(cls, path: Path) -> Key:
-        """Read and check a key. Raises KeyFileError; no message shows a value."""
+        """Read and check a key. Raises KeyFileError; no message shows a value.
+
+        What the file declares is checked before anything of that size is allocated. A key that others than its owner
+        may read or write is refused, where files have modes, unless the environment variable READABLE is set.
+        """
         from safetensors import SafetensorError, safe_open
 
         path = Path(path)
@@ -100,11 +120,15 @@ class Key:
                 raise KeyFileError(f"{path}: no such key file; make one with: ringmark keygen -o {path}")
             if path.stat().st_size > MAX_BYTES:
                 raise KeyFileError(f"{path}: too large to be a key ({path.stat().st_size >> 20} MB)")
-            path.open("rb").close()  # says why, where safetensors does not
+            with path.open("rb") as file:
+                facts = os.fstat(file.fileno())
+                _check_header(file, facts.st_size)
             with safe_open(path, "numpy") as file:
                 metadata = json.loads((file.metadata() or {})["ringmark"])
                 values = file.get_tensor("values")
-            return cls._checked(path, values, metadata)
+            key = cls._checked(path, values, metadata)
+            _refuse_readable(path, facts.st_mode)  # last, for what is no key needs no mode
+            return key
         except KeyFileError:
             raise
         except PermissionError as error:
@@ -137,6 +161,8 @@ def _described(metadata: dict) -> bool:
 
 def refuse_existing(path: Path) -> None:
     """Raises KeyFileError where there is something of this name."""
+    if os.path.isdir(path):
+        raise KeyFileError(f"{path}: is a folder; name a file, or say with -n how many keys it is to get")
     if os.path.lexists(path):
         raise KeyFileError(
             f"{path}: exists already; choose another name, or --force to replace it (marks made with the old key are then lost)"
@@ -151,3 +177,98 @@ def _reserve(path: Path) -> None:
     except FileExistsError:
         refuse_existing(path)
         raise
+
+
+def _check_header(file: BinaryIO, size: int) -> None:
+    """Raises what `Key.load` turns into one message unless a float32 tensor "values" fills the rest of `size` bytes."""
+    length = int.from_bytes(file.read(8), "little")
+    rest = size - 8 - length
+    if rest < 0 or length > MAX_HEADER:
+        raise ValueError("header")
+    tensors = json.loads(file.read(length))
+    tensors.pop("__metadata__", None)
+    values, shape = tensors["values"], tensors["values"]["shape"]
+    if len(tensors) > 1 or values["dtype"] != "F32" or values["data_offsets"] != [0, rest]:
+        raise ValueError("tensors")
+    if not 0 < len(shape) <= MAX_AXES or not all(type(n) is int and n > 0 for n in shape):
+        raise ValueError("shape")
+    if 4 * math.prod(shape) != rest:
+        raise ValueError("size")
+
+
+def _refuse_readable(path: Path, mode: int) -> None:
+    # Windows, where modes say nothing, keeps a user's files from others by its own means.
+    if os.name == "posix" and mode & 0o066 and not os.environ.get(READABLE):
+        raise KeyFileError(
+            f"{path}: others may read or write this key; run: chmod 600 {shlex.quote(str(path))} (or set {READABLE}=1 where that cannot be done)"
+        )
+
+
+def load_folder(folder: Path) -> dict[Path, Key]:
+    """All keys of a folder by file: *.key in it, hidden files and subfolders left out, sorted by name; may be none.
+
+    Raises KeyFileError for a file that is no key and for two files that hold one key.
+    """
+    try:
+        paths = sorted(p for p in folder.iterdir() if p.suffix == ".key" and not p.name.startswith("."))
+    except OSError as error:
+        raise KeyFileError(f"{folder}: cannot be listed: {error.strerror}; name a folder of keys") from None
+    found, first = {}, {}
+    for path in paths:
+        found[path] = key = Key.load(path)
+        other = first.setdefault(key.fingerprint, path)
+        if other != path:
+            raise KeyFileError(f"{path}: holds the same key as {other}; remove one of the two")
+    return found
+
+
+def load_ring(paths: Iterable[Path]) -> dict[Path, Key]:
+    """The keys that these files and folders hold, by file, in the order given; a key met again counts once.
+
+    Raises KeyFileError like `Key.load` and `load_folder`, and for a folder without keys.
+    """
+    ring: dict[str, tuple[Path, Key]] = {}
+    for path in paths:
+        found = load_folder(path) if path.is_dir() else {path: Key.load(path)}
+        if not found:
+            raise KeyFileError(
+                f"{path}: no *.key file in this folder; name another, or make keys with: ringmark keygen -n 4 -o {shlex.quote(str(path))}"
+            )
+        for file, key in found.items():
+            ring.setdefault(key.fingerprint, (file, key))
+    return dict(ring.values())
+
+
+def describe(key: Key) -> dict:
+    """All that may be told of a key: fingerprint, the fields of FIELDS, commitment; never the values."""
+    return {"fingerprint": key.fingerprint, **{k: key.metadata[k] for k in FIELDS}, "commitment": key.commitment}
+
+
+def listing(ring: dict[Path, Key]) -> str:
+    """A line a key, in columns under a header."""
+    rows = [("fingerprint", "scheme", "pattern", "mask", "channels", "radii", "model", "created", "file")]
+    for path, key in ring.items():
+        meta = key.metadata
+        channels, radii = ",".join(map(str, meta["channels"])), "-".join(map(str, meta["radii"]))
+        model = meta["model"].get("name", "?")
+        names = (meta["scheme"], meta["pattern"], meta["mask"], channels, radii, model, meta["created"], path)
+        rows.append((key.fingerprint, *map(one_line, names)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def export_public(key: Key, path: Path) -> dict:
+    """Write and return a public record, as JSON: `describe(key)` and what it proves.
+
+    The record, once published at a known time, proves that the key existed then; so the key of a later verdict was not
+    made up to fit an image that is younger than the record. Against an older image it proves nothing: whoever has an
+    image can take the noise recovered from it for a key. `created` is the owner's word and not in the commitment.
+    """
+    record = {
+        "ringmark": "public key record",
+        **describe(key),
+        "proves": "that this key existed when this record was published",
+        "commitment_of": "SHA-256 of the key's description, without created, as sorted JSON, and its values",
+    }
+    write_atomic(path, json.dumps(record, indent=1) + "\n")
+    return record

@@ -14,12 +14,14 @@ from data.store import one_line, write_atomic
 from inversion.diagnostics import NoiseRecovery
 from watermark.detect import Detector, Judged, Verdict
 from watermark.evaluate import Curve
+from watermark.keys import Key
+from watermark.schemes.tree_ring import TreeRing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["explain", "plot_roc", "recovery_figure", "roc_figure", "save_figure", "table", "write_table"]
+__all__ = ["explain", "key_figure", "plot_roc", "recovery_figure", "roc_figure", "save_figure", "table", "write_table"]
 
 INK, MARK, GREY = "#1b3a5c", "#d1495b", "#9aa5b1"
 COLOURS = (INK, MARK, "#2a9d8f", "#e9a23b", GREY)
@@ -60,6 +62,23 @@ def recovery_figure(recovery: NoiseRecovery) -> Figure:
     return figure
 
 
+def key_figure(key: Key) -> Figure:
+    """A key's spectrum, a panel a latent channel. Whoever sees the figure has the key."""
+    from matplotlib.figure import Figure
+
+    scheme = TreeRing(key)
+    channels, pictures = scheme.placement.channels, scheme.drawn()
+    figure = Figure(figsize=(3.2 * len(channels), 3.6), layout="constrained")
+    for ax, channel, values in zip(
+        figure.subplots(1, len(channels), squeeze=False)[0], channels, pictures, strict=True
+    ):
+        ax.imshow(values, cmap="RdBu_r", vmin=-2.5, vmax=2.5, extent=_frequency_extent(*values.shape))
+        ax.set_title(f"channel {channel}", fontsize=10)
+        ax.set_xlabel("frequency, periods an image side")
+    figure.suptitle(f"key {key.fingerprint}: as secret as the key", fontsize=10, parse_math=False)
+    return figure
+
+
 def roc_figure(curves: Sequence[Curve], title: str = "") -> Figure:
     """One figure with these curves."""
     from matplotlib.figure import Figure
@@ -71,11 +90,14 @@ def roc_figure(curves: Sequence[Curve], title: str = "") -> Figure:
     return figure
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure, whole or not at all, in the format that the suffix names; parent folders are made."""
+def save_figure(figure: Figure, path: Path, mode: int = 0o644) -> None:
+    """Write a figure, whole or not at all, in the format that the suffix names; parent folders are made.
+
+    `mode` is the new file's, cut by the umask.
+    """
     picture, kind = io.BytesIO(), path.suffix.lower().removeprefix(".")
     figure.savefig(picture, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-    write_atomic(path, picture.getvalue())
+    write_atomic(path, picture.getvalue(), mode)
 
 
 def table(curves: Sequence[Curve], seconds: Sequence[float] | None = None) -> str:

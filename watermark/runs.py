@@ -183,7 +183,7 @@ def audit(detector: Detector, folder: Path, results: Path, *, batch: int = 8) ->
 
 def _record(judged: Judged) -> dict:
     per_key = {v.key: {"p_value": v.p_value, "score": v.score, "distance": v.distance} for v in judged.verdicts}
-    return judged.best.record() | {"carries": [v.key for v in judged.verdicts if v.present], "keys": per_key}
+    return judged.best.record() | {"carries": [v.key for v in judged.present], "keys": per_key}
 
 
 def _stamp(path: Path) -> dict:

@@ -38,7 +38,7 @@ class Line:
 def verify_files(
     detector: Detector, paths: list[Path], *, batch: int = 8, explain_to: Path | None = None
 ) -> list[Line]:
-    """A line for each file, in the order given; with several keys, of the one that fits best.
+    """A line for each file, in the order given; with several keys, it names all that fit, its record is of the best.
 
     What the first readable image's verdict rests on is drawn into `explain_to`.
     """
@@ -54,10 +54,12 @@ def verify_files(
     found = detector.scan(readable(), batch)
     for judged in tqdm(found, "verify", len(paths), unit="image", disable=None, leave=False, delay=2):
         i, best = int(judged.sample.id), judged.best
-        record = best.record() | {"sample_id": str(paths[i]), "carries": [v.key for v in judged.verdicts if v.present]}
-        lines[i] = Line(f"{one_line(paths[i])}: {best.sentence()}", record, {True: 0, False: 1, None: 3}[best.present])
+        record = best.record() | {"sample_id": str(paths[i]), "carries": [v.key for v in judged.present]}
+        lines[i] = Line(
+            f"{one_line(paths[i])}: {judged.sentence()}", record, {True: 0, False: 1, None: 3}[best.present]
+        )
         if explain_to:
-            save_figure(explain(detector, judged, paths[i].name), explain_to)
+            save_figure(explain(detector, judged, paths[i].name), explain_to, 0o600)
             explain_to = None
     return [lines[i] for i in range(len(paths))]
 

@@ -210,6 +210,11 @@ class TreeRing:
         both = torch.stack([self._transform(noise)[0, 0], self.spectrum[0]]) * turn
         return tuple(torch.fft.fftshift(both, dim=(-2, -1)).real.numpy() * 2**0.5)
 
+    def drawn(self) -> np.ndarray:
+        """For the eye: the key's real spectra (channels, h, w), DC in the middle, turned like `aligned`."""
+        turned = self.spectrum * middle_phase(*self.inside.shape).conj()
+        return torch.fft.fftshift(turned, dim=(-2, -1)).real.numpy() * 2**0.5
+
     def _bins(self, spectrum: Tensor) -> Tensor:
         bins = spectrum.flatten(2)[..., self._rows]
         real = bins.real * torch.where(self._real_only, 1.0, 2**0.5)
