@@ -50,7 +50,7 @@ def test_the_bench_finds_ours_ahead_and_goes_on_where_it_was(run, out):
     )
     assert all(row["MB"] is None or row["MB"] > 0 for row in rows.values())
     holds = {claim["asked"]: claim["holds"] for claim in first["claims"]}
-    assert holds["better on every image"] and holds["memory at most 1/5"]
+    assert holds["better on every image"] and holds["more accurate by default"]
 
 
 def test_pareto_has_every_family(run, out):
@@ -65,7 +65,7 @@ def test_exact_inversion_pays_on_true_latents(run, out):
     rows = {(r["latents"], r["prompt"], r["inversion"]): r for r in found["rows"]}
     naive, exact = rows["true", "true", "naive"], rows["true", "true", "exact, Anderson 3"]
     assert exact["correlation"] > naive["correlation"] and exact["noise NMSE dB"] < naive["noise NMSE dB"]
-    assert naive["calls"] == 8 and exact["calls"] == pytest.approx(8 * 5)  # guidance calls the network twice
+    assert naive["calls"] == 8 < exact["calls"] <= 8 * 5  # guidance calls the network twice; early steps stop early
     assert rows["ours", "empty", "naive"]["correlation"] > rows["encoder", "empty", "naive"]["correlation"]
 
 
