@@ -71,6 +71,8 @@ def blur(image: Image.Image, radius: float, rng: np.random.Generator) -> Image.I
 
 def median(image: Image.Image, size: float, rng: np.random.Generator) -> Image.Image:
     """The median of size × size px, each channel for itself."""
+    if size == 1:  # at which Pillow 12 divides by zero
+        return image.copy()
     return image.filter(ImageFilter.MedianFilter(int(size)))
 
 
