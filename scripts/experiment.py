@@ -271,9 +271,13 @@ def peak_during(device: torch.device, work: Callable[[], T]) -> tuple[T, float]:
 
 
 def limit_memory(gib: float) -> None:
-    """Let this process take so much more memory than it has now: what is beyond fails instead of filling the machine (Linux)."""
-    allowed = _status("VmData") * 1024 + int(gib * 2**30)
-    resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
+    """Let this process take so much more memory than it has now: what is beyond fails instead of filling the machine (Linux).
+
+    Infinity lifts the limit again.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    allowed = hard if gib == float("inf") else _status("VmData") * 1024 + int(gib * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (allowed, hard))
 
 
 def _status(field: str) -> int:

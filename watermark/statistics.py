@@ -118,6 +118,9 @@ def published_distance(recovered: np.ndarray, key: np.ndarray) -> np.ndarray:
     return np.abs(np.asarray(recovered) - key).mean(-1)
 
 
+NOTHING = 1e-6  # of the degrees of freedom: a χ² below it is the key itself, at which SciPy before 1.16 overflows
+
+
 def published_p_value(recovered: np.ndarray, key: np.ndarray) -> np.ndarray:
     """The p-value of arXiv 2305.20030, for comparison: it is not calibrated.
 
@@ -127,6 +130,8 @@ def published_p_value(recovered: np.ndarray, key: np.ndarray) -> np.ndarray:
     f, k = parts(np.asarray(recovered)), parts(np.asarray(key))
     sigma = f.std(-1, ddof=1)
     p, some = np.ones(len(f)), sigma > 0
+    some[some] = np.square(f[some] - k).sum(-1) > NOTHING * k.size * sigma[some] ** 2
+    p[(sigma > 0) & ~some] = 0.0
     noncentral = np.square(k).sum() / sigma[some] ** 2
     p[some] = stats.ncx2.cdf(np.square(f[some] - k).sum(-1) / sigma[some] ** 2, k.shape[-1], noncentral)
     return p
