@@ -35,6 +35,7 @@ __all__ = [
     "read_labels",
     "read_sample",
     "save_png",
+    "stamp_of",
     "to_array",
 ]
 
@@ -180,6 +181,15 @@ def save_png(image: Image.Image, path: str | os.PathLike, **text: object) -> Non
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=chunks)
     write_atomic(path, buffer.getvalue())
+
+
+def stamp_of(path: Path) -> dict:
+    """What changes when a file does."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return {"size": None, "mtime_ns": None}
+    return {"size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
 
 
 def check_folder(folder: str | os.PathLike) -> None:

@@ -19,6 +19,7 @@ from inversion.solve import Method, Residual, Solution, Status, norms, solve
 __all__ = [
     "INVERTERS",
     "Inverter",
+    "decoder_residual",
     "gradient_residual",
     "in_slices",
     "invert_decoder",
@@ -67,16 +68,24 @@ def invert_decoder(
     images = images.to(target.device)
     if isinstance(tol, str):
         tol = quantisation_level(encode, images, target) if max_steps else None
-
-    def residual(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        decoded = decode(z.to(target.dtype)).clamp(*pixels)
-        return encode(decoded).float() - target[rows].float(), (decoded - images[rows]).float()
-
+    residual = decoder_residual(encode, decode, images, target, pixels)
     found = solve(residual, target, method, max_steps=max_steps, tol=tol, progress=progress)
     if max_steps and target.dtype.itemsize < 4:
         coarse = rounding_share(encode, images, target) > COARSE
         found = replace(found, status=[Status.ROUNDED if c else s for c, s in zip(coarse, found.status, strict=True)])
     return found
+
+
+def decoder_residual(
+    encode: Map, decode: Map, images: Tensor, target: Tensor, pixels: tuple[float, float] = (-1.0, 1.0)
+) -> Residual:
+    """T(z) = E(D(z)) − E(x) with error D(z) − x, D cut to the range of `pixels`; E(x) is `target`."""
+
+    def residual(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        decoded = decode(z.to(target.dtype)).clamp(*pixels)
+        return encode(decoded).float() - target[rows].float(), (decoded - images[rows]).float()
+
+    return residual
 
 
 def in_slices(map_: Map, size: int) -> Map:

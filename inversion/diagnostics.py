@@ -15,12 +15,28 @@ from torch import Tensor
 from inversion.errors import ModelError
 from inversion.solve import Method, Residual, norms
 
-__all__ = ["NoiseRecovery", "Walk", "cocoercivity", "high_frequency_share", "nmse_db", "rings", "stored_bytes", "trace"]
+__all__ = [
+    "NoiseRecovery",
+    "Walk",
+    "cocoercivity",
+    "correlation",
+    "high_frequency_share",
+    "nmse_db",
+    "rings",
+    "stored_bytes",
+    "trace",
+]
 
 
 def nmse_db(estimate: Tensor, truth: Tensor) -> Tensor:
     """10 log₁₀(‖z − z*‖² / ‖z*‖²) of each sample (B,), in dB; average over dB, as arXiv 2409.18442 does."""
     return 20 * torch.log10(norms(estimate.float() - truth.float()) / norms(truth.float()))
+
+
+def correlation(estimate: Tensor, truth: Tensor) -> Tensor:
+    """Pearson's correlation of each sample (B,), in [-1, 1]."""
+    pairs = zip(estimate.flatten(1), truth.flatten(1), strict=True)
+    return torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in pairs])
 
 
 def cocoercivity(z: Tensor, residual: Tensor, solution: Tensor) -> Tensor:

@@ -50,9 +50,14 @@ class InertialKM:
     def __post_init__(self) -> None:
         if not 0 <= self.alpha < 1:
             raise ValueError(f"inertial KM needs 0 <= alpha < 1, not {self.alpha}")
-        if not 0 < self.lam * (1 - self.alpha + 2 * self.alpha**2) < (1 - self.alpha) ** 2:
-            bound = (1 - self.alpha) ** 2 / (1 - self.alpha + 2 * self.alpha**2)
+        bound = self.bound(self.alpha)
+        if not 0 < self.lam < bound:
             raise ValueError(f"inertial KM with alpha = {self.alpha} needs 0 < lam < {bound:.4g}, not {self.lam}")
+
+    @staticmethod
+    def bound(alpha: float) -> float:
+        """(1 − α)² / (1 − α + 2α²), below which Theorem 2 wants λ."""
+        return (1 - alpha) ** 2 / (1 - alpha + 2 * alpha**2)
 
     def init(self, z: Tensor) -> State:
         return {"previous": z.clone()}

@@ -25,14 +25,14 @@ from experiment import (
     mean_and_error,
     peak_memory,
     pictures,
+    recovered,
     seconds,
     write_results,
 )
 from torch import Tensor
 
 from inversion.decoder import Inverter
-from inversion.diagnostics import nmse_db
-from inversion.diffusion import invert
+from inversion.diagnostics import correlation, nmse_db
 from inversion.model import LatentModel
 from watermark.detect import Detector
 from watermark.evaluate import roc
@@ -67,24 +67,15 @@ def weak_key(model: LatentModel) -> TreeRing:
     return TreeRing(make_key(model.latent_shape, place, model=model.identity, rng=np.random.default_rng(7)))
 
 
-@torch.inference_mode()
-def noises(model: LatentModel, latents: Tensor, steps: int = 25) -> dict[str, Tensor]:
-    """Initial noise by naive inversion with the empty prompt, as verification does it."""
-    grid, nothing = model.grid(steps), model.embed([""])
-    back = lambda z: invert(model, z.to(model.device), nothing.expand(len(z), -1, -1), grid).float().cpu()
-    return {"noise": torch.cat([back(z) for z in latents.split(8)])}
-
-
 def worth(model: LatentModel, latents: Tensor, seen: Pictures, scheme: TreeRing, cache: Path) -> dict[str, float]:
     """What latents are good for: correlation of true and recovered noise, and the AUC of the weak ring."""
-    noise = cached(cache, [model.identity, latents], lambda: noises(model, latents))["noise"]
-    pairs = zip(noise.flatten(1), seen.noise.flatten(1), strict=True)
-    correlation = np.array([float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in pairs])
+    noise = cached(cache, [model.identity, latents], lambda: recovered(model, latents, 25, "worth"))["noise"]
+    mean, error = mean_and_error(correlation(noise, seen.noise))
     score, _ = Detector(model, [], steps=1).statistic(scheme, noise)
     curve = roc(score[: len(score) // 2], score[len(score) // 2 :])
     return {
-        "noise correlation": correlation.mean(),
-        "its error": correlation.std() / len(correlation) ** 0.5,
+        "noise correlation": mean,
+        "its error": error,
         "weak ring AUC": curve.auc,
         "AUC low": curve.auc_interval[0],
         "AUC high": curve.auc_interval[1],

@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from data.images import find_images, from_array, read_sample, to_array
 from data.store import write_atomic
-from inversion.decoder import Inverter
+from inversion.decoder import Inverter, decoder_residual
 from inversion.diagnostics import Walk
+from inversion.diffusion import invert
 from inversion.methods import Adam, InertialKM
 from inversion.model import LatentModel
 from inversion.solve import Method, Residual
@@ -159,14 +160,9 @@ def _invert_all(model: LatentModel, inverter: Inverter, images: Tensor, name: st
     }
 
 
-def momentum_bound(alpha: float) -> float:
-    """Theorem 2 of arXiv 2409.18442: inertial KM with momentum α converges for λ below (1 − α)² / (1 − α + 2α²)."""
-    return (1 - alpha) ** 2 / (1 - alpha + 2 * alpha**2)
-
-
 def inertial(alpha: float, rho: float) -> InertialKM:
     """Inertial KM of step ρ = 2λβ with λ at nine tenths of its bound: what α allows of λ, β makes up for."""
-    lam = 0.9 * momentum_bound(alpha)
+    lam = 0.9 * InertialKM.bound(alpha)
     return InertialKM(lam, alpha, rho / (2 * lam))
 
 
@@ -175,14 +171,8 @@ def residual(model: LatentModel, images: Tensor, pixels: bool = True) -> Residua
 
     Without `pixels` T is all that a method learns.
     """
-    images, target = images.to(model.device), model.encode(images)
-
-    def at(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        decoded = model.decode(z.to(target.dtype)).clamp(-1, 1)
-        t = model.encode(decoded).float() - target[rows].float()
-        return (t, (decoded - images[rows]).float()) if pixels else t
-
-    return at
+    both = decoder_residual(model.encode, model.decode, images.to(model.device), model.encode(images))
+    return both if pixels else lambda z, rows: both(z, rows)[0]
 
 
 @torch.inference_mode()
@@ -210,6 +200,15 @@ def walk(
     for images, truth in tqdm(some, name, leave=False, disable=None):
         parts.append(cached(cache, [*key, images, truth], partial(along, images, truth)))
     return Walk(**{key: torch.cat([p[key] for p in parts], -1) for key in parts[0]})
+
+
+@torch.inference_mode()
+def recovered(model: LatentModel, latents: Tensor, steps: int, name: str, batch: int = 8) -> dict[str, Tensor]:
+    """The `noise` (N, C, h, w) that latents come from, by naive DDIM inversion with the empty prompt."""
+    grid, nothing, noise = model.grid(steps), model.embed([""]), []
+    for z in tqdm(latents.split(batch), f"{name}: noise", leave=False, disable=None):
+        noise.append(invert(model, z.to(model.device), nothing.expand(len(z), -1, -1), grid).float().cpu())
+    return {"noise": torch.cat(noise)}
 
 
 def cached(folder: Path, key: list, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -30,13 +30,22 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 import torch
-from experiment import SEED, cached, eight_bit, experiment_options, invert_all, peak_memory, seconds, write_results
+from experiment import (
+    SEED,
+    cached,
+    eight_bit,
+    experiment_options,
+    invert_all,
+    peak_memory,
+    recovered,
+    seconds,
+    write_results,
+)
 from scipy.stats import binomtest
 from torch import Tensor
 from tqdm import tqdm
 
 from inversion.decoder import Inverter
-from inversion.diffusion import invert
 from inversion.model import LatentModel
 from watermark.detect import Detector
 from watermark.evaluate import confusion
@@ -92,15 +101,6 @@ def drawn(model: LatentModel, schemes: list[Weak], number: int, seed: int, steps
             marked = generate(model, prompts, seeds, scheme=scheme, steps=steps, guidance=guidance, progress=bar.update)
             images += [d.image for d in marked]
     return eight_bit(torch.stack(images))
-
-
-@torch.inference_mode()
-def recovered(model: LatentModel, latents: Tensor, steps: int, name: str, batch: int = 8) -> dict[str, Tensor]:
-    """The `noise` (N, C, h, w) that latents come from, by naive DDIM inversion with the empty prompt."""
-    grid, nothing, noise = model.grid(steps), model.embed([""]), []
-    for z in tqdm(latents.split(batch), f"{name}: noise", leave=False, disable=None):
-        noise.append(invert(model, z.to(model.device), nothing.expand(len(z), -1, -1), grid).float().cpu())
-    return {"noise": torch.cat(noise)}
 
 
 def choices(model: LatentModel, schemes: list[TreeRing], noise: Tensor) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from inversion.decoder import Inverter
-from inversion.diagnostics import nmse_db
+from inversion.diagnostics import correlation, nmse_db
 from inversion.diffusion import invert
 from inversion.methods import Anderson, ForwardStep
 from inversion.model import LatentModel
@@ -58,13 +58,6 @@ def recover(
     parts = zip(latents.split(8), cond.split(8), strict=True)
     noise = torch.cat([back(z.to(model.device), c).float().cpu() for z, c in parts])
     return {"noise": noise, "calls": torch.tensor(counting.calls / len(latents))}
-
-
-def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson's of each sample (N,)."""
-    return torch.stack(
-        [torch.corrcoef(torch.stack([x, y]))[0, 1] for x, y in zip(a.flatten(1), b.flatten(1), strict=True)]
-    )
 
 
 def measure(

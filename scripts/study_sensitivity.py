@@ -23,7 +23,6 @@ from experiment import (
     inertial,
     invert_all,
     mean_and_error,
-    momentum_bound,
     pictures,
     walk,
     write_results,
@@ -96,7 +95,7 @@ def sweeps() -> list[Sweep]:
     """Each method's hyper-parameters about the values that are used, at the number of steps that is used."""
     anderson = lambda name: lambda value: full(Anderson(**{name: value}), 8)
     table = lambda values, make: {float(v): make(v) for v in values}
-    within = lambda alpha: full(InertialKM(0.9 * momentum_bound(alpha), alpha, 1.0), 20)
+    within = lambda alpha: full(InertialKM(0.9 * InertialKM.bound(alpha), alpha, 1.0), 20)
     return [
         Sweep("learning rate", "Adam, 50 its", table(RATES, lambda lr: full(Adam(lr=lr, horizon=50), 50)), 0.01),
         Sweep("step", "forward step, 12 its", table(STEPS, lambda rho: full(ForwardStep(rho), 12)), 1.0),

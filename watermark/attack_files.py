@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from tqdm import tqdm
 
-from data.images import SUFFIXES, ImageError, list_images, read_image, save_png
+from data.images import SUFFIXES, ImageError, list_images, read_image, save_png, stamp_of
 from data.store import one_line
 from watermark.attacks import Chain, apply, seed_of
 from watermark.errors import AttackError
@@ -120,7 +120,7 @@ def _plan(
 ) -> Iterator[_Job]:
     for path in images:
         name = path.relative_to(source).as_posix() if path != source else path.name
-        stamp = _stamp(path)
+        stamp = stamp_of(path)
         for chain, place in outputs.items():
             identity = {"model": model.identity} if chain.needs_model and model else {}
             made = {"attack": str(chain), "source": name, "seed": seed} | identity
@@ -128,15 +128,6 @@ def _plan(
             alone = path == source and not place.is_dir() and place.suffix.lower() == ".png"
             target = place if alone else place / (name if name.lower().endswith(".png") else f"{name}.png")
             yield _Job(path, target, chain, seed_of(seed, name), made, stamp)
-
-
-def _stamp(path: Path) -> dict:
-    """What changes when a file does."""
-    try:
-        facts = path.stat()
-    except OSError:
-        return {"size": None, "mtime_ns": None}
-    return {"size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
 
 
 def _refuse_sources(source: Path, jobs: list[_Job]) -> None:

@@ -136,6 +136,7 @@ class Detector:
             "keys": sorted(self.schemes),
             "method": repr(self.inverter.method),
             "max_steps": self.inverter.max_steps,
+            "early": self.inverter.early,
             "gradient": self.inverter.gradient,
             "steps": self.steps,
             "alpha": self.alpha,

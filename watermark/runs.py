@@ -22,6 +22,7 @@ from data.images import (
     read_labels,
     read_sample,
     save_png,
+    stamp_of,
 )
 from data.scenes import scene
 from data.store import Store, StoreError, read_records, write_atomic
@@ -158,7 +159,7 @@ def audit(detector: Detector, folder: Path, results: Path, *, batch: int = 8) ->
     """
     found = list_images(folder)
     name_of = lambda path: str(path.relative_to(folder))
-    stamps = {name_of(path): _stamp(path) for path in (*found.images, *(e.path for e in found.unlisted))}
+    stamps = {name_of(path): stamp_of(path) for path in (*found.images, *(e.path for e in found.unlisted))}
     # Relative, so that a tree that was moved with its results goes on.
     settings = detector.settings() | {"folder": os.path.relpath(folder, results.parent)}
     with Store(results, settings) as store:
@@ -184,15 +185,6 @@ def audit(detector: Detector, folder: Path, results: Path, *, batch: int = 8) ->
 def _record(judged: Judged) -> dict:
     per_key = {v.key: {"p_value": v.p_value, "score": v.score, "distance": v.distance} for v in judged.verdicts}
     return judged.best.record() | {"carries": [v.key for v in judged.present], "keys": per_key}
-
-
-def _stamp(path: Path) -> dict:
-    """What changes when a file does."""
-    try:
-        facts = path.stat()
-    except OSError:
-        return {"size": None, "mtime_ns": None}
-    return {"size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
 
 
 def _readable(
