@@ -90,6 +90,8 @@ class LatentModel:
             model = cls(**_load_parts(where), name=name, recovery=NoiseRecovery.load(Path(where)))
             for module in (model.vae, model.unet, model.text_encoder):
                 module.to(place, dtype).requires_grad_(False).eval()
+            # Convolutions on large maps are faster with the channels last, the network's on small ones are not.
+            model.vae.to(memory_format=torch.channels_last)
         return model
 
     @classmethod
