@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import resource
 import time
@@ -16,7 +15,6 @@ from typing import TypeVar
 import click
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,6 +27,7 @@ from inversion.methods import Adam, InertialKM
 from inversion.model import LatentModel
 from inversion.solve import Method, Residual
 from watermark.generate import generate
+from watermark.recovery import cached
 from watermark.report import save_figure, write_table
 from watermark.runs import prompts_for
 from watermark.schemes.tree_ring import TreeRing
@@ -209,17 +208,6 @@ def recovered(model: LatentModel, latents: Tensor, steps: int, name: str, batch:
     for z in tqdm(latents.split(batch), f"{name}: noise", leave=False, disable=None):
         noise.append(invert(model, z.to(model.device), nothing.expand(len(z), -1, -1), grid).float().cpu())
     return {"noise": torch.cat(noise)}
-
-
-def cached(folder: Path, key: list, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors that `make` returns, kept in `folder` under a digest of `key`: a run that was stopped goes on."""
-    digest = hashlib.sha256()
-    for part in key:
-        digest.update(part.contiguous().numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
-    path = folder / f"{digest.hexdigest()[:24]}.safetensors"
-    if not path.exists():
-        write_atomic(path, save({name: x.contiguous() for name, x in make().items()}))
-    return load_file(path)
 
 
 def seconds(model: LatentModel, inverters: dict[str, Inverter], images: Tensor, rounds: int = 3) -> dict[str, float]:

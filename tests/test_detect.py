@@ -23,7 +23,7 @@ class Identity:
 
     name, latent_shape, image_size, recovery = "identity", (3, 32, 32), (32, 32), None
     identity = {"name": "identity", "fingerprint": "0", "latent_shape": [3, 32, 32]}
-    device = torch.device("cpu")
+    device, dtype = torch.device("cpu"), torch.float32
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         return images * 4

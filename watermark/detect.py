@@ -133,6 +133,8 @@ class Detector:
         """What a result depends on."""
         return {
             "model": self.model.identity,
+            "image_size": list(self.model.image_size),
+            "dtype": str(self.model.dtype),
             "keys": sorted(self.schemes),
             "method": repr(self.inverter.method),
             "max_steps": self.inverter.max_steps,
@@ -142,14 +144,21 @@ class Detector:
             "alpha": self.alpha,
         }
 
+    def invert_decoder(self, images: Tensor) -> Solution:
+        """Images (B, 3, H, W) in [-1, 1] → their latents, and what the solver did."""
+        return self.inverter(self.model, images.to(self.model.device))
+
     @torch.inference_mode()
+    def recover_noise(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) → the initial noise that they come from."""
+        cond = self.nothing.expand(len(latents), -1, -1)
+        return invert(self.model, latents.to(self.model.device), cond, self.grid).float().cpu()
+
     def recover(self, images: Tensor) -> Recovered:
         """Images (B, 3, H, W) in [-1, 1] → their latents and initial noise."""
         started = time.perf_counter()
-        images = images.to(self.model.device)
-        solution = self.inverter(self.model, images)
-        cond = self.nothing.expand(len(images), -1, -1)
-        noise = invert(self.model, solution.value, cond, self.grid).float().cpu()
+        solution = self.invert_decoder(images)
+        noise = self.recover_noise(solution.value)
         return Recovered(images, solution, noise, (time.perf_counter() - started) / len(images))
 
     def scan(self, samples: Iterable[Sample], batch: int = 8) -> Iterator[Judged]:
@@ -186,12 +195,12 @@ class Detector:
         verdicts = []
         for i, sample in enumerate(samples):
             p = min(1.0, float(p_values[i]) * len(self.schemes))
-            reasons = self._doubts(recovered, i)
+            doubt = self.doubt(recovered.images[i], recovered.noise[i])
             verdicts.append(
                 Verdict(
                     sample.id,
                     name,
-                    None if reasons else p <= self.alpha,
+                    None if doubt else p <= self.alpha,
                     p,
                     float(scores[i]),
                     float(distances[i]),
@@ -200,18 +209,17 @@ class Detector:
                     recovered.solution.status[i].value,
                     recovered.seconds,
                     sample.label,
-                    (*sample.notes, *reasons),
+                    (*sample.notes, *filter(None, [doubt])),
                 )
             )
         return verdicts
 
-    def _doubts(self, recovered: Recovered, i: int) -> tuple[str, ...]:
-        """Why nothing can be said of image i; empty if something can."""
-        if recovered.images[i].std((1, 2)).max() < FLAT:
-            return ("the image is one flat colour",)
-        if not torch.isfinite(recovered.noise[i]).all():
-            return ("the inversion left the range of numbers",)
-        return ()
+    @staticmethod
+    def doubt(image: Tensor, noise: Tensor) -> str:
+        """Why nothing can be said of an image (3, H, W) with this noise; empty if something can."""
+        if image.std((1, 2)).max() < FLAT:
+            return "the image is one flat colour"
+        return "" if noise.isfinite().all() else "the inversion left the range of numbers"
 
 
 def null_variance(model: LatentModel, scheme: TreeRing) -> np.ndarray | float:

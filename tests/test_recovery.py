@@ -1,0 +1,74 @@
+"""Files to noise: what is kept is what the detector says, and nothing is computed twice."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.images import to_array
+from inversion.decoder import Inverter
+from inversion.model import LatentModel
+from watermark.detect import Detector
+from watermark.recovery import cached, recover_files
+
+
+@pytest.fixture
+def model(tiny_parts):
+    parts = {k: tiny_parts[k] for k in ("vae", "unet", "text_encoder", "tokenizer", "scheduler")}
+    return LatentModel(**parts, name="tiny", recovery=None)
+
+
+@pytest.fixture
+def files(tmp_path):
+    rng, paths = np.random.default_rng(0), []
+    for i in range(5):
+        paths.append(tmp_path / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(paths[-1])
+    Image.new("RGB", (16, 16), "red").save(paths[3])
+    paths[1].write_text("no image")
+    return paths
+
+
+def test_files_become_noise_in_order_and_what_cannot_be_used_is_named(model, files, tmp_path):
+    detector = Detector(model, [], inverter=Inverter(max_steps=2), steps=3)
+    found = recover_files(detector, files, tmp_path / "cache", batch=2)
+    assert [s.id for s in found.samples] == [str(files[i]) for i in (0, 2, 3, 4)]
+    assert len(found.refused) == 1 and str(files[1]) in found.refused[0]
+    assert list(found.doubts) == [2] and "flat" in found.doubts[2]
+    assert found.noise.shape == (4, 4, 8, 8) and (found.seconds > 0).all()
+    images = torch.from_numpy(np.stack([to_array(s.image) for s in found.samples]))
+    torch.testing.assert_close(found.noise, detector.recover(images).noise, rtol=1e-3, atol=1e-3)
+
+
+def test_a_second_run_computes_nothing_and_other_steps_cost_no_decoder_inversion(model, files, tmp_path):
+    class Counting(Detector):
+        called = ()
+
+        def invert_decoder(self, images):
+            self.called += ("decoder",)
+            return super().invert_decoder(images)
+
+        def recover_noise(self, latents):
+            self.called += ("noise",)
+            return super().recover_noise(latents)
+
+    first = Counting(model, [], inverter=Inverter(max_steps=1), steps=3)
+    again = Counting(model, [], inverter=Inverter(max_steps=1), steps=3)
+    other = Counting(model, [], inverter=Inverter(max_steps=1), steps=4)
+    noise = [recover_files(d, files, tmp_path / "cache", batch=8).noise for d in (first, again, other)]
+    assert (first.called, again.called, other.called) == (("decoder", "noise"), (), ("noise",))
+    assert torch.equal(noise[0], noise[1]) and not torch.equal(noise[0], noise[2])
+
+
+def test_nothing_readable_is_an_empty_result(model, files, tmp_path):
+    found = recover_files(Detector(model, [], steps=3), files[1:2], tmp_path / "cache")
+    assert found.noise.shape == (0, 4, 8, 8) and not found.samples and len(found.refused) == 1
+
+
+def test_a_cache_keeps_what_was_made_first_for_each_key(tmp_path):
+    make = lambda value: lambda: {"x": torch.tensor(value)}
+    assert cached(tmp_path, ["a", torch.ones(2)], make(1.0))["x"] == 1
+    assert cached(tmp_path, ["a", torch.ones(2)], make(2.0))["x"] == 1
+    assert cached(tmp_path, ["a", torch.zeros(2)], make(3.0))["x"] == 3

@@ -1,0 +1,100 @@
+"""Latents and noise of many files, kept by content: what was inverted once is not inverted again."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.images import ImageError, Sample, read_sample, to_array
+from data.store import write_atomic
+from watermark.detect import Detector
+
+__all__ = ["RecoveredFiles", "cached", "recover_files"]
+
+
+@dataclass(frozen=True)
+class RecoveredFiles:
+    """Of the files that can be read, in order: samples, noise (n, C, h, w), and seconds each (n,) when it was computed.
+
+    `refused` says in a line each why others cannot be read; `doubts` why nothing can be said of sample i, where that is
+    so: its noise is then not to be relied on.
+    """
+
+    samples: list[Sample]
+    noise: Tensor
+    seconds: Tensor
+    refused: list[str]
+    doubts: dict[int, str]
+
+
+def recover_files(
+    detector: Detector, paths: Iterable[Path], cache: Path, *, batch: int = 8, name: str = "recover"
+) -> RecoveredFiles:
+    """Recover the noise of every file. Latents and noise are kept in the folder `cache`, by batches of pixels and settings.
+
+    So a stopped run goes on from its last batch, and other DDIM steps cost no decoder inversion.
+    """
+    paths, samples, refused, parts = list(paths), [], [], []
+    readable = _readable(paths, detector.model.image_size, refused)
+    with tqdm(total=len(paths), desc=name, unit="image", disable=None, leave=False) as bar:
+        while some := list(islice(readable, batch)):
+            samples += some
+            parts.append(_recover(detector, torch.from_numpy(np.stack([to_array(s.image) for s in some])), cache))
+            bar.update(len(samples) + len(refused) - bar.n)
+    empty = {"noise": torch.empty(0, *detector.model.latent_shape), "seconds": torch.empty(0)}
+    stack = lambda field: torch.cat([empty[field], *(p[field] for p in parts)])
+    doubts = [doubt for p in parts for doubt in p["doubts"]]
+    return RecoveredFiles(
+        samples, stack("noise"), stack("seconds"), refused, {i: doubt for i, doubt in enumerate(doubts) if doubt}
+    )
+
+
+def _readable(paths: list[Path], size: tuple[int, int], refused: list[str]) -> Iterator[Sample]:
+    for path in paths:
+        try:
+            yield read_sample(path, size)
+        except ImageError as error:
+            refused.append(str(error))
+
+
+def _recover(detector: Detector, images: Tensor, cache: Path) -> dict:
+    """`noise`, `seconds` and `doubts` of images (B, 3, H, W)."""
+    settings = detector.settings()
+    way_back = {k: v for k, v in settings.items() if k not in ("keys", "alpha")}
+    to_latents = {k: v for k, v in way_back.items() if k != "steps"}
+    latents = cached(cache, [to_latents, images], partial(_timed, lambda: detector.invert_decoder(images).value))
+    z = latents["value"]
+    noise = cached(cache, [way_back, images], partial(_timed, lambda: detector.recover_noise(z)))
+    seconds = (latents["seconds"] + noise["seconds"]).expand(len(images)) / len(images)
+    doubts = [detector.doubt(image, n) for image, n in zip(images, noise["value"], strict=True)]
+    return {"noise": noise["value"], "seconds": seconds, "doubts": doubts}
+
+
+def _timed(work: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """`value` on the CPU, which waits for the device, and the `seconds` it took."""
+    started = time.perf_counter()
+    value = work().float().cpu()
+    return {"value": value, "seconds": torch.tensor([time.perf_counter() - started])}
+
+
+def cached(folder: Path, key: list, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors that `make` returns, kept in `folder` under a digest of `key`: a run that was stopped goes on."""
+    from safetensors.torch import load_file, save
+
+    digest = hashlib.sha256()
+    for part in key:
+        digest.update(part.contiguous().numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
+    path = folder / f"{digest.hexdigest()[:24]}.safetensors"
+    if not path.exists():
+        write_atomic(path, save({name: x.contiguous() for name, x in make().items()}))
+    return load_file(path)
