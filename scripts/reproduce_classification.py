@@ -48,7 +48,7 @@ from tqdm import tqdm
 from inversion.decoder import Inverter
 from inversion.model import LatentModel
 from watermark.detect import Detector
-from watermark.evaluate import confusion
+from watermark.evaluate import Curve, confusion, roc
 from watermark.generate import generate
 from watermark.runs import prompts_for
 from watermark.schemes.tree_ring import Placement, TreeRing, make_key
@@ -103,12 +103,22 @@ def drawn(model: LatentModel, schemes: list[Weak], number: int, seed: int, steps
     return eight_bit(torch.stack(images))
 
 
-def choices(model: LatentModel, schemes: list[TreeRing], noise: Tensor) -> dict[str, np.ndarray]:
-    """For each statistic the key (N,) that fits best."""
+def fits(model: LatentModel, schemes: list[TreeRing], noise: Tensor) -> dict[str, np.ndarray]:
+    """For each statistic how well each key fits each image (KEYS, N), the larger the better."""
     detector = Detector(model, [], steps=1)
-    distance = [published_distance(*(x.numpy() for x in s.masked(noise))) for s in schemes]
+    distance = [-published_distance(*(x.numpy() for x in s.masked(noise))) for s in schemes]
     cosine = [detector.statistic(s, noise)[0] for s in schemes]
-    return dict(zip(STATISTICS, (np.argmin(distance, 0), np.argmax(cosine, 0)), strict=True))
+    return dict(zip(STATISTICS, (np.stack(distance), np.stack(cosine)), strict=True))
+
+
+def detection(truth: np.ndarray, fit: np.ndarray) -> Curve:
+    """A weak mark found or not: an image's own key against the two that it does not carry.
+
+    The scores of an image, and the images of a prompt, hang together: the interval is a bootstrap of prompts.
+    """
+    own = truth == np.arange(KEYS)[:, None]
+    prompt = np.broadcast_to(np.arange(len(truth)) % (len(truth) // KEYS), fit.shape)
+    return roc(fit[own], fit[~own], groups=(prompt[own], prompt[~own]))
 
 
 def mcnemar(one: np.ndarray, other: np.ndarray) -> tuple[int, int, float]:
@@ -117,22 +127,24 @@ def mcnemar(one: np.ndarray, other: np.ndarray) -> tuple[int, int, float]:
     return only, rival, float(binomtest(only, only + rival).pvalue) if only + rival else 1.0
 
 
-def score(name: str, statistic: str, truth: np.ndarray, chosen: np.ndarray) -> dict:
-    """Correct of 3N with its 95 % Clopper-Pearson interval, and the confusion matrix."""
-    found = confusion(truth, chosen, KEYS)
+def score(name: str, statistic: str, truth: np.ndarray, fit: np.ndarray) -> dict:
+    """Correct of 3N with its 95 % Clopper-Pearson interval, the confusion matrix, and the AUC of the weak mark."""
+    found, curve = confusion(truth, fit.argmax(0), KEYS), detection(truth, fit)
     low, high = found.interval
     return {
         "method": name, "statistic": statistic, "correct": found.right, "of": found.number, "share": found.accuracy,
-        "low": low, "high": high, "confusion": found.table.tolist(),
+        "low": low, "high": high, "AUC": curve.auc, "AUC low": curve.auc_interval[0], "AUC high": curve.auc_interval[1],
+        "confusion": found.table.tolist(),
     }  # fmt: skip
 
 
-def compare(chosen: dict[str, dict[str, np.ndarray]], truth: np.ndarray) -> list[dict]:
+def compare(fit: dict[str, dict[str, np.ndarray]], truth: np.ndarray) -> list[dict]:
     """Every pair of methods on the same images."""
     rows = []
     for statistic in STATISTICS:
-        for one, other in combinations(chosen, 2):
-            only, rival, p = mcnemar(chosen[one][statistic] == truth, chosen[other][statistic] == truth)
+        right = {name: f[statistic].argmax(0) == truth for name, f in fit.items()}
+        for one, other in combinations(fit, 2):
+            only, rival, p = mcnemar(right[one], right[other])
             rows.append({
                 "statistic": statistic, "one": one, "other": other,
                 "only one right": only, "only other right": rival, "McNemar p": p,
@@ -174,7 +186,8 @@ def cost(model: LatentModel, source: str, contenders: dict[str, Inverter], image
 def summary(rows: list[dict], pairs: list[dict]) -> str:
     """Counts and tests in words."""
     lines = [
-        f"{r['statistic']:19} {r['method']:18} {r['correct']} of {r['of']} [{r['low']:.3f}, {r['high']:.3f}]"
+        f"{r['statistic']:19} {r['method']:18} {r['correct']} of {r['of']} [{r['low']:.3f}, {r['high']:.3f}], "
+        f"AUC {r['AUC']:.3f} [{r['AUC low']:.3f}, {r['AUC high']:.3f}]"
         for r in rows
     ]
     for r in pairs:
@@ -222,15 +235,15 @@ def main(
     seen = cached(cache, [model.identity, settings], make)["images"]
     truth = np.repeat(np.arange(KEYS), number)
     contenders = {name: x for name, x in inverters(its).items() if not only or name.startswith(only)}
-    chosen = {}
+    fit = {}
     for name, inverter in tqdm(contenders.items(), "methods", disable=None):
         latents = invert_all(model, inverter, seen, name=name, cache=cache).latents
         noise = cached(cache, [model.identity, steps, latents], partial(recovered, model, latents, steps, name))[
             "noise"
         ]
-        chosen[name] = choices(model, schemes, noise)
-    rows = [score(name, s, truth, chosen[name][s]) for s in STATISTICS for name in chosen]
-    pairs = compare(chosen, truth)
+        fit[name] = fits(model, schemes, noise)
+    rows = [score(name, s, truth, fit[name][s]) for s in STATISTICS for name in fit]
+    pairs = compare(fit, truth)
     click.echo(summary(rows, pairs))
     paid = cost(model, source, contenders, seen) if costs else {name: {} for name in contenders}
     write_results(

@@ -48,9 +48,13 @@ def test_mcnemar_by_hand(script):
 
 def test_confusion_and_interval(script):
     truth, chosen = np.array([0, 0, 1, 1, 2, 2]), np.array([0, 1, 1, 1, 2, 0])
-    row = script.score("some", "any", truth, chosen)
+    fit = 1.0 * (chosen == np.arange(3)[:, None])
+    row = script.score("some", "any", truth, fit)
     assert row["confusion"] == [[1, 1, 0], [0, 2, 0], [1, 0, 1]] and row["correct"] == 4
     assert row["low"] < 4 / 6 < row["high"]
+    # Of 6 × 12 pairs of an own score and another's, 4 × 10 are in order, 4 × 2 and 2 × 10 tied, 2 × 2 turned about.
+    assert row["AUC"] == pytest.approx((40 + 28 / 2) / 72)
+    assert row["AUC low"] <= row["AUC"] <= row["AUC high"]
 
 
 def test_true_noise_is_always_recognised(script):
@@ -59,8 +63,8 @@ def test_true_noise_is_always_recognised(script):
     model = LatentModel.from_pretrained("pocket")
     schemes = script.make_schemes(model, PLACE, 5)
     noise = torch.cat([script.Weak(s, 0.6).embed(initial_noise([k, k + 9], SHAPE)) for k, s in enumerate(schemes)])
-    for statistic, chosen in script.choices(model, schemes, noise).items():
-        assert chosen.tolist() == [0, 0, 1, 1, 2, 2], statistic
+    for statistic, fit in script.fits(model, schemes, noise).items():
+        assert fit.argmax(0).tolist() == [0, 0, 1, 1, 2, 2], statistic
     nearest = [published_distance(*(x.numpy() for x in s.masked(noise))) for s in schemes]
     assert np.argmin(nearest, 0).tolist() == [0, 0, 1, 1, 2, 2]
 
