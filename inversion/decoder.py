@@ -7,6 +7,7 @@ z₀ = E(x) is near it (arXiv 2409.18442). No gradient is taken, so nothing is s
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
@@ -140,7 +141,7 @@ def invert_decoder_by_gradient(
 ) -> Solution:
     """The gradient baseline of arXiv 2409.18442 from `start` (the encoder's latents): Adam at 0.1, scheduled, unless told otherwise.
 
-    A decoder that computes in 16 bit by autocast, or stores less by activation checkpointing, is the caller's to give.
+    For a decoder that computes in 16 bit by autocast and stores less by activation checkpointing see `inversion.model.lean`.
     """
     method = Adam(lr=0.1, horizon=max_steps) if method is None else method
     return solve(gradient_residual(decode, images.to(start.device)), start, method, max_steps=max_steps)
@@ -153,19 +154,23 @@ class Autoencoder(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor: ...
 
+    def lean(self) -> AbstractContextManager[None]: ...
+
 
 @dataclass(frozen=True)
 class Inverter:
     """A way to invert a model's decoder: (model, images (B, 3, H, W)) → Solution.
 
     `method` and `max_steps` as in `invert_decoder`. With `early` False every step is taken; with `gradient` the method
-    descends the pixels' squared error instead, which is the baseline.
+    descends the pixels' squared error instead, which is the baseline; with `lean` in bfloat16 and with activation
+    checkpointing.
     """
 
     method: Method = field(default_factory=Anderson)
     max_steps: int = 8
     early: bool = True
     gradient: bool = False
+    lean: bool = False
 
     def __call__(self, model: Autoencoder, images: Tensor) -> Solution:
         tol = "auto" if self.early else None
@@ -173,7 +178,8 @@ class Inverter:
             return invert_decoder(model.encode, model.decode, images, self.method, max_steps=self.max_steps, tol=tol)
         with torch.inference_mode():
             start = model.encode(images)
-        return invert_decoder_by_gradient(model.decode, images, start, self.method, max_steps=self.max_steps)
+        with model.lean() if self.lean else nullcontext():
+            return invert_decoder_by_gradient(model.decode, images, start, self.method, max_steps=self.max_steps)
 
     @classmethod
     def named(cls, name: str, max_steps: int | None = None) -> Inverter:
@@ -193,6 +199,7 @@ INVERTERS = {
     "adam": Inverter(Adam(horizon=50), 50, early=False),
     "anderson": Inverter(),
     "gradient": Inverter(Adam(lr=0.1, horizon=50), 50, early=False, gradient=True),
+    "gradient-lean": Inverter(Adam(lr=0.1, horizon=50), 50, early=False, gradient=True, lean=True),
 }
 """By the names that commands use: the encoder alone, fixed-point methods, and the gradient baseline. Adam and the
 gradient run as in arXiv 2409.18442: every step of their schedule."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,11 +21,15 @@ __all__ = [
     "cocoercivity",
     "correlation",
     "high_frequency_share",
+    "memory_kilobytes",
     "nmse_db",
+    "peak_during",
     "rings",
     "stored_bytes",
     "trace",
 ]
+
+Result = TypeVar("Result")
 
 
 def nmse_db(estimate: Tensor, truth: Tensor) -> Tensor:
@@ -221,3 +225,27 @@ class NoiseRecovery:
         except (ValueError, KeyError, TypeError) as error:
             raise ModelError(f"{path}: damaged ({error}); measure it again with scripts/measure_recovery.py") from error
         return cls(a, v)
+
+
+def peak_during(device: torch.device, work: Callable[[], Result]) -> tuple[Result, float]:
+    """What `work` returns, and the megabytes above what was there before that it needed at its peak.
+
+    On a CPU by Linux's account of this process, NaN where there is none; memory that a library freed but holds back
+    counts as there before.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        return work(), (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
+        before = memory_kilobytes("VmRSS")
+    except OSError:
+        return work(), float("nan")
+    return work(), (memory_kilobytes("VmHWM") - before) / 2**10
+
+
+def memory_kilobytes(field: str) -> int:
+    """A field of this process's status, VmRSS say, in kilobytes. Raises OSError where there is no such account (not Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from inversion.diagnostics import NoiseRecovery
 from inversion.errors import ModelError
 from inversion.grid import Grid
 
-__all__ = ["LatentModel", "ModelError", "resolve"]
+__all__ = ["LatentModel", "ModelError", "lean", "resolve"]
 
 POCKET = Path(__file__).resolve().parents[1] / "data" / "pocket"
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -130,6 +130,10 @@ class LatentModel:
         z = latents.to(self.device, self.vae.dtype) / self.scale + self.shift
         return self.vae.decode(z, return_dict=False)[0]
 
+    def lean(self) -> AbstractContextManager[None]:
+        """Within it gradients of `decode` need less: see `lean`."""
+        return lean(self.vae)
+
     @torch.inference_mode()
     def embed(self, prompts: list[str]) -> Tensor:
         """(B, L, W) the text encoder's hidden states; a prompt that is too long is cut."""
@@ -160,6 +164,24 @@ class LatentModel:
             return Grid.from_schedule(ddim.alphas_cumprod, ddim.timesteps, float(ddim.final_alpha_cumprod))
         except (IndexError, ValueError) as error:
             raise ModelError(f"{self.name}: its schedule cannot be walked in {steps} steps: {error}") from error
+
+
+@contextmanager
+def lean(vae: nn.Module) -> Iterator[None]:
+    """Within it an autoencoder of diffusers computes in bfloat16 by autocast and stores less for gradients.
+
+    Of each block autograd keeps what goes in and computes the rest again (activation checkpointing), where the class
+    allows it. Both are switched back at the end.
+    """
+    again = getattr(vae, "_supports_gradient_checkpointing", False)
+    if again:
+        vae.enable_gradient_checkpointing()
+    try:
+        with torch.autocast(vae.device.type, torch.bfloat16):
+            yield
+    finally:
+        if again:
+            vae.disable_gradient_checkpointing()
 
 
 def resolve(source: str | Path) -> str:

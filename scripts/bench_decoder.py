@@ -47,13 +47,21 @@ ENCODER, DEFAULT = "encoder", "ours, default"
 def contenders(its: int) -> dict[str, Inverter]:
     """Everything that is compared; `its` are the long gradient run's iterations (100 in the paper)."""
     half = its // 2
-    known = {ENCODER: Inverter.named("encoder"), adam(its): Inverter.named("adam", half)}
+    known = {
+        ENCODER: Inverter.named("encoder"),
+        adam(its): Inverter.named("adam", half),
+        lean(its): Inverter.named("gradient-lean", its // 5),
+    }
     budgets = {ours(k): Inverter(max_steps=k, early=False) for k in sorted({*BUDGETS, half})}
     return known | gradients(its // 5) | gradients(its) | budgets | {DEFAULT: Inverter()}
 
 
 def adam(its: int) -> str:
     return f"paper's Adam, {its // 2}"
+
+
+def lean(its: int) -> str:
+    return f"gradient 0.1 scheduled, {its // 5}, lean"
 
 
 def ours(steps: int) -> str:
@@ -175,7 +183,7 @@ def main(source: str, images: Path | None, number: int, output: Path, its: int, 
     value = {} if images else {n: worth(model, found[n].latents, seen, scheme, cache) for n in main_ones}
     memory = {
         n: peak_memory(source, all_of[n], seen.images[:MEMORY_BATCH])
-        for n in (ENCODER, adam(its), *gradients(its // 5), DEFAULT)
+        for n in (ENCODER, adam(its), *gradients(its // 5), lean(its), DEFAULT)
     }
     taken = seconds(model, all_of, seen.images[:timed], rounds)
     rows = {n: row_of(n, found[n], nmse[n], taken, memory, value) for n in all_of}

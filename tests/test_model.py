@@ -15,6 +15,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from inversion import LatentModel, ModelError
+from inversion.diagnostics import stored_bytes
 from inversion.model import resolve
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -450,3 +451,20 @@ def test_loading_is_silent_and_leaves_the_libraries_as_they_were(copy, capfd):
     refused(copy)
     assert [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in (ours, theirs)] == before
     assert capfd.readouterr() == ("", "")
+
+
+def test_lean_gradients_store_less_and_are_nearly_the_same(tiny_parts):
+    model = LatentModel(**tiny_parts, name="tiny")
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def gradient():
+        x = z.clone().requires_grad_()
+        return torch.autograd.grad(model.decode(x).float().square().sum(), x)[0]
+
+    plain, stored = gradient(), stored_bytes(model.decode, z, model.vae.parameters())
+    with model.lean():
+        assert model.vae.is_gradient_checkpointing
+        less, kept = gradient(), stored_bytes(model.decode, z, model.vae.parameters())
+    assert (less - plain).norm() < 0.05 * plain.norm() and not torch.equal(less, plain)
+    assert kept < 0.5 * stored
+    assert not model.vae.is_gradient_checkpointing and torch.equal(gradient(), plain)
