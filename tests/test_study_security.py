@@ -1,0 +1,146 @@
+"""Averaging, forging and finding the ring on noise of known make; the small setting, end to end."""
+
+from __future__ import annotations
+
+import csv
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from scipy import stats
+
+from inversion.diagnostics import NoiseRecovery
+from watermark.detect import Detector
+from watermark.generate import initial_noise
+from watermark.schemes.tree_ring import Placement, TreeRing, make_key
+
+SHAPE, PLACE, ALPHA = (4, 32, 32), Placement((0, 2), (7, 9)), 1e-3
+
+
+@pytest.fixture(scope="module")
+def script(scripts):
+    return scripts("study_security")
+
+
+@pytest.fixture(scope="module")
+def key():
+    return make_key(SHAPE, PLACE, model={"name": "none", "fingerprint": "0"}, rng=np.random.default_rng(3))
+
+
+def recovered(key, number: int, a: float, v: float, seed: int = 0):
+    """As an inversion might give it back: everything by a, and white noise of variance v."""
+    first, second = initial_noise(list(range(seed, seed + 2 * number)), SHAPE).split(number)
+    return a * TreeRing(key).embed(first) + v**0.5 * second
+
+
+def p_of(key, estimate) -> float:
+    """Of noise marked with the estimate, tested with the key, nothing lost."""
+    noise = TreeRing(estimate).embed(initial_noise([9], SHAPE))
+    model = SimpleNamespace(recovery=None, grid=lambda steps: None, embed=lambda prompts: None)
+    return float(Detector(model, [], steps=1).statistic(TreeRing(key), noise)[1][0])
+
+
+def test_a_key_forged_from_perfect_recovery_is_the_key(script, key):
+    estimate = script.forged(key, 0.7 * TreeRing(key).embed(initial_noise([1], SHAPE)))
+    assert np.allclose(estimate.values, key.values, atol=1e-5)
+    assert float(script.likeness(key, [estimate])[0]) == pytest.approx(1)
+    assert p_of(key, estimate) < 1e-100
+
+
+def test_one_poor_image_forges_nothing_many_do(script, key):
+    noise = recovered(key, 256, a=0.05, v=1.0)
+    one, many = script.forged(key, noise[:1]), script.forged(key, noise)
+    assert p_of(key, one) > ALPHA > p_of(key, many)
+    other = script.forged(key, initial_noise([5], SHAPE))  # an image without the key
+    assert p_of(key, other) > ALPHA and abs(float(script.likeness(key, [other])[0])) < 0.2
+
+
+def test_averaging_raises_the_cosine_as_it_must(script, key):
+    a, v = 0.4, 1.0
+    noise = recovered(key, 128, a, v)
+    flat = NoiseRecovery(torch.full((4, 24), a).double(), torch.full((4, 24), v).double())
+    for m in script.ladder(32):
+        found = script.likeness(key, [script.forged(key, some) for some in script.groups(noise, m)])
+        expected = (m * a**2 / (m * a**2 + v)) ** 0.5
+        assert len(found) == 128 // m and float(found.mean()) == pytest.approx(expected, abs=0.02)
+        assert script.expected_cosine(SimpleNamespace(recovery=flat), TreeRing(key), m) == pytest.approx(expected)
+    assert script.expected_cosine(SimpleNamespace(recovery=None), TreeRing(key), 1) is None
+
+
+def test_unequal_rings_are_expected_as_they_come(script, key):
+    scheme = TreeRing(key)
+    a = torch.rand(4, 24, generator=torch.Generator().manual_seed(1)).double() + 0.3
+    model = SimpleNamespace(recovery=NoiseRecovery(a, torch.ones(4, 24).double()))
+    ring = torch.fft.fft2(scheme.embed(torch.zeros(1, *SHAPE)).double(), norm="ortho")
+    gains = a[:, script.rings(32, 32)]
+    noise = torch.fft.ifft2(ring * gains).real * 32 + initial_noise(list(range(64)), SHAPE)
+    for m in (1, 8):
+        found = script.likeness(key, [script.forged(key, some) for some in script.groups(noise, m)])
+        assert float(found.mean()) == pytest.approx(script.expected_cosine(model, scheme, m), abs=0.03)
+
+
+def test_noise_that_shares_nothing_shows_no_ring(script, key):
+    z = torch.stack([script.ring_z(some)[:, 1:16] for some in script.groups(initial_noise(list(range(160)), SHAPE), 8)])
+    assert stats.kstest(z.flatten().numpy(), "norm").pvalue > 1e-3
+    possible, marked = script.cells(TreeRing(key))
+    assert possible.sum() == 4 * 15 and marked.sum() == 2 * 3 and possible[marked].all()
+    assert script.shown(initial_noise(list(range(64)), SHAPE), 16, possible)["count"] == 0
+
+
+def test_a_ring_shows_where_it_is_and_the_more_the_more_images(script, key):
+    noise = recovered(key, 64, a=0.5, v=1.0, seed=500)
+    possible, marked = script.cells(TreeRing(key))
+    shares = [script.shown(noise, m, marked)["share"] for m in (2, 8, 32)]
+    assert shares == sorted(shares) and shares[-1] == 1
+    assert script.shown(noise, 32, possible & ~marked)["count"] == 0
+    assert script.shown(noise, 1, marked)["of"] is None  # of one image there is no spread
+    spectrum = torch.fft.fft2(noise.double(), norm="ortho")
+    of_mean, each = spectrum.mean(0).abs().square(), spectrum.abs().square().mean(0)
+    inside = TreeRing(key).inside
+    assert float(of_mean[[1, 3]].mean() / each[[1, 3]].mean()) == pytest.approx(1 / 64, rel=0.1)
+    assert float(of_mean[[0, 2]][:, inside].mean()) == pytest.approx(0.25 + 1 / 64, rel=0.1)
+
+
+def test_limits_by_hand(script):
+    rows = [
+        {"images": m, "forged passing, count": n, "forged passing, share": n / 4}
+        for m, n in ((1, 0), (2, 1), (4, 3), (8, 3))
+    ]
+    found = script.limits(rows)
+    assert list(found.values()) == [2, 4, None]
+    assert script.ladder(1) == [1] and script.ladder(64)[-1] == 64 and script.ladder(100)[-1] == 64
+
+
+def test_only_the_ring_is_replaced(script, key):
+    noise = TreeRing(key).embed(initial_noise([1, 2, 3], SHAPE))
+    model = SimpleNamespace(latent_shape=SHAPE, identity={"name": "none", "fingerprint": "0"})
+    changed = script.replaced(model, noise, PLACE, 7)
+    before, after = (torch.fft.fft2(x.double(), norm="ortho") for x in (noise, changed))
+    inside = torch.zeros(4, 32, 32, dtype=torch.bool)
+    inside[[0, 2]] = TreeRing(key).inside
+    assert torch.allclose(before[:, ~inside], after[:, ~inside], atol=1e-5)
+    assert script.likeness(key, [script.forged(key, x[None]) for x in changed]).abs().max() < 0.2
+
+
+def test_small_setting(script, tmp_path):
+    options = ["-n", "2", "--forged", "1", "--steps", "2", "-o", str(tmp_path)]
+    done = CliRunner().invoke(script.main, options, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "study_security.json").read_text())
+    one, two = found["rows"]
+    assert (one["images"], two["images"]) == (1, 2) and 0.2 < one["correlation"] < two["correlation"] < 1
+    assert one["ring shown, of"] is None and two["ring shown, of"] == 6 and two["unmarked shown, of"] == 60
+    assert found["limits"]["some forged images pass from"] in (1, 2, None) and len(found["ring_z"]) == 4
+    again = {r["drawn again"]: r for r in csv.DictReader((tmp_path / "study_security_drawn_again.csv").open())}
+    assert float(again["not at all"]["pixel correlation"]) == pytest.approx(1)
+    assert again["same prompt, other noise"]["key present, count"] == "0" and len(again) == 8
+    assert all((tmp_path / f"study_security.{kind}").stat().st_size for kind in ("csv", "png", "svg"))
+
+
+def test_what_is_refused(script, tmp_path):
+    for options, said in ((["--images", str(tmp_path)], "--images"), (["--published", "melt:3"], "'melt'")):
+        done = CliRunner().invoke(script.main, [*options, "-o", str(tmp_path)])
+        assert done.exit_code == 2 and said in done.output
