@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ __all__ = [
     "memory_kilobytes",
     "nmse_db",
     "peak_during",
+    "release_memory",
     "rings",
     "stored_bytes",
     "trace",
@@ -243,6 +245,14 @@ def peak_during(device: torch.device, work: Callable[[], Result]) -> tuple[Resul
     except OSError:
         return work(), float("nan")
     return work(), (memory_kilobytes("VmHWM") - before) / 2**10
+
+
+def release_memory() -> None:
+    """Hand what the C library holds of freed memory back to the system, if it is one that can (glibc)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # TypeError: on Windows a library has to be named
+        return
 
 
 def memory_kilobytes(field: str) -> int:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TypeVar
 
 import click
 import numpy as np
@@ -21,7 +19,7 @@ from tqdm import tqdm
 from data.images import find_images, from_array, read_sample, to_array
 from data.store import write_atomic
 from inversion.decoder import Inverter, decoder_residual
-from inversion.diagnostics import Walk
+from inversion.diagnostics import Walk, memory_kilobytes, peak_during
 from inversion.diffusion import invert
 from inversion.methods import Adam, InertialKM
 from inversion.model import LatentModel
@@ -31,8 +29,6 @@ from watermark.recovery import cached
 from watermark.report import save_figure, write_table
 from watermark.runs import prompts_for
 from watermark.schemes.tree_ring import TreeRing
-
-T = TypeVar("T")
 
 SEED = 700_000  # of the first image drawn for an experiment
 
@@ -246,31 +242,14 @@ def _peak(source: str, inverter: Inverter, images: Tensor, dtype: str) -> float:
     return peak_during(model.device, lambda: inverter(model, images.to(model.device)))[1]
 
 
-def peak_during(device: torch.device, work: Callable[[], T]) -> tuple[T, float]:
-    """What `work` returns, and the megabytes above what was there before that it needed at its peak (Linux)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        return work(), (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
-    before = _status("VmRSS")
-    return work(), (_status("VmHWM") - before) / 2**10
-
-
 def limit_memory(gib: float) -> None:
     """Let this process take so much more memory than it has now: what is beyond fails instead of filling the machine (Linux).
 
     Infinity lifts the limit again.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    allowed = hard if gib == float("inf") else _status("VmData") * 1024 + int(gib * 2**30)
+    allowed = hard if gib == float("inf") else memory_kilobytes("VmData") * 1024 + int(gib * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (allowed, hard))
-
-
-def _status(field: str) -> int:
-    """Kilobytes from this process's status (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:

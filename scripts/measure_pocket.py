@@ -15,11 +15,11 @@ import click
 import numpy as np
 import torch
 from scipy.stats import binomtest
-from sklearn.ensemble import ExtraTreesClassifier
 from torch import Tensor
 from tqdm import tqdm
 
 from data.images import from_array, save_png, to_array
+from data.scene_classifier import ATTRIBUTES, CELLS, features, train_classifiers
 from data.scenes import Attributes, caption, draw_attributes, scene
 from data.store import write_atomic
 from inversion.model import POCKET, LatentModel
@@ -27,9 +27,6 @@ from watermark.generate import generate
 
 ROOT = Path(__file__).resolve().parents[1]
 HELD_OUT = 1_000_000  # as in train_pocket.py: never trained on
-CLASSIFIER = 3_000_000  # scenes for the classifier alone
-ATTRIBUTES = ("sky", "ground")
-CELLS = 8
 
 CARD = """\
 ---
@@ -83,28 +80,6 @@ model's samples (guidance 3, 25 DDIM steps).
 
 By `python scripts/train_pocket.py{command}`, on two cores: {times}. {remark}
 """
-
-
-def features(pixels: np.ndarray) -> np.ndarray:
-    """Simple colour and texture features of a uint8 picture (H, W, 3): per cell of a grid, means, deviations, gradients."""
-    x = pixels.astype(np.float32) / 255
-    grey = x.mean(-1)
-    gradients = np.stack([np.abs(np.diff(grey, axis=a, append=grey.take([-1], a))) for a in (0, 1)], -1)
-    side = len(x) // CELLS
-    cells = np.concatenate([x, gradients], -1).reshape(CELLS, side, CELLS, side, 5)
-    return np.concatenate([cells.mean((1, 3)).ravel(), cells[..., :3].std((1, 3)).ravel()])
-
-
-def train_classifiers(n_train: int, n_test: int) -> tuple[dict[str, ExtraTreesClassifier], dict[str, float]]:
-    """One classifier an attribute, and their accuracies on rendered scenes that they have not seen."""
-    scenes = [scene(CLASSIFIER + i) for i in tqdm(range(n_train + n_test), "scenes", disable=None)]
-    x = np.stack([features(s.pixels) for s in scenes])
-    trees, accuracy = {}, {}
-    for name in ATTRIBUTES:
-        y = np.array([getattr(s.attributes, name) for s in scenes])
-        trees[name] = ExtraTreesClassifier(400, random_state=0, n_jobs=-1).fit(x[:n_train], y[:n_train])
-        accuracy[name] = float(trees[name].score(x[n_train:], y[n_train:]))
-    return trees, accuracy
 
 
 @torch.inference_mode()

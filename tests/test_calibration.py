@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from scipy import stats
 
 import data.store
 import watermark.calibration
-from inversion.diagnostics import rings
+from inversion.diagnostics import NoiseRecovery, rings
 from watermark.calibration import BORROWED, FOLDS, LEAST, Calibration, smooth, whitened_test
 from watermark.errors import CalibrationError
 from watermark.keys import Key
@@ -31,6 +32,7 @@ BINS = np.bincount(RING.ravel())
 PROFILE = np.exp(-np.arange(len(BINS)) / 8) + 0.1
 MIXING = np.array([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [-0.5, 0.4, 1.5]])
 TRUTH = PROFILE[:, None, None] * (MIXING @ MIXING.T)  # (R, C, C)
+RECOVERY = NoiseRecovery(*torch.rand(2, 3, len(BINS), dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
 SETTINGS = {
     "model": {"name": "pocket", "fingerprint": "0123", "latent_shape": list(SHAPE)},
     "image_size": [96, 96],
@@ -271,7 +273,7 @@ def test_conformal_p_values_hold_their_level_over_calibrations():
 def test_a_key_beyond_the_stored_rings_is_refused(calibration, changes):
     assert calibration.reach == 8
     calibration.reference_scores(scheme(radii=(3, 8)))
-    with pytest.raises(CalibrationError, match=r"holds rings up to 8, .* larger reach"):
+    with pytest.raises(CalibrationError, match=r"^calibration: holds rings up to 8, .* smaller radii"):
         calibration.reference_scores(scheme(**{"radii": (3, 7)} | changes))
 
 
@@ -317,9 +319,10 @@ def test_tensors_and_arrays_of_any_float():
 def test_only_its_own_settings_will_do(calibration):
     calibration.check(SETTINGS)
     calibration.check(SETTINGS | {"keys": ["a"], "alpha": 0.5, "image_size": (96, 96)})  # neither changes the noise
+    calibration.check(SETTINGS | {"calibration": "0123"})  # nor do what it is judged by
     other = SETTINGS | {"steps": 50, "model": SETTINGS["model"] | {"fingerprint": "9999"}}
     with pytest.raises(CalibrationError) as caught:
-        calibration.check(other | {"gradient": True}, "my.cal")
+        replace(calibration, name="my.cal").check(other | {"gradient": True})
     assert str(caught.value) == (
         "my.cal: made with gradient not set, here True; model fingerprint 0123, here 9999; steps 25, here 50; "
         "use those settings, or calibrate anew with these"
@@ -350,7 +353,6 @@ def test_a_thousand_images_of_the_pocket_model_are_a_few_megabytes(tmp_path):
 
 def test_the_fingerprint_is_of_everything(path):
     made = Calibration.load(path)
-    fields = {name: getattr(made, name) for name in Calibration.__dataclass_fields__}
     changes = {
         "power": made.power * (1 + 1e-12),
         "spectra": made.spectra[::-1],
@@ -358,9 +360,11 @@ def test_the_fingerprint_is_of_everything(path):
         "latent_shape": (3, 24, 25),
         "settings": made.settings | {"steps": 26},
         "sources": {"other": LEAST},
+        "recovery": RECOVERY,
     }
-    prints = {Calibration(**fields | {name: value}).fingerprint for name, value in changes.items()}
-    assert len(prints | {made.fingerprint}) == 7 and Calibration(**fields).fingerprint == made.fingerprint
+    prints = {replace(made, **{name: value}).fingerprint for name, value in changes.items()}
+    prints.add(replace(made, recovery=NoiseRecovery(RECOVERY.variance, RECOVERY.attenuation)).fingerprint)
+    assert len(prints | {made.fingerprint}) == 9 and replace(made, name="moved").fingerprint == made.fingerprint
 
 
 def parts(path: Path) -> tuple[dict, bytes]:
@@ -451,9 +455,27 @@ def test_numbers_of_another_type(path, name, dtype, size):
     refused(path)
 
 
+def test_recoverability_comes_back_and_is_checked(path):
+    made = Calibration.load(path)
+    assert made.recovery is None
+    replace(made, recovery=RECOVERY).save(path)
+    back = Calibration.load(path)
+    for field in ("attenuation", "variance"):
+        assert torch.equal(getattr(back.recovery, field), getattr(RECOVERY, field))
+    for field, value in (("attenuation", np.nan), ("variance", np.inf), ("variance", 0.0), ("variance", -1.0)):
+        wrong = getattr(RECOVERY, field).clone()
+        wrong[1, 2] = value
+        replace(made, recovery=replace(RECOVERY, **{field: wrong})).save(path)
+        assert "damaged" in refused(path)
+    for wrong in (RECOVERY.variance[:2], RECOVERY.variance[:, :-1], RECOVERY.variance.float()):
+        replace(made, recovery=replace(RECOVERY, variance=wrong)).save(path)
+        assert "damaged" in refused(path)
+
+
 def test_a_missing_table(path):
     from safetensors.numpy import load_file, save_file
 
+    replace(Calibration.load(path), recovery=RECOVERY).save(path)
     metadata = parts(path)[0]["__metadata__"]
     tensors = load_file(path)
     for name in tensors:
@@ -465,8 +487,7 @@ def test_a_missing_table(path):
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0])
 def test_numbers_that_whiten_nothing_are_refused_even_if_the_fingerprint_fits(path, field, value):
     made = Calibration.load(path)
-    fields = {name: getattr(made, name) for name in Calibration.__dataclass_fields__}
-    Calibration(**fields | {field: np.full_like(fields[field], value)}).save(path)
+    replace(made, **{field: np.full_like(getattr(made, field), value)}).save(path)
     if (field, value) != ("spectra", 0):
         assert "damaged" in refused(path)
 

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from watermark import cli, runs, single
+from watermark import cli, comparison, runs, single
 from watermark.keys import Key
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -366,19 +366,25 @@ def test_roc_from_an_audit(house: Path, tmp_path: Path) -> None:
     assert "Missing option '--labels'" in run("roc", results, code=2).stderr
 
 
-def test_evaluate_compares_methods(tmp_path: Path) -> None:
-    args = ["evaluate", "-o", tmp_path / "out", "-n", 2, *QUICK, "--json"]
-    rows = json.loads(run(*args).stdout)
-    assert {row["name"].split()[0] for row in rows} == {"encoder", "anderson"}
-    for name in ("evaluation.csv", "evaluation.json", "evaluation.md", "roc.png", "roc.svg"):
+def test_evaluate_compares_methods_and_attacks(tmp_path: Path, monkeypatch) -> None:
+    train = comparison.train_classifiers
+    monkeypatch.setattr(comparison, "train_classifiers", lambda *_: train(20, 5, comparison.SCENE_SIZE))
+    args = ["evaluate", "-o", tmp_path / "out", "-n", 2, *QUICK]
+    found = json.loads(run(*args, "--json").stdout)
+    assert {(row["method"], row["attack"]) for row in found["rows"]} == {("encoder", "clean"), ("anderson", "clean")}
+    for name in ("evaluation.csv", "evaluation.json", "evaluation.md", "scores.csv", "roc-clean.png", "roc-clean.svg"):
         assert (tmp_path / "out" / name).stat().st_size > 100
-    assert json.loads(run(*args, "--methods", "encoder, anderson").stdout) == rows
-    message = refused(*args[:-1], "-n", 3)
+    more = run(*args, "--methods", "encoder", "--methods", " forward", "--attacks", "flip, blur:1").stdout
+    assert all(f"| {a:7}| {m:8}|" in more for a in ("clean", "flip", "blur:1") for m in ("encoder", "forward"))
+    assert more.endswith(f"0 files refused; tables and plots in {tmp_path / 'out'}\n")
+    message = refused(*args, "-n", 3)
     assert str(tmp_path / "out") in message and "number was 2, is 3" in message
     own = ["--key", tmp_path / "out/evaluation.key"]
-    assert 'unmarked was null, is "marked"' in refused(*args, *own, "--unmarked", tmp_path / "out/marked")
+    unmarked = tmp_path / "out/images/unmarked"
+    assert 'unmarked was null, is "images/unmarked"' in refused(*args, *own, "--unmarked", unmarked)
     assert "choose from" in refused(*args, "--methods", "magic")
-    assert "--key" in refused(*args, "--marked", tmp_path / "out/marked")
+    assert "--key" in refused(*args, "--marked", unmarked)
+    assert "2 of 2 images are unmarked" in refused(*args[:2], tmp_path / "o", *own, "--marked", unmarked)
 
 
 def test_invert_writes_what_it_found(house: Path, tmp_path: Path) -> None:
@@ -460,6 +466,8 @@ def test_a_refusal_does_not_cost_a_model(house: Path, tmp_path: Path, monkeypatc
     assert "no such folder" in refused("audit", none, *key, "-o", tmp_path / "r.jsonl")
     assert "no such folder" in refused("evaluate", *key, "--marked", none, "-o", tmp_path / "out")
     assert "choose from" in refused("evaluate", "--methods", "magic", "-o", tmp_path / "out")
+    assert "choose from" in refused("evaluate", "--attacks", "magic", "-o", tmp_path / "out")
+    assert "same key" in refused("evaluate", *key, *key, "-o", tmp_path / "out")
     assert ".png or .svg" in refused("verify", picture, *key, "--explain", "why.txt")
     assert ".png or .svg" in refused("roc", none, "--labels", none, "-o", "roc.pdf")
     assert "the name is empty" in refused("verify", "", *key)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,11 @@ from scipy import stats
 
 from data.images import Sample, from_array
 from inversion.decoder import Inverter
+from inversion.diagnostics import rings
 from inversion.grid import Grid
-from watermark.detect import Detector, detector
-from watermark.errors import KeyFileError, RingmarkError
+from watermark.calibration import Calibration
+from watermark.detect import Detector, Judged, detector
+from watermark.errors import CalibrationError, KeyFileError, RingmarkError
 from watermark.generate import generate, initial_noise
 from watermark.keys import Key
 from watermark.report import explain
@@ -131,6 +135,103 @@ def test_a_key_of_another_model_or_shape_is_refused() -> None:
         Detector(MODEL, [alien])
     with pytest.raises(RingmarkError, match="choose from encoder"):
         detector(MODEL, [], "magic", 1, 1)
+
+
+# --- on a calibration
+
+
+def coloured(first_seed: int, n: int) -> torch.Tensor:
+    """Recovered noise (n, 3, 32, 32) whose rings fall off, and of which channel 2 repeats half of channel 0."""
+    noise = initial_noise(list(range(first_seed, first_seed + n)), MODEL.latent_shape).double()
+    noise[:, 2] = 0.5 * noise[:, 0] + 0.5 * noise[:, 2]
+    return torch.fft.ifft2(torch.fft.fft2(noise) * torch.exp(-rings(32, 32) / 12)).real
+
+
+def on(noise: torch.Tensor, keys: list[Key], **changes) -> Detector:
+    """A detector calibrated on this noise."""
+    plain = Detector(MODEL, keys, steps=2, **changes)
+    return plain.with_calibration(Calibration.measure(noise, plain.settings(), {"drawn": len(noise)}))
+
+
+def judged(looking: Detector, noise: torch.Tensor) -> list[Judged]:
+    """As if this noise had been recovered from samples."""
+    some = samples(noise)
+    recovered = looking.recover(torch.stack([torch.randn(3, 32, 32).clamp(-1, 1)] * len(some)))
+    recovered = replace(recovered, noise=noise)
+    return list(map(Judged, some, looking.judge(some, recovered), noise))
+
+
+@pytest.mark.parametrize("pattern", ["ring", "rand"])
+def test_calibrated_p_values_of_coloured_noise_are_uniform(pattern: str) -> None:
+    looking = on(coloured(0, 400), [key(2, pattern)])
+    verdicts = [j.best for j in judged(looking, coloured(1000, 600))]
+    for p in ([v.p_value for v in verdicts], [v.conformal_p for v in verdicts]):
+        assert stats.kstest(p, "uniform").pvalue > 0.01
+    assert not any(v.present or v.present is None for v in verdicts)
+    assert {v.calibration for v in verdicts} == {looking.calibration.fingerprint}
+    plain = Detector(MODEL, looking.keys, steps=2)
+    assert {(v.calibration, v.conformal_p) for j in judged(plain, coloured(0, 2)) for v in j.verdicts} == {(None, None)}
+
+
+def test_a_calibration_stays_with_other_keys_and_is_part_of_the_settings() -> None:
+    looking = on(coloured(0, 100), [key(1)])
+    both = looking.with_keys([key(1), key(2, "rand")])
+    assert both.settings()["calibration"] == looking.calibration.fingerprint
+    assert Detector(MODEL, [], steps=2).settings()["calibration"] is None
+    assert both.reference_scores(key(1).fingerprint) is both.reference_scores(key(1).fingerprint)
+    (one,), (two,) = (judged(x, TreeRing(key(1)).embed(coloured(5000, 1))) for x in (looking, both))
+    assert one.best.conformal_p == pytest.approx(1 / 101)
+    assert two.verdicts[0].conformal_p == pytest.approx(2 / 101)  # corrected, like p
+
+
+def test_a_calibration_of_other_settings_is_refused() -> None:
+    made = on(coloured(0, 50), []).calibration
+    with pytest.raises(CalibrationError, match=r"^calibration: made with steps 2, here 3; use those settings"):
+        Detector(MODEL, [], steps=3, calibration=made)
+    with pytest.raises(CalibrationError, match=r"holds rings up to 10, .* of radii 2-8 "):
+        Detector(MODEL, [key(1, "zeros")], steps=2, calibration=made)  # compares with what is outside
+
+
+def test_a_mark_among_the_unmarked_makes_its_presence_inconclusive() -> None:
+    mine = key(1, "rand")
+    mark = TreeRing(mine).embed(torch.zeros(1, *MODEL.latent_shape, dtype=torch.float64))
+    noise, new = coloured(0, 300), coloured(1000, 40)
+    noise[:6] += 0.6 * mark
+    looking = on(noise, [mine], alpha=1e-3)
+    new[:20] += 0.4 * mark
+    new[20:30] += 1.5 * mark
+    verdicts = [j.best for j in judged(looking, new)]
+    assert all(v.p_value <= 1e-6 for v in verdicts[:30])
+    assert {v.present for v in verdicts[:20]} == {None} and {v.present for v in verdicts[20:30]} == {True}
+    assert {v.present for v in verdicts[30:]} == {False}
+    assert "; 6 of 300 unmarked images score as high, which an uncorrected p of" in verdicts[0].sentence()
+    # Where the six are too few to change the verdict, they do not.
+    assert {j.best.present for j in judged(on(noise, [mine], alpha=0.1), new)[:30]} == {True}
+
+
+def test_an_absence_that_no_unmarked_image_bears_out_is_inconclusive() -> None:
+    mine, noise = key(1, "rand"), coloured(0, 600)
+    least = np.argsort(on(noise, [mine]).reference_scores(mine.fingerprint))[:300]  # like the mark
+    verdicts = [j.best for j in judged(on(noise[least], [mine]), coloured(1000, 100))]
+    doubtful = [v for v in verdicts if v.present is None]
+    assert len(doubtful) > 30
+    assert all(v.p_value > 0.01 and v.conformal_p == pytest.approx(1 / 301) for v in doubtful)
+    assert "; 0 of 300 unmarked images score as high" in doubtful[0].sentence()
+    assert {v.present for v in verdicts if v.conformal_p > 0.1} == {False}
+
+
+def test_what_is_inconclusive_comes_after_what_is_present_and_before_what_is_not() -> None:
+    ((judged_once),) = judged(Detector(MODEL, [key(1)], steps=2), coloured(0, 1))
+    made = lambda *pairs: Judged(None, [replace(judged_once.best, present=x, p_value=p) for x, p in pairs], None).best
+    assert made((False, 0.2), (None, 0.9)).present is None
+    assert made((None, 1e-9), (True, 1e-4), (True, 1e-5)).p_value == 1e-5
+
+
+def test_the_unmarked_images_are_drawn_beside_the_null() -> None:
+    looking = on(coloured(0, 100), [key(1)])
+    (one,) = judged(looking, coloured(7, 1))
+    (*_, ax) = explain(looking, one, "a.png").axes
+    assert "100 unmarked images" in [text.get_text() for text in ax.get_legend().get_texts()]
 
 
 def test_generate_draws_each_image_from_its_own_seed() -> None:

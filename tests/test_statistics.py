@@ -20,6 +20,7 @@ from watermark.statistics import (
     power_test,
     published_distance,
     published_p_value,
+    undecided,
     whiten,
 )
 
@@ -337,6 +338,34 @@ def test_agreement_sees_what_n_references_can_tell():
     assert not agreement(0.5, conformal(300, 999), 999) and agreement(0.5, conformal(8, 20), 20)
     assert agreement([0, 1], [conformal(0, 9), conformal(9, 9)], 9).all()
     assert not agreement([0, 1, np.nan], [conformal(1, 9), conformal(8, 9), 0.5], 9).any()
+
+
+@pytest.mark.parametrize(
+    "p, k, n, alpha, expected",
+    [
+        (1e-9, 0, 200, 1e-3, False),  # above all references: they resolve no more
+        (1e-9, 1, 200, 1e-3, True),  # one of 200 as high: p cannot be so small, and 2/201 is not significant
+        (1e-9, 1, 200, 0.05, False),  # nor can it be here, but 2/201 is significant as well
+        (1e-9, 1, 5000, 1e-3, False),
+        (1e-9, 20, 5000, 1e-3, True),
+        (8e-4, 1, 200, 1e-3, False),  # chance
+        (0.1, 0, 500, 1e-3, True),  # above all of 500: p cannot be so large, and it may well be significant
+        (0.1, 0, 20, 1e-3, False),  # chance
+        (0.1, 5, 500, 1e-3, False),  # p is wrong, but the key is not there by 6/501 either
+        (0.1, 5, 500, 0.05, True),
+        (0.5, 400, 500, 1e-3, False),
+        (2e-3, 0, 500, 1e-3, False),
+    ],
+)
+def test_a_contradiction_about_alpha(p, k, n, alpha, expected):
+    assert undecided(p, (k + 1) / (n + 1), n, alpha) == expected
+
+
+def test_sound_p_values_are_seldom_undecided():
+    for n, alpha in ((50, 0.05), (1000, 1e-3), (20000, 1e-3)):
+        p, k = np.geomspace(1e-8, 1, 50)[:, None], np.arange(n + 1)
+        doubtful = undecided(p, (k + 1) / (n + 1), n, alpha)
+        assert (stats.binom.pmf(k, n, p) * doubtful).sum(1).max() <= 1e-4
 
 
 def test_an_uncalibrated_p_value_is_found_out():

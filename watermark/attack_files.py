@@ -21,7 +21,7 @@ from watermark.errors import AttackError
 if TYPE_CHECKING:
     from inversion.model import LatentModel
 
-__all__ = ["Attacked", "attack_files"]
+__all__ = ["Attacked", "attack_files", "attacked_name"]
 
 CHUNK = "ringmark-attack"  # the PNG text in which an image says how it was made
 
@@ -126,8 +126,13 @@ def _plan(
             made = {"attack": str(chain), "source": name, "seed": seed} | identity
             # A file's output is a file if it is named as one.
             alone = path == source and not place.is_dir() and place.suffix.lower() == ".png"
-            target = place if alone else place / (name if name.lower().endswith(".png") else f"{name}.png")
+            target = place if alone else place / attacked_name(name)
             yield _Job(path, target, chain, seed_of(seed, name), made, stamp)
+
+
+def attacked_name(name: str) -> str:
+    """What an attacked image is called, from its path below the folder."""
+    return name if name.lower().endswith(".png") else f"{name}.png"
 
 
 def _refuse_sources(source: Path, jobs: list[_Job]) -> None:

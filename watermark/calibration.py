@@ -18,28 +18,29 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.store import one_line, write_atomic
-from inversion.diagnostics import rings
+from inversion.diagnostics import NoiseRecovery, rings
 from watermark.errors import CalibrationError
 from watermark.statistics import cosine_test, needed_references, power_test, whiten
 
 if TYPE_CHECKING:
     from watermark.schemes.tree_ring import TreeRing
 
-__all__ = ["FOLDS", "Calibration", "smooth", "whitened_test"]
+__all__ = ["FOLDS", "Calibration", "check_number", "relevant", "smooth", "whitened_test"]
 
 FOLDS = 10
 KERNEL = (1.0, 0.5, 0.25)  # what a ring, its neighbours and theirs count for
 BORROWED = 1000  # real numbers, a relative error of √(2/1000) = 4.5 % of a variance: no neighbour lends more
 LEAST = needed_references(0.05)
 MAX_BYTES, MAX_LATENT = 1 << 30, 1 << 22
-IRRELEVANT = ("keys", "alpha")  # of Detector.settings(): they do not change the recovered noise
+IRRELEVANT = ("keys", "alpha", "calibration")  # of Detector.settings(): they do not change the recovered noise
+RECOVERY = ("attenuation", "variance")  # tensors of the file where recoverability was measured, neither where not
 RECALIBRATE = "make it with: ringmark calibrate"
 
 
@@ -51,8 +52,12 @@ class Calibration:
     part, i mod FOLDS. `spectra` (n, C, m, 2) float16: each image's bins (of rfft2) up to ring `reach`, from which the
     scores of any key are computed; 4 C m bytes an image, 3.0 kB for pocket's 4×32×32 latents up to ring 10, 12 kB for
     4×64×64 up to 21. They are rough copies of the noises, and with the model at hand of the pictures: keep the file as
-    private as those. `settings` is what a result depends on, keys and alpha apart; `sources` counts images by kind.
+    private as those. `settings` is what the recovered noise depends on; `sources` counts images by kind. `recovery`,
+    float64 where it was measured, says where a mark comes back best. `name` begins messages; of a file it is its path.
     """
+
+    FILE: ClassVar[str] = "calibration.safetensors"
+    """What a model's folder calls the one that belongs to it."""
 
     power: np.ndarray
     spectra: np.ndarray
@@ -60,10 +65,18 @@ class Calibration:
     reach: int
     settings: dict
     sources: dict[str, int]
+    recovery: NoiseRecovery | None = None
+    name: str = "calibration"
 
     @classmethod
     def measure(
-        cls, noise: Tensor | np.ndarray, settings: dict, sources: dict[str, int], *, reach: int | None = None
+        cls,
+        noise: Tensor | np.ndarray,
+        settings: dict,
+        sources: dict[str, int],
+        *,
+        reach: int | None = None,
+        recovery: NoiseRecovery | None = None,
     ) -> Calibration:
         """From recovered noise (n, C, h, w) of unmarked images; `settings` as Detector.settings() gives them.
 
@@ -71,8 +84,7 @@ class Calibration:
         CalibrationError for fewer images than LEAST, for noise that is not finite or has no power somewhere.
         """
         noise = np.asarray(noise)
-        if len(noise) < LEAST:
-            raise CalibrationError(f"{len(noise)} unmarked images: a calibration needs at least {LEAST}; add images")
+        check_number(len(noise))
         if sum(sources.values()) != len(noise):
             raise CalibrationError(f"{len(noise)} images, but sources {sources}; count every image once")
         broken = np.flatnonzero(~np.isfinite(noise).all((1, 2, 3)))
@@ -87,8 +99,9 @@ class Calibration:
             _pack(noise, reach),
             shape,
             reach,
-            _relevant(settings),
+            relevant(settings),
             dict(sources),
+            recovery,
         )
         if fault := made._fault():
             raise CalibrationError(f"{len(noise)} unmarked images: {fault}; use images with some texture")
@@ -133,27 +146,32 @@ class Calibration:
         """
         if alpha is not None and self.n < needed_references(alpha):
             raise CalibrationError(
-                f"{self.n} unmarked images: a conformal p-value of {alpha:g} needs at least {needed_references(alpha)}; calibrate with more, or raise --alpha"
+                f"{self.name}: {self.n} unmarked images: a conformal p-value of {alpha:g} needs at least {needed_references(alpha)}; calibrate with more, or raise --alpha"
             )
-        self._check_reach(scheme)
+        self.check_reach(scheme)
         scores = np.empty(self.n)
-        for k in range(FOLDS):
-            scores[k::FOLDS] = whitened_test(scheme, self.noise(slice(k, None, FOLDS)), self._covariance(without=k))[0]
+        for k, (noise, covariance) in enumerate(self._parts):
+            scores[k::FOLDS] = whitened_test(scheme, noise, covariance)[0]
         return scores
 
-    def _check_reach(self, scheme: TreeRing) -> None:
-        """A key that sees noise which has nothing up to `reach` looks beyond it."""
+    @cached_property
+    def _parts(self) -> list[tuple[Tensor, np.ndarray]]:
+        """Each part's noises and the covariance of the others: kept, for unpacking them is half the work for a key."""
+        return [(self.noise(slice(k, None, FOLDS)), self._covariance(without=k)) for k in range(FOLDS)]
+
+    def check_reach(self, scheme: TreeRing) -> None:
+        """Raises CalibrationError for a key that looks beyond `reach`: one that sees noise which has nothing up to it."""
         white = torch.randn(1, *self.latent_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         low = torch.fft.fft2(white) * (rings(*self.latent_shape[1:]) <= self.reach)
         beyond = white - torch.fft.ifft2(low).real
         if max(x.abs().max() for x in _seen(scheme, beyond)) > 1e-9:
             raise CalibrationError(
-                f"the calibration holds rings up to {self.reach}, the key's mark of radii {scheme.placement.radii[0]}-{scheme.placement.radii[1]} is looked for beyond; calibrate with a larger reach, or make a key of smaller radii"
+                f"{self.name}: holds rings up to {self.reach}, the key's mark of radii {scheme.placement.radii[0]}-{scheme.placement.radii[1]} is looked for beyond; leave the calibration out, or make a key of smaller radii"
             )
 
-    def check(self, settings: dict, name: str | Path = "calibration") -> None:
+    def check(self, settings: dict) -> None:
         """Raises CalibrationError that names each difference unless this was measured under `settings`."""
-        mine, theirs = _flat(self.settings), _flat(_relevant(settings))
+        mine, theirs = _flat(self.settings), _flat(relevant(settings))
         said = lambda values, field: values.get(field, "not set")
         different = [
             f"{field} {said(mine, field)}, here {said(theirs, field)}"
@@ -162,14 +180,24 @@ class Calibration:
         ]
         if different:
             raise CalibrationError(
-                one_line(f"{name}: made with {'; '.join(different)}; use those settings, or calibrate anew with these")
+                one_line(
+                    f"{self.name}: made with {'; '.join(different)}; use those settings, or calibrate anew with these"
+                )
             )
 
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits over all of it."""
-        arrays = b"".join(np.ascontiguousarray(x).tobytes() for x in (self.power, self.spectra))
-        return hashlib.sha256(json.dumps(self._description(), sort_keys=True).encode() + arrays).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps(self._description(), sort_keys=True).encode())
+        for name, values in self._tensors().items():
+            digest.update(f"{name}{values.shape}".encode() + values.tobytes())
+        return digest.hexdigest()[:16]
+
+    def _tensors(self) -> dict[str, np.ndarray]:
+        found = {"power": self.power, "spectra": self.spectra}
+        if self.recovery:
+            found |= {field: getattr(self.recovery, field).numpy() for field in RECOVERY}
+        return {name: np.ascontiguousarray(values) for name, values in found.items()}
 
     def _description(self) -> dict:
         return {
@@ -183,11 +211,10 @@ class Calibration:
         """Write the file whole or not at all, in place of what was there. Raises CalibrationError."""
         from safetensors.numpy import save
 
-        tensors = {"power": self.power, "spectra": self.spectra}
         described = json.dumps(self._description() | {"fingerprint": self.fingerprint})
-        data = save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, {"ringmark calibration": described})
+        data = save(self._tensors(), {"ringmark calibration": described})
         try:
-            write_atomic(path, data)
+            write_atomic(path, data, 0o600)  # rough copies of the images
         except OSError as error:
             raise CalibrationError(
                 f"{one_line(path)}: cannot be written: {error.strerror}; choose another name"
@@ -212,7 +239,10 @@ class Calibration:
                 stored = json.loads((file.metadata() or {})["ringmark calibration"])
                 _check_description(stored)
                 _check_tensors(file, tuple(stored["latent_shape"]), stored["reach"])
-                made = cls(file.get_tensor("power"), file.get_tensor("spectra"), **_fields(stored))
+                tables = [torch.from_numpy(file.get_tensor(field)) for field in RECOVERY if field in file.keys()]
+                recovery = NoiseRecovery(*tables) if tables else None
+                fields = _fields(stored) | {"recovery": recovery, "name": name}
+                made = cls(file.get_tensor("power"), file.get_tensor("spectra"), **fields)
         except CalibrationError:
             raise
         except PermissionError as error:
@@ -231,6 +261,8 @@ class Calibration:
         """Why nothing can be whitened by this; None if it can."""
         if not (np.isfinite(self.power).all() and np.isfinite(self.spectra).all()):
             return "the recovered noise leaves the range of 16-bit numbers"
+        if self.recovery and not _sound(self.recovery):
+            return "how well noise comes back is not finite, or perfect on some ring"
         for parts in (None, *range(FOLDS)):
             size = np.linalg.eigvalsh(self._covariance(parts))
             if (size[:, 0] <= 1e-9 * size[:, -1]).any():
@@ -238,6 +270,17 @@ class Calibration:
                     f"the recovered noise has no power of its own in some channel on ring {int(np.argmin(size[:, 0]))}"
                 )
         return None
+
+
+def check_number(n: int) -> None:
+    """Raises CalibrationError where n images are too few for any calibration."""
+    if n < LEAST:
+        raise CalibrationError(f"{n} unmarked images: a calibration needs at least {LEAST}; add images")
+
+
+def relevant(settings: dict) -> dict:
+    """Of Detector.settings() what the recovered noise depends on, as JSON will give it back."""
+    return json.loads(json.dumps({k: v for k, v in settings.items() if k not in IRRELEVANT}))
 
 
 def smooth(covariance: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -311,9 +354,9 @@ def _unpack(spectra: np.ndarray, latent_shape: tuple[int, int, int], reach: int)
     return np.fft.irfft2(f, s=(height, width), norm="ortho")
 
 
-def _relevant(settings: dict) -> dict:
-    """What the recovered noise depends on, as JSON will give it back."""
-    return json.loads(json.dumps({k: v for k, v in settings.items() if k not in IRRELEVANT}))
+def _sound(recovery: NoiseRecovery) -> bool:
+    both = recovery.attenuation.isfinite() & recovery.variance.isfinite()
+    return bool((both & (recovery.variance > 0)).all())
 
 
 def _flat(settings: dict, prefix: str = "") -> dict:
@@ -355,3 +398,6 @@ def _check_tensors(file, latent_shape: tuple[int, int, int], reach: int) -> None
         raise ValueError("power of another shape")
     if n < LEAST or rest != [channels, int(_stored_bins(height, width, reach).sum()), 2]:
         raise ValueError("spectra of another shape")
+    tables = [file.get_slice(field) for field in RECOVERY if set(RECOVERY) & set(file.keys())]
+    if any((x.get_dtype(), x.get_shape()) != ("F64", [channels, number_of_rings]) for x in tables):
+        raise ValueError("recovery of another type or shape")

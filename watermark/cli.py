@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 EXIT_ABSENT, EXIT_USAGE, EXIT_INCONCLUSIVE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 3, 130, 141
-RESUMED = ("generate", "audit", "evaluate", "attack", "demo")
+RESUMED = ("generate", "audit", "calibrate", "evaluate", "attack", "demo")
 SEED = click.IntRange(0, 2**62)  # torch and NumPy take 63 bits; each further image adds 1
 
 
@@ -125,10 +125,10 @@ batch_option = click.option("--batch", type=click.IntRange(1), default=8, show_d
 inversion_options = options(
     click.option(
         "--method",
-        type=click.Choice(["encoder", "forward", "km", "adam", "anderson", "gradient"]),
+        type=click.Choice(["encoder", "forward", "km", "adam", "anderson", "gradient", "gradient-lean"]),
         default="anderson",
         show_default=True,
-        help="Decoder inversion; encoder is none, gradient the slow baseline.",
+        help="Decoder inversion; encoder is none, gradient the slow baseline, which lean runs in less memory.",
     ),
     click.option(
         "--max-steps", type=click.IntRange(0), help="Steps of the decoder inversion.  [default: the method's own]"
@@ -149,6 +149,11 @@ keys_option = click.option(
     multiple=True,
     required=True,
     help="A key file or a folder of keys; repeat for several.",
+)
+calibration_option = click.option(
+    "--calibration",
+    type=PATH,
+    help="p-values and a check of them from what ringmark calibrate wrote.  [default: the model's own, if it has one for these settings]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 force_option = click.option("--force", is_flag=True, help="Replace what is there.")
@@ -175,14 +180,24 @@ def load_model(source: str, device: str, dtype: str):
 
 
 def load_detector(
-    model: tuple[str, str, str], key_paths: tuple[Path, ...], method: str, max_steps: int, steps: int, alpha: float
+    model: tuple[str, str, str],
+    key_paths: tuple[Path, ...],
+    method: str,
+    max_steps: int,
+    steps: int,
+    alpha: float,
+    calibration: Path | None,
 ):
-    """A detector for these key files and folders; a bad one does not cost the loading of the model."""
-    from watermark.detect import detector
+    """A detector for these keys, on this calibration or the model's own; a bad file does not cost the loading of the model."""
+    from inversion.model import resolve
+    from watermark.calibration import Calibration
+    from watermark.detect import detector, with_built_in
     from watermark.keys import load_ring
 
     keys = list(load_ring(key_paths).values())
-    return detector(load_model(*model), keys, method, max_steps, steps, alpha)
+    given = Calibration.load(calibration) if calibration else None
+    plain = detector(load_model(*model), keys, method, max_steps, steps, alpha)
+    return plain.with_calibration(given) if given else with_built_in(plain, Path(resolve(model[0])))
 
 
 def say(result: dict | list, text: str, as_json: bool) -> None:
@@ -218,6 +233,11 @@ def radius_range(ctx, param, value: str | None) -> tuple[int, int] | None:
     except ValueError:
         raise click.BadParameter(f"{value!r}: two rising whole numbers are needed, as in 3-10") from None
     return span[0], span[-1]
+
+
+def names(ctx, param, values: tuple[str, ...]) -> tuple[str, ...]:
+    """'a,b' and 'c' as a, b and c."""
+    return tuple(name.strip() for value in values for name in value.split(","))
 
 
 @click.group(cls=Ringmark, context_settings={"help_option_names": ["-h", "--help"]})
@@ -261,10 +281,15 @@ def main() -> None:
     help="Latent channels, as in 0,2 or 0-3.  [default: where this model's noise is best recovered]",
 )
 @click.option("--radii", callback=radius_range, help="Range of ring radii, as in 3-10.  [default: likewise]")
+@click.option(
+    "--calibration",
+    type=PATH,
+    help="Where noise is best recovered, by what ringmark calibrate wrote.  [default: what is known of the model]",
+)
 @model_options
 @force_option
 @json_option
-def keygen(output, number, pattern, mask, channels, radii, source, device, dtype, force, as_json) -> None:
+def keygen(output, number, pattern, mask, channels, radii, calibration, source, device, dtype, force, as_json) -> None:
     """Make a key, or a ring of keys, from the operating system's random numbers.
 
     \b
@@ -272,15 +297,18 @@ def keygen(output, number, pattern, mask, channels, radii, source, device, dtype
       ringmark keygen -o my.key
       ringmark keygen -n 64 -o ring
     """
+    from watermark.calibrate import placement
+    from watermark.calibration import Calibration
     from watermark.keyring import begun, grow
     from watermark.keys import describe, refuse_existing
-    from watermark.schemes.tree_ring import Placement, make_key, recommend
+    from watermark.schemes.tree_ring import Placement, make_key
 
     old = begun(output) if number else {}
     if not (number or force):
         refuse_existing(output)
+    measured = Calibration.load(calibration) if calibration else None
     model = load_model(source, device, dtype)
-    best = recommend(model.recovery, model.latent_shape)
+    best = placement(model, measured)
     place = Placement(channels or best.channels, radii or best.radii)
     make = partial(make_key, model.latent_shape, place, model=model.identity, pattern=pattern, mask=mask)
     if number:
@@ -409,11 +437,54 @@ def generate(
 
 
 @main.command()
+@click.argument("folders", metavar="FOLDER...", type=PATH, nargs=-1, required=True)
+@click.option(
+    "-o",
+    "--output",
+    type=PATH,
+    required=True,
+    help="The calibration to write. The folder OUTPUT.cache beside it keeps what is done until the end: a stopped run goes on from there, or delete it.",
+)
+@click.option("--plot", type=FIGURE, help="Draw how well noise is recovered, by ring, into this PNG or SVG.")
+@inversion_options
+@batch_option
+@force_option
+@model_options
+@json_option
+def calibrate(folders, output, plot, method, max_steps, steps, batch, force, source, device, dtype, as_json) -> None:
+    """Measure what recovered noise looks like in unmarked images, so that p-values hold for images like them.
+
+    A calibration is for one model and one way of inversion: verify and audit with the same options. Where 32 or more
+    of the images were drawn by this model (generate --no-mark), it also tells keygen where to put a mark. Exit code 0:
+    written, whatever had to be left out; 2: usage, or too few images; 130: interrupted.
+
+    \b
+    Example:
+      ringmark calibrate unmarked photographs -o my-calibration.safetensors
+    """
+    from watermark import calibrate as making
+    from watermark.detect import detector
+
+    making.refuse_existing(output, force=force)
+    images = making.Unmarked.of(folders)
+    looking = detector(load_model(source, device, dtype), [], method, max_steps, steps)
+    found = making.calibrate(looking, images, output, batch=batch)
+    if plot and found.calibration.recovery:
+        from watermark.report import recovery_figure, save_figure
+
+        save_figure(recovery_figure(found.calibration.recovery), plot)
+    for error in () if as_json else found.errors:
+        click.echo(error, err=True)
+    say(found.record(), found.sentence(), as_json)
+
+
+@main.command()
 @click.argument("images", type=PATH, nargs=-1, required=True)
 @keys_option
 @alpha_option
 @inversion_options
 @batch_option
+@calibration_option
 @click.option(
     "--explain",
     type=FIGURE,
@@ -423,7 +494,7 @@ def generate(
 @json_option
 @click.pass_context
 def verify(
-    ctx, images, key_paths, alpha, method, max_steps, steps, batch, explain, source, device, dtype, as_json
+    ctx, images, key_paths, alpha, method, max_steps, steps, batch, calibration, explain, source, device, dtype, as_json
 ) -> None:
     """Say of each image whether it carries a key.
 
@@ -435,7 +506,7 @@ def verify(
     """
     from watermark.single import verify_files
 
-    detector = load_detector((source, device, dtype), key_paths, method, max_steps, steps, alpha)
+    detector = load_detector((source, device, dtype), key_paths, method, max_steps, steps, alpha, calibration)
     outcome = verify_files(detector, list(images), batch=batch, explain_to=explain)
     for line in outcome:
         if not as_json:
@@ -459,9 +530,12 @@ def verify(
 @alpha_option
 @inversion_options
 @batch_option
+@calibration_option
 @model_options
 @json_option
-def audit(folder, key_paths, output, alpha, method, max_steps, steps, batch, source, device, dtype, as_json) -> None:
+def audit(
+    folder, key_paths, output, alpha, method, max_steps, steps, batch, calibration, source, device, dtype, as_json
+) -> None:
     """Look for keys in every image of a folder, recursively.
 
     A file that has changed since its record was made is looked at again. Exit code 0: every image has its record,
@@ -475,7 +549,7 @@ def audit(folder, key_paths, output, alpha, method, max_steps, steps, batch, sou
     from watermark import runs
 
     check_folder(folder)
-    detector = load_detector((source, device, dtype), key_paths, method, max_steps, steps, alpha)
+    detector = load_detector((source, device, dtype), key_paths, method, max_steps, steps, alpha, calibration)
     found = runs.audit(detector, folder, output, batch=batch)
     keys = "".join(f"\n  key {name[:8]}: {count}" for name, count in found.by_key.items())
     text = f"{found.images} images: {found.present} carry a key, {found.absent} do not, {found.inconclusive} inconclusive, {found.unreadable} unreadable; {found.skipped} other files skipped; records in {output}{keys}"
@@ -522,18 +596,29 @@ def roc(results, labels, output, fpr, as_json) -> None:
 @main.command()
 @click.option("-o", "--output", type=PATH, required=True, help="Folder for images, records, tables and plots.")
 @click.option(
-    "--key", "key_path", type=PATH, help="The key; needed with --marked.  [default: a new one, kept in the folder]"
+    "--key",
+    "key_paths",
+    type=PATH,
+    multiple=True,
+    help="A key file or a folder of keys; repeat for several, one a pattern, say.  [default: a new one, kept in OUTPUT]",
 )
-@click.option("--marked", type=PATH, help="Folder of marked images.  [default: they are drawn]")
+@click.option("--marked", type=PATH, help="Folder of images marked with the one --key.  [default: they are drawn]")
 @click.option("--unmarked", type=PATH, help="Folder of unmarked images.  [default: they are drawn]")
 @click.option(
     "-n", "--number", type=click.IntRange(2), default=32, show_default=True, help="Images of each kind to draw."
 )
 @click.option(
+    "--attacks",
+    multiple=True,
+    callback=names,
+    help="As in jpeg:25,blur:4 or tree-ring (see ringmark attack --list); may be repeated.  [default: none]",
+)
+@click.option(
     "--methods",
-    default="encoder,anderson",
+    default=("encoder,anderson",),
+    multiple=True,
     show_default=True,
-    callback=lambda ctx, param, value: tuple(name.strip() for name in value.split(",")),
+    callback=names,
     help="Decoder inversions to compare.",
 )
 @seed_option
@@ -547,10 +632,11 @@ def roc(results, labels, output, fpr, as_json) -> None:
 @json_option
 def evaluate(
     output,
-    key_path,
+    key_paths,
     marked,
     unmarked,
     number,
+    attacks,
     methods,
     seed,
     guidance,
@@ -562,22 +648,26 @@ def evaluate(
     dtype,
     as_json,
 ) -> None:
-    """AUC, TPR at 1 % FPR and time an image of several decoder inversions, on images drawn or given.
+    """How well keys are found under attacks, by several decoder inversions: AUC, TPR, time, memory and cost in quality.
+
+    Marked and unmarked images are independent. What was computed is kept: a stopped run goes on, and one more attack,
+    method or key, named beside the others, costs no more than itself. Tables (evaluation.md, .csv, .json, scores.csv)
+    and plots are of what this run names.
 
     \b
     Example:
-      ringmark evaluate -n 100 -o evaluation
+      ringmark evaluate -n 200 --attacks tree-ring --methods encoder,anderson -o evaluation
     """
-    from watermark.report import table
-    from watermark.runs import Comparison, compare
+    from watermark.comparison import Comparison, compare
+    from watermark.comparison_report import summary
 
-    plan = Comparison(output, key_path, marked, unmarked, number, methods, seed, guidance, max_steps, steps, batch)
-    found = compare(load_model(source, device, dtype), plan)
-    say(
-        [c.summary() | {"seconds": s} for c, s in found],
-        table([c for c, _ in found], [s for _, s in found]) + f"\ntables and plots in {output}",
-        as_json,
+    plan = Comparison(
+        output, key_paths, marked, unmarked, number, attacks, methods, seed, guidance, max_steps, steps, batch
     )
+    found = compare(load_model(source, device, dtype), plan)
+    for error in () if as_json else found.refused:
+        click.echo(error, err=True)
+    say(found.record(), f"{summary(found)}\n{len(found.refused)} files refused; tables and plots in {output}", as_json)
 
 
 def list_attacks(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -655,10 +745,10 @@ def invert(image, output, method, max_steps, steps, source, device, dtype, as_js
     Example:
       ringmark invert picture.png -o noise.safetensors --method anderson
     """
+    from watermark.detect import detector
     from watermark.single import invert_file
 
-    detector = load_detector((source, device, dtype), (), method, max_steps, steps, 1e-3)
-    facts = invert_file(detector, image, output)
+    facts = invert_file(detector(load_model(source, device, dtype), [], method, max_steps, steps), image, output)
     say(
         facts,
         f"{image}: {facts['status']} after {facts['evaluations']} evaluations, residual {facts['residuals'][-1] if facts['residuals'] else 'not computed'}; latents and noise in {output}",

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -16,15 +17,33 @@ from inversion.decoder import INVERTERS, Inverter
 from inversion.diffusion import invert
 from inversion.model import LatentModel
 from inversion.solve import Solution
-from watermark.errors import KeyFileError, RingmarkError
+from watermark.calibration import Calibration
+from watermark.errors import CalibrationError, KeyFileError, RingmarkError
 from watermark.keys import Key
 from watermark.schemes.tree_ring import TreeRing
-from watermark.statistics import cosine_test, power_test, published_distance, published_p_value
+from watermark.statistics import (
+    conformal_p,
+    cosine_test,
+    power_test,
+    published_distance,
+    published_p_value,
+    undecided,
+)
 
 if TYPE_CHECKING:
     from data.images import Sample
 
-__all__ = ["ALPHA", "Detector", "Judged", "Recovered", "Verdict", "check_method", "detector", "null_variance"]
+__all__ = [
+    "ALPHA",
+    "Detector",
+    "Judged",
+    "Recovered",
+    "Verdict",
+    "check_method",
+    "detector",
+    "null_variance",
+    "with_built_in",
+]
 
 ALPHA = 1e-3  # an unmarked image is called marked once in a thousand
 FLAT = 1 / 255  # an image whose pixels vary less than half a grey level (of a range of 2) says nothing
@@ -36,6 +55,8 @@ class Verdict:
 
     `p_value` is already corrected for the number of keys tested; `score` the whitened cosine, `distance` and
     `published_p` the published statistics; `residual` the pixel RMS of the decoder inversion; `seconds` of computing.
+    `calibration` is the fingerprint of the calibration used, if any, and `conformal_p` then the p-value by rank among
+    its unmarked images, corrected like `p_value`.
     """
 
     sample_id: str
@@ -49,6 +70,8 @@ class Verdict:
     status: str
     seconds: float
     label: bool | None = None
+    conformal_p: float | None = None
+    calibration: str | None = None
     notes: tuple[str, ...] = field(default=())
 
     def record(self) -> dict:
@@ -80,8 +103,8 @@ class Judged(NamedTuple):
 
     @property
     def best(self) -> Verdict:
-        """The verdict of the key that fits best."""
-        return min(self.verdicts, key=lambda v: v.p_value)
+        """The verdict of the key that fits best: of those present, else of the inconclusive, else of all."""
+        return min(self.verdicts, key=lambda v: ((True, None, False).index(v.present), v.p_value))
 
     @property
     def present(self) -> list[Verdict]:
@@ -104,8 +127,9 @@ class Detector:
     """Looks for keys in images; every key is tested on one and the same inversion.
 
     `inverter` inverts the decoder; `steps` are those of naive DDIM inversion with the empty prompt. `alpha` is the
-    corrected p-value at which a key is called present. Raises KeyFileError for a key made for other latents or another
-    model.
+    corrected p-value at which a key is called present. A `calibration` gives the null that p-values are computed on and
+    unmarked images to check them by. Raises KeyFileError for a key made for other latents or another model,
+    CalibrationError for a calibration made with other settings or that holds too little for a key.
     """
 
     def __init__(
@@ -116,18 +140,34 @@ class Detector:
         inverter: Inverter = Inverter(),
         steps: int = 25,
         alpha: float = ALPHA,
+        calibration: Calibration | None = None,
     ) -> None:
         self.model, self.inverter, self.steps, self.alpha = model, inverter, steps, alpha
+        self.keys, self.calibration = keys, calibration
         self.grid = model.grid(steps)
         self.nothing = model.embed([""])
         self.schemes = {}
         for key in keys:
             _check_fit(key, model)
             self.schemes[key.fingerprint] = TreeRing(key)
+        self._references: dict[str, np.ndarray] = {}
+        if calibration:
+            calibration.check(self.settings())
+            for scheme in self.schemes.values():
+                calibration.check_reach(scheme)
 
     def with_keys(self, keys: list[Key]) -> Detector:
         """The same detector, looking for other keys."""
-        return Detector(self.model, keys, inverter=self.inverter, steps=self.steps, alpha=self.alpha)
+        return self._like(keys, self.calibration)
+
+    def with_calibration(self, calibration: Calibration) -> Detector:
+        """The same detector, on the null of a calibration. Raises CalibrationError where it does not fit."""
+        return self._like(self.keys, calibration)
+
+    def _like(self, keys: list[Key], calibration: Calibration | None) -> Detector:
+        return Detector(
+            self.model, keys, inverter=self.inverter, steps=self.steps, alpha=self.alpha, calibration=calibration
+        )
 
     def settings(self) -> dict:
         """What a result depends on."""
@@ -140,8 +180,10 @@ class Detector:
             "max_steps": self.inverter.max_steps,
             "early": self.inverter.early,
             "gradient": self.inverter.gradient,
+            "lean": self.inverter.lean,
             "steps": self.steps,
             "alpha": self.alpha,
+            "calibration": self.calibration.fingerprint if self.calibration else None,
         }
 
     def invert_decoder(self, images: Tensor) -> Solution:
@@ -177,6 +219,8 @@ class Detector:
 
     def statistic(self, scheme: TreeRing, noise: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Score and p-value (B,) of recovered noise (B, C, h, w), uncorrected."""
+        if self.calibration:
+            return self.calibration.test(scheme, noise)
         features, key = scheme.features(noise)
         if scheme.pattern == "zeros":
             return power_test(features.numpy(), scheme.outside(noise).numpy())
@@ -186,16 +230,36 @@ class Detector:
         """The null variance of each feature: measured on the model's own images, or that of white noise."""
         return null_variance(self.model, scheme)
 
+    def reference_scores(self, key: str) -> np.ndarray:
+        """(n,): the scores of the calibration's unmarked images for the key of this fingerprint; computed once."""
+        if key not in self._references:
+            self._references[key] = self.calibration.reference_scores(self.schemes[key])
+        return self._references[key]
+
+    def _rank(self, key: str, scores: np.ndarray, p_values: np.ndarray) -> tuple[list[float | None], list[str]]:
+        """Conformal p-values (B,), uncorrected, and why nothing can be said where they contradict `p_values`, or ""."""
+        if not self.calibration:
+            return [None] * len(scores), [""] * len(scores)
+        n, conformal = self.calibration.n, conformal_p(scores, self.reference_scores(key))
+        contradicted = undecided(p_values, conformal, n, self.alpha / len(self.schemes))
+        said = [
+            f"{round(c * (n + 1)) - 1} of {n} unmarked images score as high, which an uncorrected p of {p:.2g} rules out"
+            for c, p in zip(conformal, p_values, strict=True)
+        ]
+        return conformal.tolist(), [why if no else "" for no, why in zip(contradicted, said, strict=True)]
+
     def _judge(self, name: str, scheme: TreeRing, samples: list[Sample], recovered: Recovered) -> list[Verdict]:
         noise = torch.nan_to_num(recovered.noise)
         scores, p_values = self.statistic(scheme, noise)
+        conformal, contradictions = self._rank(name, scores, p_values)
         published = [x.numpy() for x in scheme.masked(noise)]
         distances, published_p = published_distance(*published), published_p_value(*published)
         merits = _final_rms(recovered)
         verdicts = []
+        corrected = lambda p: None if p is None else min(1.0, float(p) * len(self.schemes))
         for i, sample in enumerate(samples):
-            p = min(1.0, float(p_values[i]) * len(self.schemes))
-            doubt = self.doubt(recovered.images[i], recovered.noise[i])
+            p = corrected(p_values[i])
+            doubt = self.doubt(recovered.images[i], recovered.noise[i]) or contradictions[i]
             verdicts.append(
                 Verdict(
                     sample.id,
@@ -209,6 +273,8 @@ class Detector:
                     recovered.solution.status[i].value,
                     recovered.seconds,
                     sample.label,
+                    corrected(conformal[i]),
+                    self.calibration.fingerprint if self.calibration else None,
                     (*sample.notes, *filter(None, [doubt])),
                 )
             )
@@ -241,6 +307,21 @@ def detector(
     """A detector by the name of its decoder inversion. Raises RingmarkError for an unknown one."""
     check_method(method)
     return Detector(model, keys, inverter=Inverter.named(method, max_steps), steps=steps, alpha=alpha)
+
+
+def with_built_in(plain: Detector, folder: Path) -> Detector:
+    """The detector with the calibration that its model's folder holds, if that fits its settings and keys; else as it is.
+
+    Raises CalibrationError for a damaged file.
+    """
+    path = folder / Calibration.FILE
+    if not path.is_file():
+        return plain
+    calibration = Calibration.load(path)
+    try:
+        return plain.with_calibration(calibration)
+    except CalibrationError:
+        return plain
 
 
 def _final_rms(recovered: Recovered) -> list[float | None]:

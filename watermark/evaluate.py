@@ -18,6 +18,8 @@ __all__ = [
     "bootstrap_interval",
     "confusion",
     "delong_variance",
+    "pointwise_band",
+    "rate",
     "roc",
     "split_operating_point",
     "tpr_at",
@@ -66,7 +68,7 @@ class OperatingPoint:
     @classmethod
     def of(cls, marked: np.ndarray, unmarked: np.ndarray, fpr_limit: float, threshold: float) -> OperatingPoint:
         """Count the scores that reach the threshold."""
-        rates = [_rate(int((scores >= threshold).sum()), len(scores)) for scores in (marked, unmarked)]
+        rates = [rate(int((scores >= threshold).sum()), len(scores)) for scores in (marked, unmarked)]
         return cls(fpr_limit, threshold, *rates[0], *rates[1], len(marked), len(unmarked))
 
 
@@ -107,6 +109,17 @@ def roc(
         len(marked),
         len(unmarked),
     )
+
+
+def pointwise_band(curve: Curve, *, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Clopper–Pearson's interval of each TPR of the curve, as (low, high): each is exact for a threshold fixed beforehand.
+
+    It says nothing of the FPR, nor of the whole curve at once.
+    """
+    hits, tail = np.rint(curve.tpr * curve.positives), (1 - level) / 2
+    misses = curve.positives - hits
+    low = np.where(hits > 0, stats.beta.ppf(tail, np.maximum(hits, 1), misses + 1), 0)
+    return low, np.where(misses > 0, stats.beta.isf(tail, hits + 1, np.maximum(misses, 1)), 1)
 
 
 def tpr_at(marked: np.ndarray, unmarked: np.ndarray, fpr: float) -> OperatingPoint:
@@ -158,7 +171,7 @@ def _threshold(unmarked: np.ndarray, allowed: int) -> float:
     return float(np.nextafter(np.sort(unmarked)[-1 - allowed], np.inf))
 
 
-def _rate(hits: int, n: int) -> tuple[float, tuple[float, float]]:
+def rate(hits: int, n: int) -> tuple[float, tuple[float, float]]:
     """hits / n and its exact interval."""
     interval = stats.binomtest(hits, n).proportion_ci(method="exact")
     return hits / n, (float(interval.low), float(interval.high))
@@ -194,7 +207,7 @@ def confusion(truth: np.ndarray, chosen: np.ndarray, n: int) -> Confusion:
     table = np.zeros((n, n), int)
     np.add.at(table, (truth, chosen), 1)
     right = int(np.trace(table))
-    return Confusion(table, right, len(truth), *_rate(right, len(truth)))
+    return Confusion(table, right, len(truth), *rate(right, len(truth)))
 
 
 def delong_variance(marked: np.ndarray, unmarked: np.ndarray) -> float:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from data.images import ImageError, Sample, read_sample, to_array
 from data.store import write_atomic
+from watermark.calibration import relevant
 from watermark.detect import Detector
 
 __all__ = ["RecoveredFiles", "cached", "recover_files"]
@@ -69,8 +70,7 @@ def _readable(paths: list[Path], size: tuple[int, int], refused: list[str]) -> I
 
 def _recover(detector: Detector, images: Tensor, cache: Path) -> dict:
     """`noise`, `seconds` and `doubts` of images (B, 3, H, W)."""
-    settings = detector.settings()
-    way_back = {k: v for k, v in settings.items() if k not in ("keys", "alpha")}
+    way_back = relevant(detector.settings())
     to_latents = {k: v for k, v in way_back.items() if k != "steps"}
     latents = cached(cache, [to_latents, images], partial(_timed, lambda: detector.invert_decoder(images).value))
     z = latents["value"]

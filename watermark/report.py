@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["explain", "key_figure", "plot_roc", "recovery_figure", "roc_figure", "save_figure", "table", "write_table"]
+__all__ = [
+    "explain",
+    "key_figure",
+    "markdown",
+    "plot_roc",
+    "recovery_figure",
+    "roc_figure",
+    "save_figure",
+    "table",
+    "write_table",
+]
 
 INK, MARK, GREY = "#1b3a5c", "#d1495b", "#9aa5b1"
 COLOURS = (INK, MARK, "#2a9d8f", "#e9a23b", GREY)
@@ -113,6 +123,11 @@ def table(curves: Sequence[Curve], seconds: Sequence[float] | None = None) -> st
             f"{c.positives} + {c.negatives}",
         ]
         rows.append(cells + ([f"{seconds[i]:.2f}"] if seconds else []))
+    return markdown(rows)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A Markdown table, columns aligned; the first row is its head."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
@@ -167,7 +182,7 @@ def _circle(radius: float):
 
 
 def _plot_null(ax: Axes, detector: Detector, verdict: Verdict) -> None:
-    """The score's density on unmarked images and where this image stands; for *zeros* the p-value alone."""
+    """The score's density on unmarked images, those of a calibration, and where this image stands; for *zeros* p alone."""
     from scipy import stats
 
     scheme = detector.schemes[verdict.key]
@@ -189,6 +204,9 @@ def _plot_null(ax: Axes, detector: Detector, verdict: Verdict) -> None:
     # c = t / √(ν + t²), so the density of c is that of t times dt/dc.
     t = c * np.sqrt(nu / (1 - c**2))
     ax.fill_between(c, stats.t.pdf(t, nu) * np.sqrt(nu) * (1 - c**2) ** -1.5, color=GREY, alpha=0.5, label="unmarked")
+    if detector.calibration:
+        scores = detector.reference_scores(verdict.key)
+        ax.hist(scores, "auto", density=True, histtype="step", color=INK, label=f"{len(scores)} unmarked images")
     limit = stats.t.isf(detector.alpha / len(detector.schemes), nu)
     ax.axvline(limit / np.sqrt(nu + limit**2), color=INK, lw=1, ls="--", label=f"p = {detector.alpha:g}")
     ax.axvline(verdict.score, color=MARK, lw=2, label="this image")

@@ -1,10 +1,8 @@
-"""Runs over folders: draw images into one, audit one, compare methods on two. Each goes on where it was stopped."""
+"""Runs over folders: draw images into one, audit one, curves of audits. Each goes on where it was stopped."""
 
 from __future__ import annotations
 
-import json
 import os
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,6 @@ from tqdm import tqdm
 from data.images import (
     ImageError,
     Sample,
-    check_folder,
     from_array,
     list_images,
     read_labels,
@@ -25,24 +22,24 @@ from data.images import (
     stamp_of,
 )
 from data.scenes import scene
-from data.store import Store, StoreError, read_records, write_atomic
+from data.store import Store, StoreError, read_records
 from inversion.model import LatentModel
-from watermark.detect import Detector, Judged, check_method, detector
+from watermark.detect import Detector, Judged
 from watermark.errors import EvaluationError
 from watermark.evaluate import Curve, roc
 from watermark.generate import generate
 from watermark.keys import Key
-from watermark.report import roc_figure, save_figure, table, write_table
-from watermark.schemes.tree_ring import TreeRing, make_key, recommend
+from watermark.report import write_table
+from watermark.schemes.tree_ring import TreeRing
 
+DRAWN = "drawn.jsonl"  # in a folder of drawn images: of what model, with what key, and each one's seed and prompt
 UNSEEN_SCENES = 2_000_000  # seeds that scripts/train_pocket.py neither trains on nor tests with
 
 __all__ = [
+    "DRAWN",
     "Audit",
-    "Comparison",
     "Labelled",
     "audit",
-    "compare",
     "curves",
     "curves_of_files",
     "draw",
@@ -76,7 +73,7 @@ def draw(
     settings = {"model": model.identity, "key": key.fingerprint if key else None, "steps": steps, "guidance": guidance}
     seeds = [first_seed + i for i in range(len(prompts))]
     names = {seed: f"{seed:07d}.png" for seed in seeds}
-    with Store(folder / "drawn.jsonl", settings) as store:
+    with Store(folder / DRAWN, settings) as store:
         _same_prompts(store.path, {names[seed]: prompt for seed, prompt in zip(seeds, prompts, strict=True)})
         missing = [
             i for i, seed in enumerate(seeds) if names[seed] not in store.done or not (folder / names[seed]).exists()
@@ -114,7 +111,7 @@ def _same_prompts(path: Path, wanted: dict[str, str]) -> None:
 
 
 def _write_labels(folder: Path) -> None:
-    _, records = read_records(folder / "drawn.jsonl")
+    _, records = read_records(folder / DRAWN)
     rows = [
         {"path": r["sample_id"], "label": int(r["label"]), "prompt": r["prompt"], "seed": r["seed"]} for r in records
     ]
@@ -262,97 +259,3 @@ def _records_of(results: list[Path]) -> list[dict]:
                 )
             records.append(record)
     return records
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A plan: decoder inversions compared on the same marked and unmarked images, drawn here unless folders are given.
-
-    Marked and unmarked images have different prompts and seeds. Raises what can be said against it before a model is
-    loaded: EvaluationError, RingmarkError, ImageError or KeyFileError.
-    """
-
-    output: Path
-    key: Path | None
-    marked: Path | None
-    unmarked: Path | None
-    number: int
-    methods: tuple[str, ...]
-    seed: int
-    guidance: float
-    max_steps: int | None
-    steps: int
-    batch: int
-
-    def __post_init__(self) -> None:
-        if self.marked and not self.key:
-            raise EvaluationError("--marked needs --key, the key that these images carry")
-        for method in self.methods:
-            check_method(method)
-        for folder in filter(None, (self.marked, self.unmarked)):
-            check_folder(folder)
-        if self.key:
-            Key.load(self.key)
-
-    def settings(self, model: LatentModel, key: Key) -> dict:
-        """What the images depend on."""
-        folders = {
-            name: folder and os.path.relpath(folder, self.output)
-            for name, folder in (("marked", self.marked), ("unmarked", self.unmarked))
-        }
-        names = ("number", "seed", "guidance", "steps")
-        return {"model": model.identity, "key": key.fingerprint, **folders, **{n: getattr(self, n) for n in names}}
-
-
-def compare(model: LatentModel, plan: Comparison) -> list[tuple[Curve, float]]:
-    """Curves and median seconds an image of each method; everything is kept in plan.output, where it goes on if stopped.
-
-    Raises StoreError if plan.output was begun with another plan.
-    """
-    key = _key_of(model, plan)
-    detectors = {name: detector(model, [key], name, plan.max_steps, plan.steps) for name in plan.methods}
-    Store(plan.output / "plan.jsonl", plan.settings(model, key)).close()  # refuses another plan's images and records
-    truth, found = {True: plan.marked, False: plan.unmarked}, []
-    for label, offset in ((True, 0), (False, plan.number)):
-        if truth[label] is None:
-            truth[label] = plan.output / ("marked" if label else "unmarked")
-            first = plan.seed + offset
-            draw(
-                model,
-                truth[label],
-                prompts_for([], plan.number, first),
-                first,
-                key=key if label else None,
-                steps=plan.steps,
-                guidance=plan.guidance,
-                batch=plan.batch,
-            )
-    for name, looking in detectors.items():
-        records = []
-        for label, folder in truth.items():
-            results = plan.output / f"{name}-{'marked' if label else 'unmarked'}.jsonl"
-            audit(looking, folder, results, batch=plan.batch)
-            records += [
-                r | {"sample_id": f"{label}/{r['sample_id']}", "label": label} for r in read_records(results)[1]
-            ]
-        seconds = statistics.median(r["seconds"] for r in records if "seconds" in r)
-        labels = {r["sample_id"]: r["label"] for r in records}
-        found += [(curve, seconds) for curve in curves(records, labels, name=name)]
-    _write_comparison(plan.output, found)
-    return found
-
-
-def _key_of(model: LatentModel, plan: Comparison) -> Key:
-    path = plan.key or plan.output / "evaluation.key"
-    if not plan.key and not path.exists():
-        make_key(model.latent_shape, recommend(model.recovery, model.latent_shape), model=model.identity).save(path)
-    return Key.load(path)
-
-
-def _write_comparison(folder: Path, found: list[tuple[Curve, float]]) -> None:
-    rows = [c.summary() | {"seconds": round(s, 4)} for c, s in found]
-    write_atomic(folder / "evaluation.json", json.dumps(rows, indent=1))
-    write_table(folder / "evaluation.csv", rows)
-    write_atomic(folder / "evaluation.md", table([c for c, _ in found], [s for _, s in found]) + "\n")
-    for suffix in ("png", "svg"):
-        save_figure(roc_figure([c for c, _ in found]), folder / f"roc.{suffix}")

@@ -19,6 +19,7 @@ __all__ = [
     "power_test",
     "published_distance",
     "published_p_value",
+    "undecided",
     "whiten",
 ]
 
@@ -101,6 +102,16 @@ def needed_references(alpha: float) -> int:
         raise ValueError(f"alpha {alpha}: must be above 0 and at most 1")
     n = math.ceil(1 / alpha) - 1
     return n if 1 / (n + 1) <= alpha else n + 1  # 1 / alpha was rounded down
+
+
+def undecided(p: np.ndarray, conformal: np.ndarray, n: int, alpha: float) -> np.ndarray:
+    """Whether p-values and the conformal ones of the same scores, from n references, contradict each other about alpha.
+
+    They do where they cannot both be right (see `agreement`) and lie on two sides of alpha. As n references resolve
+    nothing below 1/(n + 1), a score above all of them counts as one that may reach any alpha.
+    """
+    reached = np.asarray(conformal) <= max(alpha, 1 / (n + 1))
+    return ~agreement(p, conformal, n) & (reached != (np.asarray(p) <= alpha))
 
 
 def power_test(inside: np.ndarray, outside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,53 @@
+"""Which sky and ground a picture shows, said by trees that have seen rendered scenes only, and which a prompt asks for."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from data.scenes import GROUNDS, SIZE, SKIES, scene
+
+if TYPE_CHECKING:
+    from sklearn.ensemble import ExtraTreesClassifier
+
+__all__ = ["ATTRIBUTES", "CELLS", "asked", "features", "train_classifiers"]
+
+ATTRIBUTES = ("sky", "ground")
+CELLS = 8
+FIRST = 3_000_000  # scenes for the classifier alone: no model was trained on them
+
+
+def asked(prompt: str) -> dict[str, str] | None:
+    """The sky and the ground of a caption of `data.scenes`; None for another prompt."""
+    words = rf"(?P<ground>{'|'.join(GROUNDS)}) (?:at|in) (?:a )?(?P<sky>{'|'.join(SKIES)})(?: with .*|,.*|)"
+    found = re.fullmatch(words, prompt)
+    return found and found.groupdict()
+
+
+def features(pixels: np.ndarray) -> np.ndarray:
+    """Simple colour and texture features of a uint8 picture (H, W, 3): per cell of a grid, means, deviations, gradients."""
+    x = pixels.astype(np.float32) / 255
+    grey = x.mean(-1)
+    gradients = np.stack([np.abs(np.diff(grey, axis=a, append=grey.take([-1], a))) for a in (0, 1)], -1)
+    side = len(x) // CELLS
+    cells = np.concatenate([x, gradients], -1).reshape(CELLS, side, CELLS, side, 5)
+    return np.concatenate([cells.mean((1, 3)).ravel(), cells[..., :3].std((1, 3)).ravel()])
+
+
+def train_classifiers(
+    n_train: int, n_test: int, size: int = SIZE
+) -> tuple[dict[str, ExtraTreesClassifier], dict[str, float]]:
+    """One classifier an attribute, for pictures of `size`, and their accuracies on rendered scenes they have not seen."""
+    from sklearn.ensemble import ExtraTreesClassifier
+
+    scenes = [scene(FIRST + i, size) for i in tqdm(range(n_train + n_test), "scenes", disable=None)]
+    x = np.stack([features(s.pixels) for s in scenes])
+    trees, accuracy = {}, {}
+    for name in ATTRIBUTES:
+        y = np.array([getattr(s.attributes, name) for s in scenes])
+        trees[name] = ExtraTreesClassifier(400, random_state=0, n_jobs=-1).fit(x[:n_train], y[:n_train])
+        accuracy[name] = float(trees[name].score(x[n_train:], y[n_train:]))
+    return trees, accuracy

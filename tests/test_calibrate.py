@@ -1,0 +1,238 @@
+"""Folders become a calibration, a stopped run goes on, and keygen, verify and audit go by it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from test_detect import MODEL, Identity, key
+
+from data.images import find_images, read_sample, to_array
+from inversion.decoder import Inverter
+from inversion.diagnostics import NoiseRecovery, rings
+from watermark import cli
+from watermark.calibrate import KNOWN, Unmarked, calibrate, placement
+from watermark.calibration import LEAST, Calibration
+from watermark.detect import Detector
+from watermark.errors import CalibrationError
+from watermark.generate import initial_noise
+from watermark.keys import Key
+from watermark.runs import draw
+
+WAY = ["--method", "encoder", "--steps", "2"]
+
+
+def looking(keys=(), **changes) -> Detector:
+    return Detector(MODEL, list(keys), **{"inverter": Inverter.named("encoder"), "steps": 2} | changes)
+
+
+def drawn(folder: Path, number: int, first_seed: int = 0, model=MODEL, marked: Key | None = None) -> Path:
+    draw(model, folder, [""] * number, first_seed, key=marked, steps=2, guidance=1.0)
+    return folder
+
+
+def photographs(folder: Path, number: int, seed: int = 0) -> Path:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for i in range(number):
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{i:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory) -> Path:
+    """Forty drawn images, five given ones, and a calibration of both."""
+    house = tmp_path_factory.mktemp("house")
+    folders = [drawn(house / "drawn", 40), photographs(house / "given", 5)]
+    calibrate(looking(), Unmarked.of(folders), house / "my.cal")
+    return house
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """A command on the model whose maps are the identity; stdout, or stderr where it fails with exit code 2."""
+    monkeypatch.setattr(cli, "load_model", lambda *_: MODEL)
+
+    def run(*args, code: int = 0) -> str:
+        done = CliRunner().invoke(cli.main, [str(a) for a in args])
+        assert done.exit_code == code, (done.output, done.stderr)
+        return done.stderr.removeprefix("Error: ").strip() if code == 2 else done.stdout
+
+    return run
+
+
+# --- making one
+
+
+def test_folders_become_a_calibration(house):
+    made = Calibration.load(house / "my.cal")
+    assert (made.n, made.sources, made.latent_shape) == (45, {"drawn": 40, "given": 5}, MODEL.latent_shape)
+    made.check(looking().settings())
+    assert not (house / "my.cal.cache").exists()
+    images = [to_array(read_sample(p, MODEL.image_size).image) for p in find_images(house / "drawn")]
+    noise = looking().recover(torch.from_numpy(np.stack(images))).noise
+    expected = NoiseRecovery.measure(noise, initial_noise(list(range(40)), MODEL.latent_shape))
+    torch.testing.assert_close(made.recovery.attenuation, expected.attenuation)
+    torch.testing.assert_close(made.recovery.variance, expected.variance)
+
+
+def test_what_cannot_be_used_is_left_out_and_said(tmp_path):
+    folder = photographs(tmp_path / "given", LEAST)
+    Image.new("RGB", (32, 32), "red").save(folder / "flat.png")
+    (folder / "broken.png").write_bytes(b"broken")
+    found = calibrate(looking(), Unmarked.of([folder, folder]), tmp_path / "my.cal")
+    assert found.calibration.n == LEAST and found.calibration.sources == {"given": LEAST}
+    assert [error.split(": ")[0] for error in found.errors] == [str(folder / n) for n in ("broken.png", "flat.png")]
+    assert "flat colour" in found.errors[1] and "2 left out" in found.sentence()
+    assert found.recommended is None and f"{KNOWN} are needed" in found.sentence()
+
+
+def test_only_enough_images_of_this_very_model_tell_how_well_noise_comes_back(tmp_path):
+    class Other(Identity):
+        identity = MODEL.identity | {"fingerprint": "1"}
+
+    folders = [drawn(tmp_path / "few", KNOWN - 1), drawn(tmp_path / "others", 9, 1000, Other())]
+    found = calibrate(looking(), Unmarked.of(folders), tmp_path / "my.cal")
+    assert found.calibration.recovery is None and found.calibration.sources == {"drawn": KNOWN - 1, "given": 9}
+    one_more = drawn(tmp_path / "one more", 1, 500)
+    found = calibrate(looking(), Unmarked.of([*folders, one_more]), tmp_path / "my.cal")
+    assert found.calibration.recovery is not None and "recommended mark: channels" in found.sentence()
+
+
+def test_a_stopped_run_goes_on(tmp_path):
+    class Stopping(Detector):
+        calls, last = 0, 3
+
+        def invert_decoder(self, images):
+            self.calls += 1
+            if self.calls > self.last:
+                raise KeyboardInterrupt
+            return super().invert_decoder(images)
+
+    images = Unmarked.of([photographs(tmp_path / "given", 20)])
+    make = lambda: Stopping(MODEL, [], inverter=Inverter.named("encoder"), steps=2)
+    whole = calibrate(looking(), images, tmp_path / "whole.cal", batch=4).calibration
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(make(), images, tmp_path / "my.cal", batch=4)
+    cache = tmp_path / "my.cal.cache"
+    assert len(list(cache.iterdir())) == 6 and not (tmp_path / "my.cal").exists()
+    (cache / "mine.txt").touch()
+    again = make()
+    assert calibrate(again, images, tmp_path / "my.cal", batch=4).calibration.fingerprint == whole.fingerprint
+    assert again.calls == 2 and [p.name for p in cache.iterdir()] == ["mine.txt"]  # nothing but its own is removed
+
+
+# --- what is refused, in one line
+
+
+def test_refusals_name_the_thing_and_the_remedy_before_a_model_is_loaded(house, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    to = ["-o", tmp_path / "new.cal"]
+    (tmp_path / "empty").mkdir()
+    marked = drawn(tmp_path / "images" / "marked", 2, marked=key(1))
+    for args, said in [
+        ([tmp_path / "none", *to], f"{tmp_path / 'none'}: there is no such folder; "),
+        ([tmp_path / "empty", *to], f"{tmp_path / 'empty'}: holds no images; "),
+        ([house / "given", *to], f"5 unmarked images: a calibration needs at least {LEAST}; add images"),
+        ([house, tmp_path / "images", *to], f"{marked}: its images were drawn with key {key(1).fingerprint[:8]}; "),
+        ([house, drawn(tmp_path / "again", 1, 3), *to], f"{tmp_path / 'again/0000003.png'}: drawn from the noise of"),
+        ([house, "-o", house / "my.cal"], f"{house / 'my.cal'}: exists already; "),
+        ([house, "-o", house, "--force"], f"{house}: is a folder; "),
+    ]:
+        message = run("calibrate", *args, code=2)
+        assert message.startswith(said) and "\n" not in message
+
+
+def test_images_without_texture_are_refused(run, tmp_path):
+    (tmp_path / "flat").mkdir()
+    for i in range(LEAST):
+        Image.new("RGB", (1, 1), (i, 0, 0)).save(tmp_path / "flat" / f"{i:02d}.png")
+    message = run("calibrate", tmp_path / "flat", "-o", tmp_path / "my.cal", *WAY, code=2)
+    assert message.startswith("0 unmarked images: ") and "00.png: the image is one flat colour" in message
+    for i in range(LEAST):
+        Image.fromarray(np.arange(i, i + 4, dtype=np.uint8).reshape(2, 2) * 9).save(tmp_path / "flat" / f"{i:02d}.png")
+    message = run("calibrate", tmp_path / "flat", "-o", tmp_path / "my.cal", *WAY, code=2)
+    assert message.startswith(f"{LEAST} unmarked images: ") and message.endswith("use images with some texture")
+
+
+# --- keygen
+
+
+def well_recovered(channel: int, low: int, high: int) -> NoiseRecovery:
+    good = torch.zeros(3, int(rings(32, 32).max()) + 1, dtype=torch.float64)
+    good[channel, low : high + 1] = 1
+    return NoiseRecovery(good, torch.ones_like(good))
+
+
+def test_a_key_goes_where_the_calibration_says(house, run, tmp_path):
+    made = replace(Calibration.load(house / "my.cal"), recovery=well_recovered(1, 3, 8))
+    made.save(tmp_path / "my.cal")
+    args = ["keygen", "-o", tmp_path / "my.key", "--json", "--force", "--calibration"]
+    found = json.loads(run(*args, tmp_path / "my.cal"))
+    assert (found["channels"], found["radii"]) == ([1], [3, 8])
+    assert json.loads(run(*args, tmp_path / "my.cal", "--channels", "0"))["channels"] == [0]
+    assert placement(MODEL, None).channels == (0, 1, 2)  # nothing is known of this model
+    replace(made, recovery=None).save(tmp_path / "my.cal")
+    assert run(*args, tmp_path / "my.cal", code=2).startswith(f"{tmp_path / 'my.cal'}: does not tell where")
+    replace(made, settings=made.settings | {"model": {"name": "other"}}).save(tmp_path / "my.cal")
+    assert f"{tmp_path / 'my.cal'}: made for model 'other'" in run(*args, tmp_path / "my.cal", code=2)
+    assert "no such calibration" in run(*args, tmp_path / "none", code=2)
+
+
+# --- verify and audit
+
+
+@pytest.fixture
+def pictures(tmp_path) -> list:
+    """A marked and an unmarked picture, and the key."""
+    mine = key(1, "rand")
+    mine.save(tmp_path / "my.key")
+    drawn(tmp_path / "pictures" / "marked", 1, 900, marked=mine)
+    drawn(tmp_path / "pictures" / "unmarked", 1, 901)
+    return [*find_images(tmp_path / "pictures"), "--key", tmp_path / "my.key", *WAY]
+
+
+def test_verify_and_audit_go_by_a_calibration(house, run, pictures, tmp_path):
+    calibration = ["--calibration", house / "my.cal"]
+    made = Calibration.load(house / "my.cal")
+    records = json.loads(run("verify", *pictures, *calibration, "--json", code=1))
+    assert [r["present"] for r in records] == [True, False]
+    assert {r["calibration"] for r in records} == {made.fingerprint}
+    assert records[0]["conformal_p"] == pytest.approx(1 / 46) and 1 / 46 < records[1]["conformal_p"] <= 1
+    assert {r["calibration"] for r in json.loads(run("verify", *pictures, "--json", code=1))} == {None}
+    audit = ["audit", tmp_path / "pictures", *pictures[2:], "-o", tmp_path / "results.jsonl"]
+    assert "1 carry a key, 1 do not" in run(*audit, *calibration)
+    assert "calibration was" in run(*audit, code=2)
+    run("verify", pictures[0], *pictures[2:], *calibration, "--explain", tmp_path / "why.png")
+
+
+def test_a_calibration_of_another_way_is_refused(house, run, pictures, tmp_path):
+    message = run("verify", *pictures, "--calibration", house / "my.cal", "--steps", 3, code=2)
+    assert message.startswith(f"{house / 'my.cal'}: made with steps 2, here 3; use those") and "\n" not in message
+    (tmp_path / "damaged").write_bytes((house / "my.cal").read_bytes()[:-1])
+    assert "damaged" in run("verify", *pictures, "--calibration", tmp_path / "damaged", code=2)
+
+
+def test_the_models_own_calibration_is_used_where_it_fits(house, run, pictures, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").touch()
+    shutil.copy(house / "my.cal", tmp_path / "model" / Calibration.FILE)
+    args = ["verify", pictures[0], *pictures[2:], "--json", "--model", tmp_path / "model"]
+    used = lambda *more: json.loads(run(*args, *more))[0]["calibration"]
+    assert used() == Calibration.load(house / "my.cal").fingerprint
+    assert used("--steps", 3) is None
+    (tmp_path / "model" / Calibration.FILE).write_bytes(b"damaged")
+    assert "not a ringmark calibration, or damaged" in run(*args, code=2)
+
+
+def test_a_key_beyond_the_calibration_is_refused_by_name(house):
+    made = Calibration.load(house / "my.cal")
+    with pytest.raises(CalibrationError, match=rf"^{house / 'my.cal'}: holds rings up to 10, .* of radii 2-8 "):
+        looking([key(1, "zeros")], calibration=made)  # compares with what is outside

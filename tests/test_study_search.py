@@ -1,0 +1,41 @@
+"""The study's small setting, end to end; a stopped run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+
+@pytest.fixture(scope="module")
+def script(scripts):
+    return scripts("study_search")
+
+
+SMALL = ("-n", "2", "--steps", "2", "--dear", "1", "--angle-step", "15", "--attack", "rotation:75")
+
+
+def test_small_setting(script, tmp_path):
+    run = lambda: CliRunner().invoke(script.main, ["-o", str(tmp_path), *SMALL], catch_exceptions=False)
+    assert run().exit_code == 0
+    found = json.loads((tmp_path / "study_search.json").read_text())
+    rows = {(r["attack"], r["way"]): r for r in found["rows"]}
+    assert set(rows) == {("rotation:75", way) for way in script.WAYS}
+    for (_, way), r in rows.items():
+        assert (r["marked"], r["unmarked"]) == (1, 1) and r["false"] == 0
+        assert r["inversions"] == (2 if way == "search" else 1) and r["seconds"] > 0
+        assert 0 <= r["AUC low"] <= r["AUC"] <= r["AUC high"] <= 1
+    turned = rows["rotation:75", "search"]
+    assert turned["mean score marked"] > rows["rotation:75", "without"]["mean score marked"] + 0.15
+    assert turned["mean score marked"] > turned["mean score unmarked"] + 0.05
+    assert found["grid"] == 24 * 10 and found["tests"] > 64 * 64
+    assert all((tmp_path / f"study_search.{kind}").stat().st_size for kind in ("csv", "png", "svg"))
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    assert run().exit_code == 0
+    assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+
+
+def test_pictures_of_others_carry_no_mark(script, tmp_path):
+    done = CliRunner().invoke(script.main, ["-o", str(tmp_path), "--images", str(tmp_path)])
+    assert done.exit_code == 2 and "--images" in done.output

@@ -1,0 +1,191 @@
+"""From folders of unmarked images to a calibration, and from a calibration to where a new mark is best put."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from data.images import list_images
+from data.store import one_line, read_records
+from inversion.diagnostics import NoiseRecovery
+from inversion.model import LatentModel
+from watermark.calibration import Calibration, check_number
+from watermark.detect import Detector
+from watermark.errors import CalibrationError
+from watermark.generate import initial_noise
+from watermark.recovery import recover_files
+from watermark.runs import DRAWN
+from watermark.schemes.tree_ring import Placement, recommend
+
+__all__ = ["KNOWN", "Calibrated", "Unmarked", "calibrate", "placement", "refuse_existing"]
+
+KNOWN = 32  # images of known noise: fewer do not say well where it comes back, above all on rings of few bins
+
+
+@dataclass(frozen=True)
+class Unmarked:
+    """Images without a mark, as far as their folders tell.
+
+    `paths` names each once; `drawn` of those that `ringmark generate` drew the model's identity and the seed of their
+    noise; `errors` says which folders could not be listed.
+    """
+
+    paths: list[Path]
+    drawn: dict[Path, tuple[dict, int]]
+    errors: list[str]
+
+    @classmethod
+    def of(cls, folders: Iterable[Path]) -> Unmarked:
+        """All images of these folders, recursively.
+
+        Raises ImageError for a folder without images, StoreError for a damaged record of what was drawn, and
+        CalibrationError for images drawn with a key, for two drawn from one noise and for too few.
+        """
+        found = [list_images(folder) for folder in folders]
+        paths = list({os.path.realpath(path): path for listing in found for path in listing.images}.values())
+        records = {folder: _drawn(folder) for folder in {path.parent: None for path in paths}}
+        drawn = {path: made for path in paths if (made := records[path.parent].get(path.name))}
+        _refuse_repeated(drawn)
+        check_number(len(paths))
+        return cls(paths, drawn, [str(error) for listing in found for error in listing.unlisted])
+
+
+def _drawn(folder: Path) -> dict[str, tuple[dict, int]]:
+    """Model and seed of each image that `ringmark generate` drew into a folder. Raises CalibrationError for marked ones."""
+    path = folder / DRAWN
+    if not path.is_file():
+        return {}
+    settings, records = read_records(path)
+    if key := settings.get("key"):
+        raise CalibrationError(
+            f"{one_line(folder)}: its images were drawn with key {str(key)[:8]}; leave it out, a calibration is of unmarked images: ringmark generate --no-mark"
+        )
+    return {r["sample_id"]: (settings.get("model"), r["seed"]) for r in records if isinstance(r.get("seed"), int)}
+
+
+def _refuse_repeated(drawn: dict[Path, tuple[dict, int]]) -> None:
+    """One noise under two prompts is not two independent images."""
+    first = {}
+    for path, (model, seed) in drawn.items():
+        other = first.setdefault((repr(model), seed), path)
+        if other != path:
+            raise CalibrationError(
+                f"{one_line(path)}: drawn from the noise of seed {seed}, as {one_line(other)} was; leave one of the two out, or draw it with another --seed"
+            )
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A calibration and where it was written, how many of its images have `known` noise, and `errors` for those left out."""
+
+    calibration: Calibration
+    output: Path
+    known: int
+    errors: list[str]
+
+    @property
+    def recommended(self) -> Placement | None:
+        """Where a mark is best put; None where it was not measured."""
+        recovery = self.calibration.recovery
+        return recommend(recovery, self.calibration.latent_shape) if recovery else None
+
+    def record(self) -> dict:
+        """As plain values."""
+        made, best = self.calibration, self.recommended
+        return {
+            "path": str(self.output),
+            "fingerprint": made.fingerprint,
+            "images": made.n,
+            "sources": made.sources,
+            "reach": made.reach,
+            "recommended": best and {"channels": list(best.channels), "radii": list(best.radii)},
+            "errors": self.errors,
+        }
+
+    def sentence(self) -> str:
+        """In words."""
+        made, best = self.calibration, self.recommended
+        kinds = ", ".join(f"{count} {kind}" for kind, count in made.sources.items())
+        told = f"calibration {made.fingerprint} written to {self.output}: {made.n} unmarked images ({kinds}), {len(self.errors)} left out. It holds rough copies of them: keep it as private as those."
+        if best:
+            return f"{told}\nrecommended mark: channels {list(best.channels)}, radii {best.radii[0]}-{best.radii[1]}; keygen --calibration follows it"
+        return f"{told}\nno recommended mark, and nothing to plot: {self.known} images were drawn by this model from known noise, {KNOWN} are needed"
+
+
+def refuse_existing(path: Path, *, force: bool) -> None:
+    """Raises CalibrationError where there is something of this name: a folder, or without `force` a file."""
+    if path.is_dir():
+        raise CalibrationError(f"{one_line(path)}: is a folder; name a file in it")
+    if os.path.lexists(path) and not force:
+        raise CalibrationError(f"{one_line(path)}: exists already; choose another name, or --force to replace it")
+
+
+def calibrate(detector: Detector, images: Unmarked, output: Path, *, batch: int = 8) -> Calibrated:
+    """Measure the null of what `detector` recovers from unmarked images and write it to `output`.
+
+    What is recovered is kept in the folder `output`.cache until all is done, so that a stopped run goes on. Images
+    drawn by this very model are of kind drawn, and where at least KNOWN of them are used, their noise tells where marks
+    come back best; all others are of kind given. Raises CalibrationError.
+    """
+    cache = output.with_name(f"{output.name}.cache")
+    found = recover_files(detector, images.paths, cache, batch=batch, name="calibrate")
+    flat = [f"{one_line(found.samples[i].id)}: {doubt}, so it is left out" for i, doubt in found.doubts.items()]
+    errors = images.errors + found.refused + flat
+    kept = [i for i in range(len(found.samples)) if i not in found.doubts]
+    seeds = _seeds(detector.model, images, [Path(found.samples[i].id) for i in kept])
+    sources = {kind: count for kind, count in (("drawn", len(seeds)), ("given", len(kept) - len(seeds))) if count}
+    noise = found.noise[kept]
+    try:
+        recovery = _recovery(noise, seeds)
+        calibration = Calibration.measure(noise, detector.settings(), sources, recovery=recovery)
+    except CalibrationError as error:
+        left_out = f" ({len(errors)} were left out, the first: {errors[0]})" if errors else ""
+        raise CalibrationError(f"{error}{left_out}") from None
+    calibration.save(output)
+    _remove(cache)
+    return Calibrated(calibration, output, len(seeds), errors)
+
+
+def _seeds(model: LatentModel, images: Unmarked, paths: list[Path]) -> dict[int, int]:
+    """By place in `paths`: the seed of the noise from which this very model drew the image."""
+    made = {i: images.drawn[path] for i, path in enumerate(paths) if path in images.drawn}
+    return {i: seed for i, (identity, seed) in made.items() if identity == model.identity}
+
+
+def _recovery(noise: Tensor, seeds: dict[int, int]) -> NoiseRecovery | None:
+    """How well noise (n, C, h, w) comes back, from images of known seeds; None for fewer than KNOWN."""
+    if len(seeds) < KNOWN:
+        return None
+    return NoiseRecovery.measure(noise[list(seeds)], initial_noise(list(seeds.values()), noise.shape[1:]))
+
+
+def _remove(cache: Path) -> None:
+    """What `recover_files` left there, and no file of another name."""
+    for path in cache.glob("[0-9a-f]" * 24 + ".safetensors"):
+        path.unlink(missing_ok=True)
+    with suppress(OSError):
+        cache.rmdir()
+
+
+def placement(model: LatentModel, calibration: Calibration | None) -> Placement:
+    """Where a new mark is best put, by the calibration or else by what is known of the model.
+
+    Raises CalibrationError for a calibration of another model and for one that does not tell.
+    """
+    if calibration is None:
+        return recommend(model.recovery, model.latent_shape)
+    made_for = calibration.settings.get("model", {})
+    if made_for != model.identity:
+        raise CalibrationError(
+            f"{calibration.name}: made for model {made_for.get('name')!r} ({made_for.get('fingerprint')}), not {model.name!r} ({model.identity['fingerprint']}); use that model, or calibrate this one"
+        )
+    if calibration.recovery is None:
+        raise CalibrationError(
+            f"{calibration.name}: does not tell where marks come back best; calibrate with at least {KNOWN} images that ringmark generate --no-mark drew, or give --channels and --radii alone"
+        )
+    return recommend(calibration.recovery, model.latent_shape)
