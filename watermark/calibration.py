@@ -39,7 +39,12 @@ KERNEL = (1.0, 0.5, 0.25)  # what a ring, its neighbours and theirs count for
 BORROWED = 1000  # real numbers, a relative error of √(2/1000) = 4.5 % of a variance: no neighbour lends more
 LEAST = needed_references(0.05)
 MAX_BYTES, MAX_LATENT = 1 << 30, 1 << 22
-IRRELEVANT = ("keys", "alpha", "calibration")  # of Detector.settings(): they do not change the recovered noise
+IRRELEVANT = (
+    "keys",
+    "alpha",
+    "calibration",
+    "search",
+)  # of Detector.settings(): they do not change the recovered noise
 RECOVERY = ("attenuation", "variance")  # tensors of the file where recoverability was measured, neither where not
 RECALIBRATE = "make it with: ringmark calibrate"
 

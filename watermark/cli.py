@@ -155,6 +155,11 @@ calibration_option = click.option(
     type=PATH,
     help="p-values and a check of them from what ringmark calibrate wrote.  [default: the model's own, if it has one for these settings]",
 )
+search_option = click.option(
+    "--search",
+    is_flag=True,
+    help="Look for the keys also as if the picture had been turned, enlarged, cropped or moved; for each image in which none is found that takes several times as long.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 force_option = click.option("--force", is_flag=True, help="Replace what is there.")
 seed_option = click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the first image's noise.")
@@ -187,17 +192,20 @@ def load_detector(
     steps: int,
     alpha: float,
     calibration: Path | None,
+    search: bool,
 ):
     """A detector for these keys, on this calibration or the model's own; a bad file does not cost the loading of the model."""
     from inversion.model import resolve
     from watermark.calibration import Calibration
     from watermark.detect import detector, with_built_in
     from watermark.keys import load_ring
+    from watermark.searching import SearchingDetector
 
     keys = list(load_ring(key_paths).values())
     given = Calibration.load(calibration) if calibration else None
     plain = detector(load_model(*model), keys, method, max_steps, steps, alpha)
-    return plain.with_calibration(given) if given else with_built_in(plain, Path(resolve(model[0])))
+    made = plain.with_calibration(given) if given else with_built_in(plain, Path(resolve(model[0])))
+    return SearchingDetector(made) if search else made
 
 
 def say(result: dict | list, text: str, as_json: bool) -> None:
@@ -485,6 +493,7 @@ def calibrate(folders, output, plot, method, max_steps, steps, batch, force, sou
 @inversion_options
 @batch_option
 @calibration_option
+@search_option
 @click.option(
     "--explain",
     type=FIGURE,
@@ -494,7 +503,21 @@ def calibrate(folders, output, plot, method, max_steps, steps, batch, force, sou
 @json_option
 @click.pass_context
 def verify(
-    ctx, images, key_paths, alpha, method, max_steps, steps, batch, calibration, explain, source, device, dtype, as_json
+    ctx,
+    images,
+    key_paths,
+    alpha,
+    method,
+    max_steps,
+    steps,
+    batch,
+    calibration,
+    search,
+    explain,
+    source,
+    device,
+    dtype,
+    as_json,
 ) -> None:
     """Say of each image whether it carries a key.
 
@@ -506,7 +529,7 @@ def verify(
     """
     from watermark.single import verify_files
 
-    detector = load_detector((source, device, dtype), key_paths, method, max_steps, steps, alpha, calibration)
+    detector = load_detector((source, device, dtype), key_paths, method, max_steps, steps, alpha, calibration, search)
     outcome = verify_files(detector, list(images), batch=batch, explain_to=explain)
     for line in outcome:
         if not as_json:
@@ -531,10 +554,24 @@ def verify(
 @inversion_options
 @batch_option
 @calibration_option
+@search_option
 @model_options
 @json_option
 def audit(
-    folder, key_paths, output, alpha, method, max_steps, steps, batch, calibration, source, device, dtype, as_json
+    folder,
+    key_paths,
+    output,
+    alpha,
+    method,
+    max_steps,
+    steps,
+    batch,
+    calibration,
+    search,
+    source,
+    device,
+    dtype,
+    as_json,
 ) -> None:
     """Look for keys in every image of a folder, recursively.
 
@@ -549,7 +586,7 @@ def audit(
     from watermark import runs
 
     check_folder(folder)
-    detector = load_detector((source, device, dtype), key_paths, method, max_steps, steps, alpha, calibration)
+    detector = load_detector((source, device, dtype), key_paths, method, max_steps, steps, alpha, calibration, search)
     found = runs.audit(detector, folder, output, batch=batch)
     keys = "".join(f"\n  key {name[:8]}: {count}" for name, count in found.by_key.items())
     text = f"{found.images} images: {found.present} carry a key, {found.absent} do not, {found.inconclusive} inconclusive, {found.unreadable} unreadable; {found.skipped} other files skipped; records in {output}{keys}"

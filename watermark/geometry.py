@@ -86,6 +86,13 @@ class Found:
     inversions: int
     seconds: float
 
+    @property
+    def note(self) -> str:
+        """In words: what had been done to the picture."""
+        angle, scale = self.candidate
+        turned = f"turned by {angle:g}°, " if angle else ""
+        return f"found by the search: the picture was {turned}enlarged {scale:g} times about its middle, then the noise moved by {self.shift[0]:g} down and {self.shift[1]:g} right"
+
 
 def shift_scores(scheme: TreeRing, noise: Tensor, covariance: np.ndarray, *, factor: int = 1) -> Tensor:
     """The whitened cosine of noise (B, C, h, w) with the key at every cyclic shift: (B, factor·h, factor·w) float64.

@@ -1,0 +1,75 @@
+"""Verdicts on pictures that may have been turned, cropped or shifted: the ordinary test, then the search."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from watermark.detect import Detector, Judged, Verdict
+from watermark.errors import SchemeError
+from watermark.geometry import Found, Search
+
+if TYPE_CHECKING:
+    from data.images import Sample
+
+__all__ = ["SearchingDetector"]
+
+
+class SearchingDetector(Detector):
+    """A detector that searches each image in which the ordinary test finds no key.
+
+    Of two tests the better is taken, so p is min(1, 2 K min(p₁, p₂)) for K keys. An image that the ordinary test settles
+    is not searched, for p could only fall; nor is one of which it can say nothing. Of a key that the search found, score
+    and p are the search's, which no calibration's images are ranked with. Raises SchemeError for a key of pattern
+    *zeros*, which looks the same however a picture is moved.
+    """
+
+    def __init__(self, plain: Detector, search: Search = Search()) -> None:
+        self.search = search
+        super().__init__(
+            plain.model,
+            plain.keys,
+            inverter=plain.inverter,
+            steps=plain.steps,
+            alpha=plain.alpha,
+            calibration=plain.calibration,
+        )
+        for name, scheme in self.schemes.items():
+            if scheme.pattern == "zeros":
+                raise SchemeError(
+                    f"key {name[:8]}: its pattern, zeros, cannot be searched for; leave it or --search out"
+                )
+
+    def settings(self) -> dict:
+        return super().settings() | {"search": repr(self.search)}
+
+    def scan(self, samples: Iterable[Sample], batch: int = 8) -> Iterator[Judged]:
+        samples = iter(samples)
+        while some := list(islice(samples, batch)):
+            judged = [self._of_two(j) for j in super().scan(some, batch)]
+            lost = [i for i, j in enumerate(judged) if all(v.present is False for v in j.verdicts)]
+            covariance = self.calibration.covariance if self.calibration else None
+            found = self.search(self, [some[i] for i in lost], covariance=covariance, batch=batch)
+            for i, fits in zip(lost, found, strict=True):
+                pairs = zip(judged[i].verdicts, fits, strict=True)
+                judged[i] = judged[i]._replace(verdicts=[self._better(v, fit) for v, fit in pairs])
+            yield from judged
+
+    def _of_two(self, judged: Judged) -> Judged:
+        """The ordinary verdicts as the first of two tests."""
+        return judged._replace(verdicts=[self._with_p(v, 2 * v.p_value) for v in judged.verdicts])
+
+    def _with_p(self, verdict: Verdict, p: float) -> Verdict:
+        p = min(1.0, p)
+        return replace(verdict, p_value=p, present=None if verdict.present is None else p <= self.alpha)
+
+    def _better(self, verdict: Verdict, found: Found) -> Verdict:
+        """The search's verdict where it is the stronger one."""
+        verdict = replace(verdict, seconds=verdict.seconds + found.seconds)
+        p = 2 * found.p_value * len(self.schemes)
+        if p >= verdict.p_value:
+            return verdict
+        notes = (*verdict.notes, found.note) if p <= self.alpha else verdict.notes
+        return self._with_p(replace(verdict, score=found.score, conformal_p=None, notes=notes), p)
