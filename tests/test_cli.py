@@ -508,3 +508,25 @@ def test_a_closed_pipe_ends_it_quietly(args: list[str], closed: int) -> None:
     done = subprocess.run(command, cwd=ROOT, **streams)
     os.close(write)
     assert (done.returncode, done.stdout or b"", done.stderr or b"") == (cli.EXIT_PIPE, b"", b"")
+
+
+def test_every_decoder_inversion_is_offered_by_name() -> None:
+    from inversion.decoder import INVERTERS
+
+    for command in (cli.verify, cli.audit, cli.invert, cli.calibrate):
+        (option,) = (p for p in command.params if p.name == "method")
+        assert set(option.type.choices) == set(INVERTERS), command.name
+
+
+def test_a_turned_picture_is_searched(house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from watermark import searching
+    from watermark.geometry import Search
+
+    few = Search(angles=(0, 30), scales=(1.0,), dear=1, steps=4)
+    monkeypatch.setattr(searching.SearchingDetector.__init__, "__defaults__", (few,))
+    run("attack", pictures(house, "marked")[0], tmp_path / "turned.png", "--attack", "rotation:30")
+    asked = ["verify", tmp_path / "turned.png", "--key", house / "my.key", *QUICK]
+    assert "does not carry" in run(*asked, code=1).output
+    assert "turned by 30°" in run(*asked, "--search").output
+    run("keygen", "-o", tmp_path / "zeros.key", "--pattern", "zeros")
+    assert "leave it or --search out" in refused(*asked[:2], "--key", tmp_path / "zeros.key", "--search", *QUICK)
