@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -242,6 +243,7 @@ def peak_during(device: torch.device, work: Callable[[], Result]) -> tuple[Resul
     try:
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
         before = memory_kilobytes("VmRSS")
+        memory_kilobytes("VmHWM")
     except OSError:
         return work(), float("nan")
     return work(), (memory_kilobytes("VmHWM") - before) / 2**10
@@ -258,4 +260,7 @@ def release_memory() -> None:
 def memory_kilobytes(field: str) -> int:
     """A field of this process's status, VmRSS say, in kilobytes. Raises OSError where there is no such account (not Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+    found = [int(line.split()[1]) for line in lines if line.startswith(field + ":")]
+    if not found:
+        raise OSError(errno.ENOENT, f"no {field} in it", "/proc/self/status")
+    return found[0]

@@ -173,7 +173,7 @@ def lean(vae: nn.Module) -> Iterator[None]:
     Of each block autograd keeps what goes in and computes the rest again (activation checkpointing), where the class
     allows it. Both are switched back at the end.
     """
-    again = getattr(vae, "_supports_gradient_checkpointing", False)
+    again = getattr(vae, "_supports_gradient_checkpointing", False) and not vae.is_gradient_checkpointing
     if again:
         vae.enable_gradient_checkpointing()
     try:

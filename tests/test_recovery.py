@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from data.images import to_array
+from data.images import read_sample, to_array
 from inversion.decoder import Inverter
 from inversion.model import LatentModel
 from watermark.detect import Detector
@@ -34,11 +36,11 @@ def files(tmp_path):
 def test_files_become_noise_in_order_and_what_cannot_be_used_is_named(model, files, tmp_path):
     detector = Detector(model, [], inverter=Inverter(max_steps=2), steps=3)
     found = recover_files(detector, files, tmp_path / "cache", batch=2)
-    assert [s.id for s in found.samples] == [str(files[i]) for i in (0, 2, 3, 4)]
+    assert found.ids == [str(files[i]) for i in (0, 2, 3, 4)]
     assert len(found.refused) == 1 and str(files[1]) in found.refused[0]
     assert list(found.doubts) == [2] and "flat" in found.doubts[2]
     assert found.noise.shape == (4, 4, 8, 8) and (found.seconds > 0).all()
-    images = torch.from_numpy(np.stack([to_array(s.image) for s in found.samples]))
+    images = torch.from_numpy(np.stack([to_array(read_sample(Path(name), (16, 16)).image) for name in found.ids]))
     torch.testing.assert_close(found.noise, detector.recover(images).noise, rtol=1e-3, atol=1e-3)
 
 
@@ -64,7 +66,7 @@ def test_a_second_run_computes_nothing_and_other_steps_cost_no_decoder_inversion
 
 def test_nothing_readable_is_an_empty_result(model, files, tmp_path):
     found = recover_files(Detector(model, [], steps=3), files[1:2], tmp_path / "cache")
-    assert found.noise.shape == (0, 4, 8, 8) and not found.samples and len(found.refused) == 1
+    assert found.noise.shape == (0, 4, 8, 8) and not found.ids and len(found.refused) == 1
 
 
 def test_a_cache_keeps_what_was_made_first_for_each_key(tmp_path):
@@ -72,3 +74,7 @@ def test_a_cache_keeps_what_was_made_first_for_each_key(tmp_path):
     assert cached(tmp_path, ["a", torch.ones(2)], make(1.0))["x"] == 1
     assert cached(tmp_path, ["a", torch.ones(2)], make(2.0))["x"] == 1
     assert cached(tmp_path, ["a", torch.zeros(2)], make(3.0))["x"] == 3
+    for path in tmp_path.iterdir():
+        assert path.stat().st_mode & 0o077 == 0
+        path.write_bytes(b"torn")
+    assert cached(tmp_path, ["a", torch.ones(2)], make(4.0))["x"] == 4

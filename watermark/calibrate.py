@@ -65,7 +65,8 @@ def _drawn(folder: Path) -> dict[str, tuple[dict, int]]:
         raise CalibrationError(
             f"{one_line(folder)}: its images were drawn with key {str(key)[:8]}; leave it out, a calibration is of unmarked images: ringmark generate --no-mark"
         )
-    return {r["sample_id"]: (settings.get("model"), r["seed"]) for r in records if isinstance(r.get("seed"), int)}
+    known = lambda seed: type(seed) is int and 0 <= seed < 2**63
+    return {r["sample_id"]: (settings.get("model"), r["seed"]) for r in records if known(r.get("seed"))}
 
 
 def _refuse_repeated(drawn: dict[Path, tuple[dict, int]]) -> None:
@@ -134,10 +135,10 @@ def calibrate(detector: Detector, images: Unmarked, output: Path, *, batch: int 
     """
     cache = output.with_name(f"{output.name}.cache")
     found = recover_files(detector, images.paths, cache, batch=batch, name="calibrate")
-    flat = [f"{one_line(found.samples[i].id)}: {doubt}, so it is left out" for i, doubt in found.doubts.items()]
+    flat = [f"{one_line(found.ids[i])}: {doubt}, so it is left out" for i, doubt in found.doubts.items()]
     errors = images.errors + found.refused + flat
-    kept = [i for i in range(len(found.samples)) if i not in found.doubts]
-    seeds = _seeds(detector.model, images, [Path(found.samples[i].id) for i in kept])
+    kept = [i for i in range(len(found.ids)) if i not in found.doubts]
+    seeds = _seeds(detector.model, images, [Path(found.ids[i]) for i in kept])
     sources = {kind: count for kind, count in (("drawn", len(seeds)), ("given", len(kept) - len(seeds))) if count}
     noise = found.noise[kept]
     try:

@@ -384,7 +384,7 @@ def _fields(stored: dict) -> dict:
 def _check_description(stored: dict) -> None:
     """Raises ValueError, LookupError or TypeError unless it is one; nothing has been allocated yet."""
     whole = [*stored["latent_shape"], stored["reach"], *stored["sources"].values()]
-    if not all(type(x) is int and x >= 0 for x in whole) or not isinstance(stored["settings"], dict):
+    if not all(type(x) is int and x >= 0 for x in whole) or not isinstance(stored["settings"]["model"], dict):
         raise ValueError("a field of another type")
     channels, height, width = stored["latent_shape"]
     if not 0 < channels * height * width <= MAX_LATENT or not isinstance(stored["fingerprint"], str):

@@ -15,6 +15,7 @@ __all__ = ["CLEAN", "DISTANCE", "FPRS", "Cell", "Evaluation"]
 CLEAN = "clean"  # the attack that is none
 DISTANCE = "published distance"
 FPRS = (0.01, 0.001)
+GROUPS = 5  # of each kind: drawing from fewer says nothing of how others would differ
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,16 @@ class Cell:
     def row(self) -> dict:
         """The numbers by name; None is "too few unmarked images" for a rate, "not measured" else.
 
-        Intervals are 95 %: AUC DeLong's, `bootstrap` clustered by `groups`, rates Clopper–Pearson's. `tpr_F` is read
+        Intervals are 95 %: AUC DeLong's, `bootstrap` clustered by `groups` where there are GROUPS of them, rates Clopper–Pearson's. `tpr_F` is read
         off the ROC at FPR F; `split_F` has its threshold from one half of the unmarked images and its FPR from the
         other; `p_F` calls p ≤ F marked.
         """
         names = ("key", "pattern", "mask", "attack", "method", "statistic")
         found = {name: getattr(self, name) for name in names} | {"auc": self.curve.auc}
         found |= _interval("auc", self.curve.auc_interval)
-        found |= _interval("bootstrap", bootstrap_interval(self.marked, self.unmarked, groups=self.groups))
+        several = min(len(set(groups)) for groups in self.groups) >= GROUPS
+        resampled = bootstrap_interval(self.marked, self.unmarked, groups=self.groups) if several else None
+        found |= _interval("bootstrap", resampled)
         n = len(self.unmarked)
         for fpr in FPRS:
             enough = n >= needed_references(fpr)

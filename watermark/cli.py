@@ -81,7 +81,7 @@ def _closed_pipe() -> Iterator[None]:
 def _one_line(error: Exception) -> click.ClickException | None:
     """The library's errors and the system's for the user; None for any other."""
     from data.images import ImageError
-    from data.store import StoreError
+    from data.store import StoreError, one_line
     from inversion.errors import ModelError
     from watermark.errors import RingmarkError
 
@@ -91,7 +91,7 @@ def _one_line(error: Exception) -> click.ClickException | None:
         message = f"{error.filename or 'system'}: {error.strerror}"
     else:
         return None
-    shown = click.ClickException(" ".join(message.split()))
+    shown = click.ClickException(one_line(" ".join(message.split())))
     shown.exit_code = EXIT_USAGE
     return shown
 

@@ -267,17 +267,17 @@ def _recover(
         looking, paths.values(), plan.output / "cache", batch=plan.batch, name=f"{name}, {images.name}"
     )
     refused += files.refused
-    if not files.samples:
+    if not files.ids:
         raise EvaluationError(
             f"{images.folder}: no image can be used, of {len(images.names)}; last: {[name, *refused][-1]}"
         )
     named = {str(path): name for name, path in paths.items()}
-    names = [named[sample.id] for sample in files.samples]
+    names = [named[name] for name in files.ids]
     return _Recovered([f"{images.name}/{n}" for n in names], [images.prompts.get(n, "") for n in names], files)
 
 
 def _score(looking: Detector, scheme: TreeRing, seen: _Recovered) -> _Scored:
-    values, p = scores_of(looking, scheme, torch.nan_to_num(seen.files.noise))
+    values, p = scores_of(looking, scheme, torch.nan_to_num(seen.files.noise, 0.0, 0.0, 0.0))
     p[list(seen.files.doubts)] = 1.0
     return _Scored(seen, values, p)
 

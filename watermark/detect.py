@@ -55,7 +55,7 @@ class Verdict:
 
     `p_value` is already corrected for the number of keys tested; `score` the whitened cosine, `distance` and
     `published_p` the published statistics; `residual` the pixel RMS of the decoder inversion; `seconds` of computing.
-    `calibration` is the fingerprint of the calibration used, if any, and `conformal_p` then the p-value by rank among
+    With `by_search` the search found the key, and the score is the largest of many. `calibration` is the fingerprint of the calibration used, if any, and `conformal_p` then the p-value by rank among
     its unmarked images, corrected like `p_value`.
     """
 
@@ -72,6 +72,7 @@ class Verdict:
     label: bool | None = None
     conformal_p: float | None = None
     calibration: str | None = None
+    by_search: bool = False
     notes: tuple[str, ...] = field(default=())
 
     def record(self) -> dict:
@@ -249,7 +250,7 @@ class Detector:
         return conformal.tolist(), [why if no else "" for no, why in zip(contradicted, said, strict=True)]
 
     def _judge(self, name: str, scheme: TreeRing, samples: list[Sample], recovered: Recovered) -> list[Verdict]:
-        noise = torch.nan_to_num(recovered.noise)
+        noise = torch.nan_to_num(recovered.noise, 0.0, 0.0, 0.0)
         scores, p_values = self.statistic(scheme, noise)
         conformal, contradictions = self._rank(name, scores, p_values)
         published = [x.numpy() for x in scheme.masked(noise)]

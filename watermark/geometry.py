@@ -367,4 +367,4 @@ def _features(scheme: TreeRing) -> int:
 
 def _noise(reader: Detector, images: Tensor) -> Tensor:
     """(B, C, h, w); what left the range of numbers is 0."""
-    return torch.nan_to_num(reader.recover(images).noise)
+    return torch.nan_to_num(reader.recover(images).noise, 0.0, 0.0, 0.0)

@@ -25,13 +25,13 @@ __all__ = ["RecoveredFiles", "cached", "recover_files"]
 
 @dataclass(frozen=True)
 class RecoveredFiles:
-    """Of the files that can be read, in order: samples, noise (n, C, h, w), and seconds each (n,) when it was computed.
+    """Of the files that can be read, in order: names, noise (n, C, h, w), and seconds each (n,) when it was computed.
 
-    `refused` says in a line each why others cannot be read; `doubts` why nothing can be said of sample i, where that is
+    `refused` says in a line each why others cannot be read; `doubts` why nothing can be said of file i, where that is
     so: its noise is then not to be relied on.
     """
 
-    samples: list[Sample]
+    ids: list[str]
     noise: Tensor
     seconds: Tensor
     refused: list[str]
@@ -45,18 +45,18 @@ def recover_files(
 
     So a stopped run goes on from its last batch, and other DDIM steps cost no decoder inversion.
     """
-    paths, samples, refused, parts = list(paths), [], [], []
+    paths, ids, refused, parts = list(paths), [], [], []
     readable = _readable(paths, detector.model.image_size, refused)
     with tqdm(total=len(paths), desc=name, unit="image", disable=None, leave=False) as bar:
         while some := list(islice(readable, batch)):
-            samples += some
+            ids += [s.id for s in some]
             parts.append(_recover(detector, torch.from_numpy(np.stack([to_array(s.image) for s in some])), cache))
-            bar.update(len(samples) + len(refused) - bar.n)
+            bar.update(len(ids) + len(refused) - bar.n)
     empty = {"noise": torch.empty(0, *detector.model.latent_shape), "seconds": torch.empty(0)}
     stack = lambda field: torch.cat([empty[field], *(p[field] for p in parts)])
     doubts = [doubt for p in parts for doubt in p["doubts"]]
     return RecoveredFiles(
-        samples, stack("noise"), stack("seconds"), refused, {i: doubt for i, doubt in enumerate(doubts) if doubt}
+        ids, stack("noise"), stack("seconds"), refused, {i: doubt for i, doubt in enumerate(doubts) if doubt}
     )
 
 
@@ -88,13 +88,22 @@ def _timed(work: Callable[[], Tensor]) -> dict[str, Tensor]:
 
 
 def cached(folder: Path, key: list, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors that `make` returns, kept in `folder` under a digest of `key`: a run that was stopped goes on."""
+    """The tensors that `make` returns, kept in `folder` under a digest of `key`: a run that was stopped goes on.
+
+    Noises of marked images would give the key away, so only their owner may read them. A damaged file is made anew.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save
 
     digest = hashlib.sha256()
     for part in key:
         digest.update(part.contiguous().numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
     path = folder / f"{digest.hexdigest()[:24]}.safetensors"
-    if not path.exists():
-        write_atomic(path, save({name: x.contiguous() for name, x in make().items()}))
-    return load_file(path)
+    if path.exists():
+        try:
+            return load_file(path)
+        except SafetensorError:
+            path.unlink()
+    made = {name: x.contiguous() for name, x in make().items()}
+    write_atomic(path, save(made), 0o600)
+    return made

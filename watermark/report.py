@@ -182,16 +182,17 @@ def _circle(radius: float):
 
 
 def _plot_null(ax: Axes, detector: Detector, verdict: Verdict) -> None:
-    """The score's density on unmarked images, those of a calibration, and where this image stands; for *zeros* p alone."""
+    """The score's density on unmarked images, those of a calibration, and where this image stands; for *zeros* and finds of the search p alone."""
     from scipy import stats
 
     scheme = detector.schemes[verdict.key]
     ax.set_title("score on its null")
-    if scheme.pattern == "zeros":
+    if scheme.pattern == "zeros" or verdict.by_search:
+        meaning = "log power outside / inside" if scheme.pattern == "zeros" else "largest cosine of the search"
         ax.text(
             0.5,
             0.5,
-            f"log power outside / inside = {verdict.score:.2f}\np = {verdict.p_value:.2g}",
+            f"{meaning} = {verdict.score:.2f}\np = {verdict.p_value:.2g}",
             ha="center",
             va="center",
             transform=ax.transAxes,

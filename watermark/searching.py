@@ -20,10 +20,10 @@ __all__ = ["SearchingDetector"]
 class SearchingDetector(Detector):
     """A detector that searches each image in which the ordinary test finds no key.
 
-    Of two tests the better is taken, so p is min(1, 2 K min(p₁, p₂)) for K keys. An image that the ordinary test settles
-    is not searched, for p could only fall; nor is one of which it can say nothing. Of a key that the search found, score
-    and p are the search's, which no calibration's images are ranked with. Raises SchemeError for a key of pattern
-    *zeros*, which looks the same however a picture is moved.
+    Of two tests the better is taken, so p is min(1, 2 K min(p₁, p₂)) for K keys. An image in which the ordinary test
+    finds a key is not searched, for p could only fall; nor is one of which it can say nothing. Of a key that the search
+    found, score and p are the search's; a calibration, measured by the ordinary inversion, has no say in them. Raises
+    SchemeError for a key of pattern *zeros*, which looks the same however a picture is moved.
     """
 
     def __init__(self, plain: Detector, search: Search = Search()) -> None:
@@ -49,9 +49,8 @@ class SearchingDetector(Detector):
         samples = iter(samples)
         while some := list(islice(samples, batch)):
             judged = [self._of_two(j) for j in super().scan(some, batch)]
-            lost = [i for i, j in enumerate(judged) if all(v.present is False for v in j.verdicts)]
-            covariance = self.calibration.covariance if self.calibration else None
-            found = self.search(self, [some[i] for i in lost], covariance=covariance, batch=batch)
+            lost = [i for i, j in enumerate(judged) if not j.present and any(v.present is False for v in j.verdicts)]
+            found = self.search(self, [some[i] for i in lost], batch=batch)
             for i, fits in zip(lost, found, strict=True):
                 pairs = zip(judged[i].verdicts, fits, strict=True)
                 judged[i] = judged[i]._replace(verdicts=[self._better(v, fit) for v, fit in pairs])
@@ -59,17 +58,27 @@ class SearchingDetector(Detector):
 
     def _of_two(self, judged: Judged) -> Judged:
         """The ordinary verdicts as the first of two tests."""
-        return judged._replace(verdicts=[self._with_p(v, 2 * v.p_value) for v in judged.verdicts])
-
-    def _with_p(self, verdict: Verdict, p: float) -> Verdict:
-        p = min(1.0, p)
-        return replace(verdict, p_value=p, present=None if verdict.present is None else p <= self.alpha)
+        twice = lambda p: None if p is None else min(1.0, 2 * p)
+        return judged._replace(
+            verdicts=[
+                replace(
+                    v,
+                    p_value=twice(v.p_value),
+                    conformal_p=twice(v.conformal_p),
+                    present=v.present and twice(v.p_value) <= self.alpha,
+                )
+                for v in judged.verdicts
+            ]
+        )
 
     def _better(self, verdict: Verdict, found: Found) -> Verdict:
-        """The search's verdict where it is the stronger one."""
+        """With the search's p where that is the smaller one, and with its score where it found the key."""
         verdict = replace(verdict, seconds=verdict.seconds + found.seconds)
-        p = 2 * found.p_value * len(self.schemes)
-        if p >= verdict.p_value:
+        p = min(1.0, 2 * found.p_value * len(self.schemes))
+        if verdict.present is None or p >= verdict.p_value:
             return verdict
-        notes = (*verdict.notes, found.note) if p <= self.alpha else verdict.notes
-        return self._with_p(replace(verdict, score=found.score, conformal_p=None, notes=notes), p)
+        verdict = replace(verdict, p_value=p, conformal_p=None)
+        if p > self.alpha:
+            return verdict
+        notes = (*verdict.notes, found.note)
+        return replace(verdict, present=True, by_search=True, score=found.score, notes=notes)
