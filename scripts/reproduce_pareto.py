@@ -51,6 +51,7 @@ def family(method: str) -> str:
 def figure_of(rows: list[dict]):
     """Two fronts, a line for each family and precision."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     panels = zip(
@@ -66,9 +67,11 @@ def figure_of(rows: list[dict]):
             values = [r["NMSE dB"] for r in some], [r["standard error"] for r in some]
             ax.errorbar([r[measure] for r in some], values[0], values[1], **style, label=f"{name}, {dtype}")
         ax.set(xscale="log", xlabel=label)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())  # or a range of less than a decade is a crowd of labels
         ax.grid(alpha=0.3)
     figure.axes[0].set_ylabel("NMSE of the latent, dB (mean ± standard error)")
-    figure.axes[1].legend(fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     return figure
 
 

@@ -175,7 +175,7 @@ def categories(name: str, drawn: bool) -> list[str]:
 
 
 def by_category(names: list[str], lowest: Tensor, drawn: bool) -> list[dict]:
-    """Mean, standard error and minimum over each category's images of the path's minimum cocoercivity."""
+    """Mean, standard error and minimum over each category's images of the path's minimum cocoercivity; the share above ρ/2."""
     members: dict[str, list[int]] = {"all": list(range(len(names)))}
     for i, name in enumerate(names):
         for category in categories(name, drawn):
@@ -185,6 +185,7 @@ def by_category(names: list[str], lowest: Tensor, drawn: bool) -> list[dict]:
         some = lowest[which]
         error = mean_and_error(some)[1] if len(some) > 1 else None
         low = {"mean": float(some.mean()), "standard_error": error, "minimum": float(some.min())}
+        low["above_half_rho"] = float((some > ForwardStep().rho / 2).double().mean())
         rows.append({"category": category, "n": len(which)} | low)
     return rows
 
@@ -305,7 +306,9 @@ def study_categories(model: LatentModel, seen: Pictures, output: Path, facts: di
     table = by_category(seen.names, path.lowest, drawn=facts["seed"] is not None)
     write_results(output, "cocoercivity_by_category", table, draw_categories(table), **facts, images=len(seen.names))
     for row in table:
-        click.echo(f"{row['category']:24} n {row['n']:3}  mean {row['mean']:.3f}  minimum {row['minimum']:.3f}")
+        click.echo(
+            f"{row['category']:24} n {row['n']:3}  mean {row['mean']:.3f}  minimum {row['minimum']:.3f}  above ρ/2 {row['above_half_rho']:.0%}"
+        )
 
 
 def line(found: dict) -> str:
