@@ -72,8 +72,8 @@ class Verdict:
     label: bool | None = None
     conformal_p: float | None = None
     calibration: str | None = None
-    by_search: bool = False
     notes: tuple[str, ...] = field(default=())
+    by_search: bool = False
 
     def record(self) -> dict:
         """As plain values, for a store or JSON."""
