@@ -5,7 +5,8 @@
 
 Stable Diffusion's autoencoder is built from its config with random weights: time and memory are real, accuracy is not
 and is left out. One iteration is one evaluation of E∘D and one step of the method (Anderson), or D, its gradient and
-one step of Adam; "lean" is the gradient in bfloat16 by autocast with activation checkpointing. Each is measured in a process of its own, weights loaded and not counted. What would not fit under
+one step of Adam; "lean" is the gradient in bfloat16 by autocast with activation checkpointing. Each is measured in a
+process of its own, weights loaded and not counted. What would not fit under
 --limit is not run: what autograd would store, counted on the meta device, stands in its place, a lower bound.
 
 arXiv 2409.18442 inverts one picture (SD 2.1, InstaFlow) or 16 frames at once (LaVie): 7.13 GB against 64.7 GB, -89 %,
