@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -207,6 +208,11 @@ class NoiseRecovery:
 
         a = per_ring((g * f.conj()).real) / per_ring(f.abs().square())
         return cls(a, per_ring((g - a[:, ring] * f).abs().square()) / count)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over both tables."""
+        return hashlib.sha256(torch.stack([self.attenuation, self.variance]).numpy().tobytes()).hexdigest()[:16]
 
     def save(self, folder: Path, **settings) -> None:
         """Store it beside the model's weights, with the settings it was measured under."""

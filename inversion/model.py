@@ -23,6 +23,7 @@ __all__ = ["LatentModel", "ModelError", "lean", "resolve"]
 
 POCKET = Path(__file__).resolve().parents[1] / "data" / "pocket"
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+SCHEDULE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
 
 
 class LatentModel:
@@ -101,8 +102,12 @@ class LatentModel:
 
     @torch.inference_mode()
     def _fingerprint(self) -> str:
-        """Of the weights, from a few values of every tensor, so that it costs milliseconds for any model."""
-        digest = hashlib.sha256()
+        """Of the weights, from a few values of every tensor, so that it costs milliseconds, and of what they predict.
+
+        The same weights under another prediction type, schedule or scaling of latents are another model.
+        """
+        schedule = [self.scheduler.config.get(name) or None for name in SCHEDULE]  # not set or False: the same
+        digest = hashlib.sha256(repr([self.prediction, self.scale, self.shift, *schedule]).encode())
         for module in (self.vae, self.unet, self.text_encoder):
             # transformers 4 calls the same tensors text_model.…
             for key, p in sorted((k.removeprefix("text_model."), p) for k, p in module.state_dict().items()):

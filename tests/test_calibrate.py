@@ -87,10 +87,14 @@ def test_what_cannot_be_used_is_left_out_and_said(tmp_path):
     folder = photographs(tmp_path / "given", LEAST)
     Image.new("RGB", (32, 32), "red").save(folder / "flat.png")
     (folder / "broken.png").write_bytes(b"broken")
+    shutil.copy(find_images(folder)[0], folder / "zz copy.png")
     found = calibrate(looking(), Unmarked.of([folder, folder]), tmp_path / "my.cal")
     assert found.calibration.n == LEAST and found.calibration.sources == {"given": LEAST}
-    assert [error.split(": ")[0] for error in found.errors] == [str(folder / n) for n in ("broken.png", "flat.png")]
-    assert "flat colour" in found.errors[1] and "2 left out" in found.sentence()
+    assert [error.split(": ")[0] for error in found.errors] == [
+        str(folder / n) for n in ("broken.png", "flat.png", "zz copy.png")
+    ]
+    assert "flat colour" in found.errors[1] and "shows the same pixels as" in found.errors[2]
+    assert "3 left out" in found.sentence()
     assert found.recommended is None and f"{KNOWN} are needed" in found.sentence()
 
 
@@ -200,7 +204,8 @@ def pictures(tmp_path) -> list:
 
 
 def test_verify_and_audit_go_by_a_calibration(house, run, pictures, tmp_path):
-    calibration = ["--calibration", house / "my.cal"]
+    calibration = ["--calibration", house / "my.cal", "--alpha", 0.03]
+    assert "45 unmarked images confirm no p below" in run("verify", *pictures, *calibration[:2], code=2)
     made = Calibration.load(house / "my.cal")
     records = json.loads(run("verify", *pictures, *calibration, "--json", code=1))
     assert [r["present"] for r in records] == [True, False]
@@ -214,10 +219,10 @@ def test_verify_and_audit_go_by_a_calibration(house, run, pictures, tmp_path):
 
 
 def test_a_calibration_of_another_way_is_refused(house, run, pictures, tmp_path):
-    message = run("verify", *pictures, "--calibration", house / "my.cal", "--steps", 3, code=2)
+    message = run("verify", *pictures, "--calibration", house / "my.cal", "--alpha", 0.03, "--steps", 3, code=2)
     assert message.startswith(f"{house / 'my.cal'}: made with steps 2, here 3; use those") and "\n" not in message
     (tmp_path / "damaged").write_bytes((house / "my.cal").read_bytes()[:-1])
-    assert "damaged" in run("verify", *pictures, "--calibration", tmp_path / "damaged", code=2)
+    assert "damaged" in run("verify", *pictures, "--calibration", tmp_path / "damaged", "--alpha", 0.03, code=2)
 
 
 def test_the_models_own_calibration_is_used_where_it_fits(house, run, pictures, tmp_path):
@@ -234,5 +239,5 @@ def test_the_models_own_calibration_is_used_where_it_fits(house, run, pictures, 
 
 def test_a_key_beyond_the_calibration_is_refused_by_name(house):
     made = Calibration.load(house / "my.cal")
-    with pytest.raises(CalibrationError, match=rf"^{house / 'my.cal'}: holds rings up to 10, .* of radii 2-8 "):
-        looking([key(1, "zeros")], calibration=made)  # compares with what is outside
+    with pytest.raises(CalibrationError, match=rf"^{house / 'my.cal'}: holds rings up to 12, .* of radii 2-11 "):
+        looking([key(1, "zeros", (2, 11))], calibration=made)  # compares with what is outside

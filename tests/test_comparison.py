@@ -199,7 +199,9 @@ def test_every_statistic_is_larger_for_marked_noise(model, keys, pattern):
     key = Key.load(keys[pattern])
     scheme, looking = TreeRing(key), Detector(model, [key], steps=2)
     noise = torch.randn(40, *model.latent_shape, generator=torch.Generator().manual_seed(0))
-    (marked, p), (unmarked, q) = (scores_of(looking, scheme, x) for x in (scheme.embed(noise[:20]), noise[20:]))
+    (marked, p), (unmarked, q) = (
+        scores_of(looking, key.fingerprint, x) for x in (scheme.embed(noise[:20]), noise[20:])
+    )
     assert next(iter(marked)) == own_statistic(pattern) and ("matched filter" in marked) == (pattern != "zeros")
     assert p.max() < q.min()
     for name in marked:

@@ -48,10 +48,10 @@ class Identity:
 MODEL = Identity()
 
 
-def key(seed: int, pattern: str = "ring", **changes) -> Key:
+def key(seed: int, pattern: str = "ring", radii: tuple[int, int] = (2, 8), **changes) -> Key:
     made = make_key(
         (3, 32, 32),
-        Placement((0, 2), (2, 8)),
+        Placement((0, 2), radii),
         model=MODEL.identity | changes,
         pattern=pattern,
         rng=np.random.default_rng(seed),
@@ -87,7 +87,7 @@ def test_several_keys_are_tested_on_one_inversion_and_corrected_for() -> None:
     keys = [key(i) for i in range(3)]
     (sample,) = samples(TreeRing(keys[1]).embed(initial_noise([7], MODEL.latent_shape)))
     alone = Detector(MODEL, [keys[0]], steps=3)
-    together = alone.with_keys(keys)
+    together = Detector(MODEL, keys, steps=3)
     ((_, (one,), _),) = alone.scan([sample])
     ((_, all_three, _),) = together.scan([sample])
     assert [v.present for v in all_three] == [False, True, False]
@@ -175,7 +175,7 @@ def test_calibrated_p_values_of_coloured_noise_are_uniform(pattern: str) -> None
 
 def test_a_calibration_stays_with_other_keys_and_is_part_of_the_settings() -> None:
     looking = on(coloured(0, 100), [key(1)])
-    both = looking.with_keys([key(1), key(2, "rand")])
+    both = Detector(MODEL, [key(1), key(2, "rand")], steps=2, calibration=looking.calibration)
     assert both.settings()["calibration"] == looking.calibration.fingerprint
     assert Detector(MODEL, [], steps=2).settings()["calibration"] is None
     assert both.reference_scores(key(1).fingerprint) is both.reference_scores(key(1).fingerprint)
@@ -188,8 +188,8 @@ def test_a_calibration_of_other_settings_is_refused() -> None:
     made = on(coloured(0, 50), []).calibration
     with pytest.raises(CalibrationError, match=r"^calibration: made with steps 2, here 3; use those settings"):
         Detector(MODEL, [], steps=3, calibration=made)
-    with pytest.raises(CalibrationError, match=r"holds rings up to 10, .* of radii 2-8 "):
-        Detector(MODEL, [key(1, "zeros")], steps=2, calibration=made)  # compares with what is outside
+    with pytest.raises(CalibrationError, match=r"holds rings up to 12, .* of radii 2-11 "):
+        Detector(MODEL, [key(1, "zeros", (2, 11))], steps=2, calibration=made)  # compares with what is outside
 
 
 def test_a_mark_among_the_unmarked_makes_its_presence_inconclusive() -> None:

@@ -241,6 +241,24 @@ def test_the_fingerprint_changes_with_any_weight(copy, part):
     assert after["fingerprint"] != before["fingerprint"] and after["name"] == before["name"]
 
 
+@pytest.mark.parametrize(
+    "part, change",
+    [
+        ("scheduler", {"prediction_type": "sample"}),
+        ("scheduler", {"beta_end": 0.02}),
+        ("vae", {"scaling_factor": 0.5}),
+    ],
+)
+def test_the_fingerprint_changes_with_what_the_weights_predict(copy, part, change):
+    before = LatentModel.from_pretrained(copy).identity
+    (file,) = (copy / part).glob("*config.json")
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"_diffusers_version": "0"}))
+    assert LatentModel.from_pretrained(copy).identity == before
+    file.write_text(json.dumps(config | change))
+    assert LatentModel.from_pretrained(copy).identity["fingerprint"] != before["fingerprint"]
+
+
 def test_the_fingerprint_does_not_depend_on_the_version_of_transformers(tiny_parts):
     """Version 4 holds the text encoder's tensors under text_model."""
 

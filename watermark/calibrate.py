@@ -18,7 +18,7 @@ from watermark.calibration import Calibration, check_number
 from watermark.detect import Detector
 from watermark.errors import CalibrationError
 from watermark.generate import initial_noise
-from watermark.recovery import recover_files
+from watermark.recovery import RecoveredFiles, recover_files
 from watermark.runs import DRAWN
 from watermark.schemes.tree_ring import Placement, recommend
 
@@ -31,12 +31,12 @@ KNOWN = 32  # images of known noise: fewer do not say well where it comes back, 
 class Unmarked:
     """Images without a mark, as far as their folders tell.
 
-    `paths` names each once; `drawn` of those that `ringmark generate` drew the model's identity and the seed of their
+    `paths` names each once; `drawn` of those that `ringmark generate` drew the model's fingerprint and the seed of their
     noise; `errors` says which folders could not be listed.
     """
 
     paths: list[Path]
-    drawn: dict[Path, tuple[dict, int]]
+    drawn: dict[Path, tuple[str, int]]
     errors: list[str]
 
     @classmethod
@@ -55,7 +55,7 @@ class Unmarked:
         return cls(paths, drawn, [str(error) for listing in found for error in listing.unlisted])
 
 
-def _drawn(folder: Path) -> dict[str, tuple[dict, int]]:
+def _drawn(folder: Path) -> dict[str, tuple[str, int]]:
     """Model and seed of each image that `ringmark generate` drew into a folder. Raises CalibrationError for marked ones."""
     path = folder / DRAWN
     if not path.is_file():
@@ -66,17 +66,18 @@ def _drawn(folder: Path) -> dict[str, tuple[dict, int]]:
             f"{one_line(folder)}: its images were drawn with key {str(key)[:8]}; leave it out, a calibration is of unmarked images: ringmark generate --no-mark"
         )
     known = lambda seed: type(seed) is int and 0 <= seed < 2**63
-    return {r["sample_id"]: (settings.get("model"), r["seed"]) for r in records if known(r.get("seed"))}
+    fingerprint = (settings.get("model") or {}).get("fingerprint", "")
+    return {r["sample_id"]: (fingerprint, r["seed"]) for r in records if known(r.get("seed"))}
 
 
-def _refuse_repeated(drawn: dict[Path, tuple[dict, int]]) -> None:
+def _refuse_repeated(drawn: dict[Path, tuple[str, int]]) -> None:
     """One noise under two prompts is not two independent images."""
     first = {}
-    for path, (model, seed) in drawn.items():
-        other = first.setdefault((repr(model), seed), path)
+    for path, made in drawn.items():
+        other = first.setdefault(made, path)
         if other != path:
             raise CalibrationError(
-                f"{one_line(path)}: drawn from the noise of seed {seed}, as {one_line(other)} was; leave one of the two out, or draw it with another --seed"
+                f"{one_line(path)}: drawn from the noise of seed {made[1]}, as {one_line(other)} was; leave one of the two out, or draw it with another --seed"
             )
 
 
@@ -135,9 +136,10 @@ def calibrate(detector: Detector, images: Unmarked, output: Path, *, batch: int 
     """
     cache = output.with_name(f"{output.name}.cache")
     found = recover_files(detector, images.paths, cache, batch=batch, name="calibrate")
-    flat = [f"{one_line(found.ids[i])}: {doubt}, so it is left out" for i, doubt in found.doubts.items()]
-    errors = images.errors + found.refused + flat
-    kept = [i for i in range(len(found.ids)) if i not in found.doubts]
+    useless = found.doubts | _copies(found)
+    left_out = [f"{one_line(found.ids[i])}: {why}, so it is left out" for i, why in useless.items()]
+    errors = images.errors + found.refused + left_out
+    kept = [i for i in range(len(found.ids)) if i not in useless]
     seeds = _seeds(detector.model, images, [Path(found.ids[i]) for i in kept])
     sources = {kind: count for kind, count in (("drawn", len(seeds)), ("given", len(kept) - len(seeds))) if count}
     noise = found.noise[kept]
@@ -152,10 +154,19 @@ def calibrate(detector: Detector, images: Unmarked, output: Path, *, batch: int 
     return Calibrated(calibration, output, len(seeds), errors)
 
 
+def _copies(found: RecoveredFiles) -> dict[int, str]:
+    """Which files show the very pixels of an earlier one, and are no independent image."""
+    first, copies = {}, {}
+    for i, digest in enumerate(found.digests):
+        if (original := first.setdefault(digest, i)) != i:
+            copies[i] = f"shows the same pixels as {one_line(found.ids[original])}"
+    return copies
+
+
 def _seeds(model: LatentModel, images: Unmarked, paths: list[Path]) -> dict[int, int]:
     """By place in `paths`: the seed of the noise from which this very model drew the image."""
     made = {i: images.drawn[path] for i, path in enumerate(paths) if path in images.drawn}
-    return {i: seed for i, (identity, seed) in made.items() if identity == model.identity}
+    return {i: seed for i, (fingerprint, seed) in made.items() if fingerprint == model.identity["fingerprint"]}
 
 
 def _recovery(noise: Tensor, seeds: dict[int, int]) -> NoiseRecovery | None:
@@ -181,7 +192,7 @@ def placement(model: LatentModel, calibration: Calibration | None) -> Placement:
     if calibration is None:
         return recommend(model.recovery, model.latent_shape)
     made_for = calibration.settings.get("model", {})
-    if made_for != model.identity:
+    if made_for.get("fingerprint") != model.identity["fingerprint"]:
         raise CalibrationError(
             f"{calibration.name}: made for model {made_for.get('name')!r} ({made_for.get('fingerprint')}), not {model.name!r} ({model.identity['fingerprint']}); use that model, or calibrate this one"
         )

@@ -32,7 +32,7 @@ from watermark.statistics import cosine_test, needed_references, power_test, whi
 if TYPE_CHECKING:
     from watermark.schemes.tree_ring import TreeRing
 
-__all__ = ["FOLDS", "Calibration", "check_number", "relevant", "smooth", "whitened_test"]
+__all__ = ["FOLDS", "Calibration", "check_number", "relevant", "smooth", "whitened_features", "whitened_test"]
 
 FOLDS = 10
 KERNEL = (1.0, 0.5, 0.25)  # what a ring, its neighbours and theirs count for
@@ -42,6 +42,7 @@ MAX_BYTES, MAX_LATENT = 1 << 30, 1 << 22
 IRRELEVANT = (
     "keys",
     "alpha",
+    "null",
     "calibration",
     "search",
 )  # of Detector.settings(): they do not change the recovered noise
@@ -55,8 +56,8 @@ class Calibration:
 
     `power` (FOLDS, R, C, C) float64: Re F F* across channels, the mean over the bins of a ring and the images i of a
     part, i mod FOLDS. `spectra` (n, C, m, 2) float16: each image's bins (of rfft2) up to ring `reach`, from which the
-    scores of any key are computed; 4 C m bytes an image, 3.0 kB for pocket's 4×32×32 latents up to ring 10, 12 kB for
-    4×64×64 up to 21. They are rough copies of the noises, and with the model at hand of the pictures: keep the file as
+    scores of any key are computed; 4 C m bytes an image, 4.1 kB for pocket's 4×32×32 latents up to ring 12, 15 kB for
+    4×64×64 up to 24. They are rough copies of the noises, and with the model at hand of the pictures: keep the file as
     private as those. `settings` is what the recovered noise depends on; `sources` counts images by kind. `recovery`,
     float64 where it was measured, says where a mark comes back best. `name` begins messages; of a file it is its path.
     """
@@ -85,7 +86,7 @@ class Calibration:
     ) -> Calibration:
         """From recovered noise (n, C, h, w) of unmarked images; `settings` as Detector.settings() gives them.
 
-        `reach` is a third of the shorter side unless given: rings beyond rarely survive compression. Raises
+        `reach` is three eighths of the shorter side unless given: rings beyond rarely survive compression. Raises
         CalibrationError for fewer images than LEAST, for noise that is not finite or has no power somewhere.
         """
         noise = np.asarray(noise)
@@ -98,7 +99,7 @@ class Calibration:
                 f"{len(broken)} of {len(noise)} noises are not finite, the first is number {broken[0]}; leave them out"
             )
         shape = tuple(map(int, noise.shape[1:]))
-        reach = min(shape[1:]) // 3 if reach is None else reach
+        reach = min(shape[1:]) * 3 // 8 if reach is None else reach
         made = cls(
             np.stack([_cross_power(noise[k::FOLDS]) for k in range(FOLDS)]),
             _pack(noise, reach),
@@ -130,11 +131,6 @@ class Calibration:
         bins = np.bincount(rings(*self.latent_shape[1:]).flatten().numpy())
         return smooth(np.tensordot(images / images.sum(), self.power, 1), images.sum() * bins)
 
-    def variance(self, channels: np.ndarray, ring: np.ndarray) -> np.ndarray:
-        """(d,): the null variance of features (d,) of unit variance on white noise, as feature_rings() places them."""
-        channels = np.asarray(channels)
-        return self.covariance[np.asarray(ring), channels, channels]
-
     def test(self, scheme: TreeRing, noise: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Scores and p-values (B,) of recovered noise (B, C, h, w); see `whitened_test`."""
         return whitened_test(scheme, noise, self.covariance)
@@ -143,16 +139,11 @@ class Calibration:
         """(n, C, h, w) float64: the recovered noises, without what lies beyond `reach`."""
         return torch.from_numpy(_unpack(self.spectra[rows], self.latent_shape, self.reach))
 
-    def reference_scores(self, scheme: TreeRing, *, alpha: float | None = None) -> np.ndarray:
+    def reference_scores(self, scheme: TreeRing) -> np.ndarray:
         """(n,): cross-fitted scores of the unmarked images for this key, in their order.
 
-        Raises CalibrationError where the key reaches beyond `reach`, or where there are fewer images than conformal
-        p-values need to come down to `alpha`.
+        Raises CalibrationError where the key reaches beyond `reach`.
         """
-        if alpha is not None and self.n < needed_references(alpha):
-            raise CalibrationError(
-                f"{self.name}: {self.n} unmarked images: a conformal p-value of {alpha:g} needs at least {needed_references(alpha)}; calibrate with more, or raise --alpha"
-            )
         self.check_reach(scheme)
         scores = np.empty(self.n)
         for k, (noise, covariance) in enumerate(self._parts):
@@ -163,6 +154,13 @@ class Calibration:
     def _parts(self) -> list[tuple[Tensor, np.ndarray]]:
         """Each part's noises and the covariance of the others: kept, for unpacking them is half the work for a key."""
         return [(self.noise(slice(k, None, FOLDS)), self._covariance(without=k)) for k in range(FOLDS)]
+
+    def check_level(self, alpha: float) -> None:
+        """Raises CalibrationError where ranks among these images cannot come down to alpha."""
+        if self.n < needed_references(alpha):
+            raise CalibrationError(
+                f"{self.name}: {self.n} unmarked images confirm no p below {1 / (self.n + 1):.2g}, and --alpha is {alpha:g}; calibrate with at least {needed_references(alpha)} images, or raise --alpha"
+            )
 
     def check_reach(self, scheme: TreeRing) -> None:
         """Raises CalibrationError for a key that looks beyond `reach`: one that sees noise which has nothing up to it."""
@@ -177,6 +175,10 @@ class Calibration:
     def check(self, settings: dict) -> None:
         """Raises CalibrationError that names each difference unless this was measured under `settings`."""
         mine, theirs = _flat(self.settings), _flat(relevant(settings))
+        if mine.get("model fingerprint") == theirs.get("model fingerprint"):
+            mine["model name"] = theirs.get("model name")  # a folder may be renamed
+        if mine.get("steps") != theirs.get("steps"):
+            mine.pop("timesteps", None), theirs.pop("timesteps", None)  # of other steps they differ anyway
         said = lambda values, field: values.get(field, "not set")
         different = [
             f"{field} {said(mine, field)}, here {said(theirs, field)}"
@@ -307,6 +309,11 @@ def whitened_test(scheme: TreeRing, noise: Tensor, covariance: np.ndarray) -> tu
     """
     if scheme.pattern == "zeros":
         return power_test(*(x.numpy() for x in _seen(scheme, _whiten_noise(scheme, noise, covariance))))
+    return cosine_test(*whitened_features(scheme, noise, covariance))
+
+
+def whitened_features(scheme: TreeRing, noise: Tensor, covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Features (B, d) of recovered noise (B, C, h, w) and of the key (d,), of unit variance and uncorrelated under the null."""
     features, key = scheme.features(noise)
     channels, ring = (x.numpy() for x in scheme.feature_rings())
     marked = channels.reshape(len(scheme.placement.channels), -1)[:, 0]
@@ -314,7 +321,7 @@ def whitened_test(scheme: TreeRing, noise: Tensor, covariance: np.ndarray) -> tu
     blocks = covariance[ring[: len(ring) // len(marked)]][:, marked[:, None], marked]
     both = np.concatenate([features.numpy(), key.numpy()[None]]).reshape(-1, len(marked), len(blocks))
     *rows, last = whiten(both, blocks).reshape(len(both), -1)
-    return cosine_test(np.reshape(rows, (-1, len(last))), last)
+    return np.reshape(rows, (-1, len(last))), last
 
 
 def _seen(scheme: TreeRing, noise: Tensor) -> tuple[Tensor, ...]:

@@ -203,6 +203,8 @@ def load_detector(
 
     keys = list(load_ring(key_paths).values())
     given = Calibration.load(calibration) if calibration else None
+    if given:
+        given.check_level(alpha)
     plain = detector(load_model(*model), keys, method, max_steps, steps, alpha)
     made = plain.with_calibration(given) if given else with_built_in(plain, Path(resolve(model[0])))
     return SearchingDetector(made) if search else made
@@ -695,13 +697,14 @@ def evaluate(
     Example:
       ringmark evaluate -n 200 --attacks tree-ring --methods encoder,anderson -o evaluation
     """
+    from inversion.model import resolve
     from watermark.comparison import Comparison, compare
     from watermark.comparison_report import summary
 
     plan = Comparison(
         output, key_paths, marked, unmarked, number, attacks, methods, seed, guidance, max_steps, steps, batch
     )
-    found = compare(load_model(source, device, dtype), plan)
+    found = compare(load_model(source, device, dtype), plan, Path(resolve(source)))
     for error in () if as_json else found.refused:
         click.echo(error, err=True)
     say(found.record(), f"{summary(found)}\n{len(found.refused)} files refused; tables and plots in {output}", as_json)

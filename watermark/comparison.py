@@ -22,9 +22,10 @@ from inversion.diagnostics import peak_during, release_memory
 from inversion.model import LatentModel
 from watermark.attack_files import attack_files, attacked_name
 from watermark.attacks import Chain, expand
+from watermark.calibration import whitened_features
 from watermark.cells import CLEAN, DISTANCE, Cell, Evaluation
 from watermark.comparison_report import write_plots, write_tables
-from watermark.detect import Detector, check_method, detector, null_variance
+from watermark.detect import Detector, check_method, detector, null_variance, with_built_in
 from watermark.errors import EvaluationError
 from watermark.evaluate import rate
 from watermark.keys import Key, describe, load_ring
@@ -32,13 +33,13 @@ from watermark.quality import frechet_test, simple_features
 from watermark.recovery import RecoveredFiles, cached, recover_files
 from watermark.runs import draw, prompts_for
 from watermark.schemes.tree_ring import TreeRing, make_key, recommend
-from watermark.statistics import matched_filter, published_distance, published_p_value
+from watermark.statistics import conformal_p, matched_filter, published_distance, published_p_value
 
 __all__ = ["Comparison", "compare", "own_statistic", "scores_of"]
 
 SCENES = 1000  # that the classifier of prompts learns from: 98 % of grounds and all skies of 200 others
 SCENE_SIZE = 64  # px: larger ones are told apart no better
-UNMARKED, MATCHED, PUBLISHED_P = "unmarked", "matched filter", "published p"
+UNMARKED, MATCHED, CONFORMAL, PUBLISHED_P = "unmarked", "matched filter", "conformal p", "published p"
 GIVEN = "images are taken from folders as they are; none is paired with another"
 INDEPENDENT = "marked and unmarked images are independent: other prompts, other seeds, other draws of each attack; all keys mark the same noises for the same prompts"
 
@@ -78,6 +79,8 @@ class Comparison:
             check_folder(folder)
             if self.output.resolve().is_relative_to(folder.resolve()):
                 raise EvaluationError(f"{self.output}: lies in {folder}, whose images are evaluated; choose another -o")
+        if self.marked and self.unmarked and _overlap(self.marked.resolve(), self.unmarked.resolve()):
+            raise EvaluationError(f"{self.marked} and {self.unmarked}: one lies in the other; keep marked images apart")
         _ = self.chains, self.given_keys
 
     @cached_property
@@ -110,14 +113,14 @@ class Comparison:
         }
 
 
-def compare(model: LatentModel, plan: Comparison) -> Evaluation:
+def compare(model: LatentModel, plan: Comparison, folder: Path | None = None) -> Evaluation:
     """Everything that the plan names, kept and written in plan.output, where one more attack costs one attack.
 
-    Raises StoreError if plan.output was begun with other images, EvaluationError where labels contradict the plan or a
+    A calibration in the model's `folder` is used by those methods whose settings it fits, as verify would. Raises StoreError if plan.output was begun with other images, EvaluationError where labels contradict the plan or a
     kind has no image that can be used, and KeyFileError for a key of another model.
     """
     keys = plan.given_keys or [_own_key(model, plan)]
-    detectors = {name: detector(model, keys, name, plan.max_steps, plan.steps) for name in plan.methods}
+    detectors = {name: _detector(model, keys, name, plan, folder) for name in plan.methods}
     Store(plan.output / "plan.jsonl", plan.settings(model)).close()  # refuses another plan's images
     memory = {name: _megabytes(looking, plan) for name, looking in detectors.items()}
     sets = [_images(model, plan, key) for key in (None, *keys)]
@@ -130,7 +133,7 @@ def compare(model: LatentModel, plan: Comparison) -> Evaluation:
                 _recover(looking, plan, *pair, name, refused) for pair in zip(sets, places, strict=True)
             )
             for key, own in zip(keys, marked, strict=True):
-                both = [_score(looking, TreeRing(key), recovered) for recovered in (own, unmarked)]
+                both = [_score(looking, key.fingerprint, recovered) for recovered in (own, unmarked)]
                 about = {"key": key.fingerprint[:8], "attack": str(chain or CLEAN), "method": method}
                 cells += _cells(about, key, *both, memory[method])
                 records += [
@@ -139,7 +142,7 @@ def compare(model: LatentModel, plan: Comparison) -> Evaluation:
                     for record in scored.records(label)
                 ]
     quality = _quality(model, plan, sets)
-    found = Evaluation(_facts(model, plan, keys), cells, records, quality, list(dict.fromkeys(refused)))
+    found = Evaluation(_facts(model, plan, detectors), cells, records, quality, list(dict.fromkeys(refused)))
     write_tables(found, plan.output)
     write_plots(found, plan.output)
     return found
@@ -150,18 +153,27 @@ def own_statistic(pattern: str) -> str:
     return "power ratio" if pattern == "zeros" else "whitened cosine"
 
 
-def scores_of(looking: Detector, scheme: TreeRing, noise: Tensor) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def scores_of(looking: Detector, key: str, noise: Tensor) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """All statistics (n,) of recovered noise (n, C, h, w) by name, larger if marked, and the own one's p-values (n,).
 
-    The matched filter has the null variance that the whitened cosine has; *zeros* has no key to match.
+    For the detector's key of this fingerprint. The matched filter is whitened as the cosine is, *zeros* has no key to
+    match; ranks need a calibration.
     """
+    scheme = looking.schemes[key]
     score, p = looking.statistic(scheme, noise)
     found = {own_statistic(scheme.pattern): score}
     if scheme.pattern != "zeros":
-        recovered, key = (x.numpy() for x in scheme.features(noise))
-        found[MATCHED] = matched_filter(recovered, key, null_variance(looking.model, scheme))[0]
+        found[MATCHED] = _matched(looking, scheme, noise)
+    if looking.calibration:
+        found[CONFORMAL] = -conformal_p(score, looking.reference_scores(key))
     published = [x.numpy() for x in scheme.masked(noise)]
     return found | {DISTANCE: -published_distance(*published), PUBLISHED_P: -published_p_value(*published)}, p
+
+
+def _matched(looking: Detector, scheme: TreeRing, noise: Tensor) -> np.ndarray:
+    if looking.calibration:
+        return matched_filter(*whitened_features(scheme, noise, looking.calibration.covariance))[0]
+    return matched_filter(*(x.numpy() for x in scheme.features(noise)), null_variance(looking.model, scheme))[0]
 
 
 @dataclass(frozen=True)
@@ -203,15 +215,24 @@ class _Scored:
     def records(self, label: int) -> Iterator[dict]:
         """A row of scores.csv an image; scores are left out where there is a doubt."""
         columns = {"score": next(iter(self.values)), "matched_filter": MATCHED, "distance": DISTANCE}
-        columns["published_p"] = PUBLISHED_P
+        columns |= {"conformal_p": CONFORMAL, "published_p": PUBLISHED_P}
         nothing = np.full(len(self.p), np.nan)
         scores = {column: self.values.get(name, nothing) for column, name in columns.items()}
-        scores |= {column: -scores[column] for column in ("distance", "published_p")}
+        scores |= {column: -scores[column] for column in ("conformal_p", "distance", "published_p")}
         for i, (name, prompt) in enumerate(zip(self.seen.names, self.seen.prompts, strict=True)):
             doubt = self.seen.files.doubts.get(i, "")
             known = {"image": name, "label": label, "prompt": prompt, "seconds": float(self.seen.files.seconds[i])}
             said = {c: None if doubt or np.isnan(values[i]) else float(values[i]) for c, values in scores.items()}
             yield known | {"doubt": doubt, "p": float(self.p[i])} | said
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    return one.is_relative_to(other) or other.is_relative_to(one)
+
+
+def _detector(model: LatentModel, keys: list[Key], method: str, plan: Comparison, folder: Path | None) -> Detector:
+    plain = detector(model, keys, method, plan.max_steps, plan.steps)
+    return with_built_in(plain, folder) if folder else plain
 
 
 def _own_key(model: LatentModel, plan: Comparison) -> Key:
@@ -276,8 +297,8 @@ def _recover(
     return _Recovered([f"{images.name}/{n}" for n in names], [images.prompts.get(n, "") for n in names], files)
 
 
-def _score(looking: Detector, scheme: TreeRing, seen: _Recovered) -> _Scored:
-    values, p = scores_of(looking, scheme, torch.nan_to_num(seen.files.noise, 0.0, 0.0, 0.0))
+def _score(looking: Detector, key: str, seen: _Recovered) -> _Scored:
+    values, p = scores_of(looking, key, torch.nan_to_num(seen.files.noise, 0.0, 0.0, 0.0))
     p[list(seen.files.doubts)] = 1.0
     return _Scored(seen, values, p)
 
@@ -377,14 +398,16 @@ def _obedience(plan: Comparison, sets: list[_Images], looks: list[dict]) -> dict
     return {name: [hits[f"{name} {i}"] for i in range(len(sets))] for name in ATTRIBUTES}
 
 
-def _facts(model: LatentModel, plan: Comparison, keys: list[Key]) -> dict:
+def _facts(model: LatentModel, plan: Comparison, detectors: dict[str, Detector]) -> dict:
     """The settings as the report tells them."""
+    keys = next(iter(detectors.values())).keys
     attacks = [CLEAN, *map(str, plan.chains)]
     names = ("methods", "max_steps", "batch")
     facts = {
         "dtype": str(model.dtype),
         "attacks": attacks,
         "keys": [describe(key) for key in keys],
+        "calibrations": {name: looking.settings()["calibration"] for name, looking in detectors.items()},
         "images": GIVEN if plan.marked or plan.unmarked else INDEPENDENT,
     }
     return plan.settings(model) | {name: getattr(plan, name) for name in names} | facts

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -133,6 +133,9 @@ class Detector:
     CalibrationError for a calibration made with other settings or that holds too little for a key.
     """
 
+    TESTS: ClassVar[int] = 1
+    """Of each key, for which p-values are corrected."""
+
     def __init__(
         self,
         model: LatentModel,
@@ -157,17 +160,10 @@ class Detector:
             for scheme in self.schemes.values():
                 calibration.check_reach(scheme)
 
-    def with_keys(self, keys: list[Key]) -> Detector:
-        """The same detector, looking for other keys."""
-        return self._like(keys, self.calibration)
-
     def with_calibration(self, calibration: Calibration) -> Detector:
         """The same detector, on the null of a calibration. Raises CalibrationError where it does not fit."""
-        return self._like(self.keys, calibration)
-
-    def _like(self, keys: list[Key], calibration: Calibration | None) -> Detector:
         return Detector(
-            self.model, keys, inverter=self.inverter, steps=self.steps, alpha=self.alpha, calibration=calibration
+            self.model, self.keys, inverter=self.inverter, steps=self.steps, alpha=self.alpha, calibration=calibration
         )
 
     def settings(self) -> dict:
@@ -183,7 +179,9 @@ class Detector:
             "gradient": self.inverter.gradient,
             "lean": self.inverter.lean,
             "steps": self.steps,
+            "timesteps": f"{self.grid.timesteps[0]}-{self.grid.timesteps[-1]}",
             "alpha": self.alpha,
+            "null": self.model.recovery.fingerprint if self.model.recovery else "white",
             "calibration": self.calibration.fingerprint if self.calibration else None,
         }
 
@@ -225,11 +223,7 @@ class Detector:
         features, key = scheme.features(noise)
         if scheme.pattern == "zeros":
             return power_test(features.numpy(), scheme.outside(noise).numpy())
-        return cosine_test(features.numpy(), key.numpy(), self._feature_variance(scheme))
-
-    def _feature_variance(self, scheme: TreeRing) -> np.ndarray | float:
-        """The null variance of each feature: measured on the model's own images, or that of white noise."""
-        return null_variance(self.model, scheme)
+        return cosine_test(features.numpy(), key.numpy(), null_variance(self.model, scheme))
 
     def reference_scores(self, key: str) -> np.ndarray:
         """(n,): the scores of the calibration's unmarked images for the key of this fingerprint; computed once."""
@@ -242,7 +236,7 @@ class Detector:
         if not self.calibration:
             return [None] * len(scores), [""] * len(scores)
         n, conformal = self.calibration.n, conformal_p(scores, self.reference_scores(key))
-        contradicted = undecided(p_values, conformal, n, self.alpha / len(self.schemes))
+        contradicted = undecided(p_values, conformal, n, self.alpha / (self.TESTS * len(self.schemes)))
         said = [
             f"{round(c * (n + 1)) - 1} of {n} unmarked images score as high, which an uncorrected p of {p:.2g} rules out"
             for c, p in zip(conformal, p_values, strict=True)

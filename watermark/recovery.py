@@ -28,7 +28,7 @@ class RecoveredFiles:
     """Of the files that can be read, in order: names, noise (n, C, h, w), and seconds each (n,) when it was computed.
 
     `refused` says in a line each why others cannot be read; `doubts` why nothing can be said of file i, where that is
-    so: its noise is then not to be relied on.
+    so: its noise is then not to be relied on. Files of one of the `digests` show the same pixels.
     """
 
     ids: list[str]
@@ -36,6 +36,7 @@ class RecoveredFiles:
     seconds: Tensor
     refused: list[str]
     doubts: dict[int, str]
+    digests: list[bytes]
 
 
 def recover_files(
@@ -45,19 +46,20 @@ def recover_files(
 
     So a stopped run goes on from its last batch, and other DDIM steps cost no decoder inversion.
     """
-    paths, ids, refused, parts = list(paths), [], [], []
+    paths, ids, refused, parts, digests = list(paths), [], [], [], []
     readable = _readable(paths, detector.model.image_size, refused)
     with tqdm(total=len(paths), desc=name, unit="image", disable=None, leave=False) as bar:
         while some := list(islice(readable, batch)):
             ids += [s.id for s in some]
-            parts.append(_recover(detector, torch.from_numpy(np.stack([to_array(s.image) for s in some])), cache))
+            images = np.stack([to_array(s.image) for s in some])
+            digests += [hashlib.sha256(image.tobytes()).digest() for image in images]
+            parts.append(_recover(detector, torch.from_numpy(images), cache))
             bar.update(len(ids) + len(refused) - bar.n)
     empty = {"noise": torch.empty(0, *detector.model.latent_shape), "seconds": torch.empty(0)}
     stack = lambda field: torch.cat([empty[field], *(p[field] for p in parts)])
     doubts = [doubt for p in parts for doubt in p["doubts"]]
-    return RecoveredFiles(
-        ids, stack("noise"), stack("seconds"), refused, {i: doubt for i, doubt in enumerate(doubts) if doubt}
-    )
+    doubtful = {i: doubt for i, doubt in enumerate(doubts) if doubt}
+    return RecoveredFiles(ids, stack("noise"), stack("seconds"), refused, doubtful, digests)
 
 
 def _readable(paths: list[Path], size: tuple[int, int], refused: list[str]) -> Iterator[Sample]:
@@ -71,10 +73,13 @@ def _readable(paths: list[Path], size: tuple[int, int], refused: list[str]) -> I
 def _recover(detector: Detector, images: Tensor, cache: Path) -> dict:
     """`noise`, `seconds` and `doubts` of images (B, 3, H, W)."""
     way_back = relevant(detector.settings())
-    to_latents = {k: v for k, v in way_back.items() if k != "steps"}
-    latents = cached(cache, [to_latents, images], partial(_timed, lambda: detector.invert_decoder(images).value))
+    to_latents = {k: v for k, v in way_back.items() if k not in ("steps", "timesteps")}
+    device = detector.model.device.type  # or its seconds would be another's
+    latents = cached(
+        cache, [to_latents, device, images], partial(_timed, lambda: detector.invert_decoder(images).value)
+    )
     z = latents["value"]
-    noise = cached(cache, [way_back, images], partial(_timed, lambda: detector.recover_noise(z)))
+    noise = cached(cache, [way_back, device, images], partial(_timed, lambda: detector.recover_noise(z)))
     seconds = (latents["seconds"] + noise["seconds"]).expand(len(images)) / len(images)
     doubts = [detector.doubt(image, n) for image, n in zip(images, noise["value"], strict=True)]
     return {"noise": noise["value"], "seconds": seconds, "doubts": doubts}

@@ -26,6 +26,8 @@ class SearchingDetector(Detector):
     SchemeError for a key of pattern *zeros*, which looks the same however a picture is moved.
     """
 
+    TESTS = 2
+
     def __init__(self, plain: Detector, search: Search = Search()) -> None:
         self.search = search
         super().__init__(
@@ -58,7 +60,7 @@ class SearchingDetector(Detector):
 
     def _of_two(self, judged: Judged) -> Judged:
         """The ordinary verdicts as the first of two tests."""
-        twice = lambda p: None if p is None else min(1.0, 2 * p)
+        twice = lambda p: None if p is None else min(1.0, self.TESTS * p)
         return judged._replace(
             verdicts=[
                 replace(
@@ -74,7 +76,7 @@ class SearchingDetector(Detector):
     def _better(self, verdict: Verdict, found: Found) -> Verdict:
         """With the search's p where that is the smaller one, and with its score where it found the key."""
         verdict = replace(verdict, seconds=verdict.seconds + found.seconds)
-        p = min(1.0, 2 * found.p_value * len(self.schemes))
+        p = min(1.0, self.TESTS * found.p_value * len(self.schemes))
         if verdict.present is None or p >= verdict.p_value:
             return verdict
         verdict = replace(verdict, p_value=p, conformal_p=None)
