@@ -25,6 +25,7 @@ from watermark.errors import CalibrationError
 from watermark.generate import initial_noise
 from watermark.keys import Key
 from watermark.runs import draw
+from watermark.schemes.tree_ring import Placement
 
 WAY = ["--method", "encoder", "--steps", "2"]
 
@@ -182,6 +183,10 @@ def test_a_key_goes_where_the_calibration_says(house, run, tmp_path):
     found = json.loads(run(*args, tmp_path / "my.cal"))
     assert (found["channels"], found["radii"]) == ([1], [3, 8])
     assert json.loads(run(*args, tmp_path / "my.cal", "--channels", "0"))["channels"] == [0]
+    low, high = json.loads(run(*args, tmp_path / "my.cal", "--budget", 0.03))["radii"]
+    assert Placement((1,), (low, high)).share(MODEL.latent_shape) <= 0.03 < Placement((1,), (3, 8)).share((3, 32, 32))
+    message = run(*args, tmp_path / "my.cal", "--budget", 0.001, code=2)
+    assert message.startswith("budget 0.001: ") and message.endswith("raise --budget")
     assert placement(MODEL, None).channels == (0, 1, 2)  # nothing is known of this model
     replace(made, recovery=None).save(tmp_path / "my.cal")
     assert run(*args, tmp_path / "my.cal", code=2).startswith(f"{tmp_path / 'my.cal'}: does not tell where")

@@ -16,7 +16,7 @@ from inversion.diagnostics import NoiseRecovery
 from inversion.model import LatentModel
 from watermark.calibration import Calibration, check_number
 from watermark.detect import Detector
-from watermark.errors import CalibrationError
+from watermark.errors import CalibrationError, SchemeError
 from watermark.generate import initial_noise
 from watermark.recovery import RecoveredFiles, recover_files
 from watermark.runs import DRAWN
@@ -184,13 +184,20 @@ def _remove(cache: Path) -> None:
         cache.rmdir()
 
 
-def placement(model: LatentModel, calibration: Calibration | None) -> Placement:
+def placement(model: LatentModel, calibration: Calibration | None, budget: float | None = None) -> Placement:
     """Where a new mark is best put, by the calibration or else by what is known of the model.
 
-    Raises CalibrationError for a calibration of another model and for one that does not tell.
+    `budget` is the share of coefficients that it may alter. Raises CalibrationError for a calibration of another model
+    and for one that does not tell, SchemeError where no placement keeps to the budget.
     """
-    if calibration is None:
-        return recommend(model.recovery, model.latent_shape)
+    recovery = _recovery_of(model, calibration) if calibration else model.recovery
+    best = recommend(recovery, model.latent_shape, **({} if budget is None else {"budget": budget}))
+    if budget is not None and best.share(model.latent_shape) > budget:
+        raise SchemeError(f"budget {budget:g}: no two rings of {model.name}'s latents are so small; raise --budget")
+    return best
+
+
+def _recovery_of(model: LatentModel, calibration: Calibration) -> NoiseRecovery:
     made_for = calibration.settings.get("model", {})
     if made_for.get("fingerprint") != model.identity["fingerprint"]:
         raise CalibrationError(
@@ -200,4 +207,4 @@ def placement(model: LatentModel, calibration: Calibration | None) -> Placement:
         raise CalibrationError(
             f"{calibration.name}: does not tell where marks come back best; calibrate with at least {KNOWN} images that ringmark generate --no-mark drew, or give --channels and --radii alone"
         )
-    return recommend(calibration.recovery, model.latent_shape)
+    return calibration.recovery

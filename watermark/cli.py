@@ -296,10 +296,17 @@ def main() -> None:
     type=PATH,
     help="Where noise is best recovered, by what ringmark calibrate wrote.  [default: what is known of the model]",
 )
+@click.option(
+    "--budget",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Share of the noise's coefficients that the recommended mark may alter.  [default: 0.08]",
+)
 @model_options
 @force_option
 @json_option
-def keygen(output, number, pattern, mask, channels, radii, calibration, source, device, dtype, force, as_json) -> None:
+def keygen(
+    output, number, pattern, mask, channels, radii, calibration, budget, source, device, dtype, force, as_json
+) -> None:
     """Make a key, or a ring of keys, from the operating system's random numbers.
 
     \b
@@ -318,7 +325,7 @@ def keygen(output, number, pattern, mask, channels, radii, calibration, source, 
         refuse_existing(output)
     measured = Calibration.load(calibration) if calibration else None
     model = load_model(source, device, dtype)
-    best = placement(model, measured)
+    best = placement(model, measured, budget)
     place = Placement(channels or best.channels, radii or best.radii)
     make = partial(make_key, model.latent_shape, place, model=model.identity, pattern=pattern, mask=mask)
     if number:

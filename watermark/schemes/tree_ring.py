@@ -46,6 +46,12 @@ class Placement:
                 f"radii {low}-{high}: must rise, from 0 at least to between 1 and {min(size) // 2 - 1} for latents of {size[0]}x{size[1]}"
             )
 
+    def share(self, latent_shape: tuple[int, int, int]) -> float:
+        """Of the coefficients of a latent (C, h, w), how large a part the mark alters."""
+        count, *size = latent_shape
+        sizes = torch.bincount(rings(*size).flatten())
+        return int(sizes[self.radii[0] : self.radii[1] + 1].sum()) * len(self.channels) / (count * size[0] * size[1])
+
 
 def signed_frequencies(height: int, width: int) -> tuple[Tensor, Tensor]:
     """Whole frequencies (h, 1) and (1, w) of an unshifted DFT."""
@@ -258,7 +264,7 @@ def recommend(
     """The placement with the greatest expected signal, Σ a²/v over its bins, within a share `budget` of all bins.
 
     Radii below `lowest` fix the picture's layout, radii beyond a third of the side rarely survive compression: both
-    are left alone. Without a measured recovery: every channel, mid frequencies.
+    are left alone. Without a measured recovery, or where nothing fits: every channel, mid frequencies.
     """
     count, height, width = latent_shape
     short = min(height, width)
