@@ -217,7 +217,7 @@ def folder_of(path, names, flat=(), labels=None):
         Image.fromarray(pixels * 0 if name in flat else pixels).save(path / name)
     if labels is not None:
         rows = "".join(f"{name},{labels},a picture\n" for name in names)
-        (path / "labels.csv").write_text("path,label,prompt\n" + rows)
+        (path / "labels.csv").write_text("Path, label ,Prompt\n" + rows)
     return path
 
 

@@ -265,7 +265,12 @@ def _prompts(file: Path, names: list[str], marked: bool) -> dict[str, str]:
             f"{file}: says that {len(wrong)} of {len(names)} images are {kinds[0]}, first {wrong[0]}; give {kinds[1]} images as --{kinds[1]}"
         )
     with file.open(encoding="utf-8-sig", newline="") as text:
-        return {row.get("path", ""): row.get("prompt") or "" for row in csv.DictReader(text)}
+        header, *rows = csv.reader(text)
+    columns = [name.strip().lower() for name in header]
+    if not {"path", "prompt"} <= set(columns):  # labels may be JSON, too
+        return {}
+    path, prompt = columns.index("path"), columns.index("prompt")
+    return {row[path]: row[prompt] for row in rows if len(row) > max(path, prompt)}
 
 
 def _paths(

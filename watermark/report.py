@@ -158,7 +158,8 @@ def explain(detector: Detector, judged: Judged, name: str) -> Figure:
     channel = scheme.placement.channels[0]
     spectrum, key = scheme.aligned(judged.noise[None])
     ring = np.fft.fftshift(scheme.inside.numpy())
-    for ax, values, title in ((axes[1], spectrum, f"recovered noise, channel {channel}"), (axes[2], key, "key")):
+    recovered = f"recovered noise, channel {channel}{', not turned back' if verdict.by_search else ''}"
+    for ax, values, title in ((axes[1], spectrum, recovered), (axes[2], key, "key")):
         extent = _frequency_extent(*values.shape)
         ax.imshow(values, cmap="RdBu_r", vmin=-2.5, vmax=2.5, extent=extent, alpha=np.where(ring, 1, 0.25))
         for radius in (scheme.placement.radii[0] - 0.5, scheme.placement.radii[1] + 0.5):
@@ -208,7 +209,7 @@ def _plot_null(ax: Axes, detector: Detector, verdict: Verdict) -> None:
     if detector.calibration:
         scores = detector.reference_scores(verdict.key)
         ax.hist(scores, "auto", density=True, histtype="step", color=INK, label=f"{len(scores)} unmarked images")
-    limit = stats.t.isf(detector.alpha / len(detector.schemes), nu)
+    limit = stats.t.isf(detector.alpha / (detector.TESTS * len(detector.schemes)), nu)
     ax.axvline(limit / np.sqrt(nu + limit**2), color=INK, lw=1, ls="--", label=f"p = {detector.alpha:g}")
     ax.axvline(verdict.score, color=MARK, lw=2, label="this image")
     ax.set(xlabel="whitened cosine", yticks=[])
