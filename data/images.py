@@ -39,6 +39,7 @@ __all__ = [
     "to_array",
 ]
 
+TINY = 8  # an eighth of the side
 MAX_PIXELS = 64_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 SUFFIXES = (
@@ -98,8 +99,16 @@ def read_sample(
     label: bool | None = None,
     prompt: str = "",
 ) -> Sample:
-    """The image at `path`, fitted to `size` (H, W), as a Sample; `id` is the path unless given. Raises ImageError."""
+    """The image at `path`, fitted to `size` (H, W), as a Sample; `id` is the path unless given.
+
+    Raises ImageError, also for a picture of less than 1/TINY of that size, from which nothing comes back.
+    """
     image, notes = read_image(path)
+    if TINY * min(image.size) < min(size):
+        raise ImageError(
+            path,
+            f"has {image.width} x {image.height} pixels, of which nothing can be said; at least {-(-min(size) // TINY)} a side are needed",
+        )
     image, note = fit(image, size)
     return Sample(str(path) if id is None else id, image, label, prompt, (*notes, note) if note else notes)
 

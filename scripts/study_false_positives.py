@@ -131,9 +131,9 @@ def pooled(about: dict, found: list[dict[str, np.ndarray]], seed: int) -> list[d
 
 
 def bootstrap(shares: np.ndarray, seed: int) -> tuple[float, float]:
-    """95 % interval of the mean of (n,) independent shares; of equal ones the mean itself."""
+    """95 % interval of the mean of (n,) independent shares; of equal ones, which tell nothing apart, the exact interval."""
     if np.ptp(shares) == 0:
-        return float(shares[0]), float(shares[0])
+        return rate(round(shares[0] * len(shares)), len(shares))[1]
     found = stats.bootstrap((shares,), np.mean, method="percentile", rng=np.random.default_rng(seed))
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 

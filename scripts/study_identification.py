@@ -41,7 +41,8 @@ from inversion.decoder import Inverter
 from inversion.diffusion import sample
 from inversion.model import LatentModel
 from watermark.attacks import Chain, apply, expand, seed_of
-from watermark.detect import ALPHA, null_variance
+from watermark.calibration import whitened_features
+from watermark.detect import ALPHA, null_covariance
 from watermark.errors import RingmarkError
 from watermark.generate import initial_noise
 from watermark.keyring import draw_keys
@@ -124,9 +125,9 @@ def scores(model: LatentModel, schemes: list[TreeRing], noise: Tensor) -> tuple[
     F Kᵀ of whitened rows of length 1; c and p are those of `Detector.statistic`, key by key.
     """
     nothing, first = torch.zeros(1, *model.latent_shape), schemes[0]
-    deviation = np.sqrt(null_variance(model, first))
-    features = first.features(noise)[0].numpy() / deviation
-    keys = np.stack([s.features(nothing)[1].numpy() for s in schemes]) / deviation
+    null = null_covariance(model)
+    features = whitened_features(first, noise, null)[0]
+    keys = np.stack([whitened_features(s, nothing, null)[1] for s in schemes])
     cosine = np.clip(_unit(features) @ _unit(keys).T, -1, 1)
     bins, nu = first.masked(noise)[0].numpy(), features.shape[1] - 1
     distance = [published_distance(bins, s.masked(nothing)[1].numpy()) for s in schemes]
@@ -136,7 +137,9 @@ def scores(model: LatentModel, schemes: list[TreeRing], noise: Tensor) -> tuple[
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    """Rows of length 1; those of nothing, of an inversion that failed, point nowhere."""
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)
 
 
 def members(images: int, keys: int, total: int) -> np.ndarray:
@@ -146,7 +149,7 @@ def members(images: int, keys: int, total: int) -> np.ndarray:
 
 def outcomes(cosine: np.ndarray, distance: np.ndarray, named: np.ndarray) -> dict[str, int]:
     """How many marked images come out how: all (N, K), an image's own key first; `named` where K p ≤ alpha."""
-    right, any_named = cosine.argmax(1) == 0, named.any(1)
+    right, any_named = (cosine.argmax(1) == 0) & (cosine[:, 0] > 0), named.any(1)
     return {
         "cosine finds the key": int(right.sum()),
         "distance finds the key": int((distance.argmin(1) == 0).sum()),

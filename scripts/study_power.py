@@ -124,7 +124,7 @@ def main(
     try:
         model, key = LatentModel.from_pretrained(source), Key.load(file)
         keys = [key, *alike(model, key, others, seed)]
-        looking = with_built_in(detector(model, keys, method, None, steps), Path(resolve(source)))
+        looking, _ = with_built_in(detector(model, keys, method, None, steps), Path(resolve(source)))
         rows = []
         for chain in tqdm([None, *expand(specs.split(","))], "attacks", disable=None):
             own, none = (noise_of(looking, evaluation, name, chain) for name in (key.fingerprint[:8], UNMARKED))

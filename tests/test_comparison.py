@@ -252,12 +252,17 @@ def test_what_is_refused(model, plan, keys, tmp_path):
         ({"methods": ("encoder", "encoder")}, EvaluationError, "named twice"),
         ({"attacks": ("magic",)}, AttackError, "choose from rotation"),
         ({"unmarked": folder, "output": folder / "out"}, EvaluationError, "another -o"),
+        ({"keys": one, "marked": folder, "unmarked": folder.parent}, EvaluationError, "one lies in the other"),
     ):
         with pytest.raises(error, match=said):
             replace(plan, **changes)
     swapped = replace(plan, keys=one, marked=folder, output=tmp_path / "out")
     with pytest.raises(EvaluationError, match=r"says that 2 of 2 images are unmarked, first a.png; give marked"):
         compare(model, swapped)
+    (folder / "labels.csv").write_text("path,label\nelsewhere.png,1\n")
+    with pytest.raises(EvaluationError, match=r"none of its 1 labels fits an image; paths must be like a.png"):
+        compare(model, swapped)
+    (folder / "labels.csv").unlink()
     for name in ("a.png", "b.png"):
         (folder / name).write_text("no image")
     with pytest.raises(EvaluationError, match=r"no image can be used, of 2; last: .*b.png"):

@@ -21,7 +21,7 @@ from watermark import keyring
 from watermark.detect import ALPHA, Detector, Judged, Recovered
 from watermark.errors import KeyFileError, SchemeError
 from watermark.generate import initial_noise
-from watermark.keyring import Ring, begun, cosine_bound, draw_keys, grow
+from watermark.keyring import Ring, begun, check_findable, cosine_bound, draw_keys, grow
 from watermark.keys import Key, describe, export_public, listing, load_ring
 from watermark.schemes.tree_ring import Placement, TreeRing, make_key, recommend
 from watermark.statistics import cosine_test
@@ -52,6 +52,38 @@ def test_at_the_bound_the_detectors_p_is_alpha(d, alpha):
     key, across = np.eye(d)[0], np.eye(d)[1]
     score, p = cosine_test([c * key + (1 - c**2) ** 0.5 * across], key)
     assert 0 < c < 1 and score[0] == pytest.approx(c) and p[0] == pytest.approx(alpha, rel=1e-3)
+
+
+@pytest.mark.parametrize("pattern, place", [("ring", Placement((0,), (5, 5))), ("ring", Placement((0,), (5, 7)))])
+def test_a_key_that_no_picture_could_give_back_is_refused(pattern, place):
+    with pytest.raises(SchemeError, match=r"free number.*widen --radii or --channels"):
+        check_findable(maker(0, place, pattern)())
+    for fine in (maker(0, place, "zeros")(), maker(0, Placement((0, 2), (5, 7)), "ring")(), maker(0, place, "rand")()):
+        check_findable(fine)
+
+
+def test_images_of_a_retired_key_are_found_by_the_ring_and_not_by_the_new_key():
+    old, new = (maker(seed)() for seed in (1, 2))
+    noise = initial_noise(list(range(20)), SHAPE)
+    first, later = (TreeRing(key).embed(some) for key, some in ((old, noise[:10]), (new, noise[10:])))
+    ring = {key: Detector(MODEL, [key], steps=1) for key in (old, new)}
+    p = {key: ring[key].statistic(TreeRing(key), torch.cat([first, later]))[1] for key in ring}
+    assert 2 * p[old][:10].max() <= ALPHA and 2 * p[new][10:].max() <= ALPHA  # both tested, p corrected for two keys
+    assert 2 * min(p[old][10:].min(), p[new][:10].min()) > ALPHA
+
+
+def test_an_average_over_rotated_keys_shows_no_ring_and_hardly_any_key():
+    """What m images share is learnt. Of m keys used once each, each has but 1/√m of the mean."""
+    noise = initial_noise(list(range(64)), SHAPE)
+    one, many = maker(1)(), [maker(seed)() for seed in range(2, 66)]
+    alike = TreeRing(one).embed(noise).mean(0, keepdim=True)
+    rotated = torch.cat([TreeRing(k).embed(noise[i : i + 1]) for i, k in enumerate(many)]).mean(0, keepdim=True)
+    detector = Detector(MODEL, [], steps=1)
+    assert detector.statistic(TreeRing(one), alike)[0][0] > 0.9
+    cosines = [detector.statistic(TreeRing(key), rotated)[0][0] for key in many]
+    assert np.mean(cosines) == pytest.approx(1 / 8, abs=0.03) and max(cosines) < 0.35
+    power = lambda mean: TreeRing(one).features(mean)[0].square().mean()
+    assert power(alike) > 30 * power(rotated)
 
 
 def test_one_free_number_tells_nothing_apart():

@@ -345,8 +345,8 @@ def test_agreement_sees_what_n_references_can_tell():
     [
         (1e-9, 0, 200, 1e-3, False),  # above all references: they resolve no more
         (1e-9, 1, 200, 1e-3, True),  # one of 200 as high: p cannot be so small, and 2/201 is not significant
-        (1e-9, 1, 200, 0.05, False),  # nor can it be here, but 2/201 is significant as well
-        (1e-9, 1, 5000, 1e-3, False),
+        (1e-9, 1, 200, 0.05, True),  # nor can it be here, though 2/201 is significant as well
+        (1e-9, 1, 5000, 1e-3, True),
         (1e-9, 20, 5000, 1e-3, True),
         (8e-4, 1, 200, 1e-3, False),  # chance
         (0.1, 0, 500, 1e-3, True),  # above all of 500: p cannot be so large, and it may well be significant

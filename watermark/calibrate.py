@@ -16,7 +16,7 @@ from inversion.diagnostics import NoiseRecovery
 from inversion.model import LatentModel
 from watermark.calibration import Calibration, check_number
 from watermark.detect import Detector
-from watermark.errors import CalibrationError, SchemeError
+from watermark.errors import CalibrationError
 from watermark.generate import initial_noise
 from watermark.recovery import RecoveredFiles, recover_files
 from watermark.runs import DRAWN
@@ -48,8 +48,9 @@ class Unmarked:
         """
         found = [list_images(folder) for folder in folders]
         paths = list({os.path.realpath(path): path for listing in found for path in listing.images}.values())
-        records = {folder: _drawn(folder) for folder in {path.parent: None for path in paths}}
-        drawn = {path: made for path in paths if (made := records[path.parent].get(path.name))}
+        real = {path: Path(os.path.realpath(path)) for path in paths}  # links hide no mark
+        records = {folder: _drawn(folder) for folder in {file.parent: None for file in real.values()}}
+        drawn = {path: made for path, file in real.items() if (made := records[file.parent].get(file.name))}
         _refuse_repeated(drawn)
         check_number(len(paths))
         return cls(paths, drawn, [str(error) for listing in found for error in listing.unlisted])
@@ -66,7 +67,8 @@ def _drawn(folder: Path) -> dict[str, tuple[str, int]]:
             f"{one_line(folder)}: its images were drawn with key {str(key)[:8]}; leave it out, a calibration is of unmarked images: ringmark generate --no-mark"
         )
     known = lambda seed: type(seed) is int and 0 <= seed < 2**63
-    fingerprint = (settings.get("model") or {}).get("fingerprint", "")
+    model = settings.get("model")
+    fingerprint = model.get("fingerprint", "") if isinstance(model, dict) else ""
     return {r["sample_id"]: (fingerprint, r["seed"]) for r in records if known(r.get("seed"))}
 
 
@@ -187,14 +189,11 @@ def _remove(cache: Path) -> None:
 def placement(model: LatentModel, calibration: Calibration | None, budget: float | None = None) -> Placement:
     """Where a new mark is best put, by the calibration or else by what is known of the model.
 
-    `budget` is the share of coefficients that it may alter. Raises CalibrationError for a calibration of another model
-    and for one that does not tell, SchemeError where no placement keeps to the budget.
+    `budget` is the share of coefficients that it may alter, as far as any placement keeps to it. Raises CalibrationError
+    for a calibration of another model and for one that does not tell.
     """
     recovery = _recovery_of(model, calibration) if calibration else model.recovery
-    best = recommend(recovery, model.latent_shape, **({} if budget is None else {"budget": budget}))
-    if budget is not None and best.share(model.latent_shape) > budget:
-        raise SchemeError(f"budget {budget:g}: no two rings of {model.name}'s latents are so small; raise --budget")
-    return best
+    return recommend(recovery, model.latent_shape, **({} if budget is None else {"budget": budget}))
 
 
 def _recovery_of(model: LatentModel, calibration: Calibration) -> NoiseRecovery:

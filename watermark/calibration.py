@@ -147,8 +147,18 @@ class Calibration:
         self.check_reach(scheme)
         scores = np.empty(self.n)
         for k, (noise, covariance) in enumerate(self._parts):
-            scores[k::FOLDS] = whitened_test(scheme, noise, covariance)[0]
+            if scheme.pattern == "zeros":
+                scores[k::FOLDS] = whitened_test(scheme, noise, covariance)[0]
+                continue
+            if (seen := (k, *scheme.kind)) not in self._features:
+                self._features[seen] = whitened_features(scheme, noise, covariance)[0]
+            scores[k::FOLDS] = cosine_test(self._features[seen], whitened_features(scheme, noise[:1], covariance)[1])[0]
         return scores
+
+    @cached_property
+    def _features(self) -> dict[tuple, np.ndarray]:
+        """Whitened features by part and kind of key: they are alike for all keys of a kind."""
+        return {}
 
     @cached_property
     def _parts(self) -> list[tuple[Tensor, np.ndarray]]:

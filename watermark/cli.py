@@ -206,7 +206,9 @@ def load_detector(
     if given:
         given.check_level(alpha)
     plain = detector(load_model(*model), keys, method, max_steps, steps, alpha)
-    made = plain.with_calibration(given) if given else with_built_in(plain, Path(resolve(model[0])))
+    made, unfit = (plain.with_calibration(given), "") if given else with_built_in(plain, Path(resolve(model[0])))
+    if unfit:
+        click.echo(f"note: {unfit}. p rests on what is known of the model, and is not checked by ranks", err=True)
     return SearchingDetector(made) if search else made
 
 
@@ -316,7 +318,7 @@ def keygen(
     """
     from watermark.calibrate import placement
     from watermark.calibration import Calibration
-    from watermark.keyring import begun, grow
+    from watermark.keyring import begun, check_findable, grow
     from watermark.keys import describe, refuse_existing
     from watermark.schemes.tree_ring import Placement, make_key
 
@@ -327,6 +329,8 @@ def keygen(
     model = load_model(source, device, dtype)
     best = placement(model, measured, budget)
     place = Placement(channels or best.channels, radii or best.radii)
+    if budget:
+        place.check_budget(model.latent_shape, budget)
     make = partial(make_key, model.latent_shape, place, model=model.identity, pattern=pattern, mask=mask)
     if number:
         found = grow(model, output, number, make, old, force=force)
@@ -334,6 +338,7 @@ def keygen(
         say([{"path": str(path)} | describe(key) for path, key in found.new.items()], text, as_json)
         return
     key = make()
+    check_findable(key)
     key.save(output, overwrite=force)
     low, high = key.metadata["radii"]
     text = f"key {key.fingerprint} written to {output}: {pattern} in channel {', '.join(map(str, key.metadata['channels']))}, radii {low}-{high}, for model {model.name}. Keep it secret."

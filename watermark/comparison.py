@@ -25,14 +25,14 @@ from watermark.attacks import Chain, expand
 from watermark.calibration import whitened_features
 from watermark.cells import CLEAN, DISTANCE, Cell, Evaluation
 from watermark.comparison_report import write_plots, write_tables
-from watermark.detect import Detector, check_method, detector, null_variance, with_built_in
+from watermark.detect import Detector, check_method, detector, with_built_in
 from watermark.errors import EvaluationError
 from watermark.evaluate import rate
 from watermark.keys import Key, describe, load_ring
 from watermark.quality import frechet_test, simple_features
 from watermark.recovery import RecoveredFiles, cached, recover_files
 from watermark.runs import draw, prompts_for
-from watermark.schemes.tree_ring import TreeRing, make_key, recommend
+from watermark.schemes.tree_ring import make_key, recommend
 from watermark.statistics import conformal_p, matched_filter, published_distance, published_p_value
 
 __all__ = ["Comparison", "compare", "own_statistic", "scores_of"]
@@ -163,17 +163,11 @@ def scores_of(looking: Detector, key: str, noise: Tensor) -> tuple[dict[str, np.
     score, p = looking.statistic(scheme, noise)
     found = {own_statistic(scheme.pattern): score}
     if scheme.pattern != "zeros":
-        found[MATCHED] = _matched(looking, scheme, noise)
+        found[MATCHED] = matched_filter(*whitened_features(scheme, noise, looking.null))[0]
     if looking.calibration:
         found[CONFORMAL] = -conformal_p(score, looking.reference_scores(key))
     published = [x.numpy() for x in scheme.masked(noise)]
     return found | {DISTANCE: -published_distance(*published), PUBLISHED_P: -published_p_value(*published)}, p
-
-
-def _matched(looking: Detector, scheme: TreeRing, noise: Tensor) -> np.ndarray:
-    if looking.calibration:
-        return matched_filter(*whitened_features(scheme, noise, looking.calibration.covariance))[0]
-    return matched_filter(*(x.numpy() for x in scheme.features(noise)), null_variance(looking.model, scheme))[0]
 
 
 @dataclass(frozen=True)
@@ -232,7 +226,7 @@ def _overlap(one: Path, other: Path) -> bool:
 
 def _detector(model: LatentModel, keys: list[Key], method: str, plan: Comparison, folder: Path | None) -> Detector:
     plain = detector(model, keys, method, plan.max_steps, plan.steps)
-    return with_built_in(plain, folder) if folder else plain
+    return with_built_in(plain, folder)[0] if folder else plain
 
 
 def _own_key(model: LatentModel, plan: Comparison) -> Key:
@@ -258,6 +252,8 @@ def _prompts(file: Path, names: list[str], marked: bool) -> dict[str, str]:
     if not file.exists():
         return {}
     labels = read_labels(file)
+    if not labels.keys() & set(names):
+        raise EvaluationError(f"{file}: none of its {len(labels)} labels fits an image; paths must be like {names[0]}")
     wrong = [name for name in names if labels.get(name, marked) != marked]
     if wrong:
         kinds = ("unmarked", "marked") if marked else ("marked", "unmarked")

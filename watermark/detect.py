@@ -14,17 +14,16 @@ import torch
 from torch import Tensor
 
 from inversion.decoder import INVERTERS, Inverter
+from inversion.diagnostics import rings
 from inversion.diffusion import invert
 from inversion.model import LatentModel
 from inversion.solve import Solution
-from watermark.calibration import Calibration
+from watermark.calibration import Calibration, whitened_test
 from watermark.errors import CalibrationError, KeyFileError, RingmarkError
 from watermark.keys import Key
 from watermark.schemes.tree_ring import TreeRing
 from watermark.statistics import (
     conformal_p,
-    cosine_test,
-    power_test,
     published_distance,
     published_p_value,
     undecided,
@@ -41,7 +40,7 @@ __all__ = [
     "Verdict",
     "check_method",
     "detector",
-    "null_variance",
+    "null_covariance",
     "with_built_in",
 ]
 
@@ -185,6 +184,11 @@ class Detector:
             "calibration": self.calibration.fingerprint if self.calibration else None,
         }
 
+    @property
+    def null(self) -> np.ndarray:
+        """(R, C, C): the null covariance of recovered bins by ring: the calibration's, or else what is known of the model."""
+        return self.calibration.covariance if self.calibration else null_covariance(self.model)
+
     def invert_decoder(self, images: Tensor) -> Solution:
         """Images (B, 3, H, W) in [-1, 1] → their latents, and what the solver did."""
         return self.inverter(self.model, images.to(self.model.device))
@@ -218,12 +222,7 @@ class Detector:
 
     def statistic(self, scheme: TreeRing, noise: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Score and p-value (B,) of recovered noise (B, C, h, w), uncorrected."""
-        if self.calibration:
-            return self.calibration.test(scheme, noise)
-        features, key = scheme.features(noise)
-        if scheme.pattern == "zeros":
-            return power_test(features.numpy(), scheme.outside(noise).numpy())
-        return cosine_test(features.numpy(), key.numpy(), null_variance(self.model, scheme))
+        return whitened_test(scheme, noise, self.null)
 
     def reference_scores(self, key: str) -> np.ndarray:
         """(n,): the scores of the calibration's unmarked images for the key of this fingerprint; computed once."""
@@ -283,11 +282,12 @@ class Detector:
         return "" if noise.isfinite().all() else "the inversion left the range of numbers"
 
 
-def null_variance(model: LatentModel, scheme: TreeRing) -> np.ndarray | float:
-    """Of each feature (d,) on unmarked images: measured on the model's own, or that of white noise, 1."""
+def null_covariance(model: LatentModel) -> np.ndarray:
+    """(R, C, C): the null covariance of recovered bins by ring, channels apart: the model's own, or that of white noise."""
+    channels, height, width = model.latent_shape
     if model.recovery is None:
-        return 1.0
-    return model.recovery.null[scheme.feature_rings()].numpy()
+        return np.tile(np.eye(channels), (int(rings(height, width).max()) + 1, 1, 1))
+    return model.recovery.null.T.numpy()[:, :, None] * np.eye(channels)
 
 
 def check_method(name: str) -> None:
@@ -304,28 +304,29 @@ def detector(
     return Detector(model, keys, inverter=Inverter.named(method, max_steps), steps=steps, alpha=alpha)
 
 
-def with_built_in(plain: Detector, folder: Path) -> Detector:
-    """The detector with the calibration that its model's folder holds, if that fits its settings and keys; else as it is.
+def with_built_in(plain: Detector, folder: Path) -> tuple[Detector, str]:
+    """The detector with the calibration that its model's folder holds; else as it is, and why that does not fit, if any.
 
     Raises CalibrationError for a damaged file.
     """
     path = folder / Calibration.FILE
     if not path.is_file():
-        return plain
+        return plain, ""
     calibration = Calibration.load(path)
     try:
-        return plain.with_calibration(calibration)
-    except CalibrationError:
-        return plain
+        return plain.with_calibration(calibration), ""
+    except CalibrationError as error:
+        return plain, str(error)
 
 
 def _final_rms(recovered: Recovered) -> list[float | None]:
-    """Pixel RMS of each image's best iterate, in grey levels of 255; None for the encoder alone, which decodes nothing."""
+    """Pixel RMS of each image's best iterate, in grey levels of 255; None where nothing, or nothing finite, was decoded."""
     merits = recovered.solution.merits
     if not len(merits):
         return [None] * len(recovered.images)
     best = torch.from_numpy(np.nanmin(merits.numpy(), axis=0, initial=np.inf))
-    return (best / recovered.images[0].numel() ** 0.5 * 127.5).tolist()
+    rms = (best / recovered.images[0].numel() ** 0.5 * 127.5).tolist()
+    return [x if np.isfinite(x) else None for x in rms]
 
 
 def _check_fit(key: Key, model: LatentModel) -> None:

@@ -25,8 +25,7 @@ from torch.nn import functional
 from data.images import to_array
 from inversion.decoder import INVERTERS, Inverter
 from inversion.diagnostics import rings
-from inversion.model import LatentModel
-from watermark.detect import Detector
+from watermark.detect import Detector, null_covariance
 from watermark.errors import SchemeError
 from watermark.schemes.tree_ring import TreeRing, middle_phase
 
@@ -42,7 +41,6 @@ __all__ = [
     "best_shift",
     "cosine_p",
     "maximum_p",
-    "null_covariance",
     "shift_scores",
     "undo",
     "window",
@@ -238,14 +236,6 @@ def _matrices(candidates: list[Candidate], height: int, width: int) -> Tensor:
     none = torch.zeros_like(cos)
     rows = [torch.stack([cos, sin * height / width, none], 1), torch.stack([-sin * width / height, cos, none], 1)]
     return torch.stack(rows, 1).float()
-
-
-def null_covariance(model: LatentModel) -> np.ndarray:
-    """(R, C, C): the null covariance of recovered bins by ring, channels apart: the model's own, or that of white noise."""
-    channels, height, width = model.latent_shape
-    if model.recovery is None:
-        return np.tile(np.eye(channels), (int(rings(height, width).max()) + 1, 1, 1))
-    return model.recovery.null.T.numpy()[:, :, None] * np.eye(channels)
 
 
 @dataclass(frozen=True)

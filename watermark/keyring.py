@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,15 @@ from scipy import stats
 from tqdm import tqdm
 
 from inversion.model import LatentModel
-from watermark.detect import ALPHA, Detector, null_variance
+from watermark.calibration import whitened_features
+from watermark.detect import ALPHA, Detector, null_covariance
 from watermark.errors import KeyFileError, SchemeError
 from watermark.keys import Key, load_folder
 from watermark.schemes.tree_ring import TreeRing
 
-__all__ = ["TRIES", "Grown", "Ring", "begun", "cosine_bound", "draw_keys", "grow"]
+__all__ = ["TRIES", "Grown", "Ring", "begun", "check_findable", "cosine_bound", "draw_keys", "grow"]
 
+FAINT = 0.99  # no picture gives back a mark so well that a whitened cosine reaches this
 TRIES = 1000  # draws of one key before giving up; on average 1 / (1 − alpha)^N are needed beside N others
 
 
@@ -45,18 +48,28 @@ def cosine_bound(d: int, alpha: float) -> float:
     return float(t / np.hypot((d - 1) ** 0.5, t))
 
 
+def check_findable(key: Key, alpha: float = ALPHA) -> None:
+    """Raises SchemeError for a key of so few free numbers that hardly any image could reach p ≤ alpha for it."""
+    scheme = TreeRing(key)
+    free = len(scheme.feature_rings()[0])
+    if scheme.pattern != "zeros" and cosine_bound(free, alpha) > FAINT:
+        raise SchemeError(
+            f"{scheme.pattern} in channels {list(scheme.placement.channels)}, radii {scheme.placement.radii[0]}-{scheme.placement.radii[1]}: {free} free numbers, of which a picture would have to give back {FAINT:.0%} to reach p ≤ {alpha:g}; widen --radii or --channels"
+        )
+
+
 class _View:
     """How marks look to a detector of one kind of key (a pattern, a mask and a placement)."""
 
     def __init__(self, model: LatentModel, scheme: TreeRing, alpha: float) -> None:
-        self.scheme, self.deviation = scheme, np.sqrt(null_variance(model, scheme))
+        self.scheme, self.null = scheme, null_covariance(model)
         self.free = len(scheme.feature_rings()[0])
         self.bound = cosine_bound(self.free, alpha)
         self.seen = np.empty((0, self.free))
 
     def of(self, marks: torch.Tensor) -> np.ndarray:
         """(N, C, h, w) → whitened features (N, d) of length 1, or 0 where nothing is seen."""
-        features = self.scheme.features(marks)[0].numpy() / self.deviation
+        features = whitened_features(self.scheme, marks, self.null)[0]
         length = np.linalg.norm(features, axis=1, keepdims=True)
         return np.divide(features, length, out=np.zeros_like(features), where=length > 0)
 
@@ -81,12 +94,12 @@ class Ring:
     def __init__(self, model: LatentModel, old: Iterable[Key], like: Key, alpha: float = ALPHA) -> None:
         schemes = [s for s in Detector(model, list(old), steps=1).schemes.values() if s.pattern != "zeros"]
         self.view = _View(model, TreeRing(like), alpha)
-        self.others = []
-        for kind, some in groupby(sorted(schemes, key=_kind), _kind):
+        self.others, of = [], attrgetter("kind")
+        for kind, some in groupby(sorted(schemes, key=of), of):
             same = list(some)
             marks = torch.cat([_mark(scheme) for scheme in same])
             self.view.add(marks)
-            if kind != _kind(self.view.scheme):
+            if kind != self.view.scheme.kind:
                 self.others.append(_View(model, same[0], alpha))
                 self.others[-1].add(marks)
 
@@ -97,10 +110,6 @@ class Ring:
             return False
         self.view.add(mark)
         return True
-
-
-def _kind(scheme: TreeRing) -> tuple:
-    return scheme.pattern, scheme.mask_name, scheme.placement.channels, scheme.placement.radii
 
 
 def _mark(scheme: TreeRing) -> torch.Tensor:

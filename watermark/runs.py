@@ -210,7 +210,7 @@ class Labelled(NamedTuple):
 def label_records(records: list[dict], label_files: list[Path]) -> Labelled:
     """A label's path is looked for below its file's folder's name, then as it stands.
 
-    Raises EvaluationError where no label fits any record.
+    Raises EvaluationError where no label fits any record, or two files label one differently.
     """
     ids, found, unmatched = {r["sample_id"] for r in records}, {}, 0
     for file in label_files:
@@ -218,8 +218,10 @@ def label_records(records: list[dict], label_files: list[Path]) -> Labelled:
             name = next((n for n in (f"{file.resolve().parent.name}/{path}", path) if n in ids), None)
             if name is None:
                 unmatched += 1
-            else:
-                found[name] = label
+            elif found.setdefault(name, label) != label:
+                raise EvaluationError(
+                    f"{file}: contradicts another file's label of {name}; audit and label both folders together"
+                )
     if not found:
         raise EvaluationError(
             f"{', '.join(map(str, label_files))}: no label fits any of the {len(ids)} audited images; paths must be as in the results, e.g. {min(ids, default='-')}"

@@ -105,13 +105,13 @@ def needed_references(alpha: float) -> int:
 
 
 def undecided(p: np.ndarray, conformal: np.ndarray, n: int, alpha: float) -> np.ndarray:
-    """Whether p-values and the conformal ones of the same scores, from n references, contradict each other about alpha.
+    """Whether p-values and the conformal ones of the same scores, from n references, leave open what is beyond alpha.
 
-    They do where they cannot both be right (see `agreement`) and lie on two sides of alpha. As n references resolve
-    nothing below 1/(n + 1), a score above all of them counts as one that may reach any alpha.
+    They do where they cannot both be right (see `agreement`) and at least one of them reaches alpha. As n references
+    resolve nothing below 1/(n + 1), a score above all of them counts as one that may reach any alpha.
     """
     reached = np.asarray(conformal) <= max(alpha, 1 / (n + 1))
-    return ~agreement(p, conformal, n) & (reached != (np.asarray(p) <= alpha))
+    return ~agreement(p, conformal, n) & (reached | (np.asarray(p) <= alpha))
 
 
 def power_test(inside: np.ndarray, outside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -52,6 +52,13 @@ class Placement:
         sizes = torch.bincount(rings(*size).flatten())
         return int(sizes[self.radii[0] : self.radii[1] + 1].sum()) * len(self.channels) / (count * size[0] * size[1])
 
+    def check_budget(self, latent_shape: tuple[int, int, int], budget: float) -> None:
+        """Raises SchemeError where the mark alters a larger share of the coefficients than this."""
+        if (share := self.share(latent_shape)) > budget:
+            raise SchemeError(
+                f"budget {budget:g}: channels {list(self.channels)}, radii {self.radii[0]}-{self.radii[1]} alter {share:.3g} of the coefficients; raise --budget, or give --channels and --radii"
+            )
+
 
 def signed_frequencies(height: int, width: int) -> tuple[Tensor, Tensor]:
     """Whole frequencies (h, 1) and (1, w) of an unshifted DFT."""
@@ -144,6 +151,7 @@ class TreeRing:
         if meta["scheme"] != "tree-ring":
             raise SchemeError(f"key {key.fingerprint}: its scheme {meta['scheme']!r} is not tree-ring")
         self.pattern, self.mask_name = meta["pattern"], meta["mask"]
+        self.kind = (self.pattern, self.mask_name, tuple(meta["channels"]), tuple(meta["radii"]))
         _check_names(self.pattern, self.mask_name)
         self.placement = Placement(tuple(meta["channels"]), tuple(meta["radii"]))
         self.latent_shape = tuple(meta["latent_shape"])
