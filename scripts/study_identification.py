@@ -149,7 +149,7 @@ def members(images: int, keys: int, total: int) -> np.ndarray:
 
 def outcomes(cosine: np.ndarray, distance: np.ndarray, named: np.ndarray) -> dict[str, int]:
     """How many marked images come out how: all (N, K), an image's own key first; `named` where K p ≤ alpha."""
-    right, any_named = (cosine.argmax(1) == 0) & (cosine[:, 0] > 0), named.any(1)
+    right, any_named = (cosine.argmax(1) == 0) & (cosine[:, 0] != 0), named.any(1)
     return {
         "cosine finds the key": int(right.sum()),
         "distance finds the key": int((distance.argmin(1) == 0).sum()),
