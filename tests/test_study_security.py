@@ -39,7 +39,7 @@ def recovered(key, number: int, a: float, v: float, seed: int = 0):
 def p_of(key, estimate) -> float:
     """Of noise marked with the estimate, tested with the key, nothing lost."""
     noise = TreeRing(estimate).embed(initial_noise([9], SHAPE))
-    model = SimpleNamespace(recovery=None, grid=lambda steps: None, embed=lambda prompts: None)
+    model = SimpleNamespace(recovery=None, latent_shape=SHAPE, grid=lambda steps: None, embed=lambda prompts: None)
     return float(Detector(model, [], steps=1).statistic(TreeRing(key), noise)[1][0])
 
 

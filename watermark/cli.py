@@ -193,6 +193,7 @@ def load_detector(
     alpha: float,
     calibration: Path | None,
     search: bool,
+    quiet: bool,
 ):
     """A detector for these keys, on this calibration or the model's own; a bad file does not cost the loading of the model."""
     from inversion.model import resolve
@@ -207,7 +208,7 @@ def load_detector(
         given.check_level(alpha)
     plain = detector(load_model(*model), keys, method, max_steps, steps, alpha)
     made, unfit = (plain.with_calibration(given), "") if given else with_built_in(plain, Path(resolve(model[0])))
-    if unfit:
+    if unfit and not quiet:
         click.echo(f"note: {unfit}. p rests on what is known of the model, and is not checked by ranks", err=True)
     return SearchingDetector(made) if search else made
 
@@ -543,7 +544,9 @@ def verify(
     """
     from watermark.single import verify_files
 
-    detector = load_detector((source, device, dtype), key_paths, method, max_steps, steps, alpha, calibration, search)
+    detector = load_detector(
+        (source, device, dtype), key_paths, method, max_steps, steps, alpha, calibration, search, as_json
+    )
     outcome = verify_files(detector, list(images), batch=batch, explain_to=explain)
     for line in outcome:
         if not as_json:
@@ -600,7 +603,9 @@ def audit(
     from watermark import runs
 
     check_folder(folder)
-    detector = load_detector((source, device, dtype), key_paths, method, max_steps, steps, alpha, calibration, search)
+    detector = load_detector(
+        (source, device, dtype), key_paths, method, max_steps, steps, alpha, calibration, search, as_json
+    )
     found = runs.audit(detector, folder, output, batch=batch)
     keys = "".join(f"\n  key {name[:8]}: {count}" for name, count in found.by_key.items())
     text = f"{found.images} images: {found.present} carry a key, {found.absent} do not, {found.inconclusive} inconclusive, {found.unreadable} unreadable; {found.skipped} other files skipped; records in {output}{keys}"

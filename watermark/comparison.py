@@ -239,11 +239,13 @@ def _own_key(model: LatentModel, plan: Comparison) -> Key:
 def _images(model: LatentModel, plan: Comparison, key: Key | None) -> _Images:
     """The marked images of a key, or the unmarked ones: drawn, unless a folder is given."""
     name, folder = (key.fingerprint[:8], plan.marked) if key else (UNMARKED, plan.unmarked)
-    if folder is None:
+    if folder:
+        files = find_images(folder)
+    else:
         folder, first = plan.output / "images" / name, plan.seed + (0 if key else plan.number)
         prompts = prompts_for([], plan.number, first)
-        draw(model, folder, prompts, first, key=key, steps=plan.steps, guidance=plan.guidance, batch=plan.batch)
-    names = [path.relative_to(folder).as_posix() for path in find_images(folder)]
+        files = draw(model, folder, prompts, first, key=key, steps=plan.steps, guidance=plan.guidance, batch=plan.batch)
+    names = [path.relative_to(folder).as_posix() for path in files]
     return _Images(name, folder, names, _prompts(folder / "labels.csv", names, key is not None))
 
 
