@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+NONE = "none"
+
 __all__ = ["histogram_figure", "pivot", "roc_panels", "strength_figure", "summary", "write_plots", "write_tables"]
 
 
@@ -70,6 +72,7 @@ def _report(found: Evaluation, record: dict) -> str:
     parts = [
         "# Evaluation",
         f"Model {settings['model']['name']}, {settings['steps']} DDIM steps, guidance {settings['guidance']:g}, seed {settings['seed']}; {_numbers(rows)}; {settings['images']}.",
+        f"Calibrations: {', '.join(f'{method} {name or NONE}' for method, name in settings['calibrations'].items())}; {NONE} means the null that is known of the model.",
         f"{len(found.refused)} files could not be used. Intervals are 95 %: DeLong's for the AUC, Clopper-Pearson's for rates. An image of which nothing can be said, one flat colour say, counts as the least marked of all; the means are over the attacks, without {CLEAN}.",
         "## AUC",
         pivot(found.cells, "auc"),
