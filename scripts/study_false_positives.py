@@ -42,6 +42,7 @@ from inversion.model import LatentModel, resolve
 from watermark.attack_files import attack_files, attacked_name
 from watermark.attacks import expand
 from watermark.calibration import Calibration
+from watermark.cells import CLEAN
 from watermark.detect import Detector
 from watermark.errors import RingmarkError
 from watermark.evaluate import rate
@@ -54,7 +55,6 @@ from watermark.statistics import conformal_p, published_distance, published_p_va
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CLEAN = "clean"
 LEVELS = (0.05, 0.01, 0.001)
 LITERAL = 77  # a mean distance, for latents of 64x64
 RANKED = ("cosine", "conformal", "published p")

@@ -42,6 +42,7 @@ from inversion.diffusion import sample
 from inversion.model import LatentModel
 from watermark.attacks import Chain, apply, expand, seed_of
 from watermark.calibration import whitened_features
+from watermark.cells import CLEAN
 from watermark.detect import ALPHA, null_covariance
 from watermark.errors import RingmarkError
 from watermark.generate import initial_noise
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CLEAN = "clean"
 INK, MARK, TEAL, AMBER, GREY = COLOURS
 SHOWN = dict(zip(  # outcome: style
     ("cosine finds the key", "distance finds the key", "right key named", "falsely accused", "unmarked accused"),

@@ -14,7 +14,6 @@ from scipy import stats
 from inversion.diagnostics import NoiseRecovery, rings
 from watermark.errors import SchemeError
 from watermark.keys import Key
-from watermark.schemes import from_key
 from watermark.schemes.tree_ring import (
     MASKS,
     PATTERNS,
@@ -109,7 +108,7 @@ def test_noise_keeps_its_dtype(dtype):
 def test_a_key_survives_its_file(tmp_path):
     key = make_key((4, 16, 24), PLACEMENTS[1], model={"name": "none"})
     key.save(tmp_path / "my.key")
-    a, b = TreeRing(key), from_key(Key.load(tmp_path / "my.key"))
+    a, b = TreeRing(key), TreeRing(Key.load(tmp_path / "my.key"))
     noise = white((4, 16, 24))
     assert torch.equal(a.embed(noise), b.embed(noise)) and key.fingerprint == Key.load(tmp_path / "my.key").fingerprint
 

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from watermark.keys import Key
-
-__all__ = ["Scheme", "from_key"]
+__all__ = ["Scheme"]
 
 
 class Scheme(Protocol):
@@ -22,10 +20,3 @@ class Scheme(Protocol):
     def features(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Recovered noise (B, C, h, w) → recovered vectors (B, d) and the key's (d,), of unit variance on white noise."""
         ...
-
-
-def from_key(key: Key) -> Scheme:
-    """The scheme that this key belongs to."""
-    from watermark.schemes.tree_ring import TreeRing
-
-    return TreeRing(key)
