@@ -70,13 +70,8 @@ def draw(
 
     Images are named by their seeds. A folder begun with other settings is refused (StoreError).
     """
-    settings = {
-        "model": model.identity,
-        "dtype": str(model.dtype),
-        "key": key.fingerprint if key else None,
-        "steps": steps,
-        "guidance": guidance,
-    }
+    made_with = {"model": model.identity, "dtype": str(model.dtype), "steps": steps, "guidance": guidance}
+    settings = made_with | {"key": key.fingerprint if key else None}
     seeds = [first_seed + i for i in range(len(prompts))]
     names = {seed: f"{seed:07d}.png" for seed in seeds}
     with Store(folder / DRAWN, settings) as store:

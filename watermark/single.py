@@ -82,9 +82,8 @@ def invert_file(detector: Detector, path: Path, output: Path) -> dict:
         **detector.settings(),
     }
     tensors = {"latents": solution.value[0].cpu().contiguous(), "noise": recovered.noise[0].contiguous()}
-    write_atomic(
-        output, save(tensors, {"ringmark": json.dumps(done)}), 0o600
-    )  # of a marked image: a rough copy of the key
+    # Of a marked image it is a rough copy of the key.
+    write_atomic(output, save(tensors, {"ringmark": json.dumps(done)}), 0o600)
     return done
 
 
