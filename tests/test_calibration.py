@@ -150,7 +150,7 @@ def test_one_channel_is_divided_by_its_deviation(calibration, fresh):
     features, key = one.features(fresh[:50])
     channels, ring = (x.numpy() for x in one.feature_rings())
     expected = cosine_test(features.numpy(), key.numpy(), calibration.covariance[ring, channels, channels])
-    assert np.allclose(calibration.test(one, fresh[:50]), expected)
+    assert np.allclose(whitened_test(one, fresh[:50], calibration.covariance), expected)
 
 
 def test_white_noise_needs_no_calibration(fresh):
@@ -173,7 +173,7 @@ PATTERNS = [
 def test_p_values_of_coloured_correlated_noise_are_uniform(calibration, fresh, pattern, mask):
     radii = (2, 5) if pattern == "zeros" else (2, 6)
     some = scheme(pattern, seed=5, channels=(0, 1, 2), mask=mask, radii=radii)
-    score, p = calibration.test(some, fresh)
+    score, p = whitened_test(some, fresh, calibration.covariance)
     conformal = conformal_p(score, calibration.reference_scores(some))
     assert stats.kstest(p, "uniform").pvalue > 0.01
     for level in (0.05, 0.01):
@@ -238,11 +238,12 @@ def test_cross_fitted_p_values_are_those_of_full_conformal_prediction():
     rng, n = np.random.default_rng(9), 99
     noise, new = recovered(rng, n, own_scale=0.3), recovered(rng, 60, own_scale=0.3)
     made, some = Calibration.measure(noise, SETTINGS, {"drawn": n}), scheme("rand", seed=3)
-    cross = conformal_p(made.test(some, torch.from_numpy(new))[0], made.reference_scores(some))
+    cross = conformal_p(whitened_test(some, torch.from_numpy(new), made.covariance)[0], made.reference_scores(some))
     full = []
     for one in new:
         both = np.concatenate([noise, one[None]])
-        score = Calibration.measure(both, SETTINGS, {"drawn": n + 1}).test(some, torch.from_numpy(both))[0]
+        null = Calibration.measure(both, SETTINGS, {"drawn": n + 1}).covariance
+        score = whitened_test(some, torch.from_numpy(both), null)[0]
         full.append(conformal_p(score[-1], score[:-1]))
     assert np.abs(cross - full).max() <= 3 / (n + 1) and abs((cross - full).mean()) < 0.5 / (n + 1)
 
@@ -254,7 +255,7 @@ def test_conformal_p_values_hold_their_level_over_calibrations():
         rng = np.random.default_rng(seed)
         made = Calibration.measure(recovered(rng, LEAST), SETTINGS, {"drawn": LEAST})
         new = torch.from_numpy(recovered(rng, 5))
-        p.append(conformal_p(made.test(some, new)[0], made.reference_scores(some)))
+        p.append(conformal_p(whitened_test(some, new, made.covariance)[0], made.reference_scores(some)))
     p = np.array(p)
     for level in (0.05, 0.25, 0.5, 0.75):
         share = (p <= level).mean(1)

@@ -15,11 +15,12 @@ from PIL import Image
 from data.store import StoreError
 from inversion.model import LatentModel
 from watermark import cells, comparison
+from watermark.calibration import Calibration
 from watermark.cells import CLEAN, DISTANCE, Cell, Evaluation
 from watermark.comparison import Comparison, compare, own_statistic, scores_of
 from watermark.comparison_report import pivot, summary, write_plots
-from watermark.detect import Detector
-from watermark.errors import AttackError, EvaluationError, RingmarkError
+from watermark.detect import Detector, detector
+from watermark.errors import AttackError, CalibrationError, EvaluationError, RingmarkError
 from watermark.evaluate import roc, tpr_at
 from watermark.schemes.tree_ring import Placement, TreeRing, make_key
 
@@ -238,6 +239,22 @@ def test_folders_of_others_pictures(model, plan, keys, tmp_path):
     doubtful = [r for r in found.images if r["doubt"]]
     assert len(doubtful) == 2 and all((r["p"], r["score"]) == (1.0, None) for r in doubtful)
     assert found.record()["settings"]["images"] == comparison.GIVEN and "sky_marked" not in found.quality[0]
+
+
+def test_a_calibration_is_used_where_it_fits_and_refused_where_it_fits_nowhere(model, plan, keys, tmp_path):
+    noise = np.random.default_rng(0).normal(size=(20, *model.latent_shape))
+    made = Calibration.measure(noise, detector(model, [], "encoder", 1, 2).settings(), {"drawn": 20})
+    made.save(tmp_path / "own.safetensors")
+    small = replace(
+        plan, number=2, keys=(keys["rand"],), attacks=(), output=tmp_path / "out", calibration=tmp_path / "own.safetensors"
+    )
+    found = compare(model, small)
+    assert found.settings["calibrations"] == {"encoder": made.fingerprint, "forward": None}
+    assert {cell.method for cell in found.cells if cell.statistic == comparison.CONFORMAL} == {"encoder"}
+    with pytest.raises(CalibrationError, match="own.safetensors.*method"):
+        compare(model, replace(small, methods=("forward",), output=tmp_path / "none"))
+    with pytest.raises(CalibrationError, match="missing.safetensors"):
+        replace(small, calibration=tmp_path / "missing.safetensors")
 
 
 def test_what_is_refused(model, plan, keys, tmp_path):

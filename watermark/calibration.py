@@ -131,10 +131,6 @@ class Calibration:
         bins = np.bincount(rings(*self.latent_shape[1:]).flatten().numpy())
         return smooth(np.tensordot(images / images.sum(), self.power, 1), images.sum() * bins)
 
-    def test(self, scheme: TreeRing, noise: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and p-values (B,) of recovered noise (B, C, h, w); see `whitened_test`."""
-        return whitened_test(scheme, noise, self.covariance)
-
     def noise(self, rows: slice = slice(None)) -> Tensor:
         """(n, C, h, w) float64: the recovered noises, without what lies beyond `reach`."""
         return torch.from_numpy(_unpack(self.spectra[rows], self.latent_shape, self.reach))

@@ -53,8 +53,8 @@ class Cell:
         """The numbers by name; None is "too few unmarked images" for a rate, "not measured" else.
 
         Intervals are 95 %: AUC DeLong's, `bootstrap` clustered by `groups` where there are
-        GROUPS of them, rates Clopper–Pearson's. `tpr_F` is read off the ROC at FPR F; `split_F` has its threshold from one half of the unmarked images and its FPR from the
-        other; `p_F` calls p ≤ F marked.
+        GROUPS of them, rates Clopper–Pearson's. `tpr_F` is read off the ROC at FPR F; `split_F` has its
+        threshold from one half of the unmarked images and its FPR from the other; `p_F` calls p ≤ F marked.
         """
         names = ("key", "pattern", "mask", "attack", "method", "statistic")
         found = {name: getattr(self, name) for name in names} | {"auc": self.curve.auc}
@@ -66,10 +66,9 @@ class Cell:
         for fpr in FPRS:
             enough = n >= needed_references(fpr)
             found |= _rates(f"tpr_{fpr:g}", tpr_at(self.marked, self.unmarked, fpr) if enough else None, ("tpr",))
-        fpr = FPRS[0]
-        enough = (n + 1) // 2 >= needed_references(fpr)
-        split = split_operating_point(self.marked, self.unmarked, fpr, seed=0) if enough else None
-        found |= {f"split_{fpr:g}_threshold": split and split.threshold} | _rates(f"split_{fpr:g}", split)
+            enough = (n + 1) // 2 >= needed_references(fpr)
+            split = split_operating_point(self.marked, self.unmarked, fpr, seed=0) if enough else None
+            found |= {f"split_{fpr:g}_threshold": split and split.threshold} | _rates(f"split_{fpr:g}", split)
         for alpha in FPRS:
             point = self.p and OperatingPoint.of(-self.p[0], -self.p[1], alpha, -alpha)
             found |= _rates(f"p_{alpha:g}", point)

@@ -684,6 +684,7 @@ def roc(results, labels, output, fpr, as_json) -> None:
 )
 @steps_option
 @batch_option
+@calibration_option
 @model_options
 @json_option
 def evaluate(
@@ -699,6 +700,7 @@ def evaluate(
     max_steps,
     steps,
     batch,
+    calibration,
     source,
     device,
     dtype,
@@ -718,9 +720,8 @@ def evaluate(
     from watermark.comparison import Comparison, compare
     from watermark.comparison_report import summary
 
-    plan = Comparison(
-        output, key_paths, marked, unmarked, number, attacks, methods, seed, guidance, max_steps, steps, batch
-    )
+    images = (output, key_paths, marked, unmarked, number)
+    plan = Comparison(*images, attacks, methods, seed, guidance, max_steps, steps, batch, calibration)
     found = compare(load_model(source, device, dtype), plan, Path(resolve(source)))
     for error in () if as_json else found.refused:
         click.echo(error, err=True)

@@ -22,11 +22,11 @@ from inversion.diagnostics import peak_during, release_memory
 from inversion.model import LatentModel
 from watermark.attack_files import attack_files, attacked_name
 from watermark.attacks import Chain, expand
-from watermark.calibration import whitened_features
+from watermark.calibration import Calibration, whitened_features
 from watermark.cells import CLEAN, DISTANCE, Cell, Evaluation
 from watermark.comparison_report import write_plots, write_tables
-from watermark.detect import Detector, check_method, detector, with_built_in
-from watermark.errors import EvaluationError
+from watermark.detect import Detector, check_method, detector, where_it_fits, with_built_in
+from watermark.errors import CalibrationError, EvaluationError
 from watermark.evaluate import rate
 from watermark.keys import Key, describe, load_ring
 from watermark.quality import frechet_test, simple_features
@@ -65,6 +65,7 @@ class Comparison:
     max_steps: int | None
     steps: int
     batch: int
+    calibration: Path | None = None
 
     def __post_init__(self) -> None:
         if self.marked and len(self.given_keys) != 1:
@@ -81,7 +82,7 @@ class Comparison:
                 raise EvaluationError(f"{self.output}: lies in {folder}, whose images are evaluated; choose another -o")
         if self.marked and self.unmarked and _overlap(self.marked.resolve(), self.unmarked.resolve()):
             raise EvaluationError(f"{self.marked} and {self.unmarked}: one lies in the other; keep marked images apart")
-        _ = self.chains, self.given_keys
+        _ = self.chains, self.given_keys, self.given_calibration
 
     @cached_property
     def chains(self) -> list[Chain]:
@@ -100,8 +101,13 @@ class Comparison:
                 keys.append(key)
         return keys
 
+    @cached_property
+    def given_calibration(self) -> Calibration | None:
+        """Raises CalibrationError."""
+        return self.calibration and Calibration.load(self.calibration)
+
     def settings(self, model: LatentModel) -> dict:
-        """What the images depend on; keys, attacks and methods may be added to a folder."""
+        """What the images depend on; keys, attacks, methods and calibrations may change in a folder."""
         folders = {
             name: folder and os.path.relpath(folder, self.output)
             for name, folder in (("marked", self.marked), ("unmarked", self.unmarked))
@@ -116,11 +122,13 @@ class Comparison:
 def compare(model: LatentModel, plan: Comparison, folder: Path | None = None) -> Evaluation:
     """Everything that the plan names, kept and written in plan.output, where one more attack costs one attack.
 
-    A calibration in the model's `folder` is used by those methods whose settings it fits, as verify would. Raises StoreError if plan.output was begun with other images, EvaluationError where labels contradict the plan or a
-    kind has no image that can be used, and KeyFileError for a key of another model.
+    The plan's calibration, or one in the model's `folder`, is used by those methods whose settings it fits. Raises
+    StoreError if plan.output was begun with other images, EvaluationError where labels contradict the plan or a kind
+    has no image that can be used, KeyFileError for a key of another model, and CalibrationError where the plan's
+    calibration fits no method.
     """
     keys = plan.given_keys or [_own_key(model, plan)]
-    detectors = {name: _detector(model, keys, name, plan, folder) for name in plan.methods}
+    detectors = _detectors(model, keys, plan, folder)
     Store(plan.output / "plan.jsonl", plan.settings(model)).close()  # refuses another plan's images
     memory = {name: _megabytes(looking, plan) for name, looking in detectors.items()}
     sets = [_images(model, plan, key) for key in (None, *keys)]
@@ -224,9 +232,17 @@ def _overlap(one: Path, other: Path) -> bool:
     return one.is_relative_to(other) or other.is_relative_to(one)
 
 
-def _detector(model: LatentModel, keys: list[Key], method: str, plan: Comparison, folder: Path | None) -> Detector:
-    plain = detector(model, keys, method, plan.max_steps, plan.steps)
-    return with_built_in(plain, folder)[0] if folder else plain
+def _detectors(model: LatentModel, keys: list[Key], plan: Comparison, folder: Path | None) -> dict[str, Detector]:
+    plain = {name: detector(model, keys, name, plan.max_steps, plan.steps) for name in plan.methods}
+    if given := plan.given_calibration:
+        fitted = {name: where_it_fits(one, given) for name, one in plain.items()}
+        if not any(one.calibration for one, _ in fitted.values()):
+            raise CalibrationError("; ".join(dict.fromkeys(why for _, why in fitted.values())))
+    elif folder:
+        fitted = {name: with_built_in(one, folder) for name, one in plain.items()}
+    else:
+        return plain
+    return {name: one for name, (one, _) in fitted.items()}
 
 
 def _own_key(model: LatentModel, plan: Comparison) -> Key:

@@ -79,13 +79,13 @@ def _report(found: Evaluation, record: dict) -> str:
     ]
     for fpr in FPRS:
         parts += [f"## TPR at {100 * fpr:g} % FPR", _or_too_few(found.cells, f"tpr_{fpr:g}")]
-    fpr = FPRS[0]
-    parts += [
-        f"## Threshold for {100 * fpr:g} % FPR chosen on one half of the unmarked images, FPR on the other half",
-        _or_too_few(found.cells, f"split_{fpr:g}_fpr"),
-        "TPR at that threshold:",
-        _or_too_few(found.cells, f"split_{fpr:g}_tpr"),
-    ]
+    for fpr in FPRS:
+        parts += [
+            f"## Threshold for {100 * fpr:g} % FPR chosen on one half of the unmarked images, FPR on the other half",
+            _or_too_few(found.cells, f"split_{fpr:g}_fpr"),
+            "TPR at that threshold:",
+            _or_too_few(found.cells, f"split_{fpr:g}_tpr"),
+        ]
     own = [cell for cell in found.cells if cell.by_default]
     for alpha in FPRS:
         parts += [f"## Share of unmarked images with p ≤ {alpha:g}", pivot(own, f"p_{alpha:g}_fpr")]

@@ -41,6 +41,7 @@ __all__ = [
     "check_method",
     "detector",
     "null_covariance",
+    "where_it_fits",
     "with_built_in",
 ]
 
@@ -304,19 +305,21 @@ def detector(
     return Detector(model, keys, inverter=Inverter.named(method, max_steps), steps=steps, alpha=alpha)
 
 
+def where_it_fits(plain: Detector, calibration: Calibration) -> tuple[Detector, str]:
+    """The detector on this calibration; else as it is, and why the calibration does not fit."""
+    try:
+        return plain.with_calibration(calibration), ""
+    except CalibrationError as error:
+        return plain, str(error)
+
+
 def with_built_in(plain: Detector, folder: Path) -> tuple[Detector, str]:
     """The detector with the calibration that its model's folder holds; else as it is, and why that does not fit, if any.
 
     Raises CalibrationError for a damaged file.
     """
     path = folder / Calibration.FILE
-    if not path.is_file():
-        return plain, ""
-    calibration = Calibration.load(path)
-    try:
-        return plain.with_calibration(calibration), ""
-    except CalibrationError as error:
-        return plain, str(error)
+    return where_it_fits(plain, Calibration.load(path)) if path.is_file() else (plain, "")
 
 
 def _final_rms(recovered: Recovered) -> list[float | None]:
