@@ -115,7 +115,7 @@ def test_flat_and_broken_images_are_inconclusive() -> None:
     looking = Detector(MODEL, [key(4)], steps=2)
     flat = Sample("flat", from_array(np.ones((3, 32, 32)) * np.array([0.1, -0.4, 0.8])[:, None, None]))
     ((_, (verdict,), _),) = looking.scan([flat])
-    assert verdict.present is None and "flat" in verdict.sentence()
+    assert verdict.present is None and "flat" in verdict.sentence() and (verdict.shows, verdict.p_value) == (False, 1.0)
 
     class Overflowing(Identity):
         def eps(self, latents, t, cond):

@@ -27,7 +27,7 @@ from watermark.cells import CLEAN, DISTANCE, Cell, Evaluation
 from watermark.comparison_report import write_plots, write_tables
 from watermark.detect import Detector, check_method, detector, where_it_fits, with_built_in
 from watermark.errors import CalibrationError, EvaluationError
-from watermark.evaluate import rate
+from watermark.evaluate import rate, tied_below
 from watermark.keys import Key, describe, load_ring
 from watermark.quality import frechet_test, simple_features
 from watermark.recovery import RecoveredFiles, cached, recover_files
@@ -325,29 +325,22 @@ def _score(looking: Detector, key: str, seen: _Recovered) -> _Scored:
 def _cells(about: dict, key: Key, marked: _Scored, unmarked: _Scored, megabytes: float) -> Iterator[Cell]:
     """A cell for each statistic."""
     seconds = float(torch.cat([marked.seen.files.seconds, unmarked.seen.files.seconds]).median())
+    doubtful = np.concatenate([marked.doubtful, unmarked.doubtful])
     for statistic in marked.values:
+        scores = tied_below(np.concatenate([marked.values[statistic], unmarked.values[statistic]]), doubtful)
+        own, others = np.split(scores, [len(marked.p)])
         yield Cell(
             **about,
             pattern=key.metadata["pattern"],
             mask=key.metadata["mask"],
             statistic=statistic,
-            marked=_evidence(statistic, marked, unmarked),
-            unmarked=_evidence(statistic, unmarked, marked),
+            marked=own,
+            unmarked=others,
             groups=(marked.groups, unmarked.groups),
             p=(marked.p, unmarked.p) if statistic == own_statistic(key.metadata["pattern"]) else None,
             seconds=seconds,
             megabytes=megabytes,
         )
-
-
-def _evidence(statistic: str, scored: _Scored, others: _Scored) -> np.ndarray:
-    """Scores in which images with a doubt are tied below all others: what shows nothing is no evidence of a mark.
-
-    So at any threshold that some image misses they count as unmarked, as a verdict that is inconclusive does.
-    """
-    sure = np.concatenate([some.values[statistic][~some.doubtful] for some in (scored, others)])
-    lowest = np.nextafter(sure.min(), -np.inf) if len(sure) else 0.0
-    return np.where(scored.doubtful, lowest, scored.values[statistic])
 
 
 def _megabytes(looking: Detector, plan: Comparison) -> float:

@@ -55,8 +55,9 @@ class Verdict:
 
     `p_value` is already corrected for the number of keys tested; `score` the whitened cosine, `distance` and
     `published_p` the published statistics; `residual` the pixel RMS of the decoder inversion; `seconds` of computing.
-    With `by_search` the search found the key, and the score is the largest of many. `calibration` is the fingerprint of the calibration used, if any, and `conformal_p` then the p-value by rank among
-    its unmarked images, corrected like `p_value`.
+    Where an image `shows` nothing, being of one flat colour, say, p is 1. With `by_search` the search found the key, and
+    the score is the largest of many. `calibration` is the fingerprint of the calibration used, if any, and
+    `conformal_p` then the p-value by rank among its unmarked images, corrected like `p_value`.
     """
 
     sample_id: str
@@ -74,6 +75,7 @@ class Verdict:
     calibration: str | None = None
     notes: tuple[str, ...] = field(default=())
     by_search: bool = False
+    shows: bool = True
 
     def record(self) -> dict:
         """As plain values, for a store or JSON."""
@@ -246,15 +248,17 @@ class Detector:
     def _judge(self, name: str, scheme: TreeRing, samples: list[Sample], recovered: Recovered) -> list[Verdict]:
         noise = torch.nan_to_num(recovered.noise, 0.0, 0.0, 0.0)
         scores, p_values = self.statistic(scheme, noise)
-        conformal, contradictions = self._rank(name, scores, p_values)
+        doubts = list(map(self.doubt, recovered.images, recovered.noise))
+        blank = np.array([bool(doubt) for doubt in doubts])
+        p_values = np.where(blank, 1.0, p_values)
+        conformal, contradictions = self._rank(name, np.where(blank, -np.inf, scores), p_values)
         published = [x.numpy() for x in scheme.masked(noise)]
         distances, published_p = published_distance(*published), published_p_value(*published)
         merits = _final_rms(recovered)
         verdicts = []
         corrected = lambda p: None if p is None else min(1.0, float(p) * len(self.schemes))
         for i, sample in enumerate(samples):
-            p = corrected(p_values[i])
-            doubt = self.doubt(recovered.images[i], recovered.noise[i]) or contradictions[i]
+            p, doubt = corrected(p_values[i]), doubts[i] or contradictions[i]
             verdicts.append(
                 Verdict(
                     sample.id,
@@ -271,6 +275,7 @@ class Detector:
                     corrected(conformal[i]),
                     self.calibration.fingerprint if self.calibration else None,
                     (*sample.notes, *filter(None, [doubt])),
+                    shows=not blank[i],
                 )
             )
         return verdicts

@@ -22,6 +22,7 @@ __all__ = [
     "rate",
     "roc",
     "split_operating_point",
+    "tied_below",
     "tpr_at",
 ]
 
@@ -70,6 +71,15 @@ class OperatingPoint:
         """Count the scores that reach the threshold."""
         rates = [rate(int((scores >= threshold).sum()), len(scores)) for scores in (marked, unmarked)]
         return cls(fpr_limit, threshold, *rates[0], *rates[1], len(marked), len(unmarked))
+
+
+def tied_below(scores: np.ndarray, doubtful: np.ndarray) -> np.ndarray:
+    """Scores (n,) in which the doubtful are tied below all others: what shows nothing is no evidence of a mark.
+
+    So at any threshold that some image misses they count as unmarked, as a verdict that is inconclusive does.
+    """
+    sure = scores[~doubtful]
+    return np.where(doubtful, np.nextafter(sure.min(), -np.inf) if len(sure) else 0.0, scores)
 
 
 def roc(

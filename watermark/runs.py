@@ -26,7 +26,7 @@ from data.store import Store, StoreError, read_records
 from inversion.model import LatentModel
 from watermark.detect import Detector, Judged
 from watermark.errors import EvaluationError
-from watermark.evaluate import Curve, roc
+from watermark.evaluate import Curve, roc, tied_below
 from watermark.generate import generate
 from watermark.keys import Key
 from watermark.report import write_table
@@ -232,12 +232,17 @@ def curves(
     statistics: tuple[str, ...] = ("score", "distance"),
     fpr_limit: float = 0.01,
 ) -> list[Curve]:
-    """An ROC for each statistic of the best key: the score, and the published distance with its sign turned."""
+    """An ROC for each statistic of the best key: the score, and the published distance with its sign turned.
+
+    An image that shows nothing is the least marked of all.
+    """
     judged = [r for r in records if r["sample_id"] in labels and r.get("score") is not None]
     truth = np.array([labels[r["sample_id"]] for r in judged], bool)
+    doubtful = np.array([not r.get("shows", True) for r in judged], bool)
     out = []
     for statistic in statistics:
-        values = np.array([r[statistic] for r in judged], float) * (-1 if statistic == "distance" else 1)
+        scores = np.array([r[statistic] for r in judged], float) * (-1 if statistic == "distance" else 1)
+        values = tied_below(scores, doubtful)
         out.append(roc(values[truth], values[~truth], name=f"{name} {statistic}".strip(), fpr_limit=fpr_limit))
     return out
 

@@ -1,0 +1,75 @@
+"""Audits become curves: labels find their records, a record counts once, what shows nothing counts as unmarked."""
+
+from __future__ import annotations
+
+import pytest
+
+from data.scenes import scene
+from data.store import Store
+from watermark.errors import EvaluationError
+from watermark.runs import UNSEEN_SCENES, curves, curves_of_files, label_records, prompts_for
+
+
+def record(name: str, score: float, **more) -> dict:
+    return {"sample_id": name, "score": score, "distance": -score} | more
+
+
+def results(path, *records: dict):
+    with Store(path, {}) as store:
+        for one in records:
+            store.append(one)
+    return path
+
+
+def labels(path, **named: int):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("path,label\n" + "".join(f"{name}.png,{label}\n" for name, label in named.items()))
+    return path
+
+
+def test_prompts_are_taken_in_turn_or_are_captions_of_scenes_nobody_trained_on():
+    assert prompts_for(["a", "b"], 3, 0) == ["a", "b", "a"]
+    assert prompts_for([], 2, 5) == [scene(UNSEEN_SCENES + 5).caption, scene(UNSEEN_SCENES + 6).caption]
+
+
+def test_what_shows_nothing_is_the_least_marked_of_all():
+    truth = {"m1": True, "m2": True, "u1": False, "u2": False}
+    sure = [record("m1", 3.0), record("u1", 1.0), record("u2", 2.0)]
+    for shows, auc in ((True, 1.0), (False, 0.5)):
+        found = curves([*sure, record("m2", 9.0, shows=shows)], truth, name="")
+        assert [curve.auc for curve in found] == [auc, auc]
+    # Below all others at any threshold, but as marked as another image that shows nothing.
+    blank = [record("m1", 3.0), record("m2", 9.0, shows=False), record("u1", 1.0), record("u2", 8.0, shows=False)]
+    assert [curve.auc for curve in curves(blank, truth, name="")] == [(2 + 0.5) / 4] * 2
+
+
+def test_a_file_that_was_not_read_is_in_no_curve():
+    some = [record("m", 1.0), record("u", 0.0), {"sample_id": "broken", "error": "no image"}]
+    (score, _) = curves(some, {"m": True, "u": False, "broken": True}, name="audit")
+    assert (score.positives, score.negatives, score.name) == (1, 1, "audit score")
+
+
+def test_labels_are_looked_for_below_their_folders_name_then_as_they_stand(tmp_path):
+    some = [record("marked/a.png", 1), record("a.png", 0), record("b.png", 0)]
+    found = label_records(some, [labels(tmp_path / "marked" / "labels.csv", a=1, b=0, c=1)])
+    assert found.labels == {"marked/a.png": True, "b.png": False} and found.unmatched == 1
+
+
+def test_labels_that_contradict_each_other_or_fit_nothing_are_refused(tmp_path):
+    one, other = (labels(tmp_path / f"{name}.csv", a=i) for i, name in enumerate(("one", "other")))
+    with pytest.raises(EvaluationError, match="other.csv: contradicts another file's label of a.png"):
+        label_records([record("a.png", 1)], [one, other])
+    with pytest.raises(EvaluationError, match="one.csv: no label fits any of the 1 audited images; .* e.g. z.png"):
+        label_records([record("z.png", 1)], [one])
+
+
+def test_audits_are_taken_together_but_no_record_twice(tmp_path):
+    one = results(tmp_path / "one.jsonl", record("a.png", 1.0), record("b.png", 0.0))
+    other = results(tmp_path / "other.jsonl", record("c.png", 2.0))
+    truth = labels(tmp_path / "labels.csv", a=1, b=0, c=1, d=1)
+    (score, _), said = curves_of_files([one, other, one], [truth], 0.01)
+    assert (score.positives, score.negatives) == (2, 1)
+    assert said == "3 of 3 records labelled; 1 labels fit no record"
+    again = results(tmp_path / "again.jsonl", record("a.png", 1.0))
+    with pytest.raises(EvaluationError, match="again.jsonl: has a record of a.png, and so has .*one.jsonl"):
+        curves_of_files([one, again], [truth], 0.01)
