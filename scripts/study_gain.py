@@ -42,14 +42,18 @@ class Scores(NamedTuple):
 
 
 def scores_of(rows: list[dict[str, str]], way: Way, attacks: list[str]) -> Scores:
-    """Raises UsageError for a way that was not evaluated."""
+    """Raises UsageError for a way that was not evaluated, or not on the same images under every attack."""
     sign = -1 if way.column in SMALL_IF_MARKED else 1
     own = [r for r in rows if r["key"].startswith(way.key) and r["method"] == way.method]
-    if not own or way.column not in own[0]:
-        raise click.UsageError(f"{','.join(way)}: not in this evaluation; keys are {sorted({r['key'] for r in rows})}")
+    if len({r["key"] for r in own}) != 1 or way.column not in own[0]:
+        raise click.UsageError(
+            f"{','.join(way)}: is not one way of this evaluation; keys are {sorted({r['key'] for r in rows})}"
+        )
     kinds, prompts = [], []
     for label in "10":
         by_attack = [[r for r in own if (r["attack"], r["label"]) == (attack, label)] for attack in attacks]
+        if len({tuple(r["image"] for r in some) for some in by_attack}) != 1:
+            raise click.UsageError(f"{','.join(way)}: some image is missing under some attack; evaluate them all")
         # An image of which nothing can be said is the least marked of all.
         kinds.append(np.array([[sign * float(r[way.column] or -sign * np.inf) for r in some] for some in by_attack]))
         prompts.append([r["prompt"] or r["image"] for r in by_attack[0]])
@@ -99,6 +103,8 @@ def main(evaluation: Path, first: str, second: str, draws: int, seed: int) -> No
     with (evaluation / "scores.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     attacks = [attack for attack in dict.fromkeys(r["attack"] for r in rows) if attack != CLEAN]
+    if not attacks:
+        raise click.UsageError(f"{evaluation}: was evaluated without attacks; there is no mean over them")
     ways = [Way(*text.split(",")) for text in (first, second)]
     one, other = (scores_of(rows, way, attacks) for way in ways)
     if one.prompts != other.prompts:

@@ -246,14 +246,19 @@ def test_a_calibration_is_used_where_it_fits_and_refused_where_it_fits_nowhere(m
     made = Calibration.measure(noise, detector(model, [], "encoder", 1, 2).settings(), {"drawn": 20})
     made.save(tmp_path / "own.safetensors")
     small = replace(
-        plan, number=2, keys=(keys["rand"],), attacks=(), output=tmp_path / "out", calibration=tmp_path / "own.safetensors"
+        plan,
+        number=2,
+        keys=(keys["rand"],),
+        attacks=(),
+        output=tmp_path / "out",
+        calibration=tmp_path / "own.safetensors",
     )
     found = compare(model, small)
     assert found.settings["calibrations"] == {"encoder": made.fingerprint, "forward": None}
     assert {cell.method for cell in found.cells if cell.statistic == comparison.CONFORMAL} == {"encoder"}
-    with pytest.raises(CalibrationError, match="own.safetensors.*method"):
+    with pytest.raises(CalibrationError, match=r"own.safetensors.*method"):
         compare(model, replace(small, methods=("forward",), output=tmp_path / "none"))
-    with pytest.raises(CalibrationError, match="missing.safetensors"):
+    with pytest.raises(CalibrationError, match=r"missing.safetensors"):
         replace(small, calibration=tmp_path / "missing.safetensors")
 
 

@@ -57,9 +57,9 @@ def test_labels_are_looked_for_below_their_folders_name_then_as_they_stand(tmp_p
 
 def test_labels_that_contradict_each_other_or_fit_nothing_are_refused(tmp_path):
     one, other = (labels(tmp_path / f"{name}.csv", a=i) for i, name in enumerate(("one", "other")))
-    with pytest.raises(EvaluationError, match="other.csv: contradicts another file's label of a.png"):
+    with pytest.raises(EvaluationError, match=r"other.csv: contradicts another file's label of a.png"):
         label_records([record("a.png", 1)], [one, other])
-    with pytest.raises(EvaluationError, match="one.csv: no label fits any of the 1 audited images; .* e.g. z.png"):
+    with pytest.raises(EvaluationError, match=r"one.csv: no label fits any of the 1 audited images; .* e.g. z.png"):
         label_records([record("z.png", 1)], [one])
 
 
@@ -71,5 +71,5 @@ def test_audits_are_taken_together_but_no_record_twice(tmp_path):
     assert (score.positives, score.negatives) == (2, 1)
     assert said == "3 of 3 records labelled; 1 labels fit no record"
     again = results(tmp_path / "again.jsonl", record("a.png", 1.0))
-    with pytest.raises(EvaluationError, match="again.jsonl: has a record of a.png, and so has .*one.jsonl"):
+    with pytest.raises(EvaluationError, match=r"again.jsonl: has a record of a.png, and so has .*one.jsonl"):
         curves_of_files([one, again], [truth], 0.01)

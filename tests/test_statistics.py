@@ -14,8 +14,10 @@ from watermark.schemes.tree_ring import Placement, TreeRing, make_key
 from watermark.statistics import (
     agreement,
     conformal_p,
+    cosine_p,
     cosine_test,
     matched_filter,
+    maximum_p,
     needed_references,
     power_test,
     published_distance,
@@ -375,3 +377,10 @@ def test_an_uncalibrated_p_value_is_found_out():
     assert not agreement(p[1000:], conformal_p(score[1000:], score[:1000]), 1000).all()
     score, p = matched_filter(noise, key, np.geomspace(0.1, 10, 60) ** 2)
     assert agreement(p[1000:], conformal_p(score[1000:], score[:1000]), 1000).all()
+
+
+def test_one_cosine_has_the_ordinary_p_value():
+    recovered, key = np.random.default_rng(0).normal(size=(9, 40)), np.random.default_rng(1).normal(size=40)
+    score, p = cosine_test(recovered, key)
+    assert cosine_p(score, 40) == pytest.approx(p) and maximum_p(score, 40, 1) == pytest.approx(p)
+    assert cosine_p(np.array([1.0]), 40) == 0 and maximum_p(score, 40, 10**6).max() == 1

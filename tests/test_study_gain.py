@@ -58,6 +58,16 @@ def test_end_to_end(script, tmp_path):
     run = lambda *options: CliRunner().invoke(script.main, [str(tmp_path), *options, "--draws", "20"])
     found = json.loads(run("--of", "aa11,encoder,distance", "--over", "bb22,encoder,score").output)
     assert (found["of"], found["over"], found["attacks"], found["marked"]) == (1, 0.5 + 1 / 16, ["flip"], 4)
-    for wrong, said in (("aa11,encoder", "KEY,METHOD,COLUMN"), ("cc,encoder,score", "not in this evaluation")):
+    for wrong, said in (
+        ("aa11,encoder", "KEY,METHOD,COLUMN"),
+        ("cc,encoder,score", "not one way of this"),
+        (",encoder,score", "not one way of this"),  # but two
+    ):
         result = run("--of", wrong, "--over", "bb22,encoder,score")
         assert result.exit_code == 2 and said in result.output
+    whole = (tmp_path / "scores.csv").read_text().splitlines(keepends=True)
+    more = ["aa11,blur:4,encoder,0.png,1,prompt 0,1,0\n", "aa11,blur:4,encoder,4.png,0,prompt 4,0,1\n"]
+    (tmp_path / "scores.csv").write_text("".join(whole + more))
+    assert "missing under some attack" in run("--of", "aa,encoder,score", "--over", "bb,encoder,score").output
+    (tmp_path / "scores.csv").write_text("".join(line for line in whole if ",flip," not in line))
+    assert "without attacks" in run("--of", "aa,encoder,score", "--over", "bb,encoder,score").output

@@ -40,6 +40,9 @@ def test_rates_means_and_what_beats_the_default(script):
     assert [r["0.01"] for r in script.means(rows)] == [0.4, 1.0]
     assert script.beaten(rows, "own") == [f"{a} at {f}: other" for a in ("clean", "blur:4") for f in ("0.01", "0.001")]
     assert script.beaten(rows, "other") == []
+    ranks = {script.CONFORMAL: np.r_[np.full(3, -0.001), np.full(7, -0.002)]}
+    (row,) = script.rows_of({}, ranks, {script.CONFORMAL: np.full(5, -0.001)})  # ties that no threshold would cut
+    assert (row["0.001"], row["0.01"]) == (0.3, 1.0)
 
 
 def test_other_keys_are_alike_and_different(script, model):
@@ -71,3 +74,6 @@ def test_end_to_end(script, model, tmp_path):
     Image.new("RGB", (128, 128)).save(tmp_path / "ev" / "images" / "unmarked" / "3.png")
     result = CliRunner().invoke(script.main, [*run, "--steps", "1"])
     assert result.exit_code == 2 and "1 images cannot be used" in result.output
+    (tmp_path / "ev" / "images" / "unmarked" / "3.png").unlink()
+    result = CliRunner().invoke(script.main, [*run[:-1], "blur:4", "--steps", "1"])
+    assert result.exit_code == 2 and "blur-4" in result.output

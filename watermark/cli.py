@@ -661,7 +661,14 @@ def roc(results, labels, output, fpr, as_json) -> None:
 @click.option("--marked", type=PATH, help="Folder of images marked with the one --key.  [default: they are drawn]")
 @click.option("--unmarked", type=PATH, help="Folder of unmarked images.  [default: they are drawn]")
 @click.option(
-    "-n", "--number", type=click.IntRange(2), default=32, show_default=True, help="Images of each kind to draw."
+    "-n",
+    "--n",
+    "--number",
+    "number",
+    type=click.IntRange(2),
+    default=32,
+    show_default=True,
+    help="Images of each kind to draw.",
 )
 @click.option(
     "--attacks",

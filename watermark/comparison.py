@@ -41,14 +41,14 @@ SCENES = 1000  # that the classifier of prompts learns from: 98 % of grounds and
 SCENE_SIZE = 64  # px: larger ones are told apart no better
 UNMARKED, MATCHED, CONFORMAL, PUBLISHED_P = "unmarked", "matched filter", "conformal p", "published p"
 GIVEN = "images are taken from folders as they are; none is paired with another"
-INDEPENDENT = "marked and unmarked images are independent: other prompts, other seeds, other draws of each attack; all keys mark the same noises for the same prompts"
+INDEPENDENT = "marked and unmarked images are independent: other seeds, other draws of each attack, prompts drawn apart, some of which recur; all keys mark the same noises for the same prompts"
 
 
 @dataclass(frozen=True)
 class Comparison:
     """A plan: images, drawn unless folders are given, what is done to them, and the methods that look for the keys.
 
-    Marked and unmarked images are independent: other prompts, other seeds. All keys mark the same noises, for the same
+    Marked and unmarked images are independent: other seeds, prompts drawn apart. All keys mark the same noises, for the same
     prompts. Raises what can be said against it before a model is loaded: EvaluationError, AttackError, RingmarkError,
     ImageError or KeyFileError.
     """

@@ -13,8 +13,7 @@ import numpy as np
 from data.store import write_atomic
 from watermark.attacks import ATTACKS, parse
 from watermark.cells import CLEAN, DISTANCE, FPRS, Cell, Evaluation
-from watermark.evaluate import pointwise_band
-from watermark.report import COLOURS, GREY, INK, MARK, markdown, save_figure, write_table
+from watermark.report import COLOURS, GREY, INK, MARK, draw_curve, markdown, save_figure, write_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,6 +75,7 @@ def _report(found: Evaluation, record: dict) -> str:
         f"{len(found.refused)} files could not be used. Intervals are 95 %: DeLong's for the AUC, Clopper-Pearson's for rates. An image of which nothing can be said, one flat colour say, counts as the least marked of all; the means are over the attacks, without {CLEAN}.",
         "## AUC",
         pivot(found.cells, "auc"),
+        _cross_check(rows),
     ]
     for fpr in FPRS:
         parts += [f"## TPR at {100 * fpr:g} % FPR", _or_too_few(found.cells, f"tpr_{fpr:g}")]
@@ -97,6 +97,15 @@ def _report(found: Evaluation, record: dict) -> str:
         _quality(record["quality"]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _cross_check(rows: list[dict]) -> str:
+    """How far DeLong's intervals are from those of the bootstrap."""
+    ends = [(row["auc_low"] - row["bootstrap_low"], row["auc_high"] - row["bootstrap_high"])
+            for row in rows if row["bootstrap_low"] is not None and row["auc"] < 1]  # fmt: skip
+    if not ends:
+        return "The bootstrap has nothing to say: too few prompts, or classes that do not overlap."
+    return f"Ends of DeLong's intervals and of those of a stratified bootstrap, clustered by prompt, differ by {np.abs(ends).max():.3f} at most and by {np.abs(ends).mean():.3f} on average."
 
 
 def _numbers(rows: list[dict]) -> str:
@@ -192,7 +201,7 @@ def roc_panels(cells: Sequence[Cell]) -> Figure:
     for ax, name, _, some in panels:
         floor = 0.5 / len(some[0].unmarked)
         for i, cell in enumerate(some):
-            _plot_curve(ax, cell, floor, COLOURS[i % len(COLOURS)])
+            draw_curve(ax, cell.curve, floor, cell.method, color=COLOURS[i % len(COLOURS)])
         chance = np.geomspace(floor, 1, 100)
         ax.plot(chance, chance, color=GREY, lw=0.8, ls=":")
         ax.set(xscale="log", xlim=(floor, 1), ylim=(0, 1.02))
@@ -202,14 +211,6 @@ def roc_panels(cells: Sequence[Cell]) -> Figure:
     first = cells[0]
     figure.suptitle(f"{first.attack}: {len(first.marked)} marked, {len(first.unmarked)} unmarked images", fontsize=11)
     return figure
-
-
-def _plot_curve(ax: Axes, cell: Cell, floor: float, colour: str) -> None:
-    curve, (low, high) = cell.curve, cell.curve.auc_interval
-    fpr = np.maximum(curve.fpr, floor)
-    ax.fill_between(fpr, *pointwise_band(curve), step="post", color=colour, alpha=0.15, lw=0)
-    label = f"{cell.method}: AUC {curve.auc:.3f} [{low:.3f}, {high:.3f}]"
-    ax.step(fpr, curve.tpr, where="post", color=colour, lw=1.5, label=label)
 
 
 def histogram_figure(cells: Sequence[Cell]) -> Figure:

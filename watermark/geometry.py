@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 from torch.nn import functional
 
@@ -28,6 +27,7 @@ from inversion.diagnostics import rings
 from watermark.detect import Detector, null_covariance
 from watermark.errors import SchemeError
 from watermark.schemes.tree_ring import TreeRing, middle_phase
+from watermark.statistics import cosine_p, maximum_p
 
 if TYPE_CHECKING:
     from data.images import Sample
@@ -39,8 +39,6 @@ __all__ = [
     "Peak",
     "Search",
     "best_shift",
-    "cosine_p",
-    "maximum_p",
     "shift_scores",
     "undo",
     "window",
@@ -192,28 +190,6 @@ def window(candidates: list[Candidate], size: tuple[int, int], *, factor: int = 
     rows = still | (_signed(factor * height).abs() / factor <= room * (height * cos + width * sin) + slack)
     columns = still | (_signed(factor * width).abs() / factor <= room * (width * cos + height * sin) + slack)
     return rows[:, :, None] & columns[:, None]
-
-
-def cosine_p(score: np.ndarray, features: int) -> np.ndarray:
-    """One-sided p-value of one whitened cosine of `features` numbers, as in `statistics.cosine_test`."""
-    nu = features - 1
-    with np.errstate(divide="ignore"):
-        return stats.t.sf(score * np.sqrt(nu / (1 - np.square(score))), nu)
-
-
-def maximum_p(score: np.ndarray, features: int, tests: int) -> np.ndarray:
-    """The p-value of the largest of `tests` whitened cosines: min(1, tests · p), Bonferroni's.
-
-    P(p ≤ α) ≤ α however the tests depend on each other, as long as each is sound by itself: under a null that is
-    spherical when whitened each cosine is Student's, at fractional shifts too. Tests that might have been made count
-    with those that were, since the picture chose among them.
-
-    How conservative it is, for the 312 features of pocket's default key, at α = .05, .01, .001: over 1024 whole
-    shifts of white noise P = .043, .009, .0002, over 4096 half shifts .030, .005, .0002 (6000 noises, seed 1); over
-    4096 half shifts of 18 unmarked images, clean, turned and cropped, with 400 keys each, .026, .006, .0008. Few
-    features are more conservative: 60 of them, half shifts, .009, .002, .0003.
-    """
-    return np.minimum(1.0, tests * cosine_p(score, features))
 
 
 def undo(pictures: Tensor, candidates: list[Candidate], *, padding: str = "border") -> Tensor:

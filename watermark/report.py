@@ -13,7 +13,7 @@ import numpy as np
 from data.store import one_line, write_atomic
 from inversion.diagnostics import NoiseRecovery
 from watermark.detect import Detector, Judged, Verdict
-from watermark.evaluate import Curve
+from watermark.evaluate import Curve, pointwise_band
 from watermark.keys import Key
 from watermark.schemes.tree_ring import TreeRing
 
@@ -38,24 +38,23 @@ COLOURS = (INK, MARK, "#2a9d8f", "#e9a23b", GREY)
 
 
 def plot_roc(curves: Sequence[Curve], ax: Axes) -> None:
-    """ROC curves over a logarithmic FPR axis, which starts at what the number of negatives can resolve."""
+    """ROC curves and their bands over a logarithmic FPR axis, which starts at what the number of negatives can resolve."""
     floor = min(0.5 / c.negatives for c in curves)
     for curve, colour, style in zip(curves, COLOURS * 4, ["-", "--", "-.", ":"] * 5, strict=False):
-        low, high = curve.auc_interval
-        ax.step(
-            np.maximum(curve.fpr, floor),
-            curve.tpr,
-            style,
-            where="post",
-            color=colour,
-            lw=1.8,
-            label=f"{curve.name}: AUC {curve.auc:.3f} [{low:.3f}, {high:.3f}]",
-        )
+        draw_curve(ax, curve, floor, curve.name, color=colour, ls=style, lw=1.8)
     chance = np.geomspace(floor, 1, 100)
     ax.plot(chance, chance, color=GREY, lw=0.8, ls=":", label="chance")
     ax.axvline(curves[0].fpr_limit, color=GREY, lw=0.8)
     ax.set(xscale="log", xlim=(floor, 1), ylim=(0, 1.02), xlabel="false-positive rate", ylabel="true-positive rate")
     ax.legend(loc="lower right", fontsize=8, frameon=False)
+
+
+def draw_curve(ax: Axes, curve: Curve, floor: float, name: str, *, color: str, ls: str = "-", lw: float = 1.5) -> None:
+    """A curve over FPRs of at least `floor`, with its pointwise band, and its AUC in the legend."""
+    fpr, (low, high) = np.maximum(curve.fpr, floor), curve.auc_interval
+    ax.fill_between(fpr, *pointwise_band(curve), step="post", color=color, alpha=0.15, lw=0)
+    label = f"{name}: AUC {curve.auc:.3f} [{low:.3f}, {high:.3f}]"
+    ax.step(fpr, curve.tpr, where="post", color=color, ls=ls, lw=lw, label=label)
 
 
 def recovery_figure(recovery: NoiseRecovery) -> Figure:

@@ -236,13 +236,13 @@ def curves(
 
     An image that shows nothing is the least marked of all.
     """
-    judged = [r for r in records if r["sample_id"] in labels and r.get("score") is not None]
+    judged = [r for r in records if r["sample_id"] in labels and "error" not in r]
     truth = np.array([labels[r["sample_id"]] for r in judged], bool)
-    doubtful = np.array([not r.get("shows", True) for r in judged], bool)
+    blank = np.array([not r.get("shows", True) for r in judged], bool)
     out = []
     for statistic in statistics:
         scores = np.array([r[statistic] for r in judged], float) * (-1 if statistic == "distance" else 1)
-        values = tied_below(scores, doubtful)
+        values = tied_below(scores, blank | np.isnan(scores))  # a store keeps what is no number as null
         out.append(roc(values[truth], values[~truth], name=f"{name} {statistic}".strip(), fpr_limit=fpr_limit))
     return out
 

@@ -13,8 +13,10 @@ from scipy import stats
 __all__ = [
     "agreement",
     "conformal_p",
+    "cosine_p",
     "cosine_test",
     "matched_filter",
+    "maximum_p",
     "needed_references",
     "power_test",
     "published_distance",
@@ -29,16 +31,38 @@ def cosine_test(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The whitened cosine c (B,) in [-1, 1] and its one-sided p-values.
 
-    recovered (B, d) and key (d,) are divided by √v, v > 0 the null variance of each feature. t = c √(ν / (1 − c²)),
-    ν = d − 1, is Student-t under any spherical null, whatever an image's own scale. A vector of zeros has c = 0.
+    recovered (B, d) and key (d,) are divided by √v, v > 0 the null variance of each feature. The p-values (`cosine_p`)
+    hold under any spherical null, whatever an image's own scale. A vector of zeros has c = 0.
     """
     f, k = np.asarray(recovered, float) / np.sqrt(variance), np.asarray(key, float) / np.sqrt(variance)
     length = np.linalg.norm(f, axis=-1) * np.linalg.norm(k)
     c = np.clip(np.divide(f @ k, length, out=np.zeros(len(f)), where=length > 0), -1, 1)
-    nu = f.shape[-1] - 1
+    return c, cosine_p(c, f.shape[-1])
+
+
+def cosine_p(cosine: np.ndarray, features: int) -> np.ndarray:
+    """One-sided p-values of whitened cosines c in [-1, 1] of `features` numbers each.
+
+    t = c √(ν / (1 − c²)), ν = features − 1, is Student-t under any spherical null.
+    """
+    nu = features - 1
     with np.errstate(divide="ignore"):
-        t = c * np.sqrt(nu / (1 - c**2))
-    return c, stats.t.sf(t, nu)
+        return stats.t.sf(cosine * np.sqrt(nu / (1 - np.square(cosine))), nu)
+
+
+def maximum_p(score: np.ndarray, features: int, tests: int) -> np.ndarray:
+    """The p-value of the largest of `tests` whitened cosines: min(1, tests · p), Bonferroni's.
+
+    P(p ≤ α) ≤ α however the tests depend on each other, as long as each is sound by itself: under a null that is
+    spherical when whitened each cosine is Student's, at fractional shifts too. Tests that might have been made count
+    with those that were, since the picture chose among them.
+
+    How conservative it is, for the 312 features of pocket's default key, at α = .05, .01, .001: over 1024 whole
+    shifts of white noise P = .043, .009, .0002, over 4096 half shifts .030, .005, .0002 (6000 noises, seed 1); over
+    4096 half shifts of 18 unmarked images, clean, turned and cropped, with 400 keys each, .026, .006, .0008. Few
+    features are more conservative: 60 of them, half shifts, .009, .002, .0003.
+    """
+    return np.minimum(1.0, tests * cosine_p(score, features))
 
 
 def matched_filter(
