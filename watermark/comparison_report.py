@@ -101,8 +101,11 @@ def _report(found: Evaluation, record: dict) -> str:
 
 def _cross_check(rows: list[dict]) -> str:
     """How far DeLong's intervals are from those of the bootstrap."""
-    ends = [(row["auc_low"] - row["bootstrap_low"], row["auc_high"] - row["bootstrap_high"])
-            for row in rows if row["bootstrap_low"] is not None and row["auc"] < 1]  # fmt: skip
+    ends = [
+        [row[f"auc_{end}"] - row[f"bootstrap_{end}"] for end in ("low", "high")]
+        for row in rows
+        if row["bootstrap_low"] is not None and row["auc"] < 1
+    ]
     if not ends:
         return "The bootstrap has nothing to say: too few prompts, or classes that do not overlap."
     return f"Ends of DeLong's intervals and of those of a stratified bootstrap, clustered by prompt, differ by {np.abs(ends).max():.3f} at most and by {np.abs(ends).mean():.3f} on average."
