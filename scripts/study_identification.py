@@ -19,7 +19,7 @@ alike, so which of them are the others is of no matter, but below the largest K 
 largest all have the same. An unmarked image is held against the ring that begins at its number. Keys are drawn as
 `ringmark keygen -n` draws them (none passes for another), but from --seed: such keys are for experiments only.
 
-Noise is recovered once for each image and attack, 1 s, and then scored against all keys at once; drawing costs 1.3 s.
+p-values rest on the model's own calibration where it has one for these settings. Noise is recovered once for each image and attack, 1 s, and then scored against all keys at once; drawing costs 1.3 s.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from tqdm import tqdm
 from data.images import from_array, to_array
 from inversion.decoder import Inverter
 from inversion.diffusion import sample
-from inversion.model import LatentModel
+from inversion.model import LatentModel, resolve
 from watermark.attacks import Chain, apply, expand, seed_of
 from watermark.calibration import whitened_features
 from watermark.cells import CLEAN
-from watermark.detect import ALPHA, null_covariance
+from watermark.detect import ALPHA, Detector, with_built_in
 from watermark.errors import RingmarkError
 from watermark.generate import initial_noise
 from watermark.keyring import draw_keys
 from watermark.report import COLOURS
 from watermark.runs import prompts_for
 from watermark.schemes.tree_ring import TreeRing, make_key, recommend
-from watermark.statistics import published_distance
+from watermark.statistics import cosine_p, published_distance
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -118,22 +118,18 @@ def attacked(model: LatentModel, images: Tensor, chain: Chain | None, seed: int)
     return torch.stack([torch.from_numpy(to_array(x)) for x in changed])
 
 
-def scores(model: LatentModel, schemes: list[TreeRing], noise: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def scores(looking: Detector, schemes: list[TreeRing], noise: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Whitened cosine, uncorrected p-value and published distance, each (N, K), of noise (N, C, h, w) and K keys.
 
     Features are linear and alike for all keys of one pattern and placement, so the cosines are one matrix product
     F Kᵀ of whitened rows of length 1; c and p are those of `Detector.statistic`, key by key.
     """
-    nothing, first = torch.zeros(1, *model.latent_shape), schemes[0]
-    null = null_covariance(model)
-    features = whitened_features(first, noise, null)[0]
-    keys = np.stack([whitened_features(s, nothing, null)[1] for s in schemes])
-    cosine = np.clip(_unit(features) @ _unit(keys).T, -1, 1)
-    bins, nu = first.masked(noise)[0].numpy(), features.shape[1] - 1
+    nothing, first = torch.zeros(1, *looking.model.latent_shape), schemes[0]
+    features = whitened_features(first, noise, looking.null)[0]
+    keys = np.stack([whitened_features(s, nothing, looking.null)[1] for s in schemes])
+    cosine, bins = np.clip(_unit(features) @ _unit(keys).T, -1, 1), first.masked(noise)[0].numpy()
     distance = [published_distance(bins, s.masked(nothing)[1].numpy()) for s in schemes]
-    with np.errstate(divide="ignore"):
-        p = stats.t.sf(cosine * np.sqrt(nu / (1 - cosine**2)), nu)
-    return cosine, p, np.stack(distance, 1)
+    return cosine, cosine_p(cosine, features.shape[1]), np.stack(distance, 1)
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
@@ -242,6 +238,7 @@ def main(
     except RingmarkError as error:
         raise click.UsageError(str(error)) from None
     model, cache, rows = LatentModel.from_pretrained(source), output / "cache", []
+    looking, _ = with_built_in(Detector(model, [], steps=steps), Path(resolve(source)))
     schemes = make_schemes(model, max(sizes), seed)
     first, total = SEED + seed, number + unmarked
     noise = initial_noise(list(range(first, first + total)), model.latent_shape)
@@ -252,7 +249,7 @@ def main(
     )
     for name, chain in tqdm(chains.items(), "attacks", disable=None):
         back = noise_of(model, attacked(model, seen, chain, seed), steps=steps, name=name, cache=cache)
-        found = scores(model, schemes, back.nan_to_num())
+        found = scores(looking, schemes, back.nan_to_num())
         for size in sorted(set(sizes)):
             rows += count(name, tuple(x[:number] for x in found), tuple(x[number:] for x in found), size, alpha)
     click.echo(summary(rows))
@@ -263,6 +260,7 @@ def main(
             "channels": list(place.channels), "radii": list(place.radii), "marked": number, "unmarked": unmarked,
             "alpha": alpha, "steps": steps, "guidance": guidance, "seed": seed, "first_seed": first,
             "keys_in_all": len(schemes), "keys_carried": min(number, len(schemes)),
+            "calibration": looking.settings()["calibration"],
         },
         threads=torch.get_num_threads(), torch=torch.__version__, device=str(model.device),
     )  # fmt: skip

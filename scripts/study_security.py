@@ -42,9 +42,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from inversion.diagnostics import correlation, rings
-from inversion.model import LatentModel
+from inversion.model import LatentModel, resolve
 from watermark.attacks import parse
-from watermark.detect import ALPHA, Detector
+from watermark.detect import ALPHA, Detector, with_built_in
 from watermark.errors import RingmarkError
 from watermark.generate import initial_noise
 from watermark.keys import Key
@@ -146,9 +146,10 @@ def shown(noise: Tensor, m: int, where: Tensor) -> dict:
 
 
 class Attacker(NamedTuple):
-    """The model and how images are drawn and inverted; `at` is the first seed."""
+    """The model and how images are drawn and inverted; `judge` says which pass, `at` is the first seed."""
 
     model: LatentModel
+    judge: Detector
     steps: int
     guidance: float
     cache: Path
@@ -170,7 +171,7 @@ class Attacker(NamedTuple):
 
 def p_values(attacker: Attacker, key: Key, noise: Tensor) -> np.ndarray:
     """The detector's p-value of each noise, with this key alone."""
-    return Detector(attacker.model, [], steps=1).statistic(TreeRing(key), noise)[1]
+    return attacker.judge.statistic(TreeRing(key), noise)[1]
 
 
 def forge(attacker: Attacker, estimates: list[Key], number: int, m: int) -> Tensor:
@@ -356,7 +357,8 @@ def main(
     except RingmarkError as error:
         raise click.UsageError(str(error)) from None
     model = LatentModel.from_pretrained(source)
-    attacker = Attacker(model, steps, guidance, output / "cache", SEED + seed)
+    judge, _ = with_built_in(Detector(model, [], steps=steps), Path(resolve(source)))
+    attacker = Attacker(model, judge, steps, guidance, output / "cache", SEED + seed)
     place = recommend(model.recovery, model.latent_shape)
     key = make_key(model.latent_shape, place, model=model.identity, rng=np.random.default_rng(seed))
     noise, prompts = attacker.fresh(0, 2 * number)
@@ -376,7 +378,7 @@ def main(
         "settings": {
             "channels": list(place.channels), "radii": list(place.radii), "images": number, "forged": number_forged,
             "published": published, "alpha": alpha, "shows": SHOWS, "steps": steps, "guidance": guidance, "seed": seed,
-            "first_seed": attacker.at,
+            "first_seed": attacker.at, "calibration": judge.settings()["calibration"],
         },
         "threads": torch.get_num_threads(), "torch": torch.__version__, "device": str(model.device),
     }  # fmt: skip

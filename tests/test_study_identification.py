@@ -34,8 +34,8 @@ def schemes(script, model):
 def test_all_keys_at_once_are_scored_as_the_detector_scores_them_one_by_one(script, model, schemes):
     noise = initial_noise(list(range(6)), model.latent_shape)
     noise = torch.cat([schemes[1].embed(noise[:3]) + 0.5 * noise[:3], noise[3:]])
-    cosine, p, distance = script.scores(model, schemes, noise)
     detector = Detector(model, [], steps=1)
+    cosine, p, distance = script.scores(detector, schemes, noise)
     for k, scheme in enumerate(schemes):
         score, p_value = detector.statistic(scheme, noise)
         assert np.allclose(cosine[:, k], score, atol=1e-12) and np.allclose(p[:, k], p_value, rtol=1e-6)
@@ -47,7 +47,7 @@ def test_keys_of_a_seed_are_the_same_and_can_be_told_apart(script, model, scheme
     again = script.make_schemes(model, 5, 3)
     assert all(torch.equal(a.spectrum, b.spectrum) for a, b in zip(schemes, again, strict=True))
     marks = torch.cat([s.embed(torch.zeros(1, *model.latent_shape)) for s in schemes])
-    cosine, _, _ = script.scores(model, schemes, marks)
+    cosine, _, _ = script.scores(Detector(model, [], steps=1), schemes, marks)
     assert np.allclose(np.diag(cosine), 1)
     assert cosine[~np.eye(5, dtype=bool)].max() < cosine_bound(len(schemes[0].feature_rings()[0]), 1e-3)
 
