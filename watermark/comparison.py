@@ -40,7 +40,7 @@ __all__ = ["Comparison", "compare", "own_statistic", "scores_of"]
 SCENES = 1000  # that the classifier of prompts learns from: 98 % of grounds and all skies of 200 others
 SCENE_SIZE = 64  # px: larger ones are told apart no better
 UNMARKED, MATCHED, CONFORMAL, PUBLISHED_P = "unmarked", "matched filter", "conformal p", "published p"
-GIVEN = "images are taken from folders as they are; none is paired with another"
+GIVEN = "images of the folders given are taken as they are; marked and unmarked ones are compared as independent"
 INDEPENDENT = "marked and unmarked images are independent: other seeds, other draws of each attack, prompts drawn apart, some of which recur; all keys mark the same noises for the same prompts"
 
 
