@@ -23,7 +23,6 @@ from pathlib import Path
 import click
 import numpy as np
 from experiment import SEED, write_results
-from torch import Tensor
 from tqdm import tqdm
 
 from data.images import ImageError, find_images
@@ -34,9 +33,9 @@ from watermark.cells import CLEAN, FPRS
 from watermark.comparison import CONFORMAL, UNMARKED, own_statistic, scores_of
 from watermark.detect import Detector, detector, with_built_in
 from watermark.errors import RingmarkError
-from watermark.evaluate import OperatingPoint, tpr_at
+from watermark.evaluate import OperatingPoint, tied_below, tpr_at
 from watermark.keys import Key
-from watermark.recovery import recover_files
+from watermark.recovery import RecoveredFiles, recover_files
 from watermark.schemes.tree_ring import Placement, make_key
 
 
@@ -50,13 +49,26 @@ def alike(model: LatentModel, key: Key, number: int, seed: int) -> list[Key]:
     return [make(pattern=about["pattern"], mask=about["mask"]) for _ in range(number)]
 
 
-def noise_of(looking: Detector, evaluation: Path, name: str, chain: Chain | None) -> Tensor:
-    """Of the evaluation's images of one kind, after an attack. Raises RingmarkError where some cannot be used."""
+def recovered(looking: Detector, evaluation: Path, name: str, chain: Chain | None) -> RecoveredFiles:
+    """Of the evaluation's images of one kind, after an attack. Raises RingmarkError where some cannot be read."""
     folder = evaluation / "attacked" / chain.slug / name if chain else evaluation / "images" / name
     found = recover_files(looking, find_images(folder), evaluation / "cache", name=f"{chain or CLEAN}, {name}")
-    if found.refused or found.doubts:
-        raise RingmarkError(f"{folder}: {len(found.refused) + len(found.doubts)} images cannot be used")
-    return found.noise
+    if found.refused:
+        raise RingmarkError(f"{folder}: {len(found.refused)} images cannot be used")
+    return found
+
+
+def evidence(looking: Detector, keys: list[str], own: RecoveredFiles, none: RecoveredFiles) -> tuple[dict, dict]:
+    """Scores by name, of marked images for their key, keys[0], and of unmarked ones for each key, all joined.
+
+    An image that shows nothing is tied below all others, as in an evaluation.
+    """
+    marked = scores_of(looking, keys[0], own.noise.nan_to_num())[0]
+    unmarked = [scores_of(looking, key, none.noise.nan_to_num())[0] for key in keys]
+    blank = [np.isin(np.arange(len(files.ids)), list(files.doubts)) for files in (own, *[none] * len(keys))]
+    tied = lambda name: tied_below(np.concatenate([marked[name], *(u[name] for u in unmarked)]), np.concatenate(blank))
+    both = {name: np.split(tied(name), [len(own.ids)]) for name in marked}
+    return tuple({name: pair[i] for name, pair in both.items()} for i in (0, 1))
 
 
 def rows_of(about: dict, marked: dict[str, np.ndarray], unmarked: dict[str, np.ndarray]) -> list[dict]:
@@ -138,10 +150,8 @@ def main(
             click.echo(f"note: without a calibration: {unfit}", err=True)
         rows = []
         for chain in tqdm([None, *expand(specs.split(","))], "attacks", disable=None):
-            own, none = (noise_of(looking, evaluation, name, chain) for name in (key.fingerprint[:8], UNMARKED))
-            unmarked = [scores_of(looking, k.fingerprint, none)[0] for k in keys]
-            joined = {name: np.concatenate([scores[name] for scores in unmarked]) for name in unmarked[0]}
-            rows += rows_of({"attack": str(chain or CLEAN)}, scores_of(looking, key.fingerprint, own)[0], joined)
+            files = (recovered(looking, evaluation, name, chain) for name in (key.fingerprint[:8], UNMARKED))
+            rows += rows_of({"attack": str(chain or CLEAN)}, *evidence(looking, [k.fingerprint for k in keys], *files))
     except (RingmarkError, ImageError, ModelError) as error:
         raise click.UsageError(str(error)) from None
     default = own_statistic(key.metadata["pattern"])

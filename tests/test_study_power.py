@@ -71,9 +71,14 @@ def test_end_to_end(script, model, tmp_path):
     assert {row["unmarked scores"] for row in stored["rows"]} == {9} and {row["marked"] for row in stored["rows"]} == {
         3
     }
-    Image.new("RGB", (128, 128)).save(tmp_path / "ev" / "images" / "unmarked" / "3.png")
+    more = tmp_path / "ev" / "images" / "unmarked" / "3.png"
+    Image.new("RGB", (128, 128)).save(more)  # flat: nothing can be said of it, so it is the least marked
+    result = CliRunner().invoke(script.main, [*run, "--steps", "1", "--others", "2"])
+    stored = json.loads((tmp_path / "out" / "study_power.json").read_text())
+    assert {row["unmarked scores"] for row in stored["rows"] if row["attack"] == "clean"} == {12}
+    more.write_text("no image")
     result = CliRunner().invoke(script.main, [*run, "--steps", "1"])
     assert result.exit_code == 2 and "1 images cannot be used" in result.output
-    (tmp_path / "ev" / "images" / "unmarked" / "3.png").unlink()
+    more.unlink()
     result = CliRunner().invoke(script.main, [*run[:-1], "blur:4", "--steps", "1"])
     assert result.exit_code == 2 and "blur-4" in result.output
