@@ -8,7 +8,8 @@ The marked images, the unmarked ones and their attacked copies are those of the 
 noises. Two hundred unmarked images hold no threshold for 0.1 %. But a key that nobody planted is as good as any other:
 each unmarked image is scored against the key and against `--others` keys made alike, from a fixed seed, and the
 threshold is that of all these scores together. So the false-positive rate is that of a key drawn at random, and the
-threshold one that does not know the key, as in practice. Intervals are Clopper and Pearson's over the marked images;
+threshold one that does not know the key, as in practice. The marked images are held against the other keys, too: a
+statistic that finds a key where another one of its kind was planted accuses the wrong. Intervals are Clopper and Pearson's over the marked images;
 they leave out that the threshold rests on so many unmarked images only. The conformal p comes in steps of 1/(n + 1), so
 that a threshold of its own would cut through ties: it is taken at its word, found is p ≤ FPR.
 
@@ -58,21 +59,26 @@ def recovered(looking: Detector, evaluation: Path, name: str, chain: Chain | Non
     return found
 
 
-def evidence(looking: Detector, keys: list[str], own: RecoveredFiles, none: RecoveredFiles) -> tuple[dict, dict]:
-    """Scores by name, of marked images for their key, keys[0], and of unmarked ones for each key, all joined.
+def evidence(looking: Detector, keys: list[str], own: RecoveredFiles, none: RecoveredFiles) -> list[dict]:
+    """Scores by name: of marked images for their key, keys[0], of them for the others, of unmarked ones for all, joined.
 
     An image that shows nothing is tied below all others, as in an evaluation.
     """
-    marked = scores_of(looking, keys[0], own.noise.nan_to_num())[0]
-    unmarked = [scores_of(looking, key, none.noise.nan_to_num())[0] for key in keys]
-    blank = [np.isin(np.arange(len(files.ids)), list(files.doubts)) for files in (own, *[none] * len(keys))]
-    tied = lambda name: tied_below(np.concatenate([marked[name], *(u[name] for u in unmarked)]), np.concatenate(blank))
-    both = {name: np.split(tied(name), [len(own.ids)]) for name in marked}
-    return tuple({name: pair[i] for name, pair in both.items()} for i in (0, 1))
+    pairs = [*((own, key) for key in keys), *((none, key) for key in keys)]
+    scores = [scores_of(looking, key, files.noise.nan_to_num())[0] for files, key in pairs]
+    blank = np.concatenate([np.isin(np.arange(len(files.ids)), list(files.doubts)) for files, _ in pairs])
+    ends = [len(own.ids), len(keys) * len(own.ids)]
+    tied = {name: tied_below(np.concatenate([some[name] for some in scores]), blank) for name in scores[0]}
+    return [{name: np.split(values, ends)[i] for name, values in tied.items()} for i in range(3)]
 
 
-def rows_of(about: dict, marked: dict[str, np.ndarray], unmarked: dict[str, np.ndarray]) -> list[dict]:
-    """A row a statistic, from scores by name that are larger where marked."""
+def rows_of(
+    about: dict, marked: dict[str, np.ndarray], strangers: dict[str, np.ndarray], unmarked: dict[str, np.ndarray]
+) -> list[dict]:
+    """A row a statistic, from scores by name that are larger where marked; `strangers` are marked images for other keys.
+
+    "accused" is the share of these that reach the threshold.
+    """
     rows = []
     for name in marked:
         row = about | {"statistic": name, "marked": len(marked[name]), "unmarked scores": len(unmarked[name])}
@@ -86,6 +92,7 @@ def rows_of(about: dict, marked: dict[str, np.ndarray], unmarked: dict[str, np.n
                 f"{fpr:g}": point.tpr,
                 f"{fpr:g} low": point.tpr_interval[0],
                 f"{fpr:g} high": point.tpr_interval[1],
+                f"{fpr:g} accused": float(np.mean(strangers[name] >= point.threshold)),
             }
         rows.append(row)
     return rows
@@ -121,6 +128,7 @@ def summary(rows: list[dict]) -> str:
         + ", ".join(
             f"TPR {r[f'{fpr:g}']:.3f}"
             + (f" [{r[f'{fpr:g} low']:.3f}, {r[f'{fpr:g} high']:.3f}]" if f"{fpr:g} low" in r else "")
+            + (f", other keys {r[f'{fpr:g} accused']:.4f}" if f"{fpr:g} accused" in r else "")
             + f" at {100 * fpr:g} %"
             for fpr in FPRS
         )

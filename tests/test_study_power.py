@@ -32,16 +32,18 @@ def key_of(model, pattern: str = "rand"):
 def test_rates_means_and_what_beats_the_default(script):
     marked = {"own": np.r_[np.zeros(6), np.full(4, 9.0)], "other": np.full(10, 9.0)}
     unmarked = dict.fromkeys(marked, np.arange(1000) / 1000)
-    rows = script.rows_of({"attack": "clean"}, marked, unmarked) + script.rows_of(
-        {"attack": "blur:4"}, marked, unmarked
-    )
+    strangers = dict.fromkeys(marked, np.r_[np.zeros(3), 9.0])
+    rows = [row for a in ("clean", "blur:4") for row in script.rows_of({"attack": a}, marked, strangers, unmarked)]
+    assert {row["0.01 accused"] for row in rows} == {0.25}
     assert [(r["statistic"], r["0.01"], r["0.001"]) for r in rows[:2]] == [("own", 0.4, 0.4), ("other", 1.0, 1.0)]
     assert rows[0]["0.01 low"] == pytest.approx(0.1216, abs=1e-4)  # Clopper and Pearson of 4 of 10
     assert [r["0.01"] for r in script.means(rows)] == [0.4, 1.0]
     assert script.beaten(rows, "own") == [f"{a} at {f}: other" for a in ("clean", "blur:4") for f in ("0.01", "0.001")]
     assert script.beaten(rows, "other") == []
     ranks = {script.CONFORMAL: np.r_[np.full(3, -0.001), np.full(7, -0.002)]}
-    (row,) = script.rows_of({}, ranks, {script.CONFORMAL: np.full(5, -0.001)})  # ties that no threshold would cut
+    (row,) = script.rows_of(
+        {}, ranks, ranks, {script.CONFORMAL: np.full(5, -0.001)}
+    )  # ties that no threshold would cut
     assert (row["0.001"], row["0.01"]) == (0.3, 1.0)
 
 
