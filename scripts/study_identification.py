@@ -19,7 +19,8 @@ alike, so which of them are the others is of no matter, but below the largest K 
 largest all have the same. An unmarked image is held against the ring that begins at its number. Keys are drawn as
 `ringmark keygen -n` draws them (none passes for another), but from --seed: such keys are for experiments only.
 
-p-values rest on the model's own calibration where it has one for these settings. Noise is recovered once for each image and attack, 1 s, and then scored against all keys at once; drawing costs 1.3 s.
+p-values rest on the model's own calibration where it has one for these settings. Noise is recovered once for each
+image and attack, 1 s, and then scored against all keys at once; drawing costs 1.3 s.
 """
 
 from __future__ import annotations

@@ -384,9 +384,8 @@ def main(
     }  # fmt: skip
     most = rows[-1]["images"]
     z = ring_z(marked[:most]) if most > 1 else None
-    figure = figure_of(rows, z, cells(TreeRing(key))[1])
-    rings_of_mean = None if z is None else z.tolist()
-    write_results(output, "study_security", rows, figure, **facts, limits=limits(rows), ring_z=rings_of_mean)
+    found = facts | {"limits": limits(rows), "ring_z": None if z is None else z.tolist()}
+    write_results(output, "study_security", rows, figure_of(rows, z, cells(TreeRing(key))[1]), **found)
     write_results(output, "study_security_drawn_again", again, **facts)
 
 

@@ -52,9 +52,9 @@ class Cell:
     def row(self) -> dict:
         """The numbers by name; None is "too few unmarked images" for a rate, "not measured" else.
 
-        Intervals are 95 %: AUC DeLong's, `bootstrap` clustered by `groups` where there are
-        GROUPS of them, rates Clopper–Pearson's. `tpr_F` is read off the ROC at FPR F; `split_F` has its
-        threshold from one half of the unmarked images and its FPR from the other; `p_F` calls p ≤ F marked.
+        Intervals are 95 %: AUC DeLong's, `bootstrap` clustered by `groups` where there are GROUPS of them, rates
+        Clopper–Pearson's. `tpr_F` is read off the ROC at FPR F; `split_F` has its threshold from one half of the
+        unmarked images and its FPR from the other; `p_F` calls p ≤ F marked.
         """
         names = ("key", "pattern", "mask", "attack", "method", "statistic")
         found = {name: getattr(self, name) for name in names} | {"auc": self.curve.auc}
