@@ -171,7 +171,8 @@ PATTERNS = [
 
 @pytest.mark.parametrize("pattern, mask", PATTERNS)
 def test_p_values_of_coloured_correlated_noise_are_uniform(calibration, fresh, pattern, mask):
-    radii = (2, 5) if pattern == "zeros" else (2, 6)
+    # The bins beside lie within 2 to 8: the inmost rings of 300 images are known to some per cent only.
+    radii = (4, 6) if pattern == "zeros" else (2, 6)
     some = scheme(pattern, seed=5, channels=(0, 1, 2), mask=mask, radii=radii)
     score, p = whitened_test(some, fresh, calibration.covariance)
     conformal = conformal_p(score, calibration.reference_scores(some))

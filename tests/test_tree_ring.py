@@ -330,7 +330,7 @@ def test_cosine_p_values_of_unmarked_noise_are_uniform(pattern, mask):
 def test_power_p_values_of_unmarked_noise_are_uniform(radii, mask):
     s = scheme((2, 32, 32), Placement((0, 1), radii), "zeros", mask)
     noise = white((2, 32, 32), 1000, 2)
-    statistic = lambda x: power_test(s.features(x)[0].numpy(), s.outside(x).numpy())
+    statistic = lambda x: power_test(s.features(x)[0].unflatten(1, (2, -1)).numpy(), [q.numpy() for q in s.beside(x)])
     assert stats.kstest(statistic(noise)[1], "uniform").pvalue > 0.01
     if mask == "centred":
         assert statistic(s.embed(noise[:5]))[1].max() < 1e-6
@@ -338,13 +338,20 @@ def test_power_p_values_of_unmarked_noise_are_uniform(radii, mask):
 
 @every_mask
 @every_shape
-def test_the_bins_outside_are_near_whole_pairs_and_not_the_marks(shape, mask):
-    s = scheme(shape, Placement((0,), (2, 4)), "zeros", mask)
+def test_the_bins_beside_are_whole_pairs_on_both_sides_and_not_the_marks(shape, mask):
+    s = scheme(shape, Placement((0,), (3, 4)), "zeros", mask)
     noise = white(shape, 1)
-    powers = s.outside(noise)[0]
-    _, copies = np.unique(powers.numpy().round(9), return_counts=True)
-    assert len(powers) >= 20 and set(copies) <= {1, 2} and (copies == 1).sum() <= 1  # DC alone is its own conjugate
-    assert torch.allclose(s.outside(s.embed(noise))[0], powers, atol=1e-5)
+    below, above = (side[0, 0] for side in s.beside(noise))
+    assert len(below) >= (8 if mask == "centred" else 4) and len(above) >= 20
+    for powers in (below, above):
+        _, copies = np.unique(powers.numpy().round(9), return_counts=True)
+        assert set(copies) <= {1, 2} and (copies == 1).sum() <= 1  # DC alone is its own conjugate
+    assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(s.beside(s.embed(noise)), s.beside(noise), strict=True))
+
+
+def test_the_innermost_mask_has_no_bins_within() -> None:
+    sides = scheme((1, 32, 32), Placement((0,), (0, 4)), "zeros").beside(white((1, 32, 32), 1))
+    assert len(sides) == 1
 
 
 # Errors
@@ -392,7 +399,7 @@ def test_a_key_whose_description_does_not_fit_it(field, value):
 @pytest.mark.parametrize("shape", [(2, 3, 32, 32), (2, 4, 32, 31), (4, 32, 32), (2, 4, 1, 1), (2, 5, 32, 32)])
 def test_noise_of_another_shape(shape):
     s = scheme((4, 32, 32), PLACEMENTS[0])
-    for use in (s.embed, s.features, s.masked, s.outside, s.aligned):
+    for use in (s.embed, s.features, s.masked, s.beside, s.aligned):
         with pytest.raises(SchemeError, match="noise"):
             use(torch.zeros(shape))
 

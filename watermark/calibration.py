@@ -314,7 +314,9 @@ def whitened_test(scheme: TreeRing, noise: Tensor, covariance: np.ndarray) -> tu
     The whitened cosine and its Student-t p-value; for the pattern *zeros* the power test of whitened noise.
     """
     if scheme.pattern == "zeros":
-        return power_test(*(x.numpy() for x in _seen(scheme, _whiten_noise(scheme, noise, covariance))))
+        features, *beside = _seen(scheme, _whiten_noise(scheme, noise, covariance))
+        inside = features.unflatten(1, (len(scheme.placement.channels), -1))
+        return power_test(inside.numpy(), [power.numpy() for power in beside])
     return cosine_test(*whitened_features(scheme, noise, covariance))
 
 
@@ -333,7 +335,7 @@ def whitened_features(scheme: TreeRing, noise: Tensor, covariance: np.ndarray) -
 def _seen(scheme: TreeRing, noise: Tensor) -> tuple[Tensor, ...]:
     """All that the scheme's statistic looks at."""
     features, _ = scheme.features(noise)
-    return (features, scheme.outside(noise)) if scheme.pattern == "zeros" else (features,)
+    return (features, *scheme.beside(noise)) if scheme.pattern == "zeros" else (features,)
 
 
 def _whiten_noise(scheme: TreeRing, noise: Tensor, covariance: np.ndarray) -> Tensor:

@@ -188,7 +188,7 @@ def _plot_null(ax: Axes, detector: Detector, verdict: Verdict) -> None:
     scheme = detector.schemes[verdict.key]
     ax.set_title("score on its null")
     if scheme.pattern == "zeros" or verdict.by_search:
-        meaning = "log power outside / inside" if scheme.pattern == "zeros" else "largest cosine of the search"
+        meaning = "log power beside / inside" if scheme.pattern == "zeros" else "largest cosine of the search"
         ax.text(
             0.5,
             0.5,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, special, stats
 
 __all__ = [
     "agreement",
@@ -138,14 +138,40 @@ def undecided(p: np.ndarray, conformal: np.ndarray, n: int, alpha: float) -> np.
     return ~agreement(p, conformal, n) & (reached | (np.asarray(p) <= alpha))
 
 
-def power_test(inside: np.ndarray, outside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For the pattern *zeros*: log mean power outside over inside (B,), and its p-values.
+def power_test(inside: np.ndarray, beside: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """For the pattern *zeros*: how much power its rings lack beside their neighbours (B,), and the p-values.
 
-    `inside` (B, d) holds real features; `outside` (B, n) powers of complex bins, each with its conjugate, so that n
-    values carry n degrees of freedom. The ratio of means is F-distributed under a null that is white there.
+        s = mean over channels of (mean over sides of log Q) − log P
+
+    with P the mean power of the real features `inside` (B, C, d) and Q that of the complex bins on a side of the mask,
+    each with its conjugate, so that n values of `beside` (B, C, n) carry n degrees of freedom. Two sides and a logarithm
+    leave out whatever power law an image's own spectrum follows from one side to the other, channel by channel: attacks
+    take power from high frequencies, which is no mark. Under a null that is white but for that, P and Q are χ²ₖ/k,
+    whose logarithm has mean ψ(k/2) − log(k/2) and variance ψ′(k/2), and the p-value is that of the F-distribution whose
+    two parts have the variances of ours: exact for one channel and one side.
     """
-    ratio = np.mean(np.square(inside), -1) / np.mean(outside, -1)
-    return -np.log(np.maximum(ratio, np.finfo(float).tiny)), stats.f.cdf(ratio, inside.shape[-1], outside.shape[-1])
+    channels, sides = inside.shape[1], len(beside)
+    logs = [np.log(np.maximum(q.mean(-1), TINY)) for q in beside]
+    score = (np.mean(logs, 0) - np.log(np.maximum(np.square(inside).mean(-1), TINY))).mean(-1)
+    numbers = np.array([q.shape[-1] for q in beside])
+    inner = _degrees(special.polygamma(1, inside.shape[-1] / 2) / channels)
+    outer = _degrees(special.polygamma(1, numbers / 2).sum() / (sides**2 * channels))
+    moved = _log_mean(inside.shape[-1]) - _log_mean(numbers).mean() - _log_mean(inner) + _log_mean(outer)
+    return score, stats.f.cdf(np.exp(np.minimum(-score - moved, 700)), inner, outer)  # of which e is no infinity
+
+
+TINY = np.finfo(float).tiny
+
+
+def _log_mean(k: float | np.ndarray) -> np.ndarray:
+    """E log(χ²ₖ/k)."""
+    return special.digamma(np.divide(k, 2)) - np.log(np.divide(k, 2))
+
+
+def _degrees(variance: float) -> float:
+    """k with Var log χ²ₖ = ψ′(k/2) = `variance`; 1/x < ψ′(x) < 1/x + 1/x² holds it in."""
+    low, high = 1 / variance, 1 / variance + 2
+    return 2 * optimize.brentq(lambda half: special.polygamma(1, half) - variance, low, high)
 
 
 def published_distance(recovered: np.ndarray, key: np.ndarray) -> np.ndarray:

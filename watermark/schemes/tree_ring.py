@@ -253,11 +253,17 @@ class TreeRing:
         channels = torch.tensor(self.placement.channels)
         return channels.repeat_interleave(len(ring)), ring.repeat(len(channels))
 
-    def outside(self, noise: Tensor) -> Tensor:
-        """Power (B, n) of the marked channels' bins just outside the mask, conjugates too: what *zeros* is compared with."""
+    def beside(self, noise: Tensor) -> list[Tensor]:
+        """Powers (B, C, n) of the marked channels' bins next to the mask, conjugates too: what *zeros* is compared with.
+
+        One tensor a side, those within the mask first; the innermost mask has one side only.
+        """
         low, high = self.placement.radii
-        near = (self.ring <= high + max(2, (high - low) // 2)) & (self.ring > 0)
-        return self._transform(noise)[..., near & self._mirror(near) & ~self._reached].abs().square().flatten(1)
+        width = max(2, (high - low) // 2)
+        power = self._transform(noise).abs().square()
+        sides = [(low - width <= self.ring) & (self.ring < low), (high < self.ring) & (self.ring <= high + width)]
+        whole = [(side | self._mirror(side)) & (self.ring > 0) & ~self._reached for side in sides]
+        return [power[..., side] for side in whole if side.any()]
 
     def masked(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """All masked bins in the published units, where white noise has power h·w: (B, n) and (n,), complex."""
