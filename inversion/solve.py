@@ -39,6 +39,7 @@ class Status(Enum):
     CONVERGED = "converged"  # its residual fell to the tolerance
     STALLED = "stalled"  # its best residual no longer improves
     MAX_STEPS = "max steps"
+    START_KEPT = "start kept"  # its residual fell too little to rely on what follows; the value is the start
     ROUNDED = "16-bit rounding"  # what 16-bit maps lose is more than an 8-bit image does; 32 bit would come nearer
     DIVERGED = "diverged"  # NaN, overflow, or a residual far above the first; the value is still the best iterate
 

@@ -1,6 +1,6 @@
 """How strong is each statistic? The share of marked images found at 1 % and 0.1 % false positives, clean and attacked.
 
-    ringmark evaluate --key rand.key -n 200 --seed 300000 --attacks tree-ring --methods anderson -o build/evaluation
+    ringmark evaluate --key rand.key -n 200 --seed 300000 --attacks tree-ring --methods guarded -o build/evaluation
     python scripts/study_power.py build/evaluation --key rand.key -o build/power      # from what that has recovered
     python scripts/study_power.py build/evaluation --key rand.key --others 4 -o build/power-small
 
@@ -142,7 +142,7 @@ def summary(rows: list[dict]) -> str:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for the results.")
 @click.option("--model", "source", default="pocket", show_default=True, help='"pocket", a folder or a hub id.')
 @click.option("--attacks", "specs", default="tree-ring", show_default=True, help="Of those that were evaluated.")
-@click.option("--method", default="anderson", show_default=True, help="Decoder inversion that was evaluated.")
+@click.option("--method", default="guarded", show_default=True, help="Decoder inversion that was evaluated.")
 @click.option("--steps", default=25, show_default=True, help="Of DDIM.")
 @click.option("--others", default=100, show_default=True, help="Keys that nobody planted.")
 @click.option("--seed", default=SEED, show_default=True, help="Of these.")

@@ -17,7 +17,7 @@ from inversion.decoder import INVERTERS, Inverter
 from inversion.diagnostics import rings
 from inversion.diffusion import invert
 from inversion.model import LatentModel
-from inversion.solve import Solution
+from inversion.solve import Solution, Status
 from watermark.calibration import Calibration, whitened_test
 from watermark.errors import CalibrationError, KeyFileError, RingmarkError
 from watermark.keys import Key
@@ -143,7 +143,7 @@ class Detector:
         model: LatentModel,
         keys: list[Key],
         *,
-        inverter: Inverter = Inverter(),
+        inverter: Inverter = INVERTERS["guarded"],
         steps: int = 25,
         alpha: float = ALPHA,
         calibration: Calibration | None = None,
@@ -180,6 +180,7 @@ class Detector:
             "early": self.inverter.early,
             "gradient": self.inverter.gradient,
             "lean": self.inverter.lean,
+            **({"guarded": True} if self.inverter.guarded else {}),
             "steps": self.steps,
             "timesteps": f"{self.grid.timesteps[0]}-{self.grid.timesteps[-1]}",
             "alpha": self.alpha,
@@ -328,11 +329,12 @@ def with_built_in(plain: Detector, folder: Path) -> tuple[Detector, str]:
 
 
 def _final_rms(recovered: Recovered) -> list[float | None]:
-    """Pixel RMS of each image's best iterate, in grey levels of 255; None where nothing, or nothing finite, was decoded."""
+    """Pixel RMS of each image's solution, in grey levels of 255; None where nothing, or nothing finite, was decoded."""
     merits = recovered.solution.merits
     if not len(merits):
         return [None] * len(recovered.images)
-    best = torch.from_numpy(np.nanmin(merits.numpy(), axis=0, initial=np.inf))
+    kept = torch.tensor([status is Status.START_KEPT for status in recovered.solution.status])
+    best = torch.where(kept, merits[0], merits.nan_to_num(torch.inf).amin(0))
     rms = (best / recovered.images[0].numel() ** 0.5 * 127.5).tolist()
     return [x if np.isfinite(x) else None for x in rms]
 
