@@ -21,6 +21,7 @@ __all__ = [
     "INVERTERS",
     "Inverter",
     "decoder_residual",
+    "fall",
     "gradient_residual",
     "in_slices",
     "invert_decoder",
@@ -55,9 +56,9 @@ def invert_decoder(
     yields for free; a step costs one E and one D. `tol="auto"` stops an image once ‖T‖ has fallen to what rounding x
     to 8 bits alone causes (the discrepancy principle): iterating past it fits the rounding noise.
 
-    With `guarded` an image keeps E(x) unless ‖T‖ comes down to a quarter within two steps. No latent decodes to a picture
-    that was altered after the decoder drew it. What was added lies much in directions that E∘D shrinks, so ‖T‖ falls
-    slowly, and undoing the shrinking would blow it up.
+    With `guarded` an image keeps E(x) where ‖T‖ falls less than half as far, within two steps, as it does for the picture
+    D(E(x)), which a latent is known to decode to. No latent decodes to a picture that was altered afterwards: what was
+    added lies much in directions that E∘D shrinks, where ‖T‖ falls slowly, and undoing the shrinking would blow it up.
 
     The maps are called on `at_once` images at most, which bounds their memory whatever B is. A video (B, 3, F, H, W)
     with maps for single frames is inverted frame by frame: the value is (B, C, F, h, w), and residuals, steps and
@@ -77,20 +78,27 @@ def invert_decoder(
     residual = decoder_residual(encode, decode, images, target, pixels)
     found = solve(residual, target, method, max_steps=max_steps, tol=tol, progress=progress)
     if max_steps and guarded:
-        found = _keep_unfallen(found, target.float())
+        drawn = decode(target).clamp(*pixels)
+        own = invert_decoder(
+            encode, decode, drawn, method, max_steps=min(WITHIN, max_steps), tol=None, pixels=pixels, at_once=at_once
+        )
+        found = _keep_start(found, target.float(), fall(found) > SLOWER * fall(own))
     if max_steps and target.dtype.itemsize < 4:
         coarse = rounding_share(encode, images, target) > COARSE
         found = replace(found, status=[Status.ROUNDED if c else s for c, s in zip(coarse, found.status, strict=True)])
     return found
 
 
-FALLEN, WITHIN = 0.25, 2  # ‖T‖ of images as decoded falls further within so many steps; docs/decoder-inversion.md
+SLOWER, WITHIN = 2.0, 2  # see scripts/study_altered.py
 
 
-def _keep_unfallen(found: Solution, start: Tensor) -> Solution:
-    """The same, but with the start's own value where ‖T‖ did not fall in the first steps."""
-    lowest = found.residuals[: WITHIN + 1].nan_to_num(torch.inf).amin(0)
-    kept = ~(lowest <= FALLEN * found.residuals[0])
+def fall(found: Solution) -> Tensor:
+    """(B,): what is left of ‖T‖ after WITHIN steps, as a share of the first."""
+    return found.residuals[: WITHIN + 1].nan_to_num(torch.inf).amin(0) / found.residuals[0]
+
+
+def _keep_start(found: Solution, start: Tensor, kept: Tensor) -> Solution:
+    """The same, but with the start's own value where `kept` (B,)."""
     value = torch.where(kept.to(start.device).view(-1, *[1] * (start.ndim - 1)), start, found.value)
     status = [Status.START_KEPT if k else s for k, s in zip(kept, found.status, strict=True)]
     return replace(found, value=value, status=status)

@@ -38,7 +38,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.images import from_array, to_array
-from inversion.decoder import Inverter
 from inversion.diffusion import sample
 from inversion.model import LatentModel, resolve
 from watermark.attacks import Chain, apply, expand, seed_of
@@ -105,7 +104,7 @@ def drawn_from(
 
 def noise_of(model: LatentModel, images: Tensor, *, steps: int, name: str, cache: Path) -> Tensor:
     """The noise (N, C, h, w) that a detector recovers by default."""
-    latents = invert_all(model, Inverter(), images, name=name, cache=cache).latents
+    latents = invert_all(model, Detector(model, []).inverter, images, name=name, cache=cache).latents
     make = partial(recovered, model, latents, steps, name)
     return cached(cache, [model.identity, steps, latents], make)["noise"]
 

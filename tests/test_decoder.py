@@ -302,9 +302,44 @@ def test_every_inverter_by_name(name):
     done = Inverter.named(name)(maps, images)
     better = nmse_db(done.value, truth) < nmse_db(maps.encode(images), truth) - 0.3
     assert better.all() or name == "encoder"
+    assert Status.START_KEPT not in done.status
     few = Inverter.named(name, 3)
     assert few.max_steps == (0 if name == "encoder" else 3) and few(maps, images).steps.max() <= 4
     assert getattr(few.method, "horizon", 3) == 3
+
+
+class Shrinking:
+    """E∘D shrinks half of the directions by a factor of 20; D draws nothing there."""
+
+    def decode(self, z):
+        return z.clone()
+
+    def encode(self, x):
+        return x * torch.tensor([0.9, 0.8, 0.05, 0.05])
+
+
+@pytest.mark.parametrize("steps", [2, 8])
+def test_guarded_keeps_the_encoder_where_the_residual_hardly_falls(steps):
+    maps = Shrinking()
+    decoded = torch.tensor([[0.5, -0.3, 0, 0], [0.2, 0.4, 0, 0.0]])
+    altered = decoded + torch.tensor([0, 0, 0.3, 0.2])
+    options = {"max_steps": steps, "tol": None, "pixels": (-9, 9)}
+    both = (maps.encode, maps.decode, torch.cat([decoded, altered]), ForwardStep())
+    guarded, trusting = invert_decoder(*both, guarded=True, **options), invert_decoder(*both, **options)
+    assert [s is Status.START_KEPT for s in guarded.status] == [False, False, True, True]
+    assert torch.equal(guarded.value[:2], trusting.value[:2])
+    assert torch.equal(guarded.value[2:], maps.encode(altered))
+    assert torch.equal(guarded.merits.nan_to_num(), trusting.merits.nan_to_num())
+
+
+def test_guarded_keeps_the_encoder_where_nothing_is_finite():
+    maps = Linear()
+    done = invert_decoder(maps.encode, lambda z: maps.decode(z) * torch.nan, draw(2, *IMAGE), max_steps=2, guarded=True)
+    assert torch.equal(done.value, maps.encode(draw(2, *IMAGE))) and done.status == [Status.DIVERGED] * 2
+    assert invert_decoder(maps.encode, maps.decode, draw(2, *IMAGE), max_steps=0, guarded=True).residuals.shape == (
+        0,
+        2,
+    )
 
 
 @pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
