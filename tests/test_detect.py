@@ -13,8 +13,9 @@ from data.images import Sample, from_array
 from inversion.decoder import Inverter
 from inversion.diagnostics import rings
 from inversion.grid import Grid
+from inversion.solve import Solution, Status
 from watermark.calibration import Calibration
-from watermark.detect import Detector, Judged, detector
+from watermark.detect import Detector, Judged, Recovered, _final_rms, detector
 from watermark.errors import CalibrationError, KeyFileError, RingmarkError
 from watermark.generate import generate, initial_noise
 from watermark.keys import Key
@@ -65,7 +66,7 @@ def samples(noise: torch.Tensor) -> list[Sample]:
 
 
 @pytest.mark.parametrize("pattern", ["ring", "rand", "zeros"])
-@pytest.mark.parametrize("method", ["encoder", "anderson"])
+@pytest.mark.parametrize("method", ["encoder", "anderson", "guarded"])
 def test_marked_are_found_and_unmarked_are_not(pattern: str, method: str) -> None:
     mine = key(1, pattern)
     noise = initial_noise(list(range(8)), MODEL.latent_shape)
@@ -81,6 +82,17 @@ def test_p_values_of_unmarked_images_are_uniform() -> None:
     noise = initial_noise(list(range(100, 500)), MODEL.latent_shape)
     _, p = looking.statistic(looking.schemes[key(2).fingerprint], noise)
     assert stats.kstest(p, "uniform").pvalue > 0.01
+
+
+def test_the_residual_is_that_of_the_latents_that_are_judged() -> None:
+    merits = torch.tensor([[4.0, 4, 4], [2, 2, torch.nan], [3, 3, torch.nan]])
+    status = [Status.MAX_STEPS, Status.START_KEPT, Status.CONVERGED]
+    images, latents = torch.zeros(3, 3, 8, 8), torch.zeros(3, 4, 2, 2)
+    solution = Solution(latents, merits, merits, torch.tensor([3, 3, 1]), status)
+    one_grey_level = 127.5 / images[0].numel() ** 0.5
+    assert _final_rms(Recovered(images, solution, latents, 0.0)) == pytest.approx(
+        [2 * one_grey_level] + [4 * one_grey_level] * 2
+    )
 
 
 def test_several_keys_are_tested_on_one_inversion_and_corrected_for() -> None:
