@@ -135,12 +135,13 @@ def test_one_more_attack_method_or_key_costs_no_more_than_itself(found, model, p
     monkeypatch.setattr(Detector, "recover_noise", counted("noise", recover_noise))
     again = compare(model, plan)
     assert called == [] and again.record() == found.record()
-    once = [("decoder", 3), ("noise", 3), ("decoder", 2), ("noise", 2)]
+    images_of = lambda work: [n for name, n in called if name == work]
     compare(model, replace(plan, attacks=(*plan.attacks, "flip")))
-    assert called == once * 3 * 2  # unmarked images and two keys', by two methods
+    assert images_of("decoder") == [3, 2] * 3 * 2  # unmarked images and two keys', by two methods
+    assert 5 * 3 <= sum(images_of("noise")) <= 5 * 3 * 2  # less where both methods find the same latents
     called.clear()
     compare(model, replace(plan, keys=(*plan.keys, keys["ring"]), attacks=("flip",)))
-    assert called == once * 2 * 2  # the new key's, clean and flipped, by two methods
+    assert images_of("decoder") == [3, 2] * 2 * 2  # the new key's, clean and flipped, by two methods
     with pytest.raises(StoreError, match="number was 5, is 6"):
         compare(model, replace(plan, number=6))
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from data.images import read_sample, to_array
 from inversion.decoder import Inverter
+from inversion.methods import Anderson, ForwardStep
 from inversion.model import LatentModel
 from watermark.detect import Detector
 from watermark.recovery import cached, recover_files
@@ -44,7 +45,7 @@ def test_files_become_noise_in_order_and_what_cannot_be_used_is_named(model, fil
     torch.testing.assert_close(found.noise, detector.recover(images).noise, rtol=1e-3, atol=1e-3)
 
 
-def test_a_second_run_computes_nothing_and_other_steps_cost_no_decoder_inversion(model, files, tmp_path):
+def test_nothing_is_computed_twice(model, files, tmp_path):
     class Counting(Detector):
         called = ()
 
@@ -62,6 +63,10 @@ def test_a_second_run_computes_nothing_and_other_steps_cost_no_decoder_inversion
     noise = [recover_files(d, files, tmp_path / "cache", batch=8).noise for d in (first, again, other)]
     assert (first.called, again.called, other.called) == (("decoder", "noise"), (), ("noise",))
     assert torch.equal(noise[0], noise[1]) and not torch.equal(noise[0], noise[2])
+    encoders = [Counting(model, [], inverter=Inverter(method, 0), steps=3) for method in (Anderson(), ForwardStep())]
+    noise = [recover_files(d, files, tmp_path / "cache", batch=8).noise for d in encoders]
+    assert [d.called for d in encoders] == [("decoder", "noise"), ("decoder",)]  # which finds the same latents
+    assert torch.equal(*noise)
 
 
 def test_nothing_readable_is_an_empty_result(model, files, tmp_path):

@@ -44,7 +44,8 @@ def recover_files(
 ) -> RecoveredFiles:
     """Recover the noise of every file. Latents and noise are kept in the folder `cache`, by batches of pixels and settings.
 
-    So a stopped run goes on from its last batch, and other DDIM steps cost no decoder inversion.
+    So a stopped run goes on from its last batch, other DDIM steps cost no decoder inversion, and a decoder inversion that
+    finds the latents of another one costs no DDIM steps.
     """
     paths, ids, refused, parts, digests = list(paths), [], [], [], []
     readable = _readable(paths, detector.model.image_size, refused)
@@ -73,13 +74,12 @@ def _readable(paths: list[Path], size: tuple[int, int], refused: list[str]) -> I
 def _recover(detector: Detector, images: Tensor, cache: Path) -> dict:
     """`noise`, `seconds` and `doubts` of images (B, 3, H, W)."""
     way_back = relevant(detector.settings())
-    to_latents = {k: v for k, v in way_back.items() if k not in ("steps", "timesteps")}
+    network = {name: way_back.pop(name) for name in ("steps", "timesteps")}
     device = detector.model.device.type  # or its seconds would be another's
-    latents = cached(
-        cache, [to_latents, device, images], partial(_timed, lambda: detector.invert_decoder(images).value)
-    )
+    latents = cached(cache, [way_back, device, images], partial(_timed, lambda: detector.invert_decoder(images).value))
     z = latents["value"]
-    noise = cached(cache, [way_back, device, images], partial(_timed, lambda: detector.recover_noise(z)))
+    network |= {name: way_back[name] for name in ("model", "dtype")}  # two methods may find the same latents
+    noise = cached(cache, [network, device, z], partial(_timed, lambda: detector.recover_noise(z)))
     seconds = (latents["seconds"] + noise["seconds"]).expand(len(images)) / len(images)
     doubts = [detector.doubt(image, n) for image, n in zip(images, noise["value"], strict=True)]
     return {"noise": noise["value"], "seconds": seconds, "doubts": doubts}
