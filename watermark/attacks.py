@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # torch is loaded for those attacks only that need a model
 
 __all__ = ["ATTACKS", "PRESETS", "Attack", "Chain", "Step", "apply", "expand", "listing", "parse", "seed_of"]
 
-DIFFUSE_STEPS = 50  # moves of the whole schedule, of which `diffuse` walks a share
+DIFFUSE_STEPS = 100  # moves of the whole schedule, of which `diffuse` walks a share: one for each hundredth
 SCREENSHOT_QUALITY = 80
 SHARPEN_RADIUS = 2  # px
 BANNER = "SAMPLE PREVIEW"
@@ -304,6 +304,14 @@ _WAVES = {
     "medium": "rotation:27 crop:0.7 erase:0.15 brighten:1.6 contrast:1.6 blur:12 noise:0.06 jpeg:50",
     "strong": "rotation:45 crop:0.5 erase:0.25 brighten:2 contrast:2 blur:20 noise:0.1 jpeg:10",
 }
+# Shares of the schedule to which noise is added: once, twice and four times over, at the ends and the middle of the ranges
+# of WAVES's regenerations, 40-200, 20-100 and 10-50 of 1000 timesteps; and once and four times through the autoencoder.
+_REGENERATIONS = (
+    *("diffuse:0.04", "diffuse:0.12", "diffuse:0.2"),
+    *("+".join([f"diffuse:{share}"] * 2) for share in (0.02, 0.06, 0.1)),
+    *("+".join([f"diffuse:{share}"] * 4) for share in (0.01, 0.03, 0.05)),
+    *("vae:1", "vae:4"),
+)
 PRESETS = {
     # The six of arXiv 2305.20030 as its text describes them.
     "tree-ring": ("rotation:75", "jpeg:25", "crop:0.75", "blur:4", "noise:0.1", "brightness:6"),
@@ -312,6 +320,7 @@ PRESETS = {
     "tree-ring-code": ("rotation:75", "jpeg:25", "widthcrop:0.75", "blur:4", "wrapnoise:0.1", "brightness:7"),
     "waves": tuple(spec for group in zip(*(s.split() for s in _WAVES.values()), strict=True) for spec in group),
     **{f"waves-{name}": tuple(specs.split()) for name, specs in _WAVES.items()},
+    "waves-regeneration": _REGENERATIONS,
 }
 
 
