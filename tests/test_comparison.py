@@ -256,6 +256,8 @@ def test_a_calibration_is_used_where_it_fits_and_refused_where_it_fits_nowhere(m
     )
     found = compare(model, small)
     assert found.settings["calibrations"] == {"encoder": made.fingerprint, "forward": None}
+    assert "max_steps 0, here 1; method" in found.settings["calibration_unfit"].pop("forward")
+    assert found.settings["calibration_unfit"] == {}
     assert {cell.method for cell in found.cells if cell.statistic == comparison.CONFORMAL} == {"encoder"}
     with pytest.raises(CalibrationError, match=r"own.safetensors.*method"):
         compare(model, replace(small, methods=("forward",), output=tmp_path / "none"))

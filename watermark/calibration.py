@@ -270,6 +270,12 @@ class Calibration:
             )
         return made
 
+    @classmethod
+    def built_in(cls, folder: Path) -> Calibration | None:
+        """The one that a model's folder holds, if any. Raises CalibrationError for a damaged file."""
+        path = folder / cls.FILE
+        return cls.load(path) if path.is_file() else None
+
     def _fault(self) -> str | None:
         """Why nothing can be whitened by this; None if it can."""
         if not (np.isfinite(self.power).all() and np.isfinite(self.spectra).all()):

@@ -25,7 +25,7 @@ from watermark.attacks import Chain, expand
 from watermark.calibration import Calibration, whitened_features
 from watermark.cells import CLEAN, DISTANCE, Cell, Evaluation
 from watermark.comparison_report import write_plots, write_tables
-from watermark.detect import Detector, check_method, detector, where_it_fits, with_built_in
+from watermark.detect import Detector, check_method, detector, where_it_fits
 from watermark.errors import CalibrationError, EvaluationError
 from watermark.evaluate import rate, tied_below
 from watermark.keys import Key, describe, load_ring
@@ -128,7 +128,7 @@ def compare(model: LatentModel, plan: Comparison, folder: Path | None = None) ->
     calibration fits no method.
     """
     keys = plan.given_keys or [_own_key(model, plan)]
-    detectors = _detectors(model, keys, plan, folder)
+    detectors, unfit = _detectors(model, keys, plan, folder)
     Store(plan.output / "plan.jsonl", plan.settings(model)).close()  # refuses another plan's images
     memory = {name: _megabytes(looking, plan) for name, looking in detectors.items()}
     sets = [_images(model, plan, key) for key in (None, *keys)]
@@ -150,7 +150,7 @@ def compare(model: LatentModel, plan: Comparison, folder: Path | None = None) ->
                     for record in scored.records(label)
                 ]
     quality = _quality(model, plan, sets)
-    found = Evaluation(_facts(model, plan, detectors), cells, records, quality, list(dict.fromkeys(refused)))
+    found = Evaluation(_facts(model, plan, detectors, unfit), cells, records, quality, list(dict.fromkeys(refused)))
     write_tables(found, plan.output)
     write_plots(found, plan.output)
     return found
@@ -232,17 +232,19 @@ def _overlap(one: Path, other: Path) -> bool:
     return one.is_relative_to(other) or other.is_relative_to(one)
 
 
-def _detectors(model: LatentModel, keys: list[Key], plan: Comparison, folder: Path | None) -> dict[str, Detector]:
+def _detectors(
+    model: LatentModel, keys: list[Key], plan: Comparison, folder: Path | None
+) -> tuple[dict[str, Detector], dict[str, str]]:
+    """By method; and of those that the calibration at hand does not fit, why."""
     plain = {name: detector(model, keys, name, plan.max_steps, plan.steps) for name in plan.methods}
-    if given := plan.given_calibration:
-        fitted = {name: where_it_fits(one, given) for name, one in plain.items()}
-        if not any(one.calibration for one, _ in fitted.values()):
-            raise CalibrationError("; ".join(dict.fromkeys(why for _, why in fitted.values())))
-    elif folder:
-        fitted = {name: with_built_in(one, folder) for name, one in plain.items()}
-    else:
-        return plain
-    return {name: one for name, (one, _) in fitted.items()}
+    calibration = plan.given_calibration or (folder and Calibration.built_in(folder))
+    if not calibration:
+        return plain, {}
+    fitted = {name: where_it_fits(one, calibration) for name, one in plain.items()}
+    unfit = {name: why for name, (_, why) in fitted.items() if why}
+    if plan.calibration and len(unfit) == len(plain):
+        raise CalibrationError("; ".join(dict.fromkeys(unfit.values())))
+    return {name: one for name, (one, _) in fitted.items()}, unfit
 
 
 def _own_key(model: LatentModel, plan: Comparison) -> Key:
@@ -410,7 +412,7 @@ def _obedience(plan: Comparison, sets: list[_Images], looks: list[dict]) -> dict
     return {name: [hits[f"{name} {i}"] for i in range(len(sets))] for name in ATTRIBUTES}
 
 
-def _facts(model: LatentModel, plan: Comparison, detectors: dict[str, Detector]) -> dict:
+def _facts(model: LatentModel, plan: Comparison, detectors: dict[str, Detector], unfit: dict[str, str]) -> dict:
     """The settings as the report tells them."""
     keys = next(iter(detectors.values())).keys
     attacks = [CLEAN, *map(str, plan.chains)]
@@ -420,6 +422,7 @@ def _facts(model: LatentModel, plan: Comparison, detectors: dict[str, Detector])
         "attacks": attacks,
         "keys": [describe(key) for key in keys],
         "calibrations": {name: looking.settings()["calibration"] for name, looking in detectors.items()},
+        "calibration_unfit": unfit,
         "images": GIVEN if plan.marked or plan.unmarked else INDEPENDENT,
     }
     return plan.settings(model) | {name: getattr(plan, name) for name in names} | facts

@@ -71,7 +71,7 @@ def _report(found: Evaluation, record: dict) -> str:
     parts = [
         "# Evaluation",
         f"Model {settings['model']['name']}, {settings['steps']} DDIM steps, guidance {settings['guidance']:g}, seed {settings['seed']}; {_numbers(rows)}; {settings['images']}.",
-        f"Calibrations: {', '.join(f'{method} {name or NONE}' for method, name in settings['calibrations'].items())}; {NONE} means the null that is known of the model.",
+        f"Calibrations: {', '.join(f'{method} {name or NONE}' for method, name in settings['calibrations'].items())}; {NONE} means the null that is known of the model.{_unfit(settings['calibration_unfit'])}",
         f"{len(found.refused)} files could not be used. Intervals are 95 %: DeLong's for the AUC, Clopper-Pearson's for rates. An image of which nothing can be said, one flat colour say, counts as the least marked of all; the means are over the attacks, without {CLEAN}.",
         "## AUC",
         pivot(found.cells, "auc"),
@@ -97,6 +97,11 @@ def _report(found: Evaluation, record: dict) -> str:
         _quality(record["quality"]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _unfit(reasons: dict[str, str]) -> str:
+    """Which methods the calibration at hand does not fit, and why."""
+    return "".join(f" {method}: {why}." for method, why in reasons.items())
 
 
 def _cross_check(rows: list[dict]) -> str:

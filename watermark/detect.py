@@ -324,8 +324,8 @@ def with_built_in(plain: Detector, folder: Path) -> tuple[Detector, str]:
 
     Raises CalibrationError for a damaged file.
     """
-    path = folder / Calibration.FILE
-    return where_it_fits(plain, Calibration.load(path)) if path.is_file() else (plain, "")
+    found = Calibration.built_in(folder)
+    return where_it_fits(plain, found) if found else (plain, "")
 
 
 def _final_rms(recovered: Recovered) -> list[float | None]:
