@@ -42,7 +42,7 @@ class RecoveredFiles:
 def recover_files(
     detector: Detector, paths: Iterable[Path], cache: Path, *, batch: int = 8, name: str = "recover"
 ) -> RecoveredFiles:
-    """Recover the noise of every file. Latents and noise are kept in the folder `cache`, by batches of pixels and settings.
+    """Recover the noise of every file. Latents and noise are kept in the folder `cache`, each by what it is made from.
 
     So a stopped run goes on from its last batch, other DDIM steps cost no decoder inversion, and a decoder inversion that
     finds the latents of another one costs no DDIM steps.
@@ -75,21 +75,35 @@ def _recover(detector: Detector, images: Tensor, cache: Path) -> dict:
     """`noise`, `seconds` and `doubts` of images (B, 3, H, W)."""
     way_back = relevant(detector.settings())
     network = {name: way_back.pop(name) for name in ("steps", "timesteps")}
-    device = detector.model.device.type  # or its seconds would be another's
-    latents = cached(cache, [way_back, device, images], partial(_timed, lambda: detector.invert_decoder(images).value))
-    z = latents["value"]
     network |= {name: way_back[name] for name in ("model", "dtype")}  # two methods may find the same latents
-    noise = cached(cache, [network, device, z], partial(_timed, lambda: detector.recover_noise(z)))
-    seconds = (latents["seconds"] + noise["seconds"]).expand(len(images)) / len(images)
+    device = detector.model.device.type  # or its seconds would be another's
+    latents = cached_rows(
+        cache, [way_back, device], images, partial(_timed, lambda x: detector.invert_decoder(x).value)
+    )
+    noise = cached_rows(cache, [network, device], latents["value"], partial(_timed, detector.recover_noise))
     doubts = [detector.doubt(image, n) for image, n in zip(images, noise["value"], strict=True)]
-    return {"noise": noise["value"], "seconds": seconds, "doubts": doubts}
+    return {"noise": noise["value"], "seconds": latents["seconds"] + noise["seconds"], "doubts": doubts}
 
 
-def _timed(work: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """`value` on the CPU, which waits for the device, and the `seconds` it took."""
+def _timed(work: Callable[[Tensor], Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """`value` on the CPU, which waits for the device, and the `seconds` that each row took."""
     started = time.perf_counter()
-    value = work().float().cpu()
-    return {"value": value, "seconds": torch.tensor([time.perf_counter() - started])}
+    value = work(rows).float().cpu()
+    return {"value": value, "seconds": torch.full((len(rows),), (time.perf_counter() - started) / len(rows))}
+
+
+def cached_rows(
+    folder: Path, key: list, rows: Tensor, make: Callable[[Tensor], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """As `cached`, each of the `rows` (n, …) by itself; `make` is asked once, for those that are missing."""
+    paths = [_place(folder, [*key, row]) for row in rows]
+    found = [_kept(path) for path in paths]
+    missing = [i for i, row in enumerate(found) if row is None]
+    if missing:
+        made = make(rows[missing])
+        for k, i in enumerate(missing):
+            found[i] = _keep(paths[i], {name: x[k] for name, x in made.items()})
+    return {name: torch.stack([row[name] for row in found]) for name in found[0]}
 
 
 def cached(folder: Path, key: list, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -97,18 +111,32 @@ def cached(folder: Path, key: list, make: Callable[[], dict[str, Tensor]]) -> di
 
     Noises of marked images would give the key away, so only their owner may read them. A damaged file is made anew.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save
+    path = _place(folder, key)
+    found = _kept(path)
+    return _keep(path, make()) if found is None else found
 
+
+def _place(folder: Path, key: list) -> Path:
     digest = hashlib.sha256()
     for part in key:
         digest.update(part.contiguous().numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
-    path = folder / f"{digest.hexdigest()[:24]}.safetensors"
-    if path.exists():
-        try:
-            return load_file(path)
-        except SafetensorError:
-            path.unlink()
-    made = {name: x.contiguous() for name, x in make().items()}
+    return folder / f"{digest.hexdigest()[:24]}.safetensors"
+
+
+def _kept(path: Path) -> dict[str, Tensor] | None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path) if path.exists() else None
+    except SafetensorError:
+        path.unlink()
+        return None
+
+
+def _keep(path: Path, made: dict[str, Tensor]) -> dict[str, Tensor]:
+    from safetensors.torch import save
+
+    made = {name: x.contiguous() for name, x in made.items()}
     write_atomic(path, save(made), 0o600)
     return made
