@@ -125,8 +125,8 @@ def scores(looking: Detector, schemes: list[TreeRing], noise: Tensor) -> tuple[n
     F Kᵀ of whitened rows of length 1; c and p are those of `Detector.statistic`, key by key.
     """
     nothing, first = torch.zeros(1, *looking.model.latent_shape), schemes[0]
-    features = whitened_features(first, noise, looking.null)[0]
-    keys = np.stack([whitened_features(s, nothing, looking.null)[1] for s in schemes])
+    features = whitened_features(first, noise, *looking.null)[0]
+    keys = np.stack([whitened_features(s, nothing, *looking.null)[1] for s in schemes])
     cosine, bins = np.clip(_unit(features) @ _unit(keys).T, -1, 1), first.masked(noise)[0].numpy()
     distance = [published_distance(bins, s.masked(nothing)[1].numpy()) for s in schemes]
     return cosine, cosine_p(cosine, features.shape[1]), np.stack(distance, 1)

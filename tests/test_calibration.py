@@ -79,16 +79,16 @@ def path(tmp_path) -> Path:
 
 def test_the_covariance_is_that_of_the_noise():
     made = measured(400)
-    assert made.covariance.shape == (len(BINS), 3, 3) and made.n == 400 and made.sources == {"drawn": 400}
+    assert made.null.covariance.shape == (len(BINS), 3, 3) and made.n == 400 and made.sources == {"drawn": 400}
     deviation = np.sqrt(TRUTH.diagonal(axis1=1, axis2=2))
-    error = (made.covariance - TRUTH) / (deviation[:, :, None] * deviation[:, None])
+    error = (made.null.covariance - TRUTH) / (deviation[:, :, None] * deviation[:, None])
     # Five standard errors of a ring's variance, and what a slope costs where neighbours lend.
     assert (np.abs(error).max((1, 2)) < 5 * np.sqrt(2 / (400 * BINS)) + 0.02).all()
 
 
 def test_unit_noise_has_unit_variance_on_every_ring():
     noise = np.random.default_rng(1).normal(size=(300, *SHAPE))
-    covariance = Calibration.measure(noise, {}, {"other": 300}).covariance
+    covariance = Calibration.measure(noise, {}, {"other": 300}).null.covariance
     assert np.allclose(covariance, np.eye(3), atol=0.12)
     weight = BINS[:, None, None] / BINS.sum()
     assert np.allclose(
@@ -147,10 +147,28 @@ def test_whitened_features_have_the_identity_for_their_covariance(pattern, mask,
 
 def test_one_channel_is_divided_by_its_deviation(calibration, fresh):
     one = scheme(channels=(1,))
-    features, key = one.features(fresh[:50])
+    features, key = one.features(fresh[:50] - calibration.null.mean)
     channels, ring = (x.numpy() for x in one.feature_rings())
-    expected = cosine_test(features.numpy(), key.numpy(), calibration.covariance[ring, channels, channels])
-    assert np.allclose(whitened_test(one, fresh[:50], calibration.covariance), expected)
+    expected = cosine_test(features.numpy(), key.numpy(), calibration.null.covariance[ring, channels, channels])
+    assert np.allclose(whitened_test(one, fresh[:50], *calibration.null), expected)
+
+
+def test_what_all_images_share_is_taken_away():
+    rng, shift = np.random.default_rng(21), np.random.default_rng(22).normal(size=SHAPE)
+    share = lambda noise: torch.from_numpy(noise + 0.3 * shift)
+    made = Calibration.measure(share(recovered(rng, 300)), SETTINGS, {"drawn": 300})
+    new, tilts = share(recovered(rng, 400)), []
+    for null in ((made.null.covariance,), made.null):
+        scores = [whitened_test(scheme(seed=seed), new, *null)[0] for seed in range(30)]
+        tilts.append(np.std([score.mean() / score.std() for score in scores]))
+    # 300 images leave 1/√300 of the deviation in each bin, 400 scores have a mean to within 1/√400.
+    assert tilts[0] > 0.25 and tilts[1] < 1.5 * np.hypot(300**-0.5, 400**-0.5)
+
+
+def test_nothing_is_taken_away_where_images_share_nothing():
+    noise = recovered(np.random.default_rng(23), LEAST)
+    made = Calibration.measure(noise, SETTINGS, {"drawn": LEAST}, reach=max(SHAPE))
+    assert made.null.mean.square().mean() < 0.2 * np.square(noise.mean(0)).mean()
 
 
 def test_white_noise_needs_no_calibration(fresh):
@@ -174,7 +192,7 @@ def test_p_values_of_coloured_correlated_noise_are_uniform(calibration, fresh, p
     # The bins beside lie within 2 to 8: the inmost rings of 300 images are known to some per cent only.
     radii = (4, 6) if pattern == "zeros" else (2, 6)
     some = scheme(pattern, seed=5, channels=(0, 1, 2), mask=mask, radii=radii)
-    score, p = whitened_test(some, fresh, calibration.covariance)
+    score, p = whitened_test(some, fresh, *calibration.null)
     conformal = conformal_p(score, calibration.reference_scores(some))
     assert stats.kstest(p, "uniform").pvalue > 0.01
     for level in (0.05, 0.01):
@@ -218,8 +236,9 @@ def test_a_reference_is_scored_without_its_own_part(calibration):
     alone = Calibration.measure(
         recovered(np.random.default_rng(0), 300, own_scale=0.3)[rest], SETTINGS, {"drawn": int(rest.sum())}
     )
-    assert np.allclose(alone.covariance, calibration._covariance(without=k))
-    expected = whitened_test(some, noise[k::FOLDS], alone.covariance)[0]
+    for mine, theirs in zip(alone.null, calibration._null(without=k), strict=True):
+        assert np.allclose(mine, theirs)
+    expected = whitened_test(some, noise[k::FOLDS], *alone.null)[0]
     assert np.allclose(calibration.reference_scores(some)[k::FOLDS], expected)
 
 
@@ -230,7 +249,7 @@ def test_stored_spectra_give_the_scores_of_the_noises_themselves(pattern, mask):
     some = scheme(pattern, mask=mask, radii=(2, 5))
     score = np.empty(40)
     for k in range(FOLDS):
-        score[k::FOLDS] = whitened_test(some, torch.from_numpy(noise[k::FOLDS]), made._covariance(without=k))[0]
+        score[k::FOLDS] = whitened_test(some, torch.from_numpy(noise[k::FOLDS]), *made._null(without=k))[0]
     assert np.allclose(made.reference_scores(some), score, atol=2e-3)
 
 
@@ -239,14 +258,14 @@ def test_cross_fitted_p_values_are_those_of_full_conformal_prediction():
     rng, n = np.random.default_rng(9), 99
     noise, new = recovered(rng, n, own_scale=0.3), recovered(rng, 60, own_scale=0.3)
     made, some = Calibration.measure(noise, SETTINGS, {"drawn": n}), scheme("rand", seed=3)
-    cross = conformal_p(whitened_test(some, torch.from_numpy(new), made.covariance)[0], made.reference_scores(some))
+    cross = conformal_p(whitened_test(some, torch.from_numpy(new), *made.null)[0], made.reference_scores(some))
     full = []
     for one in new:
         both = np.concatenate([noise, one[None]])
-        null = Calibration.measure(both, SETTINGS, {"drawn": n + 1}).covariance
-        score = whitened_test(some, torch.from_numpy(both), null)[0]
+        null = Calibration.measure(both, SETTINGS, {"drawn": n + 1}).null
+        score = whitened_test(some, torch.from_numpy(both), *null)[0]
         full.append(conformal_p(score[-1], score[:-1]))
-    assert np.abs(cross - full).max() <= 3 / (n + 1) and abs((cross - full).mean()) < 0.5 / (n + 1)
+    assert np.rint((n + 1) * np.abs(cross - full)).max() <= 3 and abs((cross - full).mean()) < 0.5 / (n + 1)
 
 
 def test_conformal_p_values_hold_their_level_over_calibrations():
@@ -256,7 +275,7 @@ def test_conformal_p_values_hold_their_level_over_calibrations():
         rng = np.random.default_rng(seed)
         made = Calibration.measure(recovered(rng, LEAST), SETTINGS, {"drawn": LEAST})
         new = torch.from_numpy(recovered(rng, 5))
-        p.append(conformal_p(whitened_test(some, new, made.covariance)[0], made.reference_scores(some)))
+        p.append(conformal_p(whitened_test(some, new, *made.null)[0], made.reference_scores(some)))
     p = np.array(p)
     for level in (0.05, 0.25, 0.5, 0.75):
         share = (p <= level).mean(1)

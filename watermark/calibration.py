@@ -3,12 +3,12 @@
 Bins are those of orthonormal 2-D transforms, rings are `inversion.diagnostics.rings`. A bin's real and imaginary parts
 are taken to be uncorrelated and of equal variance, and so are the bins of a ring; the channels of one bin are not.
 
-The covariance whitens, and whitened images are scored. A reference that had helped to measure the covariance by which
-it is scored would not be exchangeable with a new image, so references are cross-fitted: in FOLDS parts, each scored by
-the covariance of the others. A new image is scored by the covariance of all. The two differ by no more than
-the sampling error of one part, and no image is lost to either task; the price is that P(p ≤ α) ≤ α is measured, not
-proved. The tests hold it against the exact and slow way, in which the new image takes part in the covariance and all
-are scored alike (full conformal prediction, arXiv 0706.3188; on folds see arXiv 1905.02928).
+The mean is taken away, the covariance whitens, and what is left is scored. A reference that had helped to measure the
+null by which it is scored would not be exchangeable with a new image, so references are cross-fitted: in FOLDS parts,
+each scored by the null of the others. A new image is scored by the null of all. The two differ by no more than the
+sampling error of one part, and no image is lost to either task; the price is that P(p ≤ α) ≤ α is measured, not proved.
+The tests hold it against the exact and slow way, in which the new image takes part in the null and all are scored
+alike (full conformal prediction, arXiv 0706.3188; on folds see arXiv 1905.02928).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +32,17 @@ from watermark.statistics import cosine_test, needed_references, power_test, whi
 if TYPE_CHECKING:
     from watermark.schemes.tree_ring import TreeRing
 
-__all__ = ["FOLDS", "Calibration", "check_number", "relevant", "smooth", "whitened_features", "whitened_test"]
+__all__ = [
+    "FOLDS",
+    "Calibration",
+    "Null",
+    "check_number",
+    "relevant",
+    "shrunk_mean",
+    "smooth",
+    "whitened_features",
+    "whitened_test",
+]
 
 FOLDS = 10
 KERNEL = (1.0, 0.5, 0.25)  # what a ring, its neighbours and theirs count for
@@ -48,6 +58,13 @@ IRRELEVANT = (
 )  # of Detector.settings(): they do not change the recovered noise
 RECOVERY = ("attenuation", "variance")  # tensors of the file where recoverability was measured, neither where not
 RECALIBRATE = "make it with: ringmark calibrate"
+
+
+class Null(NamedTuple):
+    """What recovered noise is where nobody planted anything: its covariance (R, C, C) across channels by ring, and its mean (C, h, w)."""
+
+    covariance: np.ndarray
+    mean: Tensor | float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,17 +136,22 @@ class Calibration:
         return len(self.spectra)
 
     @cached_property
-    def covariance(self) -> np.ndarray:
-        """(R, C, C): the null covariance of a recovered bin across channels, by ring, smoothed."""
-        return self._covariance()
+    def null(self) -> Null:
+        """Mean and smoothed covariance of recovered noise."""
+        return self._null()
 
-    def _covariance(self, without: int | None = None) -> np.ndarray:
+    def _null(self, without: int | None = None) -> Null:
         """From every part but one."""
         images = np.bincount(np.arange(self.n) % FOLDS, minlength=FOLDS)
         if without is not None:
             images[without] = 0
+        share, n = images / images.sum(), int(images.sum())
+        parts = np.stack([self.spectra[k::FOLDS].mean(0, dtype=float) for k in range(FOLDS)])
+        average = _unpack(np.tensordot(share, parts, 1)[None], self.latent_shape, self.reach)
+        power = np.tensordot(share, self.power, 1)
+        mean = shrunk_mean(average, power, n)
         bins = np.bincount(rings(*self.latent_shape[1:]).flatten().numpy())
-        return smooth(np.tensordot(images / images.sum(), self.power, 1), images.sum() * bins)
+        return Null(smooth(power - _cross_power(mean[None].numpy()), n * bins), mean)
 
     def noise(self, rows: slice = slice(None)) -> Tensor:
         """(n, C, h, w) float64: the recovered noises, without what lies beyond `reach`."""
@@ -142,13 +164,13 @@ class Calibration:
         """
         self.check_reach(scheme)
         scores = np.empty(self.n)
-        for k, (noise, covariance) in enumerate(self._parts):
+        for k, (noise, null) in enumerate(self._parts):
             if scheme.pattern == "zeros":
-                scores[k::FOLDS] = whitened_test(scheme, noise, covariance)[0]
+                scores[k::FOLDS] = whitened_test(scheme, noise, *null)[0]
                 continue
             if (seen := (k, *scheme.kind)) not in self._features:
-                self._features[seen] = whitened_features(scheme, noise, covariance)[0]
-            scores[k::FOLDS] = cosine_test(self._features[seen], whitened_features(scheme, noise[:1], covariance)[1])[0]
+                self._features[seen] = whitened_features(scheme, noise, *null)[0]
+            scores[k::FOLDS] = cosine_test(self._features[seen], whitened_features(scheme, noise[:1], *null)[1])[0]
         return scores
 
     @cached_property
@@ -157,9 +179,9 @@ class Calibration:
         return {}
 
     @cached_property
-    def _parts(self) -> list[tuple[Tensor, np.ndarray]]:
-        """Each part's noises and the covariance of the others: kept, for unpacking them is half the work for a key."""
-        return [(self.noise(slice(k, None, FOLDS)), self._covariance(without=k)) for k in range(FOLDS)]
+    def _parts(self) -> list[tuple[Tensor, Null]]:
+        """Each part's noises and the null of the others: kept, for unpacking them is half the work for a key."""
+        return [(self.noise(slice(k, None, FOLDS)), self._null(without=k)) for k in range(FOLDS)]
 
     def check_level(self, alpha: float) -> None:
         """Raises CalibrationError where ranks among these images cannot come down to alpha."""
@@ -283,7 +305,7 @@ class Calibration:
         if self.recovery and not _sound(self.recovery):
             return "how well noise comes back is not finite, or perfect on some ring"
         for parts in (None, *range(FOLDS)):
-            size = np.linalg.eigvalsh(self._covariance(parts))
+            size = np.linalg.eigvalsh(self._null(parts).covariance)
             if (size[:, 0] <= 1e-9 * size[:, -1]).any():
                 return (
                     f"the recovered noise has no power of its own in some channel on ring {int(np.argmin(size[:, 0]))}"
@@ -314,21 +336,40 @@ def smooth(covariance: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return np.tensordot(shares / shares.sum(1, keepdims=True), covariance, 1)
 
 
-def whitened_test(scheme: TreeRing, noise: Tensor, covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and p-values (B,) of recovered noise (B, C, h, w) under a null covariance (R, C, C) by ring.
+def shrunk_mean(average: np.ndarray, power: np.ndarray, n: int) -> Tensor:
+    """(C, h, w): what n recovered noises have in common, from their `average` (1, C, h, w) and `power` (R, C, C).
+
+    A model brings back something of the same layout from every image, so that their noise has a mean μ, which would give
+    a key a little of the same score in all of them. On a ring the average's power A holds, beside |μ|², an n-th of the
+    images' own variance, (P − A) / (n − 1). The bins of each channel and ring are multiplied by that share of A that is
+    not this, at least 0: few images, which know μ badly, take little of it away.
+    """
+    own = np.diagonal(_cross_power(average), axis1=1, axis2=2)
+    noise = (np.diagonal(power, axis1=1, axis2=2) - own) / (n - 1)
+    share = (1 - np.divide(noise, own, out=np.ones_like(own), where=own > 0)).clip(0, 1)
+    each = share.T[:, rings(*average.shape[2:]).numpy()]
+    return torch.from_numpy(np.fft.ifft2(np.fft.fft2(average[0]) * each).real)
+
+
+def whitened_test(
+    scheme: TreeRing, noise: Tensor, covariance: np.ndarray, mean: Tensor | float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and p-values (B,) of recovered noise (B, C, h, w) under a null (see `Null`).
 
     The whitened cosine and its Student-t p-value; for the pattern *zeros* the power test of whitened noise.
     """
     if scheme.pattern == "zeros":
-        features, *beside = _seen(scheme, _whiten_noise(scheme, noise, covariance))
+        features, *beside = _seen(scheme, _whiten_noise(scheme, noise - mean, covariance))
         inside = features.unflatten(1, (len(scheme.placement.channels), -1))
         return power_test(inside.numpy(), [power.numpy() for power in beside])
-    return cosine_test(*whitened_features(scheme, noise, covariance))
+    return cosine_test(*whitened_features(scheme, noise, covariance, mean))
 
 
-def whitened_features(scheme: TreeRing, noise: Tensor, covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Features (B, d) of recovered noise (B, C, h, w) and of the key (d,), of unit variance and uncorrelated under the null."""
-    features, key = scheme.features(noise)
+def whitened_features(
+    scheme: TreeRing, noise: Tensor, covariance: np.ndarray, mean: Tensor | float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features (B, d) of recovered noise (B, C, h, w) and of the key (d,); those of unit variance and uncorrelated under the null."""
+    features, key = scheme.features(noise - mean)
     channels, ring = (x.numpy() for x in scheme.feature_rings())
     marked = channels.reshape(len(scheme.placement.channels), -1)[:, 0]
     # Features go channel by channel, over the same bins in each.

@@ -171,7 +171,7 @@ def scores_of(looking: Detector, key: str, noise: Tensor) -> tuple[dict[str, np.
     score, p = looking.statistic(scheme, noise)
     found = {own_statistic(scheme.pattern): score}
     if scheme.pattern != "zeros":
-        found[MATCHED] = matched_filter(*whitened_features(scheme, noise, looking.null))[0]
+        found[MATCHED] = matched_filter(*whitened_features(scheme, noise, *looking.null))[0]
     if looking.calibration:
         found[CONFORMAL] = -conformal_p(score, looking.reference_scores(key))
     published = [x.numpy() for x in scheme.masked(noise)]

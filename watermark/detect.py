@@ -18,7 +18,7 @@ from inversion.diagnostics import rings
 from inversion.diffusion import invert
 from inversion.model import LatentModel
 from inversion.solve import Solution, Status
-from watermark.calibration import Calibration, whitened_test
+from watermark.calibration import Calibration, Null, whitened_test
 from watermark.errors import CalibrationError, KeyFileError, RingmarkError
 from watermark.keys import Key
 from watermark.schemes.tree_ring import TreeRing
@@ -189,9 +189,9 @@ class Detector:
         }
 
     @property
-    def null(self) -> np.ndarray:
-        """(R, C, C): the null covariance of recovered bins by ring: the calibration's, or else what is known of the model."""
-        return self.calibration.covariance if self.calibration else null_covariance(self.model)
+    def null(self) -> Null:
+        """What recovered noise is without a mark: by the calibration, or else by what is known of the model."""
+        return self.calibration.null if self.calibration else Null(null_covariance(self.model))
 
     def invert_decoder(self, images: Tensor) -> Solution:
         """Images (B, 3, H, W) in [-1, 1] → their latents, and what the solver did."""
@@ -226,7 +226,7 @@ class Detector:
 
     def statistic(self, scheme: TreeRing, noise: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Score and p-value (B,) of recovered noise (B, C, h, w), uncorrected."""
-        return whitened_test(scheme, noise, self.null)
+        return whitened_test(scheme, noise, *self.null)
 
     def reference_scores(self, key: str) -> np.ndarray:
         """(n,): the scores of the calibration's unmarked images for the key of this fingerprint; computed once."""
