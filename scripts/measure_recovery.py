@@ -16,7 +16,6 @@ import torch
 from tqdm import tqdm
 
 from data.images import from_array, to_array
-from inversion.decoder import Inverter
 from inversion.diagnostics import NoiseRecovery
 from inversion.model import LatentModel, resolve
 from watermark.detect import Detector
@@ -37,7 +36,7 @@ def main(source: str, number: int, steps: int, guidance: float, seed: int, plot:
     """Measure noise recovery and store it in the model's folder."""
     folder = Path(resolve(source))
     model = LatentModel.from_pretrained(folder)
-    detector = Detector(model, [], inverter=Inverter(), steps=steps)
+    detector = Detector(model, [], steps=steps)
     prompts = prompts_for([], number, seed)
     drawn = generate(model, prompts, list(range(seed, seed + number)), steps=steps, guidance=guidance)
     truth, recovered = [], []

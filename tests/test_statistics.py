@@ -122,6 +122,11 @@ def test_whitening_restores_what_colour_destroys():
     assert not uniform(coloured) and not within(coloured, 0.001)
 
 
+def power_of(inside: np.ndarray, beside: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The power test with sides that count alike."""
+    return power_test(inside, beside, np.full(len(beside), 1 / len(beside)))
+
+
 def conjugates(rng, rows: tuple[int, ...], pairs: int) -> np.ndarray:
     """Powers of complex bins of white noise, each with its conjugate's."""
     power = np.abs(rng.normal(size=(*rows, pairs)) + 1j * rng.normal(size=(*rows, pairs))) ** 2 / 2
@@ -133,11 +138,11 @@ def conjugates(rng, rows: tuple[int, ...], pairs: int) -> np.ndarray:
 def test_power_p_values_are_uniform_under_white_noise(channels, d, pairs):
     rng = np.random.default_rng([channels, d])
     draw = lambda n: (rng.normal(size=(n, channels, d)), [conjugates(rng, (n, channels), k) for k in pairs])
-    p = power_test(*draw(4000))[1]
+    p = power_of(*draw(4000))[1]
     assert uniform(p) and within(p, 0.01)
     inside, beside = draw(4000)
     scale = np.exp(rng.normal(size=(4000, channels, 1)))
-    assert uniform(power_test(scale * inside, [scale**2 * side for side in beside])[1])
+    assert uniform(power_of(scale * inside, [scale**2 * side for side in beside])[1])
 
 
 def test_power_p_values_do_not_mind_a_slope():
@@ -145,29 +150,31 @@ def test_power_p_values_do_not_mind_a_slope():
     rng = np.random.default_rng(11)
     slope = np.exp(rng.normal(size=(4000, 2, 1)))
     below, above = conjugates(rng, (4000, 2), 20), conjugates(rng, (4000, 2), 40)
-    p = power_test(rng.normal(size=(4000, 2, 60)), [below * slope, above / slope])[1]
+    p = power_of(rng.normal(size=(4000, 2, 60)), [below * slope, above / slope])[1]
     assert uniform(p) and within(p, 0.01)
 
 
 def test_power_test_where_the_mask_is_empty():
     rng = np.random.default_rng(6)
     for amplitude, most in ((0.3, 1e-8), (0, 0)):
-        score, p = power_test(amplitude * rng.normal(size=(20, 1, 60)), [conjugates(rng, (20, 1), 60)])
+        score, p = power_of(amplitude * rng.normal(size=(20, 1, 60)), [conjugates(rng, (20, 1), 60)])
         assert (p <= most).all() and (score > 1).all() and np.isfinite(score).all()
-    assert (power_test(3 * rng.normal(size=(20, 1, 60)), [conjugates(rng, (20, 1), 60)])[1] > 0.999).all()
+    assert (power_of(3 * rng.normal(size=(20, 1, 60)), [conjugates(rng, (20, 1), 60)])[1] > 0.999).all()
 
 
 def test_power_test_where_the_sides_are_empty():
-    score, p = power_test(np.ones((1, 1, 4)), [np.zeros((1, 1, 4))])
+    score, p = power_of(np.ones((1, 1, 4)), [np.zeros((1, 1, 4))])
     assert np.isfinite(score).all() and p == 1
 
 
 def test_power_test_by_hand():
-    score, p = power_test(np.array([[[1.0, 1]]]), [np.array([[[4.0, 4]]])])
+    score, p = power_of(np.array([[[1.0, 1]]]), [np.array([[[4.0, 4]]])])
     assert np.allclose(score, np.log(4))
     assert np.allclose(p, 0.2)  # F with 2 and 2 degrees of freedom: x / (1 + x)
-    score, p = power_test(np.array([[[1.0, 1]]]), [np.array([[[4.0, 4]]]), np.array([[[0.25, 0.25]]])])
+    score, p = power_of(np.array([[[1.0, 1]]]), [np.array([[[4.0, 4]]]), np.array([[[0.25, 0.25]]])])
     assert np.allclose(score, 0)  # the mean of the sides' logarithms
+    beside = [np.array([[[4.0, 4]]]), np.array([[[2.0, 2]]])]
+    assert np.allclose(power_test(np.array([[[1.0, 1]]]), beside, np.array([2.0, -1]))[0], np.log(8))
 
 
 def test_published_distance_by_hand():

@@ -23,6 +23,7 @@ from watermark.schemes.tree_ring import (
     middle_phase,
     recommend,
     ring_index,
+    signed_frequencies,
 )
 from watermark.statistics import cosine_test, power_test, published_distance
 
@@ -325,33 +326,52 @@ def test_cosine_p_values_of_unmarked_noise_are_uniform(pattern, mask):
     assert stats.kstest(cosine_test(found.numpy(), key.numpy())[1], "uniform").pvalue > 0.01
 
 
+def power_p(s: TreeRing, noise: torch.Tensor) -> np.ndarray:
+    inside = s.features(noise)[0].unflatten(1, (len(s.placement.channels), -1)).numpy()
+    return power_test(inside, [q.numpy() for q in s.beside(noise)], s.side_weights)[1]
+
+
 @every_mask
-@pytest.mark.parametrize("radii", [(0, 6), (3, 8), (1, 1), (14, 15)])
+@pytest.mark.parametrize("radii", [(0, 6), (3, 8), (1, 1), (2, 3), (14, 15)])
 def test_power_p_values_of_unmarked_noise_are_uniform(radii, mask):
     s = scheme((2, 32, 32), Placement((0, 1), radii), "zeros", mask)
-    noise = white((2, 32, 32), 1000, 2)
-    statistic = lambda x: power_test(s.features(x)[0].unflatten(1, (2, -1)).numpy(), [q.numpy() for q in s.beside(x)])
-    assert stats.kstest(statistic(noise)[1], "uniform").pvalue > 0.01
+    noise = white((2, 32, 32), 2000, 2)
+    assert stats.kstest(power_p(s, noise), "uniform").pvalue > 0.01
     if mask == "centred":
-        assert statistic(s.embed(noise[:5]))[1].max() < 1e-6
+        assert power_p(s, s.embed(noise[:5])).max() < 1e-3 if radii == (1, 1) else 1e-6
+
+
+@pytest.mark.parametrize("slope", [-1, 1, 2])
+@pytest.mark.parametrize("radii", [(7, 9), (4, 10), (3, 4)])
+def test_a_power_law_is_no_mark(radii, slope):
+    """Power r^-slope of the frequency r."""
+    s, noise = scheme((2, 32, 32), Placement((0, 1), radii), "zeros"), white((2, 32, 32), 2000, 3)
+    radius = torch.hypot(*signed_frequencies(32, 32)).clamp_min(1)
+    coloured = torch.fft.ifft2(torch.fft.fft2(noise) * radius ** (-slope / 2)).real
+    p = power_p(s, coloured)
+    assert (p <= 0.05).mean() < 0.1 and (p <= 0.001).mean() <= 0.004  # without weights .2 to 1 and .01 to .97
 
 
 @every_mask
 @every_shape
-def test_the_bins_beside_are_whole_pairs_on_both_sides_and_not_the_marks(shape, mask):
-    s = scheme(shape, Placement((0,), (3, 4)), "zeros", mask)
+@pytest.mark.parametrize("radii", [(4, 5), (4, 4)])
+def test_the_bins_beside_are_whole_pairs_on_both_sides_and_not_the_marks(shape, mask, radii):
+    s = scheme(shape, Placement((0,), radii), "zeros", mask)
     noise = white(shape, 1)
-    below, above = (side[0, 0] for side in s.beside(noise))
-    assert len(below) >= (8 if mask == "centred" else 4) and len(above) >= 20
-    for powers in (below, above):
-        _, copies = np.unique(powers.numpy().round(9), return_counts=True)
-        assert set(copies) <= {1, 2} and (copies == 1).sum() <= 1  # DC alone is its own conjugate
+    within, beyond = (side[0, 0] for side in s.beside(noise))
+    assert len(within) >= 8 and len(beyond) >= 20
+    _, copies = np.unique(torch.cat([within, beyond]).numpy().round(9), return_counts=True)
+    # Each with its conjugate, and none on both sides; at Nyquist's frequency a bin may be its own.
+    assert set(copies) <= {1, 2} and (copies == 1).sum() <= 1
     assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(s.beside(s.embed(noise)), s.beside(noise), strict=True))
+    assert s.side_weights.sum() == pytest.approx(1) and (s.side_weights > 0).all()
 
 
-def test_the_innermost_mask_has_no_bins_within() -> None:
-    sides = scheme((1, 32, 32), Placement((0,), (0, 4)), "zeros").beside(white((1, 32, 32), 1))
-    assert len(sides) == 1
+@every_mask
+def test_an_innermost_mask_is_compared_with_what_is_beyond(mask) -> None:
+    s = scheme((1, 32, 32), Placement((0,), (1, 4)), "zeros", mask)
+    (beyond,) = s.beside(white((1, 32, 32), 1))
+    assert len(beyond[0, 0]) > 50 and s.side_weights.tolist() == [1]
 
 
 # Errors

@@ -361,7 +361,7 @@ def whitened_test(
     if scheme.pattern == "zeros":
         features, *beside = _seen(scheme, _whiten_noise(scheme, noise - mean, covariance))
         inside = features.unflatten(1, (len(scheme.placement.channels), -1))
-        return power_test(inside.numpy(), [power.numpy() for power in beside])
+        return power_test(inside.numpy(), [power.numpy() for power in beside], scheme.side_weights)
     return cosine_test(*whitened_features(scheme, noise, covariance, mean))
 
 

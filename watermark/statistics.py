@@ -138,25 +138,24 @@ def undecided(p: np.ndarray, conformal: np.ndarray, n: int, alpha: float) -> np.
     return ~agreement(p, conformal, n) & (reached | (np.asarray(p) <= alpha))
 
 
-def power_test(inside: np.ndarray, beside: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def power_test(inside: np.ndarray, beside: list[np.ndarray], weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For the pattern *zeros*: how much power its rings lack beside their neighbours (B,), and the p-values.
 
-        s = mean over channels of (mean over sides of log Q) − log P
+        s = mean over channels of (Σ w log Q − log P)
 
     with P the mean power of the real features `inside` (B, C, d) and Q that of the complex bins on a side of the mask,
-    each with its conjugate, so that n values of `beside` (B, C, n) carry n degrees of freedom. Two sides and a logarithm
-    leave out whatever power law an image's own spectrum follows from one side to the other, channel by channel: attacks
-    take power from high frequencies, which is no mark. Under a null that is white but for that, P and Q are χ²ₖ/k,
-    whose logarithm has mean ψ(k/2) − log(k/2) and variance ψ′(k/2), and the p-value is that of the F-distribution whose
-    two parts have the variances of ours: exact for one channel and one side.
+    each with its conjugate, so that n values of `beside` (B, C, n) carry n degrees of freedom; `weights` w, one a side,
+    sum to 1. Attacks take power from high frequencies, which is no mark. With the weights of `TreeRing.side_weights`
+    whatever power law an image's own spectrum follows is left out, channel by channel. Under a null that is white but
+    for that, P and Q are χ²ₖ/k, whose logarithm has mean ψ(k/2) − log(k/2) and variance ψ′(k/2), and the p-value is
+    that of the F-distribution whose two parts have the variances of ours: exact for one channel and one side.
     """
-    channels, sides = inside.shape[1], len(beside)
-    logs = [np.log(np.maximum(q.mean(-1), TINY)) for q in beside]
-    score = (np.mean(logs, 0) - np.log(np.maximum(np.square(inside).mean(-1), TINY))).mean(-1)
-    numbers = np.array([q.shape[-1] for q in beside])
+    channels, numbers = inside.shape[1], np.array([q.shape[-1] for q in beside])
+    logs = np.tensordot(weights, [np.log(np.maximum(q.mean(-1), TINY)) for q in beside], 1)
+    score = (logs - np.log(np.maximum(np.square(inside).mean(-1), TINY))).mean(-1)
     inner = _degrees(special.polygamma(1, inside.shape[-1] / 2) / channels)
-    outer = _degrees(special.polygamma(1, numbers / 2).sum() / (sides**2 * channels))
-    moved = _log_mean(inside.shape[-1]) - _log_mean(numbers).mean() - _log_mean(inner) + _log_mean(outer)
+    outer = _degrees((np.square(weights) * special.polygamma(1, numbers / 2)).sum() / channels)
+    moved = _log_mean(inside.shape[-1]) - (weights * _log_mean(numbers)).sum() - _log_mean(inner) + _log_mean(outer)
     return score, stats.f.cdf(np.exp(np.minimum(-score - moved, 700)), inner, outer)  # of which e is no infinity
 
 

@@ -21,6 +21,7 @@ __all__ = ["MASKS", "PATTERNS", "Placement", "TreeRing", "draw_spectrum", "make_
 
 PATTERNS = ("ring", "rand", "zeros")
 MASKS = ("centred", "published")
+SIDE, LEAST_BESIDE = 2, 8  # rings on each side that *zeros* is compared with; the fewest bins that make a side
 
 
 @dataclass(frozen=True)
@@ -256,14 +257,38 @@ class TreeRing:
     def beside(self, noise: Tensor) -> list[Tensor]:
         """Powers (B, C, n) of the marked channels' bins next to the mask, conjugates too: what *zeros* is compared with.
 
-        One tensor a side, those within the mask first; the innermost mask has one side only.
+        One tensor for each of `_sides`.
         """
-        low, high = self.placement.radii
-        width = max(2, (high - low) // 2)
         power = self._transform(noise).abs().square()
-        sides = [(low - width <= self.ring) & (self.ring < low), (high < self.ring) & (self.ring <= high + width)]
-        whole = [(side | self._mirror(side)) & (self.ring > 0) & ~self._reached for side in sides]
-        return [power[..., side] for side in whole if side.any()]
+        return [power[..., side] for side in self._sides]
+
+    @property
+    def _sides(self) -> list[Tensor]:
+        """(h, w) each: SIDE rings within the mask, if those have LEAST_BESIDE bins, and SIDE rings beyond it."""
+        low, high = self.placement.radii
+        spans = ((low - SIDE, low - 1), (high + 1, high + SIDE))
+        bands = [(first <= self.ring) & (self.ring <= last) & (self._frequency > 0) for first, last in spans]
+        within, beyond = ((band | self._mirror(band)) & ~self._reached for band in bands)
+        both = within & beyond  # the published mask is not its own mirror
+        return [side for side in (within & ~both, beyond & ~both) if side.sum() >= LEAST_BESIDE]
+
+    @property
+    def side_weights(self) -> np.ndarray:
+        """(sides,): w with Σ w = 1 and, where there are two sides, Σ w L = the mask's L, a mean of log frequencies.
+
+        Σ w log(power of a side) is then the mask's, wherever power follows a power of the frequency. A mask with no rings
+        within is compared with those beyond as they are: its p is larger than the true one where power falls with the
+        frequency, as it does in attacked pictures, and smaller where it rises.
+        """
+        of = lambda where: self._frequency[where & (self._frequency > 0)].log().mean().item()
+        own, (first, *second) = of(self._reached), map(of, self._sides)
+        share = (second[0] - own) / (second[0] - first) if second else 1.0
+        return np.array([share, 1 - share][: 1 + len(second)])
+
+    @property
+    def _frequency(self) -> Tensor:
+        """(h, w) distance from DC."""
+        return torch.hypot(*signed_frequencies(*self.inside.shape))
 
     def masked(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """All masked bins in the published units, where white noise has power h·w: (B, n) and (n,), complex."""
