@@ -18,7 +18,7 @@ try:
 except ImportError:  # Windows: no advisory locks, the rest works
     fcntl = None
 
-__all__ = ["Store", "StoreError", "one_line", "read_records", "write_atomic"]
+__all__ = ["Store", "StoreError", "one_line", "read_records", "refuse_existing", "write_atomic"]
 
 VERSION = 1
 
@@ -137,6 +137,14 @@ def write_atomic(path: str | os.PathLike, content: str | bytes, mode: int = 0o64
         if isinstance(error, OSError) and error.strerror:  # a full disk names no file, a failed rename the partial one
             error.filename, error.filename2 = str(path), None
         raise
+
+
+def refuse_existing(path: str | os.PathLike, *, force: bool = False) -> None:
+    """Raises StoreError where there is something of this name: a folder, or without `force` anything."""
+    if os.path.isdir(path):
+        raise StoreError(f"{one_line(path)}: is a folder; name a file in it")
+    if os.path.lexists(path) and not force:
+        raise StoreError(f"{one_line(path)}: exists already; choose another name, or --force to replace it")
 
 
 def one_line(text: object) -> str:

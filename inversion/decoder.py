@@ -56,9 +56,10 @@ def invert_decoder(
     yields for free; a step costs one E and one D. `tol="auto"` stops an image once ‖T‖ has fallen to what rounding x
     to 8 bits alone causes (the discrepancy principle): iterating past it fits the rounding noise.
 
-    With `guarded` an image keeps E(x) where ‖T‖ falls less than half as far, within two steps, as it does for the picture
-    D(E(x)), which a latent is known to decode to. No latent decodes to a picture that was altered afterwards: what was
-    added lies much in directions that E∘D shrinks, where ‖T‖ falls slowly, and undoing the shrinking would blow it up.
+    With `guarded` an image keeps E(x) where more than twice as much of ‖T‖ is left after two steps as for the picture
+    D(E(x)), which a latent is known to decode to, or where nothing has fallen at all. No latent decodes to a picture that
+    was altered afterwards: what was added lies much in directions that E∘D shrinks, where ‖T‖ falls slowly, and undoing
+    the shrinking would blow it up.
 
     The maps are called on `at_once` images at most, which bounds their memory whatever B is. A video (B, 3, F, H, W)
     with maps for single frames is inverted frame by frame: the value is (B, C, F, h, w), and residuals, steps and
@@ -82,10 +83,12 @@ def invert_decoder(
         own = invert_decoder(
             encode, decode, drawn, method, max_steps=min(WITHIN, max_steps), tol=None, pixels=pixels, at_once=at_once
         )
-        found = _keep_start(found, target.float(), fall(found) > SLOWER * fall(own))
+        left = fall(found)
+        found = _keep_start(found, target.float(), (left > SLOWER * fall(own)) | (left >= 1))
     if max_steps and target.dtype.itemsize < 4:
-        coarse = rounding_share(encode, images, target) > COARSE
-        found = replace(found, status=[Status.ROUNDED if c else s for c, s in zip(coarse, found.status, strict=True)])
+        coarse = rounding_share(encode, images, target).cpu() > COARSE
+        told = [c and s is not Status.START_KEPT for c, s in zip(coarse, found.status, strict=True)]
+        found = replace(found, status=[Status.ROUNDED if t else s for t, s in zip(told, found.status, strict=True)])
     return found
 
 
@@ -101,7 +104,7 @@ def _keep_start(found: Solution, start: Tensor, kept: Tensor) -> Solution:
     """The same, but with the start's own value where `kept` (B,)."""
     value = torch.where(kept.to(start.device).view(-1, *[1] * (start.ndim - 1)), start, found.value)
     status = [Status.START_KEPT if k else s for k, s in zip(kept, found.status, strict=True)]
-    return replace(found, value=value, status=status)
+    return replace(found, value=value, status=status, chosen=torch.where(kept, 0, found.chosen))
 
 
 def decoder_residual(

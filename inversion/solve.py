@@ -47,13 +47,21 @@ class Status(Enum):
 @dataclass(frozen=True)
 class Solution:
     """`value` (B, …): each sample's best iterate; `residuals` (K, B): ‖T‖ along the way, NaN once a sample is done;
-    `merits` (K, B): what the best iterate was chosen by; `steps` (B,): evaluations spent; `status`: one a sample."""
+    `merits` (K, B): what the best iterate was chosen by; `steps` (B,): evaluations spent; `status`: one a sample;
+    `chosen` (B,): at which of the K evaluations the value was met."""
 
     value: Tensor
     residuals: Tensor
     merits: Tensor
     steps: Tensor
     status: list[Status]
+    chosen: Tensor
+
+    def at_value(self, log: Tensor) -> Tensor:
+        """(B,): residuals or merits (K, B) of the values returned; NaN where nothing was evaluated."""
+        if not len(log):
+            return torch.full((len(self.status),), torch.nan)
+        return log.gather(0, self.chosen[None])[0]
 
 
 STALL_GAIN = 0.99  # a sample stalls unless its best residual falls below this share of the one `PATIENCE` ago
@@ -76,6 +84,7 @@ class _Progress:
     lowest: Tensor  # (B, PATIENCE + 1) the best residual now and up to PATIENCE evaluations ago
     steps: Tensor
     status: list[Status]
+    chosen: Tensor
 
     @classmethod
     def start(cls, z: Tensor) -> _Progress:
@@ -87,11 +96,14 @@ class _Progress:
             inf[:, None].repeat(1, PATIENCE + 1),
             torch.zeros(len(z), dtype=torch.int64),
             [Status.MAX_STEPS] * len(z),
+            torch.zeros(len(z), dtype=torch.int64),
         )
 
     def update(self, rows: Tensor, z: Tensor, size: Tensor, merit: Tensor) -> None:
         better = torch.isfinite(size) & (merit < self.merit[rows])
         self.value[rows[better]], self.merit[rows[better]] = z[better], merit[better]
+        improved = rows[better].cpu()
+        self.chosen[improved] = self.steps[improved]
         self.first[rows] = torch.where(self.first[rows].isinf(), size, self.first[rows])
         best = torch.fmin(self.lowest[rows, :1], size[:, None])
         self.lowest[rows] = torch.cat([best, self.lowest[rows, :-1]], 1)
@@ -158,4 +170,5 @@ def solve(
         torch.stack(merits) if merits else empty,
         seen.steps,
         seen.status,
+        seen.chosen,
     )

@@ -145,7 +145,7 @@ def test_refusals_name_the_thing_and_the_remedy_before_a_model_is_loaded(house, 
     for args, said in [
         ([tmp_path / "none", *to], f"{tmp_path / 'none'}: there is no such folder; "),
         ([tmp_path / "empty", *to], f"{tmp_path / 'empty'}: holds no images; "),
-        ([house / "given", *to], f"5 unmarked images: a calibration needs at least {LEAST}; add images"),
+        ([house / "given", *to], f"5 unmarked images: a calibration needs at least {LEAST}, for p ≤ 0.05, and 999 for"),
         ([house, tmp_path / "images", *to], f"{marked}: its images were drawn with key {key(1).fingerprint[:8]}; "),
         ([house, drawn(tmp_path / "again", 1, 3), *to], f"{tmp_path / 'again/0000003.png'}: drawn from the noise of"),
         ([house, "-o", house / "my.cal"], f"{house / 'my.cal'}: exists already; "),

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 
 from watermark import cli, comparison, runs, single
 from watermark.keys import Key
+from watermark.schemes.tree_ring import Placement, make_key
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--steps", "4", "--max-steps", "1"]
@@ -123,6 +124,8 @@ def test_keys_are_shown_without_their_values(house: Path, tmp_path: Path) -> Non
     run("keys", "export-public", key, "-o", record)
     assert json.loads(record.read_text())["commitment"] == shown["commitment"]
     assert ".json" in refused("keys", "export-public", key, "-o", key)
+    assert "exists already" in refused("keys", "export-public", key, "-o", record)
+    run("keys", "export-public", key, "-o", record, "--force")
 
 
 def test_an_interrupted_keygen_says_how_many_keys_there_are(tmp_path: Path, monkeypatch) -> None:
@@ -394,6 +397,8 @@ def test_invert_writes_what_it_found(house: Path, tmp_path: Path) -> None:
     with safe_open(tmp_path / "noise.safetensors", "numpy") as file:
         facts = json.loads(file.metadata()["ringmark"])
     assert facts["evaluations"] == 2 and len(facts["residuals"]) == 2
+    at = facts["residuals"].index(facts["residual"])
+    assert facts["pixel_residuals"][at] == min(facts["pixel_residuals"])
 
 
 def test_info_names_the_model() -> None:
@@ -451,6 +456,17 @@ def test_folders_and_models_that_are_not(house: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "r.jsonl").exists()
     assert "no model_index.json" in refused("info", "--model", tmp_path / "empty")
     assert "--device" in refused("info", "--device", "warp")
+    before = pictures(house)[0].read_bytes()
+    assert "--explain" in refused("verify", pictures(house)[0], *args[:2], "--explain", pictures(house)[0])
+    assert pictures(house)[0].read_bytes() == before
+
+
+def test_a_key_of_another_model_marks_nothing(tmp_path: Path) -> None:
+    for name, shape in (("other", (4, 32, 32)), ("larger", (4, 64, 64))):
+        key = make_key(shape, Placement((0,), (3, 6)), model={"name": name, "fingerprint": "0"})
+        key.save(tmp_path / f"{name}.key")
+        said = refused("generate", "--key", tmp_path / f"{name}.key", "-n", 1, "-o", tmp_path / "out")
+        assert key.fingerprint[:8] in said and name in said and not (tmp_path / "out").exists()
 
 
 def test_a_refusal_does_not_cost_a_model(house: Path, tmp_path: Path, monkeypatch) -> None:
@@ -460,6 +476,9 @@ def test_a_refusal_does_not_cost_a_model(house: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(cli, "load_model", load)
     picture, key, none = pictures(house)[0], ["--key", house / "my.key"], tmp_path / "none"
     assert "exists already" in refused("keygen", "-o", house / "my.key")
+    assert "exists already" in refused("invert", picture, "-o", picture)
+    for option in (["verify", picture, *key, "--alpha"], ["generate", "--no-mark", "-o", none, "--guidance"]):
+        assert "nan is not a finite number" in refused(*option, "nan")
     assert "no such key" in refused("verify", picture, "--key", none)
     assert "no *.key file" in refused("verify", picture, "--key", tmp_path)
     assert "is a folder" in refused("generate", "--key", tmp_path, "-o", tmp_path / "out")

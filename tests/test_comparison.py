@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data.store import StoreError
+from data.images import ImageError
+from data.store import Store, StoreError
 from inversion.model import LatentModel
 from watermark import cells, comparison
 from watermark.calibration import Calibration
@@ -281,13 +282,21 @@ def test_what_is_refused(model, plan, keys, tmp_path):
     ):
         with pytest.raises(error, match=said):
             replace(plan, **changes)
-    swapped = replace(plan, keys=one, marked=folder, output=tmp_path / "out")
+    swapped = {"keys": one, "marked": folder, "output": tmp_path / "out"}
     with pytest.raises(EvaluationError, match=r"says that 2 of 2 images are unmarked, first a.png; give marked"):
-        compare(model, swapped)
+        replace(plan, **swapped)
     (folder / "labels.csv").write_text("path,label\nelsewhere.png,1\n")
     with pytest.raises(EvaluationError, match=r"none of its 1 labels fits an image; paths must be like a.png"):
-        compare(model, swapped)
+        replace(plan, **swapped)
     (folder / "labels.csv").unlink()
+    for carried, said in ((None, "no key"), ("0123456789abcdef", "key 01234567")):
+        Store(folder / "drawn.jsonl", {"key": carried}).close()
+        with pytest.raises(EvaluationError, match=f"m: was drawn with {said}, not"):
+            replace(plan, **swapped)
+        (folder / "drawn.jsonl").unlink()
+    (tmp_path / "empty folder").mkdir()
+    with pytest.raises(ImageError, match="no images"):
+        replace(plan, keys=one, marked=tmp_path / "empty folder")
     for name in ("a.png", "b.png"):
         (folder / name).write_text("no image")
     with pytest.raises(EvaluationError, match=r"no image can be used, of 2; last: .*b.png"):

@@ -86,9 +86,9 @@ def test_p_values_of_unmarked_images_are_uniform() -> None:
 
 def test_the_residual_is_that_of_the_latents_that_are_judged() -> None:
     merits = torch.tensor([[4.0, 4, 4], [2, 2, torch.nan], [3, 3, torch.nan]])
-    status = [Status.MAX_STEPS, Status.START_KEPT, Status.CONVERGED]
+    status, chosen = [Status.MAX_STEPS, Status.ROUNDED, Status.CONVERGED], torch.tensor([1, 0, 0])
     images, latents = torch.zeros(3, 3, 8, 8), torch.zeros(3, 4, 2, 2)
-    solution = Solution(latents, merits, merits, torch.tensor([3, 3, 1]), status)
+    solution = Solution(latents, merits, merits, torch.tensor([3, 3, 1]), status, chosen)
     one_grey_level = 127.5 / images[0].numel() ** 0.5
     assert _final_rms(Recovered(images, solution, latents, 0.0)) == pytest.approx(
         [2 * one_grey_level] + [4 * one_grey_level] * 2

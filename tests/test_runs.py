@@ -14,8 +14,8 @@ def record(name: str, score: float, **more) -> dict:
     return {"sample_id": name, "score": score, "distance": -score} | more
 
 
-def results(path, *records: dict):
-    with Store(path, {}) as store:
+def results(path, *records: dict, **settings):
+    with Store(path, settings) as store:
         for one in records:
             store.append(one)
     return path
@@ -41,6 +41,26 @@ def test_what_shows_nothing_is_the_least_marked_of_all():
     # Below all others at any threshold, but as marked as another image that shows nothing.
     blank = [record("m1", 3.0), record("m2", 9.0, shows=False), record("u1", 1.0), record("u2", 8.0, shows=False)]
     assert [curve.auc for curve in curves(blank, truth, name="")] == [(2 + 0.5) / 4] * 2
+
+
+@pytest.mark.parametrize("score", [None, float("nan"), float("inf"), "7", [1.0], True])
+def test_a_score_that_is_no_number_is_named(score):
+    truth = {"m\n": True, "u": False}
+    with pytest.raises(EvaluationError, match=r"record of m\\n: its score is .*, not a number; audit"):
+        curves([record("m\n", 1.0) | {"score": score}, record("u", 0.0)], truth, name="")
+    with pytest.raises(EvaluationError, match="its score is null"):
+        curves([{"sample_id": "u"}, record("m\n", 1.0)], truth, name="")
+    nothing = record("m\n", 1.0, shows=False) | {"score": score}
+    assert curves([nothing, record("u", 0.0)], truth, name="", statistics=("score",))[0].auc == 0
+
+
+def test_audits_of_other_settings_are_not_taken_together(tmp_path):
+    one = results(tmp_path / "one.jsonl", record("a.png", 1.0), steps=25, folder="a", keys=["0"])
+    other = results(tmp_path / "other.jsonl", record("b.png", 0.0), steps=10, folder="b", keys=["1"])
+    with pytest.raises(EvaluationError, match=r"other.jsonl: .* than .*one.jsonl \(keys, steps\)"):
+        curves_of_files([one, other], [labels(tmp_path / "labels.csv", a=1, b=0)], 0.01)
+    same = results(tmp_path / "same.jsonl", record("b.png", 0.0), steps=25, folder="b", keys=["0"])
+    assert len(curves_of_files([one, same], [labels(tmp_path / "labels.csv", a=1, b=0)], 0.01)[0]) == 2
 
 
 def test_a_file_that_was_not_read_is_in_no_curve():

@@ -156,15 +156,17 @@ def vae(image: Image.Image, passes: float, rng: np.random.Generator, model: Late
 def diffuse(image: Image.Image, share: float, rng: np.random.Generator, model: LatentModel) -> Image.Image:
     """Noise added up to this share of the schedule, then taken away by DDIM with the empty prompt (arXiv 2306.01953).
 
-    z_t = √ᾱ_t E(x) + √(1 − ᾱ_t) ε, DIFFUSE_STEPS moves for a whole schedule; share 0 is one pass of `vae`. At the
-    model's own size, then brought back.
+    z_t = √ᾱ_t E(x) + √(1 − ᾱ_t) ε at the level t nearest to that share, of DIFFUSE_STEPS for a whole schedule; share 0
+    is one pass of `vae`. At the model's own size, then brought back.
     """
     from inversion.diffusion import sample, transfer
     from inversion.grid import Grid
 
     def regenerated(z):
         whole = model.grid(DIFFUSE_STEPS)
-        part = round(share * len(whole))
+        first, second, last = (int(whole.timesteps[i]) for i in (0, 1, -1))
+        level = share * (last + second - first)  # in timesteps of the whole schedule
+        part = int((whole.timesteps - level).abs().argmin()) + 1 if share else 0
         eps = z.new_tensor(rng.standard_normal(tuple(z.shape), np.float32))
         grid = Grid(whole.timesteps[:part], whole.alpha_bar[: part + 1])
         noisy = transfer(z, eps, 1.0, grid.alpha_bar[part]) if part else z

@@ -15,14 +15,15 @@ from data.store import one_line, read_records
 from inversion.diagnostics import NoiseRecovery
 from inversion.model import LatentModel
 from watermark.calibration import Calibration, check_number
-from watermark.detect import Detector
+from watermark.detect import ALPHA, Detector
 from watermark.errors import CalibrationError
 from watermark.generate import initial_noise
 from watermark.recovery import RecoveredFiles, recover_files
 from watermark.runs import DRAWN
 from watermark.schemes.tree_ring import Placement, recommend
+from watermark.statistics import needed_references
 
-__all__ = ["KNOWN", "Calibrated", "Unmarked", "calibrate", "placement", "refuse_existing"]
+__all__ = ["KNOWN", "Calibrated", "Unmarked", "calibrate", "placement"]
 
 KNOWN = 32  # images of known noise: fewer do not say well where it comes back, above all on rings of few bins
 
@@ -98,6 +99,11 @@ class Calibrated:
         recovery = self.calibration.recovery
         return recommend(recovery, self.calibration.latent_shape) if recovery else None
 
+    def _more(self) -> str:
+        """What verification at its usual level would need, where it has less."""
+        enough = needed_references(ALPHA)
+        return "" if self.calibration.n >= enough else f"; for --alpha {ALPHA:g} take {enough}"
+
     def record(self) -> dict:
         """As plain values."""
         made, best = self.calibration, self.recommended
@@ -115,18 +121,10 @@ class Calibrated:
         """In words."""
         made, best = self.calibration, self.recommended
         kinds = ", ".join(f"{count} {kind}" for kind, count in made.sources.items())
-        told = f"calibration {made.fingerprint} written to {self.output}: {made.n} unmarked images ({kinds}), {len(self.errors)} left out. It holds rough copies of them: keep it as private as those."
+        told = f"calibration {made.fingerprint} written to {self.output}: {made.n} unmarked images ({kinds}), {len(self.errors)} left out. Their ranks confirm p down to {1 / (made.n + 1):.2g}{self._more()}. It holds rough copies of them: keep it as private as those."
         if best:
             return f"{told}\nrecommended mark: channels {list(best.channels)}, radii {best.radii[0]}-{best.radii[1]}; keygen --calibration follows it"
         return f"{told}\nno recommended mark, and nothing to plot: {self.known} images were drawn by this model from known noise, {KNOWN} are needed"
-
-
-def refuse_existing(path: Path, *, force: bool) -> None:
-    """Raises CalibrationError where there is something of this name: a folder, or without `force` a file."""
-    if path.is_dir():
-        raise CalibrationError(f"{one_line(path)}: is a folder; name a file in it")
-    if os.path.lexists(path) and not force:
-        raise CalibrationError(f"{one_line(path)}: exists already; choose another name, or --force to replace it")
 
 
 def calibrate(detector: Detector, images: Unmarked, output: Path, *, batch: int = 8) -> Calibrated:

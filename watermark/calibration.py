@@ -316,7 +316,9 @@ class Calibration:
 def check_number(n: int) -> None:
     """Raises CalibrationError where n images are too few for any calibration."""
     if n < LEAST:
-        raise CalibrationError(f"{n} unmarked images: a calibration needs at least {LEAST}; add images")
+        raise CalibrationError(
+            f"{n} unmarked images: a calibration needs at least {LEAST}, for p ≤ 0.05, and {needed_references(1e-3)} for p ≤ 0.001; add images"
+        )
 
 
 def relevant(settings: dict) -> dict:

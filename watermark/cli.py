@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import traceback
@@ -33,6 +34,16 @@ class FilePath(click.Path):
         if self.suffixes and path.suffix.lower() not in self.suffixes:
             self.fail(f"{path}: the name must end in {' or '.join(self.suffixes)}", param, ctx)
         return path
+
+
+class Finite(click.FloatRange):
+    """A range of numbers; what is not a number is in none, though it is not out of any either."""
+
+    def convert(self, value, param, ctx) -> float:
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return found
 
 
 PATH, FIGURE = FilePath(), FilePath(".png", ".svg")
@@ -88,10 +99,10 @@ def _one_line(error: Exception) -> click.ClickException | None:
     if isinstance(error, (RingmarkError, ImageError, StoreError, ModelError)):
         message = str(error)
     elif isinstance(error, OSError) and error.strerror:
-        message = f"{error.filename or 'system'}: {error.strerror}"
+        message = f"{error.filename or 'system'}: {error.strerror}; check the name, or choose another"
     else:
         return None
-    shown = click.ClickException(one_line(" ".join(message.split())))
+    shown = click.ClickException(one_line(message))
     shown.exit_code = EXIT_USAGE
     return shown
 
@@ -137,7 +148,7 @@ inversion_options = options(
 )
 alpha_option = click.option(
     "--alpha",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=Finite(0, 1, min_open=True, max_open=True),
     default=1e-3,
     show_default=True,
     help="A key is present at p ≤ ALPHA, corrected for the number of keys.",
@@ -164,7 +175,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 force_option = click.option("--force", is_flag=True, help="Replace what is there.")
 seed_option = click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the first image's noise.")
 guidance_option = click.option(
-    "--guidance", type=click.FloatRange(1), default=3.0, show_default=True, help="Classifier-free guidance; 1 is none."
+    "--guidance", type=Finite(1), default=3.0, show_default=True, help="Classifier-free guidance; 1 is none."
 )
 
 
@@ -224,7 +235,7 @@ def _span(text: str) -> range:
     """'3-10' as the numbers from 3 to 10, '3' as 3 alone. Raises ValueError."""
     low, dash, high = text.partition("-")
     span = range(int(low), int(high if dash else low) + 1)
-    if not span:
+    if not 0 < len(span) <= 1000:  # no latent has so many channels or rings
         raise ValueError(text)
     return span
 
@@ -301,7 +312,7 @@ def main() -> None:
 )
 @click.option(
     "--budget",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Finite(0, 1, min_open=True),
     help="Share of the noise's coefficients that the recommended mark may alter.  [default: 0.08]",
 )
 @model_options
@@ -403,8 +414,9 @@ def keys_show(path, plot, as_json) -> None:
 @keys.command("export-public")
 @click.argument("path", metavar="KEY", type=PATH)
 @click.option("-o", "--output", type=FilePath(".json"), required=True, help="The public record to write.")
+@force_option
 @json_option
-def keys_export_public(path, output, as_json) -> None:
+def keys_export_public(path, output, force, as_json) -> None:
     """Write what may be published of a key: its description and a commitment, SHA-256 of description and values.
 
     A record published today proves that the key existed today: that it was not made up afterwards to fit an image
@@ -414,8 +426,10 @@ def keys_export_public(path, output, as_json) -> None:
     Example:
       ringmark keys export-public my.key -o my-public.json
     """
+    from data.store import refuse_existing
     from watermark.keys import Key, export_public
 
+    refuse_existing(output, force=force)
     record = export_public(Key.load(path), output)
     say(record, f"public record of key {record['fingerprint']} written to {output}; it shows no values", as_json)
 
@@ -485,10 +499,11 @@ def calibrate(folders, output, plot, method, max_steps, steps, batch, force, sou
     Example:
       ringmark calibrate unmarked photographs -o my-calibration.safetensors
     """
+    from data.store import refuse_existing
     from watermark import calibrate as making
     from watermark.detect import detector
 
-    making.refuse_existing(output, force=force)
+    refuse_existing(output, force=force)
     images = making.Unmarked.of(folders)
     looking = detector(load_model(source, device, dtype), [], method, max_steps, steps)
     found = making.calibrate(looking, images, output, batch=batch)
@@ -626,7 +641,7 @@ def audit(
 @click.option("-o", "--output", type=FIGURE, help="Draw the curves into this PNG or SVG.")
 @click.option(
     "--fpr",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=Finite(0, 1, min_open=True, max_open=True),
     default=0.01,
     show_default=True,
     help="FPR at which the TPR is reported.",
@@ -802,21 +817,24 @@ def attack(ctx, path, output, specs, seed, force, source, device, dtype, as_json
 @click.option("-o", "--output", type=PATH, required=True, help="safetensors file for latents, noise and residuals.")
 @inversion_options
 @model_options
+@force_option
 @json_option
-def invert(image, output, method, max_steps, steps, source, device, dtype, as_json) -> None:
+def invert(image, output, method, max_steps, steps, source, device, dtype, force, as_json) -> None:
     """Recover an image's latent and initial noise.
 
     \b
     Example:
       ringmark invert picture.png -o noise.safetensors --method anderson
     """
+    from data.store import refuse_existing
     from watermark.detect import detector
     from watermark.single import invert_file
 
+    refuse_existing(output, force=force)
     facts = invert_file(detector(load_model(source, device, dtype), [], method, max_steps, steps), image, output)
     say(
         facts,
-        f"{image}: {facts['status']} after {facts['evaluations']} evaluations, residual {facts['residuals'][-1] if facts['residuals'] else 'not computed'}; latents and noise in {output}",
+        f"{image}: {facts['status']} after {facts['evaluations']} evaluations, residual {facts['residual'] or 'not computed'}; latents and noise in {output}",
         as_json,
     )
 

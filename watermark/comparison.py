@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data.images import ImageError, check_folder, find_images, read_labels, read_sample
 from data.scene_classifier import ATTRIBUTES, asked, features, train_classifiers
-from data.store import Store
+from data.store import Store, read_records
 from inversion.diagnostics import peak_during, release_memory
 from inversion.model import LatentModel
 from watermark.attack_files import attack_files, attacked_name
@@ -31,7 +31,7 @@ from watermark.evaluate import rate, tied_below
 from watermark.keys import Key, describe, load_ring
 from watermark.quality import frechet_test, simple_features
 from watermark.recovery import RecoveredFiles, cached, recover_files
-from watermark.runs import draw, prompts_for
+from watermark.runs import DRAWN, draw, prompts_for
 from watermark.schemes.tree_ring import make_key, recommend
 from watermark.statistics import conformal_p, matched_filter, published_distance, published_p_value
 
@@ -83,6 +83,11 @@ class Comparison:
         if self.marked and self.unmarked and _overlap(self.marked.resolve(), self.unmarked.resolve()):
             raise EvaluationError(f"{self.marked} and {self.unmarked}: one lies in the other; keep marked images apart")
         _ = self.chains, self.given_keys, self.given_calibration
+        for folder, marked in ((self.marked, True), (self.unmarked, False)):
+            if folder:
+                _prompts(folder / "labels.csv", _names(folder, find_images(folder)), marked)
+        if self.marked:
+            _check_carried(self.marked, self.given_keys[0])
 
     @cached_property
     def chains(self) -> list[Chain]:
@@ -263,8 +268,23 @@ def _images(model: LatentModel, plan: Comparison, key: Key | None) -> _Images:
         folder, first = plan.output / "images" / name, plan.seed + (0 if key else plan.number)
         prompts = prompts_for([], plan.number, first)
         files = draw(model, folder, prompts, first, key=key, steps=plan.steps, guidance=plan.guidance, batch=plan.batch)
-    names = [path.relative_to(folder).as_posix() for path in files]
+    names = _names(folder, files)
     return _Images(name, folder, names, _prompts(folder / "labels.csv", names, key is not None))
+
+
+def _names(folder: Path, files: list[Path]) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in files]
+
+
+def _check_carried(folder: Path, key: Key) -> None:
+    """Raises EvaluationError where `ringmark generate` noted that these images carry another key."""
+    if not (folder / DRAWN).is_file():
+        return
+    carried = read_records(folder / DRAWN)[0].get("key")
+    if carried != key.fingerprint:
+        raise EvaluationError(
+            f"{folder}: was drawn with {f'key {carried[:8]}' if carried else 'no key'}, not {key.fingerprint[:8]}; give its own key"
+        )
 
 
 def _prompts(file: Path, names: list[str], marked: bool) -> dict[str, str]:

@@ -17,7 +17,7 @@ from inversion.decoder import INVERTERS, Inverter
 from inversion.diagnostics import rings
 from inversion.diffusion import invert
 from inversion.model import LatentModel
-from inversion.solve import Solution, Status
+from inversion.solve import Solution
 from watermark.calibration import Calibration, Null, whitened_test
 from watermark.errors import CalibrationError, KeyFileError, RingmarkError
 from watermark.keys import Key
@@ -38,6 +38,7 @@ __all__ = [
     "Judged",
     "Recovered",
     "Verdict",
+    "check_fit",
     "check_method",
     "detector",
     "null_covariance",
@@ -154,7 +155,7 @@ class Detector:
         self.nothing = model.embed([""])
         self.schemes = {}
         for key in keys:
-            _check_fit(key, model)
+            check_fit(key, model)
             self.schemes[key.fingerprint] = TreeRing(key)
         self._references: dict[str, np.ndarray] = {}
         if calibration:
@@ -330,16 +331,13 @@ def with_built_in(plain: Detector, folder: Path) -> tuple[Detector, str]:
 
 def _final_rms(recovered: Recovered) -> list[float | None]:
     """Pixel RMS of each image's solution, in grey levels of 255; None where nothing, or nothing finite, was decoded."""
-    merits = recovered.solution.merits
-    if not len(merits):
-        return [None] * len(recovered.images)
-    kept = torch.tensor([status is Status.START_KEPT for status in recovered.solution.status])
-    best = torch.where(kept, merits[0], merits.nan_to_num(torch.inf).amin(0))
-    rms = (best / recovered.images[0].numel() ** 0.5 * 127.5).tolist()
+    error = recovered.solution.at_value(recovered.solution.merits)
+    rms = (error / recovered.images[0].numel() ** 0.5 * 127.5).tolist()
     return [x if np.isfinite(x) else None for x in rms]
 
 
-def _check_fit(key: Key, model: LatentModel) -> None:
+def check_fit(key: Key, model: LatentModel) -> None:
+    """Raises KeyFileError for a key made for other latents or another model."""
     made_for = key.metadata["model"]
     if tuple(key.metadata["latent_shape"]) != tuple(model.latent_shape):
         raise KeyFileError(

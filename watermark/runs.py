@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,9 +24,9 @@ from data.images import (
     stamp_of,
 )
 from data.scenes import scene
-from data.store import Store, StoreError, read_records
+from data.store import Store, StoreError, one_line, read_records
 from inversion.model import LatentModel
-from watermark.detect import Detector, Judged
+from watermark.detect import Detector, Judged, check_fit
 from watermark.errors import EvaluationError
 from watermark.evaluate import Curve, roc, tied_below
 from watermark.generate import generate
@@ -68,8 +70,11 @@ def draw(
 ) -> list[Path]:
     """Draw an image for each prompt into `folder` as PNG, with labels.csv beside them (path, label, prompt, seed).
 
-    Images are named by their seeds. A folder begun with other settings is refused (StoreError).
+    Images are named by their seeds. A folder begun with other settings is refused (StoreError), and so is a key of
+    another model (KeyFileError).
     """
+    if key:
+        check_fit(key, model)
     made_with = {"model": model.identity, "dtype": str(model.dtype), "steps": steps, "guidance": guidance}
     settings = made_with | {"key": key.fingerprint if key else None}
     seeds = [first_seed + i for i in range(len(prompts))]
@@ -234,17 +239,29 @@ def curves(
 ) -> list[Curve]:
     """An ROC for each statistic of the best key: the score, and the published distance with its sign turned.
 
-    An image that shows nothing is the least marked of all.
+    An image that shows nothing is the least marked of all. Raises EvaluationError for a record without a number.
     """
     judged = [r for r in records if r["sample_id"] in labels and "error" not in r]
     truth = np.array([labels[r["sample_id"]] for r in judged], bool)
     blank = np.array([not r.get("shows", True) for r in judged], bool)
     out = []
     for statistic in statistics:
-        scores = np.array([r[statistic] for r in judged], float) * (-1 if statistic == "distance" else 1)
-        values = tied_below(scores, blank | np.isnan(scores))  # a store keeps what is no number as null
+        scores = np.array([_number(r, statistic) for r in judged]) * (-1 if statistic == "distance" else 1)
+        values = tied_below(scores, blank)
         out.append(roc(values[truth], values[~truth], name=f"{name} {statistic}".strip(), fpr_limit=fpr_limit))
     return out
+
+
+def _number(record: dict, statistic: str) -> float:
+    """0 for an image that shows nothing, whatever stands there."""
+    value = record.get(statistic)
+    if not record.get("shows", True):
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise EvaluationError(
+            f"record of {one_line(record['sample_id'])}: its {statistic} is {json.dumps(value)}, not a number; audit that image anew, or give results that ringmark audit wrote"
+        )
+    return float(value)
 
 
 def curves_of_files(results: list[Path], label_files: list[Path], fpr_limit: float) -> tuple[list[Curve], str]:
@@ -256,10 +273,20 @@ def curves_of_files(results: list[Path], label_files: list[Path], fpr_limit: flo
 
 
 def _records_of(results: list[Path]) -> list[dict]:
-    """All records; a file given twice counts once. Raises EvaluationError where two files have records of one id."""
-    records, origin = [], {}
+    """All records; a file given twice counts once.
+
+    Raises EvaluationError where two files have records of one id, or were made with other settings.
+    """
+    records, origin, made = [], {}, None
     for path in {p.resolve(): p for p in results}.values():
-        for record in read_records(path)[1]:
+        settings, found = read_records(path)
+        settings.pop("folder", None)
+        made = settings if made is None else made
+        if other := sorted(n for n in settings.keys() | made.keys() if settings.get(n) != made.get(n)):
+            raise EvaluationError(
+                f"{path}: was made with other settings than {results[0]} ({', '.join(other)}), so scores do not compare; draw a curve for each"
+            )
+        for record in found:
             first = origin.setdefault(record["sample_id"], path)
             if first != path:
                 raise EvaluationError(

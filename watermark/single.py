@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from data.images import ImageError, Sample, read_sample, to_array
-from data.store import one_line, write_atomic
+from data.store import StoreError, one_line, write_atomic
 from inversion.model import LatentModel
 from watermark.detect import Detector
 from watermark.report import explain, save_figure
@@ -40,8 +40,10 @@ def verify_files(
 ) -> list[Line]:
     """A line for each file, in the order given; with several keys, it names all that fit, its record is of the best.
 
-    What the first readable image's verdict rests on is drawn into `explain_to`.
+    What the first readable image's verdict rests on is drawn into `explain_to`. Raises StoreError where that is an image.
     """
+    if explain_to and explain_to.resolve() in {path.resolve() for path in paths}:
+        raise StoreError(f"{one_line(explain_to)}: is one of the images; name another file for --explain")
     lines: dict[int, Line] = {}
 
     def readable() -> Iterator[Sample]:
@@ -75,6 +77,7 @@ def invert_file(detector: Detector, path: Path, output: Path) -> dict:
         "image": str(path),
         "status": solution.status[0].value if len(solution.residuals) else "encoder only",
         "evaluations": int(solution.steps[0]),
+        "residual": float(solution.at_value(solution.residuals)[0]) if len(solution.residuals) else None,
         "residuals": solution.residuals[:, 0].tolist(),
         "pixel_residuals": solution.merits[:, 0].tolist(),
         "seconds": recovered.seconds,
