@@ -168,7 +168,9 @@ class LatentModel:
         try:
             return Grid.from_schedule(ddim.alphas_cumprod, ddim.timesteps, float(ddim.final_alpha_cumprod))
         except (IndexError, ValueError) as error:
-            raise ModelError(f"{self.name}: its schedule cannot be walked in {steps} steps ({error}); take fewer") from error
+            raise ModelError(
+                f"{self.name}: its schedule cannot be walked in {steps} steps ({error}); take fewer"
+            ) from error
 
 
 @contextmanager

@@ -87,16 +87,9 @@ def draw(
         with tqdm(
             total=len(seeds), initial=len(seeds) - len(missing), desc=f"draw {folder.name}", unit="image", disable=None
         ) as bar:
-            images = generate(
-                model,
-                [prompts[i] for i in missing],
-                [seeds[i] for i in missing],
-                scheme=TreeRing(key) if key else None,
-                steps=steps,
-                guidance=guidance,
-                batch=batch,
-            )
-            for drawn in images:
+            todo = [prompts[i] for i in missing], [seeds[i] for i in missing]
+            scheme = TreeRing(key) if key else None
+            for drawn in generate(model, *todo, scheme=scheme, steps=steps, guidance=guidance, batch=batch):
                 save_png(from_array(drawn.image.numpy()), folder / names[drawn.seed])
                 store.append(
                     {"sample_id": names[drawn.seed], "prompt": drawn.prompt, "seed": drawn.seed, "label": bool(key)}
