@@ -84,7 +84,7 @@ def figure_of(rows: list[dict]) -> Figure:
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(r["attack"] for r in sorted(rows, key=lambda r: r["slower"])))
-    figure = Figure(figsize=(9, 4.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(11, 4.2), dpi=150, layout="constrained")
     ax = figure.add_subplot()
     for i, (way, colour) in enumerate(zip(WAYS, (COLOURS[4], COLOURS[3], COLOURS[1], COLOURS[0]), strict=True)):
         some = [next(r for r in rows if r["attack"] == name and r["way"] == way) for name in names]
