@@ -131,8 +131,10 @@ def test_small_setting(script, tmp_path):
     assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "study_security.json").read_text())
     one, two = found["rows"]
-    assert (one["images"], two["images"]) == (1, 2) and 0.2 < one["correlation"] < two["correlation"] < 1
-    assert one["ring shown, of"] is None and two["ring shown, of"] == 6 and two["unmarked shown, of"] == 60
+    assert (one["images"], two["images"]) == (1, 2) and 0.1 < one["correlation"] < two["correlation"] < 1
+    (low, high), channels = found["settings"]["radii"], found["settings"]["channels"]
+    assert one["ring shown, of"] is None and two["ring shown, of"] == (high - low + 1) * len(channels)
+    assert two["unmarked shown, of"] == 60
     assert found["limits"]["some forged images pass from"] in (1, 2, None) and len(found["ring_z"]) == 4
     again = {r["drawn again"]: r for r in csv.DictReader((tmp_path / "study_security_drawn_again.csv").open())}
     assert float(again["not at all"]["pixel correlation"]) == pytest.approx(1)
