@@ -211,5 +211,5 @@ def _plot_null(ax: Axes, detector: Detector, verdict: Verdict) -> None:
     limit = stats.t.isf(detector.alpha / (detector.TESTS * len(detector.schemes)), nu)
     ax.axvline(limit / np.sqrt(nu + limit**2), color=INK, lw=1, ls="--", label=f"p = {detector.alpha:g}")
     ax.axvline(verdict.score, color=MARK, lw=2, label="this image")
-    ax.set(xlabel="whitened cosine", yticks=[])
-    ax.legend(fontsize=8, frameon=False)
+    ax.set(xlabel="whitened cosine", yticks=[], ylim=(0, 1.5 * ax.get_ylim()[1]))  # room for the legend
+    ax.legend(fontsize=8, frameon=False, loc="upper left")
