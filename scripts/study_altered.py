@@ -6,8 +6,9 @@
 Images marked with one key, of a fixed seed, are altered, their decoder is inverted in several ways, and the key's
 whitened cosine with the noise that comes back is averaged over the images. Intervals are 95 %, Student's t. "slower" is
 what `guarded` goes by: how much more of ‖T‖ is left after two Anderson steps than for the picture D(E(x)), the median
-over images; "kept" is the share of images of which it keeps the encoder's latents. Two
-steps and the limit of two were chosen on such images; those of the evaluation are others.
+over images; "kept" is the share of images of which it keeps the encoder's latents. Two steps and the limit of two were
+chosen on such images, with another placement; those of the evaluation are others. All noise is whitened by the
+calibration of the guarded inversion.
 """
 
 from __future__ import annotations

@@ -330,6 +330,22 @@ def test_guarded_keeps_the_encoder_where_the_residual_hardly_falls(steps):
     assert torch.equal(guarded.value[:2], trusting.value[:2])
     assert torch.equal(guarded.value[2:], maps.encode(altered))
     assert torch.equal(guarded.merits.nan_to_num(), trusting.merits.nan_to_num())
+    assert torch.equal(trusting.at_value(trusting.merits), trusting.merits.nan_to_num(torch.inf).amin(0))
+    assert guarded.chosen[2:].tolist() == [0, 0] and torch.equal(
+        guarded.at_value(guarded.merits)[2:], guarded.merits[0, 2:]
+    )
+    # Rounding that rules in 16 bit does not hide that the start was kept.
+    coarse = lambda x: (maps.encode(x.float()) + 0.2 * torch.sin(1e5 * x.float())).bfloat16()
+    done = invert_decoder(coarse, lambda z: z.float(), both[2], ForwardStep(), guarded=True, **options)
+    assert done.status == [Status.START_KEPT] * 4 and done.chosen.tolist() == [0] * 4
+
+
+def test_guarded_keeps_the_encoder_where_nothing_falls():
+    # E∘D turns by a quarter: neither this picture's residual nor that of D(E(x)) ever falls.
+    turn = lambda z: torch.stack([-z[:, 1], z[:, 0]], 1)
+    images = torch.tensor([[0.3, -0.2]])
+    done = invert_decoder(turn, torch.clone, images, ForwardStep(), max_steps=2, tol=None, pixels=(-9, 9), guarded=True)
+    assert done.status == [Status.START_KEPT] and torch.equal(done.value, turn(images))
 
 
 def test_guarded_keeps_the_encoder_where_nothing_is_finite():
