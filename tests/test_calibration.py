@@ -204,6 +204,29 @@ def test_p_values_of_coloured_correlated_noise_are_uniform(calibration, fresh, p
     assert agreement(p, conformal, calibration.n).mean() > 0.999
 
 
+def test_zeros_stay_true_where_power_strays_from_ring_to_ring():
+    rng, some = np.random.default_rng(25), scheme("zeros", radii=(4, 6))
+    inner = torch.from_numpy(np.isin(rings(*SHAPE[1:]).numpy(), (2, 3)))
+
+    def strayed(n: int) -> torch.Tensor:
+        spectrum = torch.fft.fft2(torch.from_numpy(recovered(rng, n)))
+        gain = torch.from_numpy(np.exp(rng.normal(0, 0.4, (n, 1, 1, 1))))
+        return torch.fft.ifft2(torch.where(inner, gain * spectrum, spectrum)).real
+
+    made, new = Calibration.measure(strayed(300).numpy(), SETTINGS, {"drawn": 300}), strayed(2000)
+    (score, p), chance = made.test(some, new), whitened_test(some, new, *made.null)[1]
+    for level in (0.05, 0.01):
+        low, high = stats.binom.interval(0.999, len(p), level)
+        assert low <= (p <= level).sum() <= high < (chance <= level).sum()
+    assert np.allclose(score, whitened_test(some, new, *made.null)[0])
+    assert (made.test(some, some.embed(new[:20]))[1] < 1e-6).all()
+
+
+def test_cosines_are_tested_on_the_null_alone(calibration, fresh):
+    some = scheme("rand")
+    assert np.allclose(calibration.test(some, fresh[:9]), whitened_test(some, fresh[:9], *calibration.null))
+
+
 def test_without_the_covariance_they_are_not(fresh):
     # The same key in two channels that are correlated by 0.8.
     some = scheme("rand", channels=(0, 1))

@@ -22,6 +22,7 @@ from watermark.statistics import (
     power_test,
     published_distance,
     published_p_value,
+    spread_p,
     undecided,
     whiten,
 )
@@ -175,6 +176,19 @@ def test_power_test_by_hand():
     assert np.allclose(score, 0)  # the mean of the sides' logarithms
     beside = [np.array([[[4.0, 4]]]), np.array([[[2.0, 2]]])]
     assert np.allclose(power_test(np.array([[[1.0, 1]]]), beside, np.array([2.0, -1]))[0], np.log(8))
+
+
+@pytest.mark.parametrize("n", [2, 20, 500])
+def test_spread_p_values_of_normal_scores_are_uniform(n):
+    """However few the references, if each score has its own."""
+    drawn = np.random.default_rng([12, n]).normal(3, 0.2, (3000, n + 1))
+    p = np.array([spread_p(row[0], row[1:]) for row in drawn])
+    assert uniform(p) and within(p, 0.01)
+
+
+def test_spread_p_by_hand():
+    # Mean 2, deviation √(1/2), times √(3/2): the second score is one such unit above, and t₁ is Cauchy's.
+    assert np.allclose(spread_p(np.array([2, 2 + 0.75**0.5]), np.array([1.5, 2.5])), [0.5, 0.25])
 
 
 def test_published_distance_by_hand():

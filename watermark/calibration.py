@@ -27,7 +27,7 @@ from torch import Tensor
 from data.store import one_line, write_atomic
 from inversion.diagnostics import NoiseRecovery, rings
 from watermark.errors import CalibrationError
-from watermark.statistics import cosine_test, needed_references, power_test, whiten
+from watermark.statistics import cosine_test, needed_references, power_test, spread_p, whiten
 
 if TYPE_CHECKING:
     from watermark.schemes.tree_ring import TreeRing
@@ -165,17 +165,27 @@ class Calibration:
         self.check_reach(scheme)
         scores = np.empty(self.n)
         for k, (noise, null) in enumerate(self._parts):
-            if scheme.pattern == "zeros":
-                scores[k::FOLDS] = whitened_test(scheme, noise, *null)[0]
-                continue
             if (seen := (k, *scheme.kind)) not in self._features:
-                self._features[seen] = whitened_features(scheme, noise, *null)[0]
-            scores[k::FOLDS] = cosine_test(self._features[seen], whitened_features(scheme, noise[:1], *null)[1])[0]
+                look = whitened_test if scheme.pattern == "zeros" else whitened_features
+                self._features[seen] = look(scheme, noise, *null)[0]
+            found = self._features[seen]
+            if scheme.pattern != "zeros":
+                found = cosine_test(found, whitened_features(scheme, noise[:1], *null)[1])[0]
+            scores[k::FOLDS] = found
         return scores
+
+    def test(self, scheme: TreeRing, noise: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and p-values (B,) of recovered noise (B, C, h, w): `whitened_test` on this null.
+
+        For the pattern *zeros* p is by the spread of the reference scores: power differs more from ring to ring than the
+        chance of white noise has it, in unmarked images too. Raises CalibrationError as `reference_scores` does.
+        """
+        score, p = whitened_test(scheme, noise, *self.null)
+        return score, (spread_p(score, self.reference_scores(scheme)) if scheme.pattern == "zeros" else p)
 
     @cached_property
     def _features(self) -> dict[tuple, np.ndarray]:
-        """Whitened features by part and kind of key: they are alike for all keys of a kind."""
+        """Whitened features, of *zeros* scores, by part and kind of key: they are alike for all keys of a kind."""
         return {}
 
     @cached_property

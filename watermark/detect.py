@@ -227,7 +227,7 @@ class Detector:
 
     def statistic(self, scheme: TreeRing, noise: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Score and p-value (B,) of recovered noise (B, C, h, w), uncorrected."""
-        return whitened_test(scheme, noise, *self.null)
+        return self.calibration.test(scheme, noise) if self.calibration else whitened_test(scheme, noise, *self.null)
 
     def reference_scores(self, key: str) -> np.ndarray:
         """(n,): the scores of the calibration's unmarked images for the key of this fingerprint; computed once."""

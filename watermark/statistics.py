@@ -21,6 +21,7 @@ __all__ = [
     "power_test",
     "published_distance",
     "published_p_value",
+    "spread_p",
     "undecided",
     "whiten",
 ]
@@ -102,6 +103,16 @@ def conformal_p(score: np.ndarray, reference: np.ndarray) -> np.ndarray:
     n = len(reference)
     larger = n - np.searchsorted(reference, score, "left")
     return (1 + np.where(np.isnan(score), n, larger)) / (n + 1)
+
+
+def spread_p(score: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """One-sided p-values of scores, of any shape, by mean m and deviation σ of those (n,) of unmarked images, n ≥ 2.
+
+    (s − m) / (σ √(1 + 1/n)) is Student-t, ν = n − 1, where all are normal. Below 1/(n + 1) the p-value believes in the
+    normal tail, which no rank among n can.
+    """
+    n = len(reference)
+    return stats.t.sf((score - reference.mean()) / (reference.std(ddof=1) * math.sqrt(1 + 1 / n)), n - 1)
 
 
 def agreement(p: np.ndarray, conformal: np.ndarray, n: int, *, level: float = 1e-4) -> np.ndarray:
