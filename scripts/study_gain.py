@@ -1,7 +1,7 @@
 """Is one way of marking and looking better than another? The difference of their mean AUC over the attacks, paired.
 
-    ringmark evaluate --key rand.key --key published.key -n 200 --attacks tree-ring --methods encoder,anderson -o build/evaluation
-    python scripts/study_gain.py build/evaluation --of KEY1,anderson,score --over KEY2,encoder,distance
+    ringmark evaluate --key rand.key --key published.key -n 200 --attacks tree-ring --methods encoder,guarded -o build/evaluation
+    python scripts/study_gain.py build/evaluation --of KEY1,guarded,score --over KEY2,encoder,published_distance
 
 KEY1 and KEY2 are the first digits of the keys' fingerprints, as in evaluation.md; the third part is a column of
 scores.csv. All keys of an evaluation mark the same noises for the same prompts, and all meet the same unmarked images
@@ -22,7 +22,7 @@ from experiment import SEED
 
 from watermark.cells import CLEAN
 
-SMALL_IF_MARKED = ("distance", "published_p", "conformal_p", "p")
+SMALL_IF_MARKED = ("published_distance", "published_p", "conformal_p", "p")
 
 
 class Way(NamedTuple):
@@ -99,7 +99,7 @@ def gain(one: Scores, other: Scores, draws: int, seed: int) -> dict:
 def main(evaluation: Path, first: str, second: str, draws: int, seed: int) -> None:
     """The gain in mean AUC of one way over another on the images of an EVALUATION."""
     if any(text.count(",") != 2 for text in (first, second)):
-        raise click.UsageError("--of and --over take KEY,METHOD,COLUMN, as in b58b8c63,anderson,score")
+        raise click.UsageError("--of and --over take KEY,METHOD,COLUMN, as in b58b8c63,guarded,score")
     with (evaluation / "scores.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     attacks = [attack for attack in dict.fromkeys(r["attack"] for r in rows) if attack != CLEAN]

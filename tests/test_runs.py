@@ -11,7 +11,7 @@ from watermark.runs import UNSEEN_SCENES, curves, curves_of_files, label_records
 
 
 def record(name: str, score: float, **more) -> dict:
-    return {"sample_id": name, "score": score, "distance": -score} | more
+    return {"sample_id": name, "score": score, "published_distance": -score} | more
 
 
 def results(path, *records: dict, **settings):

@@ -51,12 +51,12 @@ def test_images_of_one_prompt_are_drawn_together(script):
 def test_end_to_end(script, tmp_path):
     with (tmp_path / "scores.csv").open("w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["key", "attack", "method", "image", "label", "prompt", "score", "distance"])
+        table.writerow(["key", "attack", "method", "image", "label", "prompt", "score", "published_distance"])
         for key, attack, i in ((k, a, i) for k in ("aa11", "bb22") for a in ("clean", "flip") for i in range(8)):
             score = "" if key == "bb22" and i == 0 else i // 4 if key == "aa11" else i % 2
             table.writerow([key, attack, "encoder", f"{i}.png", i // 4, f"prompt {i}", score, 1 - i // 4])
     run = lambda *options: CliRunner().invoke(script.main, [str(tmp_path), *options, "--draws", "20"])
-    found = json.loads(run("--of", "aa11,encoder,distance", "--over", "bb22,encoder,score").output)
+    found = json.loads(run("--of", "aa11,encoder,published_distance", "--over", "bb22,encoder,score").output)
     assert (found["of"], found["over"], found["attacks"], found["marked"]) == (1, 0.5 + 1 / 16, ["flip"], 4)
     for wrong, said in (
         ("aa11,encoder", "KEY,METHOD,COLUMN"),

@@ -221,11 +221,11 @@ class _Scored:
 
     def records(self, label: int) -> Iterator[dict]:
         """A row of scores.csv an image; scores are left out where there is a doubt."""
-        columns = {"score": next(iter(self.values)), "matched_filter": MATCHED, "distance": DISTANCE}
+        columns = {"score": next(iter(self.values)), "matched_filter": MATCHED, "published_distance": DISTANCE}
         columns |= {"conformal_p": CONFORMAL, "published_p": PUBLISHED_P}
         nothing = np.full(len(self.p), np.nan)
         scores = {column: self.values.get(name, nothing) for column, name in columns.items()}
-        scores |= {column: -scores[column] for column in ("conformal_p", "distance", "published_p")}
+        scores |= {column: -scores[column] for column in ("conformal_p", "published_distance", "published_p")}
         for i, (name, prompt) in enumerate(zip(self.seen.names, self.seen.prompts, strict=True)):
             doubt = self.seen.files.doubts.get(i, "")
             known = {"image": name, "label": label, "prompt": prompt, "seconds": float(self.seen.files.seconds[i])}

@@ -54,7 +54,7 @@ FLAT = 1 / 255  # an image whose pixels vary less than half a grey level (of a r
 class Verdict:
     """What is said of one image and one key. `present` None is "inconclusive", and `notes` say why.
 
-    `p_value` is already corrected for the number of keys tested; `score` the whitened cosine, `distance` and
+    `p_value` is already corrected for the number of keys tested; `score` the whitened cosine, `published_distance` and
     `published_p` the published statistics; `residual` the pixel RMS of the decoder inversion; `seconds` of computing.
     Where an image `shows` nothing, being of one flat colour, say, p is 1. With `by_search` the search found the key, and
     the score is the largest of many. `calibration` is the fingerprint of the calibration used, if any, and
@@ -66,7 +66,7 @@ class Verdict:
     present: bool | None
     p_value: float
     score: float
-    distance: float
+    published_distance: float
     published_p: float
     residual: float | None
     status: str

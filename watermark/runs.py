@@ -179,7 +179,7 @@ def audit(detector: Detector, folder: Path, results: Path, *, batch: int = 8) ->
 
 
 def _record(judged: Judged) -> dict:
-    per_key = {v.key: {"p_value": v.p_value, "score": v.score, "distance": v.distance} for v in judged.verdicts}
+    per_key = {v.key: {"p_value": v.p_value, "score": v.score, "published_distance": v.published_distance} for v in judged.verdicts}
     return judged.best.record() | {"carries": [v.key for v in judged.present], "keys": per_key}
 
 
@@ -227,7 +227,7 @@ def curves(
     labels: dict[str, bool],
     *,
     name: str,
-    statistics: tuple[str, ...] = ("score", "distance"),
+    statistics: tuple[str, ...] = ("score", "published_distance"),
     fpr_limit: float = 0.01,
 ) -> list[Curve]:
     """An ROC for each statistic of the best key: the score, and the published distance with its sign turned.
@@ -239,7 +239,7 @@ def curves(
     blank = np.array([not r.get("shows", True) for r in judged], bool)
     out = []
     for statistic in statistics:
-        scores = np.array([_number(r, statistic) for r in judged]) * (-1 if statistic == "distance" else 1)
+        scores = np.array([_number(r, statistic) for r in judged]) * (-1 if statistic == "published_distance" else 1)
         values = tied_below(scores, blank)
         out.append(roc(values[truth], values[~truth], name=f"{name} {statistic}".strip(), fpr_limit=fpr_limit))
     return out
