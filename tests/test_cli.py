@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import re
@@ -507,6 +508,18 @@ def test_no_fault_of_ours_looks_like_a_verdict(monkeypatch) -> None:
 
     monkeypatch.setattr(single, "facts", fail)
     assert "TypeError: a fault of ours" in run("info", code=2).stderr
+
+
+def test_a_full_disk_wants_room_and_not_another_name(tmp_path: Path, monkeypatch) -> None:
+    def fail(number: int):
+        def draw(*_, **__):
+            raise OSError(number, os.strerror(number), str(tmp_path / "0.png"))
+
+        monkeypatch.setattr(runs, "draw", draw)
+        return refused("generate", "--no-mark", "-o", tmp_path)
+
+    assert "make room there" in fail(errno.ENOSPC) and str(tmp_path / "0.png") in fail(errno.ENOSPC)
+    assert "choose another" in fail(errno.EISDIR)
 
 
 def test_only_what_is_resumed_says_so_when_interrupted(tmp_path: Path, monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -99,7 +100,9 @@ def _one_line(error: Exception) -> click.ClickException | None:
     if isinstance(error, (RingmarkError, ImageError, StoreError, ModelError)):
         message = str(error)
     elif isinstance(error, OSError) and error.strerror:
-        message = f"{error.filename or 'system'}: {error.strerror}; check the name, or choose another"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room there, then run the same command again" if full else "check the name, or choose another"
+        message = f"{error.filename or 'system'}: {error.strerror}; {remedy}"
     else:
         return None
     shown = click.ClickException(one_line(message))
