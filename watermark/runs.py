@@ -179,7 +179,10 @@ def audit(detector: Detector, folder: Path, results: Path, *, batch: int = 8) ->
 
 
 def _record(judged: Judged) -> dict:
-    per_key = {v.key: {"p_value": v.p_value, "score": v.score, "published_distance": v.published_distance} for v in judged.verdicts}
+    per_key = {
+        v.key: {"p_value": v.p_value, "score": v.score, "published_distance": v.published_distance}
+        for v in judged.verdicts
+    }
     return judged.best.record() | {"carries": [v.key for v in judged.present], "keys": per_key}
 
 
