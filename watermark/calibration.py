@@ -177,15 +177,15 @@ class Calibration:
     def test(self, scheme: TreeRing, noise: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Scores and p-values (B,) of recovered noise (B, C, h, w): `whitened_test` on this null.
 
-        For the pattern *zeros* p is by the spread of the reference scores: power differs more from ring to ring than the
-        chance of white noise has it, in unmarked images too. Raises CalibrationError as `reference_scores` does.
+        For the pattern *zeros* p is by the spread of the reference scores: power differs more from ring to ring, in
+        unmarked images too, than white noise would by chance; there raises CalibrationError as `reference_scores` does.
         """
         score, p = whitened_test(scheme, noise, *self.null)
         return score, (spread_p(score, self.reference_scores(scheme)) if scheme.pattern == "zeros" else p)
 
     @cached_property
     def _features(self) -> dict[tuple, np.ndarray]:
-        """Whitened features, of *zeros* scores, by part and kind of key: they are alike for all keys of a kind."""
+        """Whitened features (for *zeros*: scores), by part and kind of key: they are alike for all keys of a kind."""
         return {}
 
     @cached_property

@@ -54,11 +54,12 @@ FLAT = 1 / 255  # an image whose pixels vary less than half a grey level (of a r
 class Verdict:
     """What is said of one image and one key. `present` None is "inconclusive", and `notes` say why.
 
-    `p_value` is already corrected for the number of keys tested; `score` the whitened cosine, `published_distance` and
-    `published_p` the published statistics; `residual` the pixel RMS of the decoder inversion; `seconds` of computing.
-    Where an image `shows` nothing, being of one flat colour, say, p is 1. With `by_search` the search found the key, and
-    the score is the largest of many. `calibration` is the fingerprint of the calibration used, if any, and
-    `conformal_p` then the p-value by rank among its unmarked images, corrected like `p_value`.
+    `p_value` is already corrected for the number of keys tested; `score` the whitened cosine or, for *zeros*, the power
+    ratio, `published_distance` and `published_p` the published statistics; `residual` the pixel RMS of the decoder
+    inversion; `seconds` of computing. Where an image `shows` nothing, being of one flat colour, say, p is 1. With
+    `by_search` the search found the key, and the score is the largest of many. `calibration` is the fingerprint of the
+    calibration used, if any, and `conformal_p` then the p-value by rank among its unmarked images, corrected like
+    `p_value`.
     """
 
     sample_id: str
