@@ -18,7 +18,7 @@ try:
 except ImportError:  # Windows: no advisory locks, the rest works
     fcntl = None
 
-__all__ = ["Store", "StoreError", "one_line", "read_records", "refuse_existing", "write_atomic"]
+__all__ = ["Store", "StoreError", "one_line", "read_records", "refuse_existing", "remedy", "write_atomic"]
 
 VERSION = 1
 
@@ -139,6 +139,11 @@ def write_atomic(path: str | os.PathLike, content: str | bytes, mode: int = 0o64
         raise
 
 
+def remedy(error: OSError, otherwise: str) -> str:
+    """What to do about a file that cannot be written: make room where there is none, else `otherwise`."""
+    return "make room on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else otherwise
+
+
 def refuse_existing(path: str | os.PathLike, *, force: bool = False) -> None:
     """Raises StoreError where there is something of this name: a folder, or without `force` anything."""
     if os.path.isdir(path):
@@ -166,7 +171,7 @@ def _open(path: Path):
         return open(path, "a+b", buffering=0)
     except OSError as error:
         raise StoreError(
-            f"{one_line(path)}: cannot be opened for writing ({error.strerror}); choose another -o"
+            f"{one_line(path)}: cannot be opened for writing ({error.strerror}); {remedy(error, 'choose another -o')}"
         ) from error
 
 

@@ -1,6 +1,7 @@
 """Is one way of marking and looking better than another? The difference of their mean AUC over the attacks, paired.
 
-    ringmark evaluate --key rand.key --key published.key -n 200 --attacks tree-ring --methods encoder,guarded -o build/evaluation
+    ringmark evaluate --key rand.key --key published.key -n 200 --attacks tree-ring \\
+        --methods encoder,guarded -o build/evaluation
     python scripts/study_gain.py build/evaluation --of KEY1,guarded,score --over KEY2,encoder,published_distance
 
 KEY1 and KEY2 are the first digits of the keys' fingerprints, as in evaluation.md; the third part is a column of

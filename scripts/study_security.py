@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from inversion.diagnostics import correlation, rings
 from inversion.model import LatentModel, resolve
-from watermark.attacks import parse
+from watermark.attacks import Chain, parse
 from watermark.detect import ALPHA, Detector, with_built_in
 from watermark.errors import RingmarkError
 from watermark.generate import initial_noise
@@ -337,6 +337,14 @@ def summary(rows: list[dict], again: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def parsed(published: str | None) -> Chain | None:
+    """The attack of --published, if any."""
+    try:
+        return parse(published) if published else None
+    except RingmarkError as error:
+        raise click.UsageError(str(error)) from None
+
+
 @click.command()
 @experiment_options(64)
 @click.option("--forged", "number_forged", default=16, show_default=True, help="Images forged at each m; drawn again.")
@@ -352,10 +360,7 @@ def main(
     """Averaging, forgery and removal by one who holds the model."""
     if images:
         raise click.UsageError("--images: only drawn images carry keys")
-    try:
-        chain = parse(published) if published else None
-    except RingmarkError as error:
-        raise click.UsageError(str(error)) from None
+    chain = parsed(published)
     model = LatentModel.from_pretrained(source)
     judge, _ = with_built_in(Detector(model, [], steps=steps), Path(resolve(source)))
     attacker = Attacker(model, judge, steps, guidance, output / "cache", SEED + seed)

@@ -560,7 +560,7 @@ def test_saving_is_whole_or_not_at_all(path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(data.store.os, "replace", fail)
-    with pytest.raises(CalibrationError, match=f"^{path}: cannot be written: No space left"):
+    with pytest.raises(CalibrationError, match=f"^{path}: cannot be written: No space left.*; make room"):
         made.save(path)
     monkeypatch.undo()
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]

@@ -173,7 +173,7 @@ def test_a_failed_save_leaves_no_trace(path, monkeypatch, overwrite, call):
     target, before = path if overwrite else path.with_name("new.key"), path.read_bytes()
     monkeypatch.setattr(watermark.keys.os, call, fail)
     message = refused(lambda: Key.new(-VALUES, **PUBLIC).save(target, overwrite=overwrite), target)
-    assert os.strerror(errno.ENOSPC) in message
+    assert os.strerror(errno.ENOSPC) in message and message.endswith("make room on the disk")
     assert path.read_bytes() == before and os.listdir(path.parent) == ["my.key"]
 
 

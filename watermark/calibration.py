@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.store import one_line, write_atomic
+from data.store import one_line, remedy, write_atomic
 from inversion.diagnostics import NoiseRecovery, rings
 from watermark.errors import CalibrationError
 from watermark.statistics import cosine_test, needed_references, power_test, spread_p, whiten
@@ -262,7 +262,7 @@ class Calibration:
             write_atomic(path, data, 0o600)  # rough copies of the images
         except OSError as error:
             raise CalibrationError(
-                f"{one_line(path)}: cannot be written: {error.strerror}; choose another name"
+                f"{one_line(path)}: cannot be written: {error.strerror}; {remedy(error, 'choose another name')}"
             ) from None
 
     @classmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -93,16 +92,15 @@ def _closed_pipe() -> Iterator[None]:
 def _one_line(error: Exception) -> click.ClickException | None:
     """The library's errors and the system's for the user; None for any other."""
     from data.images import ImageError
-    from data.store import StoreError, one_line
+    from data.store import StoreError, one_line, remedy
     from inversion.errors import ModelError
     from watermark.errors import RingmarkError
 
     if isinstance(error, (RingmarkError, ImageError, StoreError, ModelError)):
         message = str(error)
     elif isinstance(error, OSError) and error.strerror:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "make room there, then run the same command again" if full else "check the name, or choose another"
-        message = f"{error.filename or 'system'}: {error.strerror}; {remedy}"
+        what_to_do = remedy(error, "check the name, or choose another")
+        message = f"{error.filename or 'system'}: {error.strerror}; {what_to_do}"
     else:
         return None
     shown = click.ClickException(one_line(message))

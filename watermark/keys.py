@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data.store import one_line, write_atomic
+from data.store import one_line, remedy, write_atomic
 from watermark.errors import KeyFileError
 
 __all__ = ["Key", "describe", "export_public", "listing", "load_folder", "load_ring", "refuse_existing"]
@@ -101,7 +101,9 @@ class Key:
                     path.unlink(missing_ok=True)
                 raise
         except OSError as error:
-            raise KeyFileError(f"{path}: cannot be written: {error.strerror}; choose another name") from None
+            raise KeyFileError(
+                f"{path}: cannot be written: {error.strerror}; {remedy(error, 'choose another name')}"
+            ) from None
 
     @classmethod
     def load(cls, path: Path) -> Key:
