@@ -6,56 +6,32 @@ one line by an ImageError. Nothing here changes Pillow's global state.
 
 from __future__ import annotations
 
-import csv
 import io
-import json
 import os
 import stat
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from data.store import one_line, write_atomic
+from ringmark.data.files import write_atomic
+from ringmark.errors import ImageError
 
 __all__ = [
-    "ImageError",
-    "Listing",
     "Sample",
-    "check_folder",
-    "find_images",
     "fit",
     "from_array",
-    "list_images",
     "read_image",
-    "read_labels",
     "read_sample",
     "save_png",
-    "stamp_of",
     "to_array",
 ]
 
 TINY = 8  # an eighth of the side
 MAX_PIXELS = 64_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-SUFFIXES = (
-    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".avif", ".avifs"),
-)
-LABELS = {
-    "1": True,
-    "true": True,
-    "yes": True,
-    "marked": True,
-    "0": False,
-    "false": False,
-    "no": False,
-    "unmarked": False,
-}
 ORIENTATION = 0x0112  # the EXIF tag
 PHOTOMETRIC, YCBCR = 262, 6  # the TIFF tag of the colour space
 TURNS = {
@@ -67,14 +43,6 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-class ImageError(ValueError):
-    """A file that cannot be used: one line that starts with its `path`, says the fact and the remedy."""
-
-    def __init__(self, path: str | os.PathLike, fact: str) -> None:
-        super().__init__(one_line(f"{path}: {fact}"))
-        self.path = Path(path)
 
 
 @dataclass(frozen=True)
@@ -190,120 +158,6 @@ def save_png(image: Image.Image, path: str | os.PathLike, **text: object) -> Non
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=chunks)
     write_atomic(path, buffer.getvalue())
-
-
-def stamp_of(path: Path) -> dict:
-    """What changes when a file does."""
-    try:
-        facts = path.stat()
-    except OSError:
-        return {"size": None, "mtime_ns": None}
-    return {"size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
-
-
-def check_folder(folder: str | os.PathLike) -> None:
-    """Raises ImageError unless there is such a folder."""
-    if not Path(folder).is_dir():
-        exists = Path(folder).exists()
-        raise ImageError(
-            folder, "is a file; name the folder it is in" if exists else "there is no such folder; check the name"
-        )
-
-
-def find_images(folder: str | os.PathLike) -> list[Path]:
-    """The images that `list_images` finds. Raises ImageError where it does, and if a folder cannot be listed."""
-    found = list_images(folder)
-    if found.unlisted:
-        raise found.unlisted[0]
-    return found.images
-
-
-class Listing(NamedTuple):
-    """What is in a folder: images, sorted, an error for each folder that cannot be listed, how many other files."""
-
-    images: list[Path]
-    unlisted: list[ImageError]
-    skipped: int
-
-
-def list_images(folder: str | os.PathLike) -> Listing:
-    """All files below `folder` with one of SUFFIXES in either case are images; what is hidden is left out altogether.
-
-    Links are followed, each folder once. Raises ImageError if there is no such folder or no image is found.
-    """
-    check_folder(folder)
-    files, unlisted, seen = [], [], set()
-
-    def note(error: OSError) -> None:
-        unlisted.append(ImageError(error.filename, f"cannot be listed ({error.strerror}); allow it to be read"))
-
-    for here, folders, names in os.walk(folder, onerror=note, followlinks=True):
-        real = os.path.realpath(here)
-        folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith("."))
-        if real not in seen:
-            files += [Path(here, name) for name in names if not name.startswith(".")]
-        seen.add(real)
-    images = sorted(file for file in files if file.name.lower().endswith(SUFFIXES))
-    if not images:
-        none = f"holds no images; what counts are files named {', '.join('*' + s for s in SUFFIXES)}"
-        raise unlisted[0] if unlisted else ImageError(folder, none)
-    return Listing(images, unlisted, len(files) - len(images))
-
-
-def read_labels(path: str | os.PathLike) -> dict[str, bool]:
-    """Which images are marked, from a CSV with the columns path and label or from a JSON object {path: label}.
-
-    A label is 1, true, yes or marked, or 0, false, no or unmarked, in either case; other columns are ignored, and so
-    are repetitions that agree. Raises ImageError, with the line (in JSON: the entry), for anything else.
-    """
-    with _open(path) as file:
-        data = file.read()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ImageError(path, f"line {line} is not UTF-8 text; save the labels as UTF-8") from error
-    rows = _json_rows(path, text) if text.lstrip().startswith(("{", "[")) else _csv_rows(path, text)
-    labels: dict[str, bool] = {}
-    for where, name, value in rows:
-        label = LABELS.get(str(value).strip().lower())
-        if not name or label is None:
-            raise ImageError(
-                path, f"{where} has the path {name!r} and the label {value!r}; a label is one of {', '.join(LABELS)}"
-            )
-        if labels.setdefault(name, label) != label:
-            raise ImageError(path, f"{where} contradicts an earlier label of {name!r}; keep one of the two")
-    if not labels:
-        raise ImageError(path, "holds no labels; add a line for each image")
-    return labels
-
-
-def _csv_rows(path: str | os.PathLike, text: str) -> Iterable[tuple[str, str, object]]:
-    """Where it stands, path and label of each row."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        header = [name.strip().lower() for name in next(reader, [])]
-        if header.count("path") != 1 or header.count("label") != 1:
-            raise ImageError(path, "line 1 must name the columns path and label, once each; add the header path,label")
-        at, label = header.index("path"), header.index("label")
-        for row in filter(None, reader):
-            if len(row) <= max(at, label):
-                raise ImageError(path, f"line {reader.line_num} has too few columns; give a path and a label")
-            yield f"line {reader.line_num}", row[at], row[label]
-    except csv.Error as error:
-        raise ImageError(path, f"line {reader.line_num} is not CSV ({error}); mend that line") from error
-
-
-def _json_rows(path: str | os.PathLike, text: str) -> Iterable[tuple[str, str, object]]:
-    try:
-        pairs = json.loads(text, object_pairs_hook=tuple)  # a dict would hide repeated paths
-    except json.JSONDecodeError as error:
-        raise ImageError(path, f"line {error.lineno} is not JSON ({error.msg}); mend that line") from error
-    except (RecursionError, ValueError) as error:
-        raise ImageError(path, f"is not a JSON object of labels ({error}); write {{path: label}}") from error
-    if not isinstance(pairs, tuple):
-        raise ImageError(path, "line 1 does not start a JSON object; write {path: label}")
-    return [(f"the entry {name!r}", name, value) for name, value in pairs]
 
 
 def _open(path: str | os.PathLike) -> BinaryIO:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from data.scenes import GROUNDS, SIZE, SKIES, scene
+from ringmark.data.scenes import GROUNDS, SIZE, SKIES, scene
 
 if TYPE_CHECKING:
     from sklearn.ensemble import ExtraTreesClassifier

@@ -14,8 +14,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from inversion.methods import Adam, Anderson, ForwardStep, InertialKM
-from inversion.solve import Method, Residual, Solution, Status, norms, solve
+from ringmark.inversion.methods import Adam, Anderson, ForwardStep, InertialKM
+from ringmark.inversion.solve import Method, Residual, Solution, Status, norms, solve
 
 __all__ = [
     "INVERTERS",

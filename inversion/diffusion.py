@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from inversion.grid import Grid
-from inversion.solve import Method, norms, solve
+from ringmark.inversion.schedule import Grid
+from ringmark.inversion.solve import Method, norms, solve
 
 __all__ = ["invert", "sample", "transfer"]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inversion.solve import State, norms
+from ringmark.inversion.solve import State, norms
 
 __all__ = ["Adam", "Anderson", "ForwardStep", "InertialKM"]
 

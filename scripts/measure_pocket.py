@@ -18,12 +18,12 @@ from scipy.stats import binomtest
 from torch import Tensor
 from tqdm import tqdm
 
-from data.images import from_array, save_png, to_array
-from data.scene_classifier import ATTRIBUTES, CELLS, features, train_classifiers
-from data.scenes import Attributes, caption, draw_attributes, scene
-from data.store import write_atomic
-from inversion.model import POCKET, LatentModel
-from watermark.generate import generate
+from ringmark.data.files import write_atomic
+from ringmark.data.images import from_array, save_png, to_array
+from ringmark.data.scene_classifier import ATTRIBUTES, CELLS, features, train_classifiers
+from ringmark.data.scenes import Attributes, caption, draw_attributes, scene
+from ringmark.inversion.models.pipeline import POCKET, LatentModel
+from ringmark.watermark.embed import generate
 
 ROOT = Path(__file__).resolve().parents[1]
 HELD_OUT = 1_000_000  # as in train_pocket.py: never trained on
@@ -125,7 +125,7 @@ def grid(model: LatentModel, path: Path) -> list[str]:
 
 def card(model: LatentModel, figures: dict, captions: list[str], folder: Path) -> str:
     """The model card in Markdown."""
-    from data.scenes import GROUNDS, RELIEFS, SKIES
+    from ringmark.data.scenes import GROUNDS, RELIEFS, SKIES
 
     millions = lambda module: sum(p.numel() for p in module.parameters()) / 1e6
     rows = []

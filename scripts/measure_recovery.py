@@ -15,14 +15,14 @@ import click
 import torch
 from tqdm import tqdm
 
-from data.images import from_array, to_array
-from inversion.diagnostics import NoiseRecovery
-from inversion.model import LatentModel, resolve
-from watermark.detect import Detector
-from watermark.generate import generate
-from watermark.report import recovery_figure, save_figure
-from watermark.runs import prompts_for
-from watermark.schemes.tree_ring import recommend
+from ringmark.data.images import from_array, to_array
+from ringmark.inversion.metrics import NoiseRecovery
+from ringmark.inversion.models.pipeline import LatentModel, resolve
+from ringmark.watermark.detect.detector import Detector
+from ringmark.watermark.embed import generate
+from ringmark.watermark.figures import recovery_figure, save_figure
+from ringmark.watermark.schemes.tree_ring import recommend
+from ringmark.watermark.tasks.audit import prompts_for
 
 
 @click.command()

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ringmark.data.scenes import scene
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from data.scenes import scene  # noqa: E402
 
 SEED = 20240918
 HELD_OUT = 1_000_000  # scene seeds from here on are never trained on

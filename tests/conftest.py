@@ -18,11 +18,12 @@ settings.load_profile("ringmark")
 
 @pytest.fixture(scope="session")
 def scripts():
-    """The modules in scripts/ by name; processes of their own look for them where this one does."""
-    folder = str(Path(__file__).resolve().parents[1] / "scripts")
-    sys.path.insert(0, folder)
-    yield importlib.import_module
-    sys.path.remove(folder)
+    """The experiments and tools in scripts/ by name; processes of their own look for them where this one does."""
+    root = Path(__file__).resolve().parents[1]
+    sys.path.insert(0, str(root))
+    experiments = {path.stem for path in (root / "scripts" / "experiments").glob("*.py")}
+    yield lambda name: importlib.import_module(f"scripts.{'experiments.' * (name in experiments)}{name}")
+    sys.path.remove(str(root))
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +33,7 @@ def tiny_parts():
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    from inversion.model import POCKET
+    from ringmark.inversion.models.pipeline import POCKET
 
     tokenizer = CLIPTokenizer.from_pretrained(POCKET, subfolder="tokenizer")
     torch.manual_seed(0)

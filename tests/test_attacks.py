@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from inversion.model import LatentModel
-from watermark import cli
-from watermark.attacks import ATTACKS, PRESETS, Step, apply, expand, listing, parse, seed_of
-from watermark.errors import AttackError
+from ringmark.errors import AttackError
+from ringmark.inversion.models.pipeline import LatentModel
+from ringmark.watermark.attacks.distortions import ATTACKS, PRESETS, Step, apply, expand, listing, parse, seed_of
+from ringmark.watermark.cli import main as cli
 
 OVER_PILLOW = [name for name, known in ATTACKS.items() if not known.needs_model]
 NEUTRAL = (

@@ -14,18 +14,19 @@ from click.testing import CliRunner
 from PIL import Image
 from test_detect import MODEL, Identity, key
 
-from data.images import find_images, read_sample, to_array
-from inversion.decoder import Inverter
-from inversion.diagnostics import NoiseRecovery, rings
-from watermark import cli
-from watermark.calibrate import KNOWN, Unmarked, calibrate, placement
-from watermark.calibration import LEAST, Calibration
-from watermark.detect import Detector
-from watermark.errors import CalibrationError
-from watermark.generate import initial_noise
-from watermark.keys import Key
-from watermark.runs import draw
-from watermark.schemes.tree_ring import Placement
+from ringmark.data.images import read_sample, to_array
+from ringmark.data.sources import find_images
+from ringmark.errors import CalibrationError
+from ringmark.inversion.decoder import Inverter
+from ringmark.inversion.metrics import NoiseRecovery, rings
+from ringmark.watermark.calibration import LEAST, Calibration
+from ringmark.watermark.cli import main as cli
+from ringmark.watermark.detect.detector import Detector
+from ringmark.watermark.embed import initial_noise
+from ringmark.watermark.keys.key import Key
+from ringmark.watermark.schemes.tree_ring import Placement
+from ringmark.watermark.tasks.audit import draw
+from ringmark.watermark.tasks.calibrate import KNOWN, Unmarked, calibrate, placement
 
 WAY = ["--method", "encoder", "--steps", "2"]
 

@@ -17,14 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-import data.store
-import watermark.calibration
-from inversion.diagnostics import NoiseRecovery, rings
-from watermark.calibration import BORROWED, FOLDS, LEAST, Calibration, smooth, whitened_test
-from watermark.errors import CalibrationError
-from watermark.keys import Key
-from watermark.schemes.tree_ring import Placement, TreeRing, make_key
-from watermark.statistics import agreement, conformal_p, cosine_test
+import ringmark.data.files
+import ringmark.watermark.calibration
+from ringmark.errors import CalibrationError
+from ringmark.inversion.metrics import NoiseRecovery, rings
+from ringmark.watermark.calibration import BORROWED, FOLDS, LEAST, Calibration, smooth, whitened_test
+from ringmark.watermark.keys.key import Key
+from ringmark.watermark.schemes.tree_ring import Placement, TreeRing, make_key
+from ringmark.watermark.statistics import agreement, conformal_p, cosine_test
 
 SHAPE = (3, 24, 24)
 RING = rings(*SHAPE[1:]).numpy()
@@ -138,7 +138,7 @@ def test_smoothing_brings_few_images_nearer_to_the_truth():
 @pytest.mark.parametrize("pattern, mask", [("rand", "centred"), ("ring", "centred"), ("rand", "published")])
 def test_whitened_features_have_the_identity_for_their_covariance(pattern, mask, monkeypatch):
     seen = []
-    monkeypatch.setattr(watermark.calibration, "cosine_test", lambda f, k: seen.append(f) or cosine_test(f, k))
+    monkeypatch.setattr(ringmark.watermark.calibration, "cosine_test", lambda f, k: seen.append(f) or cosine_test(f, k))
     noise = torch.from_numpy(recovered(np.random.default_rng(4), 3000))
     whitened_test(scheme(pattern, channels=(2, 0), radii=(2, 3), mask=mask), noise, TRUTH)
     covariance = seen[0].T @ seen[0] / len(noise)
@@ -387,7 +387,7 @@ def test_there_and_back(calibration, tmp_path):
 
 def test_a_thousand_images_of_the_pocket_model_are_a_few_megabytes(tmp_path):
     noise = np.zeros((1, 4, 32, 32))
-    assert 1000 * watermark.calibration._pack(noise, 32 // 3).nbytes < 3e6
+    assert 1000 * ringmark.watermark.calibration._pack(noise, 32 // 3).nbytes < 3e6
 
 
 def test_the_fingerprint_is_of_everything(path):
@@ -480,7 +480,7 @@ def test_no_field_may_be_altered_or_missing(path, field):
 )
 def test_a_shape_is_checked_before_anything_is_allocated(path, shape, monkeypatch):
     put_description(path, latent_shape=shape)
-    monkeypatch.setattr(watermark.calibration, "rings", lambda *_: pytest.fail("allocated"))
+    monkeypatch.setattr(ringmark.watermark.calibration, "rings", lambda *_: pytest.fail("allocated"))
     refused(path)
 
 
@@ -532,7 +532,7 @@ def test_numbers_that_whiten_nothing_are_refused_even_if_the_fingerprint_fits(pa
 
 
 def test_too_large_a_file_is_not_read(path, monkeypatch):
-    monkeypatch.setattr(watermark.calibration, "MAX_BYTES", 1000)
+    monkeypatch.setattr(ringmark.watermark.calibration, "MAX_BYTES", 1000)
     assert "too large" in refused(path)
 
 
@@ -559,7 +559,7 @@ def test_saving_is_whole_or_not_at_all(path, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(data.store.os, "replace", fail)
+    monkeypatch.setattr(ringmark.data.files.os, "replace", fail)
     with pytest.raises(CalibrationError, match=f"^{path}: cannot be written: No space left.*; make room"):
         made.save(path)
     monkeypatch.undo()

@@ -20,9 +20,12 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from watermark import cli, comparison, runs, single
-from watermark.keys import Key
-from watermark.schemes.tree_ring import Placement, make_key
+from ringmark.watermark.cli import main as cli
+from ringmark.watermark.keys.key import Key
+from ringmark.watermark.schemes.tree_ring import Placement, make_key
+from ringmark.watermark.tasks import audit as runs
+from ringmark.watermark.tasks import evaluate as comparison
+from ringmark.watermark.tasks import verify as single
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--steps", "4", "--max-steps", "1"]
@@ -535,7 +538,7 @@ def test_only_what_is_resumed_says_so_when_interrupted(tmp_path: Path, monkeypat
 @pytest.mark.skipif(os.name != "posix", reason="pipes of another kind")
 @pytest.mark.parametrize(("args", "closed"), [(["--help"], 1), (["info"], 1), (["keygen"], 2)])
 def test_a_closed_pipe_ends_it_quietly(args: list[str], closed: int) -> None:
-    command = [sys.executable, "-m", "watermark.cli", *args]
+    command = [sys.executable, "-m", "ringmark.watermark.cli", *args]
     read, write = os.pipe()
     os.close(read)
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {("stdout", "stderr")[closed - 1]: write}
@@ -545,7 +548,7 @@ def test_a_closed_pipe_ends_it_quietly(args: list[str], closed: int) -> None:
 
 
 def test_every_decoder_inversion_is_offered_by_name() -> None:
-    from inversion.decoder import INVERTERS
+    from ringmark.inversion.decoder import INVERTERS
 
     for command in (cli.verify, cli.audit, cli.invert, cli.calibrate):
         (option,) = (p for p in command.params if p.name == "method")
@@ -553,8 +556,8 @@ def test_every_decoder_inversion_is_offered_by_name() -> None:
 
 
 def test_a_turned_picture_is_searched(house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from watermark import searching
-    from watermark.geometry import Search
+    from ringmark.watermark.detect import search as searching
+    from ringmark.watermark.detect.geometry import Search
 
     few = Search(angles=(0, 30), scales=(1.0,), dear=1, steps=4)
     monkeypatch.setattr(searching.SearchingDetector.__init__, "__defaults__", (few,))

@@ -12,18 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
-from data.images import ImageError
-from data.store import Store, StoreError
-from inversion.model import LatentModel
-from watermark import cells, comparison
-from watermark.calibration import Calibration
-from watermark.cells import CLEAN, DISTANCE, Cell, Evaluation
-from watermark.comparison import Comparison, compare, own_statistic, scores_of
-from watermark.comparison_report import pivot, summary, write_plots
-from watermark.detect import Detector, detector
-from watermark.errors import AttackError, CalibrationError, EvaluationError, RingmarkError
-from watermark.evaluate import roc, tpr_at
-from watermark.schemes.tree_ring import Placement, TreeRing, make_key
+from ringmark.data.results import Store
+from ringmark.errors import AttackError, CalibrationError, EvaluationError, ImageError, RingmarkError, StoreError
+from ringmark.inversion.models.pipeline import LatentModel
+from ringmark.watermark.calibration import Calibration
+from ringmark.watermark.detect.detector import Detector, detector
+from ringmark.watermark.evaluation import cells
+from ringmark.watermark.evaluation.cells import CLEAN, DISTANCE, Cell, Evaluation
+from ringmark.watermark.evaluation.rates import roc, tpr_at
+from ringmark.watermark.evaluation.report import pivot, summary, write_plots
+from ringmark.watermark.schemes.tree_ring import Placement, TreeRing, make_key
+from ringmark.watermark.tasks import evaluate as comparison
+from ringmark.watermark.tasks.evaluate import Comparison, compare, own_statistic, scores_of
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_rates_are_there_where_there_are_enough_unmarked_images():
 
 @pytest.mark.parametrize("pattern", ["rand", "ring", "zeros"])
 def test_every_statistic_is_larger_for_marked_noise(model, keys, pattern):
-    from watermark.keys import Key
+    from ringmark.watermark.keys.key import Key
 
     key = Key.load(keys[pattern])
     scheme, looking = TreeRing(key), Detector(model, [key], steps=2)

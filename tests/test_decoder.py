@@ -7,19 +7,20 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from inversion import Adam, Anderson, ForwardStep, InertialKM, Status, invert_decoder
-from inversion.decoder import (
+from ringmark.inversion.decoder import (
     GREY_LEVEL,
     INVERTERS,
     Inverter,
     gradient_residual,
     in_slices,
+    invert_decoder,
     invert_decoder_by_gradient,
     quantisation_level,
     rounding_share,
 )
-from inversion.diagnostics import nmse_db
-from inversion.solve import norms
+from ringmark.inversion.methods import Adam, Anderson, ForwardStep, InertialKM
+from ringmark.inversion.metrics import nmse_db
+from ringmark.inversion.solve import Status, norms
 
 LATENT, IMAGE = (4, 2, 3), (3, 4, 6)
 N, M = 24, 72

@@ -9,18 +9,18 @@ import pytest
 import torch
 from scipy import stats
 
-from data.images import Sample, from_array
-from inversion.decoder import Inverter
-from inversion.diagnostics import rings
-from inversion.grid import Grid
-from inversion.solve import Solution, Status
-from watermark.calibration import Calibration
-from watermark.detect import Detector, Judged, Recovered, _final_rms, detector
-from watermark.errors import CalibrationError, KeyFileError, RingmarkError
-from watermark.generate import generate, initial_noise
-from watermark.keys import Key
-from watermark.report import explain
-from watermark.schemes.tree_ring import Placement, TreeRing, make_key
+from ringmark.data.images import Sample, from_array
+from ringmark.errors import CalibrationError, KeyFileError, RingmarkError
+from ringmark.inversion.decoder import Inverter
+from ringmark.inversion.metrics import rings
+from ringmark.inversion.schedule import Grid
+from ringmark.inversion.solve import Solution, Status
+from ringmark.watermark.calibration import Calibration
+from ringmark.watermark.detect.detector import Detector, Judged, Recovered, _final_rms, detector
+from ringmark.watermark.embed import generate, initial_noise
+from ringmark.watermark.figures import explain
+from ringmark.watermark.keys.key import Key
+from ringmark.watermark.schemes.tree_ring import Placement, TreeRing, make_key
 
 
 class Identity:

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inversion import ModelError
-from inversion.diagnostics import NoiseRecovery, cocoercivity, nmse_db, rings
+from ringmark.errors import ModelError
+from ringmark.inversion.metrics import NoiseRecovery, cocoercivity, nmse_db, rings
 
 
 def draw(*shape, seed=0):

@@ -8,8 +8,11 @@ from diffusers import DDIMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inversion import Anderson, ForwardStep, Grid, InertialKM, LatentModel, invert, sample, transfer
-from inversion.solve import norms
+from ringmark.inversion.diffusion import invert, sample, transfer
+from ringmark.inversion.methods import Anderson, ForwardStep, InertialKM
+from ringmark.inversion.models.pipeline import LatentModel
+from ringmark.inversion.schedule import Grid
+from ringmark.inversion.solve import norms
 
 STEPS = [1, 2, 7, 10, 25, 50]
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}

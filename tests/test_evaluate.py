@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from watermark.errors import EvaluationError
-from watermark.evaluate import (
+from ringmark.errors import EvaluationError
+from ringmark.watermark.evaluation.rates import (
     auc_interval,
     bootstrap_interval,
     confusion,

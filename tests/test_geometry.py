@@ -7,10 +7,10 @@ import pytest
 import torch
 from scipy import stats
 
-from inversion.diagnostics import rings
-from watermark.calibration import whitened_test
-from watermark.errors import SchemeError
-from watermark.geometry import (
+from ringmark.errors import SchemeError
+from ringmark.inversion.metrics import rings
+from ringmark.watermark.calibration import whitened_test
+from ringmark.watermark.detect.geometry import (
     IDENTITY,
     Candidate,
     Search,
@@ -20,8 +20,8 @@ from watermark.geometry import (
     undo,
     window,
 )
-from watermark.schemes.tree_ring import Placement, TreeRing, make_key
-from watermark.statistics import cosine_p, maximum_p
+from ringmark.watermark.schemes.tree_ring import Placement, TreeRing, make_key
+from ringmark.watermark.statistics import cosine_p, maximum_p
 
 SHAPE = (4, 32, 32)
 
@@ -162,13 +162,13 @@ def waves(size: tuple[int, int] = (96, 96)) -> torch.Tensor:
 
 
 def to_picture(x: torch.Tensor):
-    from data.images import from_array
+    from ringmark.data.images import from_array
 
     return from_array(x[0].numpy())
 
 
 def to_tensor(image) -> torch.Tensor:
-    from data.images import to_array
+    from ringmark.data.images import to_array
 
     return torch.from_numpy(to_array(image))[None]
 
@@ -182,7 +182,7 @@ def disc(size: tuple[int, int]) -> torch.Tensor:
 @pytest.mark.parametrize("size", [(96, 96), (64, 96), (65, 80)])
 @pytest.mark.parametrize("angle", [75, -20, 131, 180])
 def test_a_turn_is_undone_within_the_disc(size, angle):
-    from watermark.attacks import apply
+    from ringmark.watermark.attacks.distortions import apply
 
     picture = waves(size)
     turned = to_tensor(apply(f"rotation:{angle}", to_picture(picture), 0))
@@ -193,7 +193,7 @@ def test_a_turn_is_undone_within_the_disc(size, angle):
 
 
 def test_a_crop_is_undone_up_to_a_shift_within_the_window():
-    from watermark.attacks import apply
+    from ringmark.watermark.attacks.distortions import apply
 
     picture, candidate = waves((128, 128)), Candidate(0, 0.75**-0.5)
     for seed in range(4):
@@ -254,17 +254,17 @@ def test_turned_noise_ranks_what_was_turned():
 
 @pytest.fixture(scope="module")
 def pocket():
-    from inversion.model import LatentModel
+    from ringmark.inversion.models.pipeline import LatentModel
 
     return LatentModel.from_pretrained("pocket")
 
 
 def test_the_search_finds_a_turned_and_a_cropped_picture(pocket):
-    from data.images import Sample, from_array
-    from watermark.attacks import apply
-    from watermark.detect import Detector
-    from watermark.generate import generate
-    from watermark.schemes.tree_ring import recommend
+    from ringmark.data.images import Sample, from_array
+    from ringmark.watermark.attacks.distortions import apply
+    from ringmark.watermark.detect.detector import Detector
+    from ringmark.watermark.embed import generate
+    from ringmark.watermark.schemes.tree_ring import recommend
 
     placement = recommend(pocket.recovery, pocket.latent_shape)
     keys = [

@@ -15,20 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, features
 
-from data import images
-from data.images import (
-    ImageError,
-    Sample,
-    find_images,
-    fit,
-    from_array,
-    list_images,
-    read_image,
-    read_labels,
-    read_sample,
-    save_png,
-    to_array,
-)
+from ringmark.data import images
+from ringmark.data.images import Sample, fit, from_array, read_image, read_sample, save_png, to_array
+from ringmark.data.labels import read_labels
+from ringmark.data.sources import find_images, list_images
+from ringmark.errors import ImageError
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 PHOTO = np.random.default_rng(0).integers(0, 256, (24, 20, 3), dtype=np.uint8)

@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from scipy import stats
 from test_detect import MODEL
 
-from data.images import Sample
-from inversion.model import LatentModel
-from watermark import keyring
-from watermark.detect import ALPHA, Detector, Judged, Recovered
-from watermark.errors import KeyFileError, SchemeError
-from watermark.generate import initial_noise
-from watermark.keyring import Ring, begun, check_findable, cosine_bound, draw_keys, grow
-from watermark.keys import Key, describe, export_public, listing, load_ring
-from watermark.schemes.tree_ring import Placement, TreeRing, make_key, recommend
-from watermark.statistics import cosine_test
+from ringmark.data.images import Sample
+from ringmark.errors import KeyFileError, SchemeError
+from ringmark.inversion.models.pipeline import LatentModel
+from ringmark.watermark.detect.detector import ALPHA, Detector, Judged, Recovered
+from ringmark.watermark.embed import initial_noise
+from ringmark.watermark.keys.key import Key, describe, export_public, listing, load_ring
+from ringmark.watermark.schemes.tree_ring import Placement, TreeRing, make_key, recommend
+from ringmark.watermark.statistics import cosine_test
+from ringmark.watermark.tasks import keygen as keyring
+from ringmark.watermark.tasks.keygen import Ring, begun, check_findable, cosine_bound, draw_keys, grow
 
 SHAPE, PLACE = (3, 32, 32), Placement((0, 2), (2, 8))
 

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import watermark.keys
-from watermark.errors import KeyFileError
-from watermark.keys import Key
+import ringmark.watermark.keys.key
+from ringmark.errors import KeyFileError
+from ringmark.watermark.keys.key import Key
 
 VALUES = np.array([[0.7310586, -1.2345678], [3.1415927, -0.0987654]], np.float32)
 PUBLIC = {
@@ -171,7 +171,7 @@ def test_a_failed_save_leaves_no_trace(path, monkeypatch, overwrite, call):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     target, before = path if overwrite else path.with_name("new.key"), path.read_bytes()
-    monkeypatch.setattr(watermark.keys.os, call, fail)
+    monkeypatch.setattr(ringmark.watermark.keys.key.os, call, fail)
     message = refused(lambda: Key.new(-VALUES, **PUBLIC).save(target, overwrite=overwrite), target)
     assert os.strerror(errno.ENOSPC) in message and message.endswith("make room on the disk")
     assert path.read_bytes() == before and os.listdir(path.parent) == ["my.key"]
@@ -328,9 +328,9 @@ def test_a_pickle_is_never_opened(tmp_path, protocol):
 
 def test_too_large_a_file_is_not_read(path, monkeypatch):
     size = path.stat().st_size
-    monkeypatch.setattr(watermark.keys, "MAX_BYTES", size)
+    monkeypatch.setattr(ringmark.watermark.keys.key, "MAX_BYTES", size)
     Key.load(path)
-    monkeypatch.setattr(watermark.keys, "MAX_BYTES", size - 1)
+    monkeypatch.setattr(ringmark.watermark.keys.key, "MAX_BYTES", size - 1)
     assert "too large" in refused(lambda: Key.load(path), path)
 
 
@@ -368,5 +368,5 @@ def test_reading_that_is_forbidden_is_said_to_be(path, monkeypatch):
     def forbid(*_, **__):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(watermark.keys.Path, "open", forbid)
+    monkeypatch.setattr(ringmark.watermark.keys.key.Path, "open", forbid)
     assert "cannot be read" in refused(lambda: Key.load(path), path)

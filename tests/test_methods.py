@@ -10,8 +10,8 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from inversion import Adam, Anderson, ForwardStep, InertialKM, Status
-from inversion.solve import norms, solve
+from ringmark.inversion.methods import Adam, Anderson, ForwardStep, InertialKM
+from ringmark.inversion.solve import Status, norms, solve
 
 
 def draw(*shape, seed=0):

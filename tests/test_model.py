@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from inversion import LatentModel, ModelError
-from inversion.diagnostics import stored_bytes
-from inversion.model import resolve
+from ringmark.errors import ModelError
+from ringmark.inversion.metrics import stored_bytes
+from ringmark.inversion.models.pipeline import LatentModel, resolve
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 WEIGHTS = {

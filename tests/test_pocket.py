@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
-from inversion.diffusion import sample
-from inversion.model import POCKET, LatentModel
+from ringmark.inversion.diffusion import sample
+from ringmark.inversion.models.pipeline import POCKET, LatentModel
 
 
 def test_an_unmodified_pipeline_draws_what_ringmark_draws():

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from data.images import read_sample, to_array
-from inversion.decoder import Inverter
-from inversion.methods import Anderson, ForwardStep
-from inversion.model import LatentModel
-from watermark.detect import Detector
-from watermark.recovery import cached, recover_files
+from ringmark.data.images import read_sample, to_array
+from ringmark.inversion.decoder import Inverter
+from ringmark.inversion.methods import Anderson, ForwardStep
+from ringmark.inversion.models.pipeline import LatentModel
+from ringmark.watermark.detect.detector import Detector
+from ringmark.watermark.tasks.recover import cached, recover_files
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from watermark.generate import initial_noise
-from watermark.schemes.tree_ring import Placement, TreeRing, make_key
-from watermark.statistics import published_distance
+from ringmark.watermark.embed import initial_noise
+from ringmark.watermark.schemes.tree_ring import Placement, TreeRing, make_key
+from ringmark.watermark.statistics import published_distance
 
 SHAPE, PLACE = (4, 32, 32), Placement((3,), (6, 10))
 
@@ -58,7 +58,7 @@ def test_confusion_and_interval(script):
 
 
 def test_true_noise_is_always_recognised(script):
-    from inversion.model import LatentModel
+    from ringmark.inversion.models.pipeline import LatentModel
 
     model = LatentModel.from_pretrained("pocket")
     schemes = script.make_schemes(model, PLACE, 5)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from inversion.diagnostics import Walk, trace
-from inversion.methods import Adam, Anderson, ForwardStep, InertialKM
-from inversion.solve import norms, solve
+from ringmark.inversion.methods import Adam, Anderson, ForwardStep, InertialKM
+from ringmark.inversion.metrics import Walk, trace
+from ringmark.inversion.solve import norms, solve
 
 RATES = torch.tensor([0.4, 0.8, 1.6])
 ROOT = torch.tensor([[1.0, 2.0, 3.0], [-1.0, 0.5, 4.0]])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from data.scenes import scene
-from data.store import Store
-from watermark.errors import EvaluationError
-from watermark.runs import UNSEEN_SCENES, curves, curves_of_files, label_records, prompts_for
+from ringmark.data.results import Store
+from ringmark.data.scenes import scene
+from ringmark.errors import EvaluationError
+from ringmark.watermark.tasks.audit import UNSEEN_SCENES, curves, curves_of_files, label_records, prompts_for
 
 
 def record(name: str, score: float, **more) -> dict:

@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from data.scenes import (
+from ringmark.data.scenes import (
     ACCENTS,
     GROUNDS,
     RELIEFS,

@@ -9,13 +9,13 @@ import pytest
 import torch
 from test_detect import MODEL, key, samples
 
-from data.images import Sample, from_array
-from watermark.detect import Detector
-from watermark.errors import SchemeError
-from watermark.generate import initial_noise
-from watermark.geometry import Candidate, Found, Search
-from watermark.schemes.tree_ring import TreeRing
-from watermark.searching import SearchingDetector
+from ringmark.data.images import Sample, from_array
+from ringmark.errors import SchemeError
+from ringmark.watermark.detect.detector import Detector
+from ringmark.watermark.detect.geometry import Candidate, Found, Search
+from ringmark.watermark.detect.search import SearchingDetector
+from ringmark.watermark.embed import initial_noise
+from ringmark.watermark.schemes.tree_ring import TreeRing
 
 
 @dataclass

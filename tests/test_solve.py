@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from inversion import Adam, Anderson, ForwardStep, InertialKM, Status
-from inversion.solve import BLOW_UP, norms, solve
+from ringmark.inversion.methods import Adam, Anderson, ForwardStep, InertialKM
+from ringmark.inversion.solve import BLOW_UP, Status, norms, solve
 
 METHODS = [
     ForwardStep(),

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special, stats
 
-from watermark.schemes.tree_ring import Placement, TreeRing, make_key
-from watermark.statistics import (
+from ringmark.watermark.schemes.tree_ring import Placement, TreeRing, make_key
+from ringmark.watermark.statistics import (
     agreement,
     conformal_p,
     cosine_p,

@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.store import Store, StoreError, one_line, read_records, write_atomic
+from ringmark.data.files import one_line, write_atomic
+from ringmark.data.results import Store, read_records
+from ringmark.errors import StoreError
 
 SETTINGS = {"steps": 50, "key": "abc", "size": (128, 128)}
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from data.scenes import scene
-from inversion.model import LatentModel
-from watermark.attacks import parse
+from ringmark.data.scenes import scene
+from ringmark.inversion.models.pipeline import LatentModel
+from ringmark.watermark.attacks.distortions import parse
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from click.testing import CliRunner
 from PIL import Image
 from test_detect import MODEL
 
-from inversion.decoder import Inverter
-from watermark.calibration import Calibration
-from watermark.detect import Detector
-from watermark.generate import initial_noise
+from ringmark.inversion.decoder import Inverter
+from ringmark.watermark.calibration import Calibration
+from ringmark.watermark.detect.detector import Detector
+from ringmark.watermark.embed import initial_noise
 
 
 @pytest.fixture(scope="module")

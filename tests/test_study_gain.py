@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from watermark.evaluate import roc
+from ringmark.watermark.evaluation.rates import roc
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from inversion.model import LatentModel
-from watermark.detect import Detector
-from watermark.generate import initial_noise
-from watermark.keyring import cosine_bound
-from watermark.statistics import published_distance
+from ringmark.inversion.models.pipeline import LatentModel
+from ringmark.watermark.detect.detector import Detector
+from ringmark.watermark.embed import initial_noise
+from ringmark.watermark.statistics import published_distance
+from ringmark.watermark.tasks.keygen import cosine_bound
 
 
 @pytest.fixture(scope="module")

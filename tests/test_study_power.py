@@ -9,9 +9,9 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from inversion.model import LatentModel
-from watermark.errors import RingmarkError
-from watermark.schemes.tree_ring import make_key, recommend
+from ringmark.errors import RingmarkError
+from ringmark.inversion.models.pipeline import LatentModel
+from ringmark.watermark.schemes.tree_ring import make_key, recommend
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from inversion.decoder import INVERTERS, Inverter
-from inversion.diagnostics import high_frequency_share
+from ringmark.inversion.decoder import INVERTERS, Inverter
+from ringmark.inversion.metrics import high_frequency_share
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ import torch
 from click.testing import CliRunner
 from scipy import stats
 
-from inversion.diagnostics import NoiseRecovery
-from watermark.detect import Detector
-from watermark.generate import initial_noise
-from watermark.schemes.tree_ring import Placement, TreeRing, make_key
+from ringmark.inversion.metrics import NoiseRecovery
+from ringmark.watermark.detect.detector import Detector
+from ringmark.watermark.embed import initial_noise
+from ringmark.watermark.schemes.tree_ring import Placement, TreeRing, make_key
 
 SHAPE, PLACE, ALPHA = (4, 32, 32), Placement((0, 2), (7, 9)), 1e-3
 

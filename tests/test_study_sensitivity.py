@@ -10,8 +10,8 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from data.scenes import GROUNDS, SKIES, scene
-from inversion.methods import InertialKM
+from ringmark.data.scenes import GROUNDS, SKIES, scene
+from ringmark.inversion.methods import InertialKM
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.scenes import scene
+from ringmark.data.scenes import scene
 
 
 @pytest.fixture(scope="module")

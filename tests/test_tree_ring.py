@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from inversion.diagnostics import NoiseRecovery, rings
-from watermark.errors import SchemeError
-from watermark.keys import Key
-from watermark.schemes.tree_ring import (
+from ringmark.errors import SchemeError
+from ringmark.inversion.metrics import NoiseRecovery, rings
+from ringmark.watermark.keys.key import Key
+from ringmark.watermark.schemes.tree_ring import (
     MASKS,
     PATTERNS,
     Placement,
@@ -25,7 +25,7 @@ from watermark.schemes.tree_ring import (
     ring_index,
     signed_frequencies,
 )
-from watermark.statistics import cosine_test, power_test, published_distance
+from ringmark.watermark.statistics import cosine_test, power_test, published_distance
 
 SHAPES = [(4, 32, 32), (4, 64, 64), (4, 16, 24), (4, 24, 16), (4, 33, 33), (4, 17, 30)]
 PLACEMENTS = [Placement((0,), (1, 5)), Placement((3, 1), (3, 6)), Placement((0, 1, 2, 3), (0, 7))]

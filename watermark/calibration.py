@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.store import one_line, remedy, write_atomic
-from inversion.diagnostics import NoiseRecovery, rings
-from watermark.errors import CalibrationError
-from watermark.statistics import cosine_test, needed_references, power_test, spread_p, whiten
+from ringmark.data.files import one_line, remedy, write_atomic
+from ringmark.errors import CalibrationError
+from ringmark.inversion.metrics import NoiseRecovery, rings
+from ringmark.watermark.statistics import cosine_test, needed_references, power_test, spread_p, whiten
 
 if TYPE_CHECKING:
-    from watermark.schemes.tree_ring import TreeRing
+    from ringmark.watermark.schemes.tree_ring import TreeRing
 
 __all__ = [
     "FOLDS",

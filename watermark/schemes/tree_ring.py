@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inversion.diagnostics import NoiseRecovery, rings
-from watermark.errors import SchemeError
-from watermark.keys import Key
+from ringmark.errors import SchemeError
+from ringmark.inversion.metrics import NoiseRecovery, rings
+from ringmark.watermark.keys.key import Key
 
 __all__ = ["MASKS", "PATTERNS", "Placement", "TreeRing", "draw_spectrum", "make_key", "recommend"]
 

@@ -1,0 +1,77 @@
+"""What can go wrong, as facts with a code. Imports nothing, so that errors can be named anywhere."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+__all__ = [
+    "AttackError",
+    "CalibrationError",
+    "EvaluationError",
+    "ImageError",
+    "KeyFileError",
+    "ModelError",
+    "RingmarkError",
+    "SchemeError",
+    "StoreError",
+    "one_line",
+]
+
+
+def one_line(text: object) -> str:
+    """str(text) with line breaks and other unprintable characters escaped, for messages."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+class RingmarkError(ValueError):
+    """Something that the user can put right: `subject`, a file or a name, and the `fact` about it, in one line.
+
+    `code` names the kind of fact ("key.exists") and never changes; `details` hold what a remedy may mention, numbers
+    above all. The fact says what is wrong, not what to do: that depends on where the library is called from. The
+    command line adds its remedy by the code.
+    """
+
+    def __init__(self, code: str, fact: str = "", *, subject: object = None, **details: object) -> None:
+        if not fact:  # transitional: an error that has no code yet
+            code, fact = "", code
+        self.code, self.fact, self.subject, self.details = code, fact, subject, details
+        super().__init__(one_line(fact if subject is None else f"{subject}: {fact}"))
+
+
+class ModelError(RingmarkError):
+    """A model that cannot be loaded or used."""
+
+
+class ImageError(RingmarkError):
+    """A file that cannot be used as a picture, or as labels of pictures; `path` is the file."""
+
+    def __init__(self, code: str | os.PathLike[str], fact: str, path: str | os.PathLike[str] | None = None) -> None:
+        if path is None:  # transitional: (path, fact)
+            code, path = "", code
+        super().__init__(str(code) or "image.damaged", fact, subject=path)
+        self.path = Path(path)
+
+
+class StoreError(RingmarkError):
+    """A results file, or another file to be written, that cannot be used."""
+
+
+class KeyFileError(RingmarkError):
+    """A key that cannot be read, written or used here."""
+
+
+class SchemeError(RingmarkError):
+    """A mark that does not fit its latents."""
+
+
+class EvaluationError(RingmarkError):
+    """Scores from which no curve or interval can be computed."""
+
+
+class AttackError(RingmarkError):
+    """An attack that does not exist, or that cannot be applied to this picture."""
+
+
+class CalibrationError(RingmarkError):
+    """A calibration that cannot be made, read, written or used here."""

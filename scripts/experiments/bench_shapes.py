@@ -1,0 +1,311 @@
+"""Memory and time of decoder inversion at the shapes of the paper's models, on their true autoencoder architecture.
+
+    python scripts/bench_shapes.py -o build/shapes            # fp32 on a CPU: about 20 minutes of one core
+    python scripts/bench_shapes.py -o build/shapes --width 0.0625 --scale 0.125
+
+Stable Diffusion's autoencoder is built from its config with random weights: time and memory are real, accuracy is not
+and is left out. One iteration is one evaluation of E∘D and one step of the method (Anderson), or D, its gradient and
+one step of Adam; "lean" is the gradient in bfloat16 by autocast with activation checkpointing. Each is measured in a
+process of its own, weights loaded and not counted. What would not fit under
+--limit is not run: what autograd would store, counted on the meta device, stands in its place, a lower bound.
+
+arXiv 2409.18442 inverts one picture (SD 2.1, InstaFlow) or 16 frames at once (LaVie): 7.13 GB against 64.7 GB, -89 %,
+each with the whole model's weights.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ringmark.inversion.decoder import gradient_residual, invert_decoder
+from ringmark.inversion.methods import Adam
+from ringmark.inversion.metrics import stored_bytes
+from ringmark.inversion.models.pipeline import lean
+from ringmark.inversion.solve import solve
+from scripts.experiments.common import cached, limit_memory, peak_during, write_results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CHANNELS, LATENT, FACTOR = (128, 256, 512, 512), 4, 8
+PAPER = {"gradient-free GB": 7.13, "gradient GB": 64.7, "reduction": 1 - 7.13 / 64.7}  # LaVie
+OURS, GRADIENT, LEAN = "gradient-free", "gradient", "gradient, lean"
+WHOLE, SINGLE = "whole batch", "frame by frame"
+INKS = {OURS: "#1b3a5c", GRADIENT: "#d1495b", LEAN: "#edae49"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Latents of `frames` pictures (4, height, width), decoded to (3, 8 height, 8 width)."""
+
+    name: str
+    frames: int
+    height: int
+    width: int
+
+    def scaled(self, scale: float) -> Shape:
+        """The same with sides times `scale`, at least 4."""
+        return replace(self, height=max(4, round(self.height * scale)), width=max(4, round(self.width * scale)))
+
+
+SHAPES = {s.name: s for s in (Shape("SD2.1, InstaFlow", 1, 64, 64), Shape("LaVie", 16, 40, 64))}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement. `at_once` frames go through the maps together; `width` is the factor on the channels."""
+
+    shape: Shape
+    method: str
+    at_once: int
+    dtype: str
+    width: float
+    device: str
+
+    @property
+    def mode(self) -> str:
+        return WHOLE if self.at_once == self.shape.frames else SINGLE
+
+    @property
+    def run_frames(self) -> int:
+        """Frames run: gradients of single frames know nothing of each other, so one tells time and memory of all."""
+        return self.shape.frames if self.method == OURS else self.at_once
+
+
+def autoencoder(width: float, dtype: str, device: str) -> nn.Module:
+    """Stable Diffusion's AutoencoderKL, its channels times `width`, with random weights."""
+    from diffusers import AutoencoderKL
+
+    channels = [max(1, int(c * width)) for c in CHANNELS]
+    torch.manual_seed(0)
+    with torch.device(device):
+        vae = AutoencoderKL(
+            block_out_channels=channels,
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            layers_per_block=2,
+            latent_channels=LATENT,
+            norm_num_groups=math.gcd(32, channels[0]),
+        )
+    # nn.Module's own .to(): diffusers' warns of modules to be kept in float32, of which there are none
+    return nn.Module.to(vae, getattr(torch, dtype)).requires_grad_(False).eval()
+
+
+class Done(Exception):
+    """One iteration is over; its argument says how many seconds it took."""
+
+
+@dataclass
+class OneIteration:
+    """A decoder that stops the inversion where a second iteration would begin."""
+
+    decode: Callable[[Tensor], Tensor]
+    frames: int
+    decoded: int = field(default=0, init=False)
+    started: float = field(default=0.0, init=False)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        if z.device.type == "cuda":
+            torch.cuda.synchronize(z.device)
+        now = time.perf_counter()
+        if self.decoded == self.frames:
+            raise Done(now - self.started)
+        self.started = self.started or now
+        self.decoded += len(z)
+        return self.decode(z)
+
+
+def iterate(vae: nn.Module, case: Case) -> float:
+    """Seconds of one iteration over all frames."""
+    shape, place = case.shape, {"device": vae.device, "dtype": vae.dtype}
+    encode = lambda x: vae.encode(x).latent_dist.mode()
+    decode = OneIteration(lambda z: vae.decode(z, return_dict=False)[0], case.run_frames)
+    frames = torch.rand(1, 3, case.run_frames, FACTOR * shape.height, FACTOR * shape.width, **place) * 2 - 1
+    try:
+        if case.method == OURS:
+            invert_decoder(encode, decode, frames, max_steps=1, tol=None, at_once=case.at_once)
+        else:
+            start = torch.randn(case.run_frames, LATENT, shape.height, shape.width, **place)
+            cast = lambda z: decode(z.to(vae.dtype))  # the driver's iterates are float32
+            with lean(vae) if case.method == LEAN else nullcontext():
+                solve(gradient_residual(cast, frames[0].transpose(0, 1)), start, Adam(lr=0.1), max_steps=1)
+    except Done as done:
+        return done.args[0] * shape.frames / case.run_frames
+    raise RuntimeError("the inversion ended within its first iteration")
+
+
+def measure(case: Case, limit: float) -> dict[str, Tensor]:
+    """`seconds` of an iteration and `MB` above the weights, in this process; both NaN where `limit` GiB do not suffice."""
+    device, size = torch.device(case.device), torch.device(case.device).type
+    vae = autoencoder(case.width, case.dtype, case.device)
+    # small, since what a C library keeps of freed memory would count as there before
+    small = replace(case, shape=replace(case.shape.scaled(0.125), frames=1), at_once=1)
+    try:
+        iterate(vae, case if size == "cuda" else small)  # what libraries allocate, compile and choose once
+        if size == "cpu":
+            limit_memory(limit)
+        seconds, peak = peak_during(device, lambda: iterate(vae, case))
+    except (RuntimeError, MemoryError) as error:
+        if not any(word in str(error) for word in ("memory", "alloc", "primitive", "new thread")):
+            raise
+        seconds, peak = math.nan, math.nan
+    finally:
+        if size == "cpu":
+            limit_memory(math.inf)  # or the result could not be sent
+    return {"seconds": torch.tensor(seconds), "MB": torch.tensor(peak)}
+
+
+def apart(case: Case, limit: float) -> dict[str, Tensor]:
+    """`measure` in a process of its own."""
+    # A server that has imported torch, but used nothing of it, forks faster than a new interpreter starts.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["diffusers.models.autoencoders.autoencoder_kl"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(measure, case, limit).result()
+        except BrokenProcessPool:  # killed, as a process without memory may be
+            return {"seconds": torch.tensor(math.nan), "MB": torch.tensor(math.nan)}
+
+
+def estimated(case: Case) -> float:
+    """Megabytes that autograd stores for one decoding: a lower bound for a gradient; 0 without one, or where it is lean."""
+    if case.method != GRADIENT:
+        return 0.0
+    vae = autoencoder(case.width, case.dtype, "meta")
+    z = torch.empty(case.run_frames, LATENT, case.shape.height, case.shape.width, device="meta", dtype=vae.dtype)
+    return stored_bytes(lambda z: vae.decode(z, return_dict=False)[0], z, vae.parameters()) / 2**20
+
+
+def cases(shapes: list[Shape], dtypes: list[str], width: float, device: str) -> list[Case]:
+    """Each shape, precision and method, whole batch and, where that is another thing, frame by frame."""
+    return [
+        Case(shape, method, at_once, dtype, width, device)
+        for shape in shapes
+        for dtype in dtypes
+        for at_once in sorted({1, shape.frames})
+        for method in INKS
+    ]
+
+
+def row(case: Case, limit: float, cache: Path) -> dict:
+    """What is reported of a case: `MB` is measured where `fits` and otherwise the lower bound `stored MB`."""
+    stored = estimated(case)
+    missing = {"seconds": torch.tensor(math.nan), "MB": torch.tensor(math.nan)}
+    key = [case, limit, torch.get_num_threads()]
+    found = missing if stored > limit * 2**10 else cached(cache, key, lambda: apart(case, limit))
+    seconds, peak = float(found["seconds"]), float(found["MB"])
+    fits = not math.isnan(peak)
+    return {
+        "shape": case.shape.name, "frames": case.shape.frames, "method": case.method, "mode": case.mode, "dtype": case.dtype,
+        "fits": fits, "seconds": seconds if fits else None, "MB": peak if fits else stored or None, "stored MB": stored or None,
+    }  # fmt: skip
+
+
+def comparisons(rows: list[dict], weights: dict[str, float]) -> list[dict]:
+    """Gradient-free against gradient: the share of memory saved, above the weights and with them, and the ratio of times.
+
+    `at least` where the gradient did not fit and its lower bound stands for it.
+    """
+    out = []
+    for rival in (r for r in rows if r["method"] != OURS and r["MB"]):
+        for mine in (r for r in rows if r["method"] == OURS and r["fits"]):
+            if (mine["shape"], mine["dtype"]) != (rival["shape"], rival["dtype"]):
+                continue
+            extra = weights[mine["dtype"]]
+            out.append({
+                "shape": mine["shape"], "dtype": mine["dtype"], "ours": mine["mode"], "rival": rival["method"], "gradient": rival["mode"],
+                "memory saved": 1 - mine["MB"] / rival["MB"],
+                "memory saved, with weights": 1 - (mine["MB"] + extra) / (rival["MB"] + extra),
+                "at least": not rival["fits"],
+                "time ratio": mine["seconds"] / rival["seconds"] if rival["fits"] else None,
+            })  # fmt: skip
+    return out
+
+
+def figure_of(rows: list[dict], limit: float) -> Figure:
+    """Bars of memory and time; hatched where the gradient's lower bound stands for what did not fit."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 1.6 + 0.42 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    draw_bars(axes[0], rows, "MB", 1 / 2**10, "GB")
+    draw_bars(axes[1], rows, "seconds", 1.0, "s")
+    axes[0].set(xlabel=f"peak memory above the weights (GB; limit {limit:g})", title="memory")
+    axes[1].set(xlabel="seconds an iteration over all frames", title="time")
+    axes[0].set_yticks(range(len(rows)), [f"{r['shape']}, {r['dtype']}\n{r['mode']}" for r in rows], fontsize=8)
+    axes[0].invert_yaxis()
+    figure.legend(handles=legend_handles(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def draw_bars(ax: Axes, rows: list[dict], column: str, factor: float, unit: str) -> None:
+    """One bar a row, its value written at its end."""
+    values = [r[column] * factor if r[column] is not None else 0.0 for r in rows]
+    top = max(values) or 1.0
+    for i, (r, value) in enumerate(zip(rows, values, strict=True)):
+        ax.barh(i, value, color=INKS[r["method"]], alpha=1 if r["fits"] else 0.35, hatch="" if r["fits"] else "//")
+        sign = "" if r["fits"] else "≥ "
+        text = f"{sign}{value:.3g} {unit}" if value else "not run: does not fit"
+        ax.text(value + top * 0.01, i, text, va="center", fontsize=8)
+    ax.set_xlim(0, top * 1.22)
+
+
+def legend_handles() -> list:
+    from matplotlib.patches import Patch
+
+    return [
+        *(Patch(color=colour, label=name) for name, colour in INKS.items()),
+        Patch(facecolor=INKS[GRADIENT], alpha=0.35, hatch="//", label="does not fit: what autograd would store"),
+    ]
+
+
+def summary(rows: list[dict], ratios: list[dict]) -> str:
+    """The rows and the ratios in words."""
+    cell = lambda v: f"{v:.3g}" if isinstance(v, float) else str(v)
+    lines = ["  ".join(f"{k} {cell(v)}" for k, v in r.items()) for r in rows + ratios]
+    return "\n".join([*lines, f"the paper at LaVie's shape: memory saved {PAPER['reduction']:.3f}"])
+
+
+@click.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for the results.")
+@click.option("--shape", "names", type=click.Choice(list(SHAPES)), multiple=True, help="Only these; again for more.")
+@click.option("--dtype", "dtypes", multiple=True, help="float32, bfloat16 …; again for more. Default: both on a GPU.")
+@click.option("--width", default=1.0, show_default=True, help="Factor on the channels.")
+@click.option("--scale", default=1.0, show_default=True, help="Factor on the sides.")
+@click.option("--limit", default=16.0, show_default=True, help="GiB that a measurement may take.")
+def main(output: Path, names: tuple, dtypes: tuple, width: float, scale: float, limit: float) -> None:
+    """Memory and time of one iteration, gradient-free against gradient, at the paper's shapes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtypes = list(dtypes) or ["float32", *(["bfloat16"] if device == "cuda" else [])]
+    shapes = [SHAPES[name].scaled(scale) for name in names or SHAPES]
+    todo = cases(shapes, dtypes, width, device)
+    rows = [row(case, limit, output / "cache") for case in tqdm(todo, "measure", disable=None)]
+    number = sum(p.numel() for p in autoencoder(width, "float32", "meta").parameters())
+    weights = {d: number * getattr(torch, d).itemsize / 2**20 for d in dtypes}
+    ratios = comparisons(rows, weights)
+    click.echo(summary(rows, ratios))
+    write_results(
+        output, "bench_shapes", rows, figure_of(rows, limit),
+        ratios=ratios, paper=PAPER, weights_MB=weights, shapes=[asdict(s) for s in shapes], width=width, scale=scale,
+        limit_GiB=limit, device=device, threads=torch.get_num_threads(), cores=os.cpu_count(), torch=torch.__version__, seed=0,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

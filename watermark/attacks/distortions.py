@@ -1,0 +1,430 @@
+"""Named distortions of images: what a mark must survive. Thin wrappers over Pillow, each with one strength.
+
+An attack is a pure function (image in 8-bit RGB, strength, rng) → image of the same size; those that draw nothing at
+random leave the generator alone. Sizes in pixels are the attacked picture's own: blur 4 px is four times as strong on
+128 pixels as on the 512 of the papers. `parse` reads "jpeg:25+blur:4", `apply` does it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFont
+
+from ringmark.data.images import from_array, to_array
+from ringmark.errors import AttackError
+
+if TYPE_CHECKING:  # torch is loaded for those attacks only that need a model
+    from ringmark.inversion.models.pipeline import LatentModel
+
+__all__ = ["ATTACKS", "PRESETS", "Attack", "Chain", "Step", "apply", "expand", "listing", "parse", "seed_of"]
+
+DIFFUSE_STEPS = 100  # moves of the whole schedule, of which `diffuse` walks a share: one for each hundredth
+SCREENSHOT_QUALITY = 80
+SHARPEN_RADIUS = 2  # px
+BANNER = "SAMPLE PREVIEW"
+MEDIAN_MAX = 15  # px; Pillow's time grows with the square
+
+
+def rotation(image: Image.Image, degrees: float, rng: np.random.Generator) -> Image.Image:
+    """Turned anticlockwise about the centre, size kept; what comes from outside is black."""
+    return image.rotate(degrees, Image.Resampling.BICUBIC)
+
+
+def jpeg(image: Image.Image, quality: float, rng: np.random.Generator) -> Image.Image:
+    """Saved as JPEG with colours at half resolution (4:2:0), and read again."""
+    return _through(image, "JPEG", quality)
+
+
+def webp(image: Image.Image, quality: float, rng: np.random.Generator) -> Image.Image:
+    """Saved as lossy WebP, and read again."""
+    return _through(image, "WEBP", quality)
+
+
+def crop(image: Image.Image, share: float, rng: np.random.Generator) -> Image.Image:
+    """A rectangle of this share of the area, of the picture's aspect, at a random place, scaled back to full size."""
+    return _crop(image, share**0.5, share**0.5, rng)
+
+
+def widthcrop(image: Image.Image, share: float, rng: np.random.Generator) -> Image.Image:
+    """This share of the width at a random place, of full height, stretched back.
+
+    The tree-ring paper's code asks for 75 % of the area at an aspect of 3:4, which in a square is just this.
+    """
+    return _crop(image, share, 1, rng)
+
+
+def resize(image: Image.Image, factor: float, rng: np.random.Generator) -> Image.Image:
+    """Made smaller by this factor (Lanczos), then large again (bicubic)."""
+    return _there_and_back(image, 1 / factor)
+
+
+def blur(image: Image.Image, radius: float, rng: np.random.Generator) -> Image.Image:
+    """Gaussian, the radius in px its standard deviation."""
+    return image.filter(ImageFilter.GaussianBlur(radius))
+
+
+def median(image: Image.Image, size: float, rng: np.random.Generator) -> Image.Image:
+    """The median of size × size px, each channel for itself."""
+    if size == 1:  # at which Pillow 12 divides by zero
+        return image.copy()
+    return image.filter(ImageFilter.MedianFilter(int(size)))
+
+
+def noise(image: Image.Image, sigma: float, rng: np.random.Generator) -> Image.Image:
+    """Gaussian of deviation σ, 1 the way from black to white, independent in pixels and channels; cut at the ends."""
+    values = np.asarray(image, np.float32) + 255 * sigma * _normal(image, rng)
+    return Image.fromarray(np.rint(np.clip(values, 0, 255)).astype(np.uint8))
+
+
+def wrapnoise(image: Image.Image, sigma: float, rng: np.random.Generator) -> Image.Image:
+    """Noise added modulo 256, so that white may turn black: what the tree-ring paper's code does."""
+    added = (255 * sigma * _normal(image, rng)).astype(np.int64).astype(np.uint8)
+    return Image.fromarray(np.asarray(image) + added)
+
+
+def brightness(image: Image.Image, most: float, rng: np.random.Generator) -> Image.Image:
+    """Times a factor drawn uniformly from [0, most]: a jitter, as in the tree-ring paper."""
+    return brighten(image, most * rng.random(), rng)
+
+
+def brighten(image: Image.Image, factor: float, rng: np.random.Generator) -> Image.Image:
+    """Times this very factor."""
+    return ImageEnhance.Brightness(image).enhance(factor)
+
+
+def contrast(image: Image.Image, factor: float, rng: np.random.Generator) -> Image.Image:
+    """Distances from the picture's mean grey, times this factor."""
+    return ImageEnhance.Contrast(image).enhance(factor)
+
+
+def saturation(image: Image.Image, factor: float, rng: np.random.Generator) -> Image.Image:
+    """Distances from each pixel's own grey, times this factor."""
+    return ImageEnhance.Color(image).enhance(factor)
+
+
+def gamma(image: Image.Image, exponent: float, rng: np.random.Generator) -> Image.Image:
+    """Values in [0, 1] to this power: above 1 darkens."""
+    curve = np.rint(255 * (np.arange(256) / 255) ** exponent).astype(int)
+    return image.point(curve.tolist() * 3)
+
+
+def erase(image: Image.Image, share: float, rng: np.random.Generator) -> Image.Image:
+    """A rectangle of this share of the area, of the picture's aspect, at a random place, painted black."""
+    width, height = (round(side * share**0.5) for side in image.size)
+    left, top = _place(image.width - width, rng), _place(image.height - height, rng)
+    erased = image.copy()
+    erased.paste(0, (round(left), round(top), round(left) + width, round(top) + height))
+    return erased
+
+
+def flip(image: Image.Image, strength: None, rng: np.random.Generator) -> Image.Image:
+    """Left and right exchanged."""
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+def sharpen(image: Image.Image, amount: float, rng: np.random.Generator) -> Image.Image:
+    """Unsharp mask: what a Gaussian blur (SHARPEN_RADIUS, 2 px) takes away, added this many times."""
+    return image.filter(ImageFilter.UnsharpMask(SHARPEN_RADIUS, round(100 * amount), 0))
+
+
+def text(image: Image.Image, opacity: float, rng: np.random.Generator) -> Image.Image:
+    """White words with a black shadow across nine tenths of the width, at a random height."""
+    white, shadow = _banner(image.size)
+    x, y = round(image.width / 20), round(_place(image.height - white.height, rng))
+    covered = image.copy()
+    for mask, colour in ((shadow, "black"), (white, "white")):
+        covered.paste(colour, (x, y), mask.point(lambda a: round(a * opacity)))
+    return covered
+
+
+def screenshot(image: Image.Image, scale: float, rng: np.random.Generator) -> Image.Image:
+    """Shown at this scale, saved as JPEG (SCREENSHOT_QUALITY, 80), and brought back to size."""
+    return _there_and_back(image, scale, lambda shown: _through(shown, "JPEG", SCREENSHOT_QUALITY))
+
+
+def vae(image: Image.Image, passes: float, rng: np.random.Generator, model: LatentModel) -> Image.Image:
+    """Through the autoencoder, D(E(x)) rounded to 8 bit, this many times; at the model's own size, then brought back."""
+    return _at_size(image, model, lambda x: _regenerate(x, model, int(passes), lambda z: z))
+
+
+def diffuse(image: Image.Image, share: float, rng: np.random.Generator, model: LatentModel) -> Image.Image:
+    """Noise added up to this share of the schedule, then taken away by DDIM with the empty prompt (arXiv 2306.01953).
+
+    z_t = √ᾱ_t E(x) + √(1 − ᾱ_t) ε at the level t nearest to that share, of DIFFUSE_STEPS for a whole schedule; share 0
+    is one pass of `vae`. At the model's own size, then brought back.
+    """
+    from ringmark.inversion.diffusion import sample, transfer
+    from ringmark.inversion.schedule import Grid
+
+    def regenerated(z):
+        whole = model.grid(DIFFUSE_STEPS)
+        first, second, last = (int(whole.timesteps[i]) for i in (0, 1, -1))
+        level = share * (last + second - first)  # in timesteps of the whole schedule
+        part = int((whole.timesteps - level).abs().argmin()) + 1 if share else 0
+        eps = z.new_tensor(rng.standard_normal(tuple(z.shape), np.float32))
+        grid = Grid(whole.timesteps[:part], whole.alpha_bar[: part + 1])
+        noisy = transfer(z, eps, 1.0, grid.alpha_bar[part]) if part else z
+        return sample(model, noisy, model.embed([""]), grid)
+
+    return _at_size(image, model, lambda x: _regenerate(x, model, 1, regenerated))
+
+
+def _through(image: Image.Image, form: str, quality: float) -> Image.Image:
+    buffer = io.BytesIO()
+    try:
+        image.save(buffer, form, quality=int(quality))
+    except (OSError, ValueError) as error:  # WebP ends at 16383 pixels a side, JPEG at 65535
+        raise AttackError(f"{form} cannot hold {image.width}x{image.height} pixels; make the image smaller") from error
+    with Image.open(buffer, formats=[form]) as read:
+        return read.convert("RGB")
+
+
+def _there_and_back(
+    image: Image.Image, scale: float, meanwhile: Callable[[Image.Image], Image.Image] = lambda x: x
+) -> Image.Image:
+    small = tuple(max(1, round(side * scale)) for side in image.size)
+    return meanwhile(image.resize(small, Image.Resampling.LANCZOS)).resize(image.size, Image.Resampling.BICUBIC)
+
+
+def _crop(image: Image.Image, across: float, down: float, rng: np.random.Generator) -> Image.Image:
+    """These shares of the sides at a random place, scaled back; no rounding to whole pixels."""
+    width, height = image.width * across, image.height * down
+    left, top = _place(image.width - width, rng), _place(image.height - height, rng)
+    # Sums may end a rounding error outside, which Pillow refuses.
+    box = (left, top, min(left + width, image.width), min(top + height, image.height))
+    return image.resize(image.size, Image.Resampling.BICUBIC, box=box)
+
+
+def _place(room: float, rng: np.random.Generator) -> float:
+    """Uniform in [0, room]; always one draw, so that places at different strengths go together."""
+    return max(0.0, room) * rng.random()
+
+
+def _normal(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+    return rng.standard_normal((image.height, image.width, 3), np.float32)
+
+
+def _banner(size: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
+    """Masks of the words and of their shadow, nine tenths as wide as the picture and no higher than a third of it."""
+    font = ImageFont.load_default()
+    left, top, right, bottom = font.getbbox(BANNER)
+    words = Image.new("L", (int(right - left) + 3, int(bottom - top) + 3))
+    ImageDraw.Draw(words).text((1 - left, 1 - top), BANNER, fill=255, font=font)
+    width = max(1, round(size[0] * 0.9))
+    height = max(1, min(round(width * words.height / words.width), size[1] // 3))
+    words = words.resize((width, height), Image.Resampling.BICUBIC)
+    shift = max(1, height // 12)
+    return words, ImageChops.offset(words, shift, shift)
+
+
+def _at_size(image: Image.Image, model: LatentModel, regenerate: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Stretched to the model's size and back, unless it has that size."""
+    size = model.image_size[::-1]
+    if image.size == size:
+        return regenerate(image)
+    return regenerate(image.resize(size, Image.Resampling.LANCZOS)).resize(image.size, Image.Resampling.LANCZOS)
+
+
+def _regenerate(image: Image.Image, model: LatentModel, passes: int, between: Callable) -> Image.Image:
+    """Encoded and decoded `passes` times, with `between` done to the latent (1, C, h, w)."""
+    import torch
+
+    for _ in range(passes):
+        with torch.inference_mode():
+            z = model.encode(torch.from_numpy(to_array(image))[None]).float()
+            decoded = model.decode(between(z))[0].float().cpu().numpy()
+        if not np.isfinite(decoded).all():
+            raise AttackError("the model decodes this image to NaN; choose --dtype float32")
+        image = from_array(decoded)
+    return image
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What a name stands for: a function, and the strengths that it takes, `low` to `high`, in `unit`.
+
+    Without a unit it takes no strength. `kind` "whole" and "odd" ask for such numbers. With `needs_model` the function
+    takes a LatentModel after the generator.
+    """
+
+    function: Callable[..., Image.Image]
+    unit: str = ""
+    low: float = 0
+    high: float = 0
+    default: float | None = None
+    kind: str = "any"
+    needs_model: bool = False
+
+    @property
+    def range(self) -> str:
+        """Such as "quality, whole, 1 … 100"."""
+        kind = "" if self.kind == "any" else f", {self.kind}"
+        return f"{self.unit}{kind}, {self.low:g} … {self.high:g}" if self.unit else "no strength"
+
+    def takes(self, strength: float | None) -> bool:
+        if strength is None or not self.unit:
+            return strength is None and not self.unit
+        whole = self.kind == "any" or float(strength).is_integer()
+        return self.low <= strength <= self.high and whole and (self.kind != "odd" or strength % 2 == 1)
+
+
+ATTACKS = {
+    "rotation": Attack(rotation, "degrees", -180, 180, 75),
+    "jpeg": Attack(jpeg, "quality", 1, 100, 25, "whole"),
+    "webp": Attack(webp, "quality", 0, 100, 25, "whole"),
+    "crop": Attack(crop, "share of the area", 0.01, 1, 0.75),
+    "widthcrop": Attack(widthcrop, "share of the width", 0.01, 1, 0.75),
+    "resize": Attack(resize, "factor", 1, 64, 2),
+    "blur": Attack(blur, "radius in px", 0, 100, 4),
+    "median": Attack(median, "side in px", 1, MEDIAN_MAX, 5, "odd"),
+    "noise": Attack(noise, "σ of [0, 1]", 0, 1, 0.1),
+    "wrapnoise": Attack(wrapnoise, "σ of [0, 1]", 0, 1, 0.1),
+    "brightness": Attack(brightness, "largest factor", 0, 20, 6),
+    "brighten": Attack(brighten, "factor", 0, 20, 1.5),
+    "contrast": Attack(contrast, "factor", 0, 20, 1.5),
+    "saturation": Attack(saturation, "factor", 0, 20, 1.5),
+    "gamma": Attack(gamma, "exponent", 0.1, 10, 1.5),
+    "erase": Attack(erase, "share of the area", 0, 1, 0.25),
+    "flip": Attack(flip),
+    "sharpen": Attack(sharpen, "amount", 0, 10, 1),
+    "text": Attack(text, "opacity", 0, 1, 0.7),
+    "screenshot": Attack(screenshot, "scale", 0.1, 2, 0.75),
+    "vae": Attack(vae, "passes", 1, 50, 1, "whole", needs_model=True),
+    "diffuse": Attack(diffuse, "share of the schedule", 0, 1, 0.2, needs_model=True),
+}
+
+# The ends and the middle of the ranges of WAVES's distortions (arXiv 2401.08573), as its code applies them: crops and
+# erasures are shares of the area, kernel sizes of the blur are Gaussian radii.
+_WAVES = {
+    "weak": "rotation:9 crop:0.9 erase:0.05 brighten:1.2 contrast:1.2 blur:4 noise:0.02 jpeg:90",
+    "medium": "rotation:27 crop:0.7 erase:0.15 brighten:1.6 contrast:1.6 blur:12 noise:0.06 jpeg:50",
+    "strong": "rotation:45 crop:0.5 erase:0.25 brighten:2 contrast:2 blur:20 noise:0.1 jpeg:10",
+}
+# Shares of the schedule to which noise is added: once, twice and four times over, at the ends and the middle of the ranges
+# of WAVES's regenerations, 40-200, 20-100 and 10-50 of 1000 timesteps; and once and four times through the autoencoder.
+_REGENERATIONS = (
+    *("diffuse:0.04", "diffuse:0.12", "diffuse:0.2"),
+    *("+".join([f"diffuse:{share}"] * 2) for share in (0.02, 0.06, 0.1)),
+    *("+".join([f"diffuse:{share}"] * 4) for share in (0.01, 0.03, 0.05)),
+    *("vae:1", "vae:4"),
+)
+PRESETS = {
+    # The six of arXiv 2305.20030 as its text describes them.
+    "tree-ring": ("rotation:75", "jpeg:25", "crop:0.75", "blur:4", "noise:0.1", "brightness:6"),
+    # As its code applies them (though it turns by nearest neighbours), for comparing with published figures; its
+    # ColorJitter(6) draws from [0, 7].
+    "tree-ring-code": ("rotation:75", "jpeg:25", "widthcrop:0.75", "blur:4", "wrapnoise:0.1", "brightness:7"),
+    "waves": tuple(spec for group in zip(*(s.split() for s in _WAVES.values()), strict=True) for spec in group),
+    **{f"waves-{name}": tuple(specs.split()) for name, specs in _WAVES.items()},
+    "waves-regeneration": _REGENERATIONS,
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One attack by name, at a strength within its range. Raises AttackError."""
+
+    name: str
+    strength: float | None
+
+    def __post_init__(self) -> None:
+        if self.name not in ATTACKS:
+            presets = f"; presets, alone: {', '.join(PRESETS)}"
+            raise AttackError(f"{self.name!r} is no attack; choose from {', '.join(ATTACKS)}{presets}")
+        known = ATTACKS[self.name]
+        if not known.takes(self.strength):
+            if not known.unit:
+                raise AttackError(f"{self}: {self.name} takes no strength; write {self.name} alone")
+            raise AttackError(f"{self}: the strength is out of range; {self.name} takes {known.range}")
+
+    def __str__(self) -> str:
+        return self.name if self.strength is None else f"{self.name}:{str(self.strength).removesuffix('.0')}"
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator, model: LatentModel | None = None) -> Image.Image:
+        known = ATTACKS[self.name]
+        if known.needs_model and model is None:
+            raise AttackError(f"{self}: needs a model; give one")
+        return known.function(image, self.strength, rng, *([model] if known.needs_model else []))
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Attacks applied from left to right; its text is what `parse` reads, with every strength said."""
+
+    steps: tuple[Step, ...]
+
+    def __str__(self) -> str:
+        return "+".join(map(str, self.steps))
+
+    @property
+    def slug(self) -> str:
+        """The same as a file's name on any system: "jpeg-25+blur-4"."""
+        return str(self).replace(":", "-")
+
+    @property
+    def needs_model(self) -> bool:
+        return any(ATTACKS[step.name].needs_model for step in self.steps)
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator, model: LatentModel | None = None) -> Image.Image:
+        for step in self.steps:
+            image = step(image, rng, model)
+        return image
+
+
+def parse(spec: str) -> Chain:
+    """Reads "name", "name:strength", or several joined by +; a name alone has its default strength.
+
+    Raises AttackError for a name or a strength that there is not.
+    """
+    return Chain(tuple(_step(part.strip(), spec) for part in spec.split("+")))
+
+
+def _step(part: str, spec: str) -> Step:
+    name, colon, strength = (piece.strip() for piece in part.partition(":"))
+    if not name:
+        raise AttackError(f"{spec!r}: a name is missing; write attacks as in jpeg:25+blur:4")
+    if not colon:
+        return Step(name, ATTACKS[name].default if name in ATTACKS else None)
+    try:
+        return Step(name, float(strength))
+    except AttackError:
+        raise
+    except ValueError:
+        known = f"; {name} takes {ATTACKS[name].range}" if name in ATTACKS else ""
+        raise AttackError(f"{part}: {strength!r} is no number{known}") from None
+
+
+def expand(specs: Iterable[str]) -> list[Chain]:
+    """The attacks that these specs and names of PRESETS stand for, each once, in order. Raises AttackError."""
+    named = [spec for given in specs for spec in PRESETS.get(given.strip(), (given,))]
+    return list(dict.fromkeys(map(parse, named)))
+
+
+def apply(
+    spec: str | Chain, image: Image.Image, seed: int | np.random.Generator, model: LatentModel | None = None
+) -> Image.Image:
+    """The attacked image, 8-bit RGB of the same size; the same for the same seed. Raises AttackError."""
+    chain = parse(spec) if isinstance(spec, str) else spec
+    return chain(image.convert("RGB"), np.random.default_rng(seed), model)
+
+
+def seed_of(seed: int, name: str) -> int:
+    """The seed of one image of many, from its name below their folder: whatever the order, and whatever the others."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest()[:8], "big")
+
+
+def listing() -> str:
+    """All attacks and presets, a line each."""
+    lines = []
+    for name, known in ATTACKS.items():
+        default = "" if known.default is None else f" [{known.default:g}]"
+        needs = "; needs a model" if known.needs_model else ""
+        what = known.function.__doc__.splitlines()[0]
+        lines.append(f"{name:11} {known.range}{default}{needs}\n{'':11} {what}")
+    return "\n".join([*lines, "", *(f"{name}: {', '.join(specs)}" for name, specs in PRESETS.items())])
