@@ -1,8 +1,15 @@
 #!/usr/bin/env bash
-# The whole test suite. Usage: bash scripts/test.sh [OPTIONS OF pytest]
+# Style, types and tests. Usage: bash scripts/test.sh [--all] [OPTIONS OF pytest]
+# --all adds the tests marked slow: experiments, long command lines.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+selection=()
+if [ "${1:-}" = --all ]; then
+    selection=(-m "")
+    shift
+fi
 say "checking style"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 say "running the tests"
-.venv/bin/python -m pytest "$@"
+workers=$(.venv/bin/python -c 'import os; print(min(8, os.cpu_count() or 1))')
+.venv/bin/python -m pytest -n "$workers" --dist worksteal "${selection[@]}" "$@"
