@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import click
@@ -91,17 +91,16 @@ def _closed_pipe() -> Iterator[None]:
 
 def _one_line(error: Exception) -> click.ClickException | None:
     """The library's errors and the system's for the user; None for any other."""
-    from ringmark.data.files import one_line, remedy
-    from ringmark.errors import ImageError, ModelError, RingmarkError, StoreError
+    from ringmark.errors import RingmarkError
+    from ringmark.watermark.cli.remedies import explained, explained_system_error
 
-    if isinstance(error, (RingmarkError, ImageError, StoreError, ModelError)):
-        message = str(error)
+    if isinstance(error, RingmarkError):
+        message = explained(error)
     elif isinstance(error, OSError) and error.strerror:
-        what_to_do = remedy(error, "check the name, or choose another")
-        message = f"{error.filename or 'system'}: {error.strerror}; {what_to_do}"
+        message = explained_system_error(error)
     else:
         return None
-    shown = click.ClickException(one_line(message))
+    shown = click.ClickException(message)
     shown.exit_code = EXIT_USAGE
     return shown
 
@@ -178,20 +177,11 @@ guidance_option = click.option(
 )
 
 
-@cache
 def load_model(source: str, device: str, dtype: str):
     """The model these options name."""
-    import torch
+    from ringmark.watermark.tasks import load
 
-    from ringmark.errors import ModelError
-    from ringmark.inversion.models.pipeline import LatentModel
-
-    try:
-        return LatentModel.from_pretrained(
-            source, device=device, dtype=None if dtype == "auto" else getattr(torch, dtype)
-        )
-    except (AssertionError, RuntimeError) as error:  # torch asserts that it was built with CUDA
-        raise ModelError(f"--device {device}: {str(error).splitlines()[0]}; choose another --device") from error
+    return load.load_model(source, device, dtype)
 
 
 def load_detector(

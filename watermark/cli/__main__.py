@@ -1,0 +1,7 @@
+"""`python -m ringmark.watermark.cli`."""
+
+from __future__ import annotations
+
+from ringmark.watermark.cli.main import main
+
+main()

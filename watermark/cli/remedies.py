@@ -1,0 +1,44 @@
+"""What to do about each error: the library states facts with a code, the command line adds the remedy.
+
+A remedy is printed after the fact: "my.key: exists already; choose another name, or replace it with --force". It may
+use {subject}, {quoted} (the subject, quoted for a shell) and the error's details, as in {needed}.
+"""
+
+from __future__ import annotations
+
+import errno
+import shlex
+
+from ringmark.errors import RingmarkError, one_line
+
+__all__ = ["REMEDIES", "explained", "explained_system_error"]
+
+REMEDIES: dict[str, str] = {
+    # Pictures and labels
+    # Files and results
+    # Models
+    "model.device": "choose another device with --device",
+    # Keys and schemes
+    # Calibration
+    # Evaluation and audits
+    # Attacks
+}
+"""Code → remedy, by room. A code that the library raises must be here, and no other (tests/test_remedies.py)."""
+
+SYSTEM_REMEDIES = {errno.ENOSPC: "make room on the disk", errno.EDQUOT: "make room on the disk"}
+
+
+def explained(error: RingmarkError) -> str:
+    """The error in one line, "subject: fact; remedy". An error without a remedy is printed as it is."""
+    template = REMEDIES.get(error.code)
+    if template is None:
+        return one_line(error)
+    subject = str(error.subject)
+    remedy = template.format_map({"subject": subject, "quoted": shlex.quote(subject), **error.details})
+    return one_line(f"{error}; {remedy}")
+
+
+def explained_system_error(error: OSError) -> str:
+    """An error of the operating system in one line, in the same form."""
+    remedy = SYSTEM_REMEDIES.get(error.errno or 0, "check the name, or choose another")
+    return one_line(f"{error.filename or 'system'}: {error.strerror}; {remedy}")
