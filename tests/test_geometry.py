@@ -182,7 +182,7 @@ def disc(size: tuple[int, int]) -> torch.Tensor:
 @pytest.mark.parametrize("size", [(96, 96), (64, 96), (65, 80)])
 @pytest.mark.parametrize("angle", [75, -20, 131, 180])
 def test_a_turn_is_undone_within_the_disc(size, angle):
-    from ringmark.watermark.attacks.distortions import apply
+    from ringmark.watermark.attacks.chains import apply
 
     picture = waves(size)
     turned = to_tensor(apply(f"rotation:{angle}", to_picture(picture), 0))
@@ -193,7 +193,7 @@ def test_a_turn_is_undone_within_the_disc(size, angle):
 
 
 def test_a_crop_is_undone_up_to_a_shift_within_the_window():
-    from ringmark.watermark.attacks.distortions import apply
+    from ringmark.watermark.attacks.chains import apply
 
     picture, candidate = waves((128, 128)), Candidate(0, 0.75**-0.5)
     for seed in range(4):
@@ -261,7 +261,7 @@ def pocket():
 
 def test_the_search_finds_a_turned_and_a_cropped_picture(pocket):
     from ringmark.data.images import Sample, from_array
-    from ringmark.watermark.attacks.distortions import apply
+    from ringmark.watermark.attacks.chains import apply
     from ringmark.watermark.detect.detector import Detector
     from ringmark.watermark.embed import generate
     from ringmark.watermark.schemes.tree_ring import recommend

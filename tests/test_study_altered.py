@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from ringmark.data.scenes import scene
 from ringmark.inversion.models.pipeline import LatentModel
-from ringmark.watermark.attacks.distortions import parse
+from ringmark.watermark.attacks.chains import parse
 
 
 @pytest.fixture(scope="module")

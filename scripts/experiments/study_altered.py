@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ringmark.errors import RingmarkError
 from ringmark.inversion.decoder import INVERTERS, SLOWER, WITHIN, Inverter, fall, invert_decoder
 from ringmark.inversion.models.pipeline import LatentModel, resolve
-from ringmark.watermark.attacks.distortions import expand
+from ringmark.watermark.attacks.chains import expand
 from ringmark.watermark.detect.detector import Detector, with_built_in
 from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.evaluation.cells import CLEAN

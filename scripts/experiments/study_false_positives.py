@@ -40,7 +40,7 @@ from tqdm import tqdm
 from ringmark.data.sources import find_images
 from ringmark.errors import RingmarkError
 from ringmark.inversion.models.pipeline import LatentModel, resolve
-from ringmark.watermark.attacks.distortions import expand
+from ringmark.watermark.attacks.chains import expand
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.detector import Detector
 from ringmark.watermark.evaluation.cells import CLEAN

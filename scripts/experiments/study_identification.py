@@ -40,7 +40,7 @@ from ringmark.data.images import from_array, to_array
 from ringmark.errors import RingmarkError
 from ringmark.inversion.diffusion import sample
 from ringmark.inversion.models.pipeline import LatentModel, resolve
-from ringmark.watermark.attacks.distortions import Chain, apply, expand, seed_of
+from ringmark.watermark.attacks.chains import Chain, apply, expand, seed_of
 from ringmark.watermark.calibration import whitened_features
 from ringmark.watermark.detect.detector import ALPHA, Detector, with_built_in
 from ringmark.watermark.embed import initial_noise

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from ringmark.data.sources import find_images
 from ringmark.errors import ImageError, ModelError, RingmarkError
 from ringmark.inversion.models.pipeline import LatentModel, resolve
-from ringmark.watermark.attacks.distortions import Chain, expand
+from ringmark.watermark.attacks.chains import Chain, expand
 from ringmark.watermark.detect.detector import Detector, detector, with_built_in
 from ringmark.watermark.evaluation.cells import CLEAN, FPRS
 from ringmark.watermark.evaluation.rates import OperatingPoint, tied_below, tpr_at

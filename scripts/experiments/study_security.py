@@ -42,7 +42,7 @@ from tqdm import tqdm
 from ringmark.errors import RingmarkError
 from ringmark.inversion.metrics import correlation, rings
 from ringmark.inversion.models.pipeline import LatentModel, resolve
-from ringmark.watermark.attacks.distortions import Chain, parse
+from ringmark.watermark.attacks.chains import Chain, parse
 from ringmark.watermark.detect.detector import ALPHA, Detector, with_built_in
 from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.figures import COLOURS, GREY, INK, MARK

@@ -1,15 +1,14 @@
-"""Named distortions of images: what a mark must survive. Thin wrappers over Pillow, each with one strength.
+"""Distortions of images that a mark should survive: thin wrappers over Pillow, each with one strength.
 
-An attack is a pure function (image in 8-bit RGB, strength, rng) → image of the same size; those that draw nothing at
-random leave the generator alone. Sizes in pixels are the attacked picture's own: blur 4 px is four times as strong on
-128 pixels as on the 512 of the papers. `parse` reads "jpeg:25+blur:4", `apply` does it.
+An attack is a pure function (image in 8-bit RGB, strength, rng) → image of the same size. Deterministic attacks ignore
+the generator. Sizes in pixels are those of the attacked image: blur 4 px is four times as strong on 128 pixels as on
+the 512 of the papers. `chains` gives attacks their text form, as in "jpeg:25+blur:4".
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,9 +19,11 @@ from ringmark.data.images import from_array, to_array
 from ringmark.errors import AttackError
 
 if TYPE_CHECKING:  # torch is loaded for those attacks only that need a model
+    from torch import Tensor
+
     from ringmark.inversion.models.pipeline import LatentModel
 
-__all__ = ["ATTACKS", "PRESETS", "Attack", "Chain", "Step", "apply", "expand", "listing", "parse", "seed_of"]
+__all__ = ["ATTACKS", "Attack"]
 
 DIFFUSE_STEPS = 100  # moves of the whole schedule, of which `diffuse` walks a share: one for each hundredth
 SCREENSHOT_QUALITY = 80
@@ -154,25 +155,31 @@ def vae(image: Image.Image, passes: float, rng: np.random.Generator, model: Late
 
 
 def diffuse(image: Image.Image, share: float, rng: np.random.Generator, model: LatentModel) -> Image.Image:
-    """Noise added up to this share of the schedule, then taken away by DDIM with the empty prompt (arXiv 2306.01953).
+    """Noise added up to this share of the schedule, then removed by DDIM with the empty prompt (arXiv 2306.01953).
 
     z_t = √ᾱ_t E(x) + √(1 − ᾱ_t) ε at the level t nearest to that share, of DIFFUSE_STEPS for a whole schedule; share 0
     is one pass of `vae`. At the model's own size, then brought back.
     """
+
+    def regenerated(z: Tensor) -> Tensor:
+        return _diffused(z, share, rng, model)
+
+    return _at_size(image, model, lambda x: _regenerate(x, model, 1, regenerated))
+
+
+def _diffused(z: Tensor, share: float, rng: np.random.Generator, model: LatentModel) -> Tensor:
+    """Latents (1, C, h, w) with noise added to a level and removed again."""
     from ringmark.inversion.diffusion import sample, transfer
     from ringmark.inversion.schedule import Grid
 
-    def regenerated(z):
-        whole = model.grid(DIFFUSE_STEPS)
-        first, second, last = (int(whole.timesteps[i]) for i in (0, 1, -1))
-        level = share * (last + second - first)  # in timesteps of the whole schedule
-        part = int((whole.timesteps - level).abs().argmin()) + 1 if share else 0
-        eps = z.new_tensor(rng.standard_normal(tuple(z.shape), np.float32))
-        grid = Grid(whole.timesteps[:part], whole.alpha_bar[: part + 1])
-        noisy = transfer(z, eps, 1.0, grid.alpha_bar[part]) if part else z
-        return sample(model, noisy, model.embed([""]), grid)
-
-    return _at_size(image, model, lambda x: _regenerate(x, model, 1, regenerated))
+    whole = model.grid(DIFFUSE_STEPS)
+    first, second, last = (int(whole.timesteps[i]) for i in (0, 1, -1))
+    level = share * (last + second - first)  # in timesteps of the whole schedule
+    part = int((whole.timesteps - level).abs().argmin()) + 1 if share else 0
+    eps = z.new_tensor(rng.standard_normal(tuple(z.shape), np.float32))
+    grid = Grid(whole.timesteps[:part], whole.alpha_bar[: part + 1])
+    noisy = transfer(z, eps, 1.0, float(grid.alpha_bar[part])) if part else z
+    return sample(model, noisy, model.embed([""]), grid)
 
 
 def _through(image: Image.Image, form: str, quality: float) -> Image.Image:
@@ -180,7 +187,8 @@ def _through(image: Image.Image, form: str, quality: float) -> Image.Image:
     try:
         image.save(buffer, form, quality=int(quality))
     except (OSError, ValueError) as error:  # WebP ends at 16383 pixels a side, JPEG at 65535
-        raise AttackError(f"{form} cannot hold {image.width}x{image.height} pixels; make the image smaller") from error
+        fact = f"{form} cannot hold {image.width}x{image.height} pixels"
+        raise AttackError("attack.size", fact) from error
     with Image.open(buffer, formats=[form]) as read:
         return read.convert("RGB")
 
@@ -188,8 +196,10 @@ def _through(image: Image.Image, form: str, quality: float) -> Image.Image:
 def _there_and_back(
     image: Image.Image, scale: float, meanwhile: Callable[[Image.Image], Image.Image] = lambda x: x
 ) -> Image.Image:
-    small = tuple(max(1, round(side * scale)) for side in image.size)
-    return meanwhile(image.resize(small, Image.Resampling.LANCZOS)).resize(image.size, Image.Resampling.BICUBIC)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return meanwhile(image.resize((width, height), Image.Resampling.LANCZOS)).resize(
+        image.size, Image.Resampling.BICUBIC
+    )
 
 
 def _crop(image: Image.Image, across: float, down: float, rng: np.random.Generator) -> Image.Image:
@@ -231,7 +241,9 @@ def _at_size(image: Image.Image, model: LatentModel, regenerate: Callable[[Image
     return regenerate(image.resize(size, Image.Resampling.LANCZOS)).resize(image.size, Image.Resampling.LANCZOS)
 
 
-def _regenerate(image: Image.Image, model: LatentModel, passes: int, between: Callable) -> Image.Image:
+def _regenerate(
+    image: Image.Image, model: LatentModel, passes: int, between: Callable[[Tensor], Tensor]
+) -> Image.Image:
     """Encoded and decoded `passes` times, with `between` done to the latent (1, C, h, w)."""
     import torch
 
@@ -240,17 +252,17 @@ def _regenerate(image: Image.Image, model: LatentModel, passes: int, between: Ca
             z = model.encode(torch.from_numpy(to_array(image))[None]).float()
             decoded = model.decode(between(z))[0].float().cpu().numpy()
         if not np.isfinite(decoded).all():
-            raise AttackError("the model decodes this image to NaN; choose --dtype float32")
+            raise AttackError("attack.nan", "the model decodes this image to NaN")
         image = from_array(decoded)
     return image
 
 
 @dataclass(frozen=True)
 class Attack:
-    """What a name stands for: a function, and the strengths that it takes, `low` to `high`, in `unit`.
+    """A function and the strengths that it takes: `low` to `high`, in `unit`.
 
-    Without a unit it takes no strength. `kind` "whole" and "odd" ask for such numbers. With `needs_model` the function
-    takes a LatentModel after the generator.
+    An attack without a unit takes no strength. `kind` is "any", "whole" or "odd". With `needs_model`, the function takes
+    a LatentModel after the generator.
     """
 
     function: Callable[..., Image.Image]
@@ -260,6 +272,11 @@ class Attack:
     default: float | None = None
     kind: str = "any"
     needs_model: bool = False
+
+    @property
+    def summary(self) -> str:
+        """The first line of the function's documentation."""
+        return (self.function.__doc__ or "").splitlines()[0]
 
     @property
     def range(self) -> str:
@@ -298,133 +315,3 @@ ATTACKS = {
     "vae": Attack(vae, "passes", 1, 50, 1, "whole", needs_model=True),
     "diffuse": Attack(diffuse, "share of the schedule", 0, 1, 0.2, needs_model=True),
 }
-
-# The ends and the middle of the ranges of WAVES's distortions (arXiv 2401.08573), as its code applies them: crops and
-# erasures are shares of the area, kernel sizes of the blur are Gaussian radii.
-_WAVES = {
-    "weak": "rotation:9 crop:0.9 erase:0.05 brighten:1.2 contrast:1.2 blur:4 noise:0.02 jpeg:90",
-    "medium": "rotation:27 crop:0.7 erase:0.15 brighten:1.6 contrast:1.6 blur:12 noise:0.06 jpeg:50",
-    "strong": "rotation:45 crop:0.5 erase:0.25 brighten:2 contrast:2 blur:20 noise:0.1 jpeg:10",
-}
-# Shares of the schedule to which noise is added: once, twice and four times over, at the ends and the middle of the ranges
-# of WAVES's regenerations, 40-200, 20-100 and 10-50 of 1000 timesteps; and once and four times through the autoencoder.
-_REGENERATIONS = (
-    *("diffuse:0.04", "diffuse:0.12", "diffuse:0.2"),
-    *("+".join([f"diffuse:{share}"] * 2) for share in (0.02, 0.06, 0.1)),
-    *("+".join([f"diffuse:{share}"] * 4) for share in (0.01, 0.03, 0.05)),
-    *("vae:1", "vae:4"),
-)
-PRESETS = {
-    # The six of arXiv 2305.20030 as its text describes them.
-    "tree-ring": ("rotation:75", "jpeg:25", "crop:0.75", "blur:4", "noise:0.1", "brightness:6"),
-    # As its code applies them (though it turns by nearest neighbours), for comparing with published figures; its
-    # ColorJitter(6) draws from [0, 7].
-    "tree-ring-code": ("rotation:75", "jpeg:25", "widthcrop:0.75", "blur:4", "wrapnoise:0.1", "brightness:7"),
-    "waves": tuple(spec for group in zip(*(s.split() for s in _WAVES.values()), strict=True) for spec in group),
-    **{f"waves-{name}": tuple(specs.split()) for name, specs in _WAVES.items()},
-    "waves-regeneration": _REGENERATIONS,
-}
-
-
-@dataclass(frozen=True)
-class Step:
-    """One attack by name, at a strength within its range. Raises AttackError."""
-
-    name: str
-    strength: float | None
-
-    def __post_init__(self) -> None:
-        if self.name not in ATTACKS:
-            presets = f"; presets, alone: {', '.join(PRESETS)}"
-            raise AttackError(f"{self.name!r} is no attack; choose from {', '.join(ATTACKS)}{presets}")
-        known = ATTACKS[self.name]
-        if not known.takes(self.strength):
-            if not known.unit:
-                raise AttackError(f"{self}: {self.name} takes no strength; write {self.name} alone")
-            raise AttackError(f"{self}: the strength is out of range; {self.name} takes {known.range}")
-
-    def __str__(self) -> str:
-        return self.name if self.strength is None else f"{self.name}:{str(self.strength).removesuffix('.0')}"
-
-    def __call__(self, image: Image.Image, rng: np.random.Generator, model: LatentModel | None = None) -> Image.Image:
-        known = ATTACKS[self.name]
-        if known.needs_model and model is None:
-            raise AttackError(f"{self}: needs a model; give one")
-        return known.function(image, self.strength, rng, *([model] if known.needs_model else []))
-
-
-@dataclass(frozen=True)
-class Chain:
-    """Attacks applied from left to right; its text is what `parse` reads, with every strength said."""
-
-    steps: tuple[Step, ...]
-
-    def __str__(self) -> str:
-        return "+".join(map(str, self.steps))
-
-    @property
-    def slug(self) -> str:
-        """The same as a file's name on any system: "jpeg-25+blur-4"."""
-        return str(self).replace(":", "-")
-
-    @property
-    def needs_model(self) -> bool:
-        return any(ATTACKS[step.name].needs_model for step in self.steps)
-
-    def __call__(self, image: Image.Image, rng: np.random.Generator, model: LatentModel | None = None) -> Image.Image:
-        for step in self.steps:
-            image = step(image, rng, model)
-        return image
-
-
-def parse(spec: str) -> Chain:
-    """Reads "name", "name:strength", or several joined by +; a name alone has its default strength.
-
-    Raises AttackError for a name or a strength that there is not.
-    """
-    return Chain(tuple(_step(part.strip(), spec) for part in spec.split("+")))
-
-
-def _step(part: str, spec: str) -> Step:
-    name, colon, strength = (piece.strip() for piece in part.partition(":"))
-    if not name:
-        raise AttackError(f"{spec!r}: a name is missing; write attacks as in jpeg:25+blur:4")
-    if not colon:
-        return Step(name, ATTACKS[name].default if name in ATTACKS else None)
-    try:
-        return Step(name, float(strength))
-    except AttackError:
-        raise
-    except ValueError:
-        known = f"; {name} takes {ATTACKS[name].range}" if name in ATTACKS else ""
-        raise AttackError(f"{part}: {strength!r} is no number{known}") from None
-
-
-def expand(specs: Iterable[str]) -> list[Chain]:
-    """The attacks that these specs and names of PRESETS stand for, each once, in order. Raises AttackError."""
-    named = [spec for given in specs for spec in PRESETS.get(given.strip(), (given,))]
-    return list(dict.fromkeys(map(parse, named)))
-
-
-def apply(
-    spec: str | Chain, image: Image.Image, seed: int | np.random.Generator, model: LatentModel | None = None
-) -> Image.Image:
-    """The attacked image, 8-bit RGB of the same size; the same for the same seed. Raises AttackError."""
-    chain = parse(spec) if isinstance(spec, str) else spec
-    return chain(image.convert("RGB"), np.random.default_rng(seed), model)
-
-
-def seed_of(seed: int, name: str) -> int:
-    """The seed of one image of many, from its name below their folder: whatever the order, and whatever the others."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest()[:8], "big")
-
-
-def listing() -> str:
-    """All attacks and presets, a line each."""
-    lines = []
-    for name, known in ATTACKS.items():
-        default = "" if known.default is None else f" [{known.default:g}]"
-        needs = "; needs a model" if known.needs_model else ""
-        what = known.function.__doc__.splitlines()[0]
-        lines.append(f"{name:11} {known.range}{default}{needs}\n{'':11} {what}")
-    return "\n".join([*lines, "", *(f"{name}: {', '.join(specs)}" for name, specs in PRESETS.items())])

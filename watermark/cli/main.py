@@ -742,7 +742,7 @@ def evaluate(
 def list_attacks(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     """Print all attacks and end."""
     if value and not ctx.resilient_parsing:
-        from ringmark.watermark.attacks.distortions import listing
+        from ringmark.watermark.attacks.chains import listing
 
         click.echo(listing())
         ctx.exit()
@@ -788,7 +788,7 @@ def attack(ctx, path, output, specs, seed, force, source, device, dtype, as_json
     Example:
       ringmark attack marked attacked --attack jpeg:25+blur:4 --attack tree-ring
     """
-    from ringmark.watermark.attacks.distortions import expand
+    from ringmark.watermark.attacks.chains import expand
     from ringmark.watermark.tasks.attack import attack_files
 
     chains = expand(specs)

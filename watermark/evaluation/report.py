@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ringmark.data.files import write_atomic
-from ringmark.watermark.attacks.distortions import ATTACKS, parse
+from ringmark.watermark.attacks.chains import parse
+from ringmark.watermark.attacks.distortions import ATTACKS
 from ringmark.watermark.evaluation.cells import CLEAN, DISTANCE, FPRS, Cell, Evaluation
 from ringmark.watermark.figures import COLOURS, GREY, INK, MARK, draw_curve, markdown, save_figure, write_table
 

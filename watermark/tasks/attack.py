@@ -17,7 +17,7 @@ from ringmark.data.files import one_line
 from ringmark.data.images import read_image, save_png
 from ringmark.data.sources import SUFFIXES, list_images, stamp_of
 from ringmark.errors import AttackError, ImageError
-from ringmark.watermark.attacks.distortions import Chain, apply, seed_of
+from ringmark.watermark.attacks.chains import Chain, apply, seed_of
 
 if TYPE_CHECKING:
     from ringmark.inversion.models.pipeline import LatentModel
@@ -94,7 +94,7 @@ def _make(path: Path, jobs: list[_Job], model: LatentModel | None) -> Iterator[I
         try:
             made = apply(job.chain, image, job.seed, model)
         except AttackError as error:
-            yield AttackError(f"{one_line(path)}: {error}")
+            yield AttackError(error.code, str(error), subject=path, **error.details)
             continue
         save_png(made, job.target, **{CHUNK: json.dumps(job.made | job.stamp)})
         yield None

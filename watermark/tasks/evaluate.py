@@ -23,7 +23,7 @@ from ringmark.data.sources import check_folder, find_images
 from ringmark.errors import CalibrationError, EvaluationError, ImageError
 from ringmark.inversion.metrics import peak_during, release_memory
 from ringmark.inversion.models.pipeline import LatentModel
-from ringmark.watermark.attacks.distortions import Chain, expand
+from ringmark.watermark.attacks.chains import Chain, expand
 from ringmark.watermark.calibration import Calibration, whitened_features
 from ringmark.watermark.detect.detector import Detector, check_method, detector, where_it_fits
 from ringmark.watermark.evaluation.cells import CLEAN, DISTANCE, Cell, Evaluation
