@@ -150,7 +150,7 @@ def test_bad_names_are_refused_before_anything_is_written(album: Path, tmp_path:
     assert "no such file or folder" in refused(tmp_path / "none", out, *flip)
     (tmp_path / "empty").mkdir()
     assert "holds no images" in refused(tmp_path / "empty", out, *flip)
-    assert "takes quality" in refused(album, out, "--attack", "jpeg:101", "--attack", "vae")
+    assert "takes: quality" in refused(album, out, "--attack", "jpeg:101", "--attack", "vae")
     assert "is one file" in refused(album, tmp_path / "out.png", *flip)
     assert "is one file" in refused(album / "a.png", tmp_path / "b.png", *flip, "--attack", "blur")
     assert "end the name in .png" in refused(album / "a.png", tmp_path / "b.jpg", *flip)

@@ -22,6 +22,12 @@ REMEDIES: dict[str, str] = {
     # Calibration
     # Evaluation and audits
     # Attacks
+    "attack.empty": "write attacks as in jpeg:25+blur:4",
+    "attack.unknown": "choose from {known}; or a preset alone: {presets}",
+    "attack.strength": "{name} takes: {range}",
+    "attack.model": "name a model with --model",
+    "attack.size": "make the image smaller",
+    "attack.nan": "choose --dtype float32",
 }
 """Code → remedy, by room. A code that the library raises must be here, and no other (tests/test_remedies.py)."""
 
