@@ -1,33 +1,84 @@
-"""Files written whole or not at all, and never over what is somebody else's."""
+"""Files that are written whole or not at all, never over what ringmark did not write; and tensors read safely."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
+import logging
+import math
 import os
+import platform
+import re
 import secrets
+import stat
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
-from ringmark.errors import StoreError, one_line
+from ringmark.errors import RingmarkError, StoreError, one_line
 
-__all__ = ["one_line", "refuse_existing", "remedy", "write_atomic"]
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = [
+    "TensorInfo",
+    "is_ours",
+    "one_line",
+    "open_regular",
+    "read_tensors",
+    "refuse_existing",
+    "refuse_foreign",
+    "remedy",
+    "write_atomic",
+]
+
+LOG = logging.getLogger("ringmark.data.files")
+
+PathLike = str | os.PathLike[str]
+
+MARK = "ringmark"
+HEAD_BYTES = 1 << 16  # where the mark of an output is looked for
+STALE_SECONDS = 24 * 3600  # age of a temporary file whose process cannot be asked for
+MAX_HEADER = 1 << 20
+MAX_AXES = 8
+DTYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "<i1",
+    "U64": "<u8",
+    "U32": "<u4",
+    "U16": "<u2",
+    "U8": "<u1",
+    "BOOL": "|b1",
+}
+"""safetensors' names of what numpy can hold."""
 
 
-def write_atomic(path: str | os.PathLike, content: str | bytes, mode: int = 0o644) -> None:
-    """Writes a whole file or nothing: readers see the old content or the new. Text is UTF-8; `mode` is cut by the umask.
+# -- writing ----------------------------------------------------------------------------------------------------------
 
-    Parent folders are created; a link is followed, so that the file it names is replaced. Raises OSError when it
-    cannot be written, also when `path` is a device, a pipe or a folder.
+
+def write_atomic(path: PathLike, content: str | bytes, mode: int = 0o644) -> None:
+    """Write a whole file or nothing: readers see the old content or the new. Text is UTF-8; the umask limits `mode`.
+
+    Parent folders are created. A link is followed, so that the file it names is replaced. The content is first written
+    to a hidden file beside the target, whose name holds the target's name and the process id; such files of processes
+    that no longer run are removed. Raises OSError when the file cannot be written, also when `path` is a device, a pipe
+    or a folder.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():  # as root, os.replace would swap /dev/null for a file
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    _remove_stale(target)
+    partial = target.with_name(f"{_partial_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with open(partial, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut may leave the new name with no content
+        _write_through(partial, content.encode() if isinstance(content, str) else content, mode)
         os.replace(partial, target)
     except BaseException as error:
         partial.unlink(missing_ok=True)
@@ -36,19 +87,274 @@ def write_atomic(path: str | os.PathLike, content: str | bytes, mode: int = 0o64
         raise
 
 
+def _write_through(path: Path, content: bytes, mode: int) -> None:
+    with open(path, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut may leave the new name with no content
+
+
+def _partial_prefix(target: Path) -> str:
+    """What the names of a target's temporary files begin with; process ids are only known on their own machine."""
+    machine = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+    digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:6]  # long names are cut
+    return f".{os.fsencode(target.name)[:80].decode(errors='ignore')}.{digest}-{machine}-"
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove the target's temporary files that killed runs left behind."""
+    prefix = _partial_prefix(target)
+    with os.scandir(target.parent) as entries:
+        names = [entry.name for entry in entries if entry.name.startswith(prefix) and entry.name.endswith(".tmp")]
+    for name in names:
+        path = target.with_name(name)
+        if _is_stale(path, name.removeprefix(prefix).partition("-")[0]):
+            LOG.info("%s: removed; an earlier run was stopped while it wrote %s", path, target)
+            path.unlink(missing_ok=True)
+
+
+def _is_stale(path: Path, pid: str) -> bool:
+    if os.name != "posix":  # os.kill would end the process there
+        return _age(path) > STALE_SECONDS
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, OverflowError):  # it runs as another user, or the name is not ours
+        return False
+    return False
+
+
+def _age(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
 def remedy(error: OSError, otherwise: str) -> str:
     """What to do about a file that cannot be written: make room where there is none, else `otherwise`."""
     return "make room on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else otherwise
 
 
-def refuse_existing(path: str | os.PathLike, *, force: bool = False) -> None:
-    """Raises StoreError where there is something of this name: a folder, or without `force` anything."""
+# -- what may be replaced ---------------------------------------------------------------------------------------------
+
+
+def refuse_existing(path: PathLike, *, force: bool = False) -> None:
+    """Raise StoreError if something of this name exists: a folder, or without `force` anything, links included."""
     if os.path.isdir(path):
-        raise StoreError(f"{one_line(path)}: is a folder; name a file in it")
+        raise StoreError("file.folder", "is a folder", subject=path)
     if os.path.lexists(path) and not force:
-        raise StoreError(f"{one_line(path)}: exists already; choose another name, or --force to replace it")
+        raise StoreError("file.exists", "exists already", subject=path)
 
 
-def _refuse_special(path: Path) -> None:
-    if path.exists() and not path.is_file():  # opening a pipe could wait for ever
-        raise OSError(errno.EINVAL, "not a regular file")
+def refuse_foreign(path: PathLike, force: bool = False) -> None:
+    """Raise StoreError if writing to `path` would replace, through links as well, what ringmark did not write.
+
+    A file may be replaced if it does not exist, if it is ringmark's own (`is_ours`), or with `force`. A folder, a
+    device or a pipe is refused in any case; a link to nothing is refused without `force`.
+    """
+    if os.path.isdir(path):
+        raise StoreError("file.folder", "is a folder", subject=path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise StoreError("file.special", "is not a regular file", subject=path)
+    if not force and os.path.lexists(path) and not is_ours(path):
+        raise StoreError("file.foreign", "exists already and was not written by ringmark", subject=path)
+
+
+def is_ours(path: PathLike) -> bool:
+    """Whether ringmark wrote this file.
+
+    - PNG: a text chunk before the pixels says that the Software is ringmark.
+    - SVG: the creator in its metadata is ringmark.
+    - JSON and JSON lines: the first name in the first object starts with "ringmark".
+    - safetensors: a name in its metadata starts with "ringmark".
+    - Markdown: its first line is a comment that starts with "ringmark".
+    - CSV has no place for a mark: it lies beside a journal of ringmark's (a *.jsonl file that `Results` wrote).
+
+    Anything else, an empty file and one that cannot be read are not ours.
+    """
+    try:
+        with open_regular(path) as file:
+            head = file.read(HEAD_BYTES)
+    except StoreError:
+        return False
+    if Path(path).suffix.lower() == ".csv" and b"\0" not in head:
+        return _beside_journal(Path(path))
+    return any(has_mark(head) for has_mark in (_in_png, _in_svg, _in_json, _in_safetensors, _in_markdown))
+
+
+def _in_png(head: bytes) -> bool:
+    at = 8 if head.startswith(b"\x89PNG\r\n\x1a\n") else len(head)
+    while at + 8 <= len(head):
+        length, kind = int.from_bytes(head[at : at + 4], "big"), head[at + 4 : at + 8]
+        if kind == b"tEXt" and head[at + 8 : at + 8 + length].startswith(b"Software\0ringmark"):
+            return True
+        at += 12 + length if kind != b"IDAT" else len(head)
+    return False
+
+
+def _in_svg(head: bytes) -> bool:
+    return b"<svg" in head and re.search(rb"<dc:creator>\s*<cc:Agent>\s*<dc:title>ringmark", head) is not None
+
+
+def _in_json(head: bytes) -> bool:
+    return re.match(rb'(\xef\xbb\xbf)?\s*\{\s*"ringmark', head) is not None
+
+
+def _in_safetensors(head: bytes) -> bool:
+    header = head[8 : 8 + int.from_bytes(head[:8], "little")]
+    names = rb'"__metadata__"\s*:\s*\{[^{}]*?"ringmark[^"]*"\s*:'
+    return header.startswith(b"{") and re.search(names, header) is not None
+
+
+def _in_markdown(head: bytes) -> bool:
+    return head.startswith(b"<!-- ringmark")
+
+
+def _beside_journal(path: Path) -> bool:
+    for journal in Path(os.path.realpath(path)).parent.glob("*.jsonl"):
+        try:
+            with open_regular(journal) as file:
+                if _in_json(file.read(64)):
+                    return True
+        except StoreError:
+            continue
+    return False
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def open_regular(path: PathLike, error: type[RingmarkError] = StoreError, room: str = "file") -> BinaryIO:
+    """A regular file, opened for reading; to open a pipe without O_NONBLOCK would wait for a writer for ever.
+
+    Raises `error` with the code `room`.missing, .folder, .denied, .unreadable or .special.
+    """
+    try:
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    except FileNotFoundError:
+        raise error(f"{room}.missing", "there is no such file", subject=path) from None
+    except IsADirectoryError:
+        raise error(f"{room}.folder", "is a folder", subject=path) from None
+    except PermissionError as refusal:
+        fact = "is a folder" if os.path.isdir(path) else f"may not be read: {refusal.strerror}"
+        raise error(f"{room}.folder" if os.path.isdir(path) else f"{room}.denied", fact, subject=path) from None
+    except (OSError, ValueError) as refusal:  # ValueError: a name with a null byte
+        reason = getattr(refusal, "strerror", None) or str(refusal)
+        raise error(f"{room}.unreadable", f"cannot be opened: {reason}", subject=path) from None
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise error(f"{room}.special", "is not a regular file", subject=path)
+
+
+class TensorInfo(NamedTuple):
+    """What a safetensors header says of a tensor: dtype ("F32", …), shape, and its bytes after the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class TensorFile(NamedTuple):
+    """What a safetensors file holds: arrays by name, which may be written to, and text by name."""
+
+    tensors: dict[str, np.ndarray]
+    metadata: dict[str, str]
+
+
+Check = Callable[[Mapping[str, TensorInfo], dict[str, str]], object]
+
+
+def read_tensors(
+    path: PathLike,
+    *,
+    max_bytes: int,
+    check: Check | None = None,
+    error: type[RingmarkError] = StoreError,
+    room: str = "file",
+) -> TensorFile:
+    """The tensors and the metadata of a safetensors file; nothing is allocated before its header has been checked.
+
+    The header must describe tensors of DTYPES, each with at most MAX_AXES axes, whose bytes
+    follow each other without gap or overlap and fill the file; no name may be given twice. `check(infos, metadata)` may
+    ask for more before any value is read: what it raises (ValueError, LookupError, TypeError, AttributeError) means
+    "damaged".
+
+    Raises `error` with a code of `open_regular`, `room`.too-large for more than `max_bytes`, or `room`.damaged.
+    """
+    with open_regular(path, error, room) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            fact = f"has {size >> 20} MB, more than the {max_bytes >> 20} MB that are read"
+            raise error(f"{room}.too-large", fact, subject=path)
+        try:
+            infos, metadata = _read_header(file, size)
+            if check:
+                check(infos, metadata)
+            return TensorFile(_read_values(file, infos), metadata)
+        except RingmarkError:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as fault:
+            fact = f"is damaged, or not what it should be ({one_line(fault) or type(fault).__name__})"
+            raise error(f"{room}.damaged", fact, subject=path) from None
+        except OSError as fault:
+            raise error(f"{room}.unreadable", f"cannot be read: {fault.strerror}", subject=path) from None
+
+
+def _read_header(file: BinaryIO, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """What stands before the values; raises ValueError unless they fill the rest of `size` bytes."""
+    length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= min(size - 8, MAX_HEADER):
+        raise ValueError("no safetensors header")
+    entries = json.loads(file.read(length), object_pairs_hook=_unique)
+    if not isinstance(entries, dict):
+        raise ValueError("no safetensors header")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("metadata of another type")
+    infos = {name: _tensor_info(entry) for name, entry in entries.items()}
+    end = 0
+    for info in sorted(infos.values(), key=lambda info: info.begin):
+        if info.begin != end:
+            raise ValueError("tensors with gaps or overlaps")
+        end = info.end
+    if end != size - 8 - length:
+        raise ValueError("values cut off" if end > size - 8 - length else "bytes after the values")
+    return infos, metadata
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("a name given twice")
+    return entries
+
+
+def _tensor_info(entry: dict[str, object]) -> TensorInfo:
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if len(entry) != 3 or not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError("a tensor of an unknown type")
+    if not isinstance(shape, list) or len(shape) > MAX_AXES or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError("a tensor of an impossible shape")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
+        raise ValueError("a tensor without its place")
+    begin, end = offsets
+    if end - begin != math.prod(shape) * int(DTYPES[dtype][2:]):
+        raise ValueError("a tensor whose bytes do not fit its shape")
+    return TensorInfo(dtype, tuple(shape), begin, end)
+
+
+def _read_values(file: BinaryIO, infos: Mapping[str, TensorInfo]) -> dict[str, np.ndarray]:
+    import numpy as np
+
+    start, tensors = file.tell(), {}
+    for name, info in infos.items():
+        tensors[name] = np.empty(info.shape, DTYPES[info.dtype])
+        file.seek(start + info.begin)
+        buffer = tensors[name].reshape(-1).view(np.uint8)
+        if file.readinto(buffer) != info.end - info.begin:  # type: ignore[attr-defined]
+            raise ValueError("values cut off")
+    return tensors

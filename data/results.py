@@ -1,76 +1,102 @@
-"""Where results go: one JSON record a line, append-only, so that a run can be cut off anywhere and taken up again.
+"""Where results go: one JSON record a line, append-only, so that a run can be cut off anywhere and resumed.
 
-The first line of a store is a header with the settings of the run; results of different settings never share a file.
+The first line is a header with the settings of the run; results of different settings never share a file.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-try:
-    import fcntl
-except ImportError:  # Windows: no advisory locks, the rest works
-    fcntl = None
+from ringmark.data.files import PathLike, open_regular
+from ringmark.data.settings import differences, typed
+from ringmark.errors import StoreError
 
-from ringmark.data.files import _refuse_special, remedy
-from ringmark.errors import StoreError, one_line
+if TYPE_CHECKING:
+    from types import TracebackType
 
-__all__ = ["Store", "read_records"]
+    from filelock import BaseFileLock
+
+__all__ = ["Results", "read_records"]
+
+LOG = logging.getLogger("ringmark.data.results")
 
 VERSION = 1
+MAX_NESTING = 50
+Record = dict[str, Any]
 
 
-class Store:
-    """The results file at `path`, created or taken up again; records are dicts with a "sample_id".
+@dataclass(frozen=True)
+class Header:
+    """The first line: the version of the format, and what the results depend on."""
 
-    A last line torn by a crash is cut off. `done` holds the ids whose last record has no error, so that what failed
-    is tried again. Use it as a context manager, or call `close()`.
+    ringmark: int
+    settings: dict[str, Any]
 
-    Raises StoreError if the file holds results of other settings, is not a store (it is then left as it is), is
-    damaged before its last line, is in use by another run, or cannot be opened.
+
+class Results:
+    """The results file at `path`, created or resumed; records are dicts with a "sample_id".
+
+    A last line torn by a crash is cut off. `done` holds the ids whose last record has no error, so that what failed is
+    tried again. `fields` names what a record without an error must hold. A hidden lock file beside it keeps other runs
+    out until `close()`, or the end of the `with` block.
+
+    Raises StoreError if the file holds results of other settings (results.settings), is not a results file
+    (results.foreign; it is left as it is), has a damaged line before its last (results.damaged) or a record without one
+    of the fields (results.incomplete), is in use by another run (results.locked), or cannot be opened.
     """
 
     done: set[str]
 
-    def __init__(self, path: str | os.PathLike, settings: dict) -> None:
+    def __init__(self, path: PathLike, settings: Record, *, fields: Collection[str] = ()) -> None:
         self.path = Path(path)
         header = _encode({"ringmark": VERSION, "settings": settings})
         self._file = _open(self.path)
         try:
-            _lock(self._file, self.path)
-            self.done = self._resume(header)
+            self._lock = _lock(self.path)
         except BaseException:
             self._file.close()
             raise
+        try:
+            self.done = self._resume(header, fields)
+        except BaseException:
+            self.close()
+            raise
 
-    def _resume(self, header: bytes) -> set[str]:
-        """Checks what the file holds before anything is written, cuts a torn end, and says which ids are done."""
+    def _resume(self, header: bytes, fields: Collection[str]) -> set[str]:
+        """Check what the file holds before anything is written, cut a torn end, and return the ids that are done."""
         self._file.seek(0)
         content = self._file.readall()
         if header.startswith(content) and content != header:  # new, or cut off while the header was written
             self._file.truncate(0)
             self._write(header)
             return set()
-        parsed = _parse(self.path, content)
-        _check_settings(self.path, parsed.settings, json.loads(header)["settings"])
+        parsed = _parse(self.path, content, fields)
+        if changed := differences(parsed.settings, json.loads(header)["settings"]):
+            fact = f"holds results of other settings ({'; '.join(changed)})"
+            raise StoreError("results.settings", fact, subject=self.path)
+        if parsed.end < len(content):
+            LOG.info("%s: its last line was cut off and is removed", self.path)
         self._file.truncate(parsed.end)
-        return {id for id, record in parsed.records.items() if _succeeded(record)}
+        return {sample_id for sample_id, record in parsed.records.items() if _succeeded(record)}
 
-    def append(self, record: dict) -> None:
-        """Adds one record as one line in one write; NaN and infinities become null, arrays become lists.
+    def append(self, record: Record) -> None:
+        """Add one record as one line in one write; NaN and infinities become null, arrays become lists.
 
-        Raises StoreError without a "sample_id" that is a string, TypeError for values JSON cannot hold, and OSError
-        when the line cannot be written whole; the file is then as it was before.
+        Raises StoreError (results.id) without a "sample_id" that is a string, TypeError for values JSON cannot hold,
+        and OSError when the line cannot be written whole; the file is then as it was before.
         """
         if not isinstance(record.get("sample_id"), str):
-            raise StoreError(
-                f"{one_line(self.path)}: a record needs a sample_id that is a string; got {record.get('sample_id')!r}"
-            )
+            fact = f"a record needs a sample_id that is a string, not {record.get('sample_id')!r}"
+            raise StoreError("results.id", fact, subject=self.path)
         self._write(_encode(record))
         (self.done.add if _succeeded(record) else self.done.discard)(record["sample_id"])
 
@@ -85,119 +111,121 @@ class Store:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def close(self) -> None:
-        """Closes the file and lets go of its lock; harmless when repeated."""
+        """Close the file and release its lock; harmless when repeated."""
         self._file.close()
+        if self._lock:
+            self._lock.release()
 
-    def __enter__(self):
+    def __enter__(self) -> Results:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
 
-def read_records(path: str | os.PathLike) -> tuple[dict, list[dict]]:
-    """The settings and the records of a store, in order of first appearance; the last record of a sample_id wins.
+def read_records(path: PathLike, *, fields: Collection[str] = ()) -> tuple[Record, list[Record]]:
+    """The settings and the records of a results file, in order of first appearance; the last of a sample_id wins.
 
-    A last line without its end is left out: the run crashed there, or is writing it now. Raises StoreError if the
-    file cannot be read, is not a store or is damaged before its last line.
+    A last line without its end is left out: the run crashed there, or is writing it now. `fields` names what a record
+    without an error must hold. Raises StoreError like `Results`, or if the file cannot be read.
     """
-    path = Path(path)
-    try:
-        _refuse_special(path)
-        content = path.read_bytes()
-    except OSError as error:
-        raise StoreError(
-            f"{one_line(path)}: cannot be read ({error.strerror}); check the name of the results file"
-        ) from error
-    parsed = _parse(path, content)
+    with open_regular(path, StoreError, "results") as file:
+        try:
+            content = file.read()
+        except OSError as error:
+            fact = f"cannot be read: {error.strerror}"
+            raise StoreError("results.unreadable", fact, subject=path) from error
+    parsed = _parse(Path(path), content, fields)
     return parsed.settings, list(parsed.records.values())
 
 
 class _Parsed(NamedTuple):
-    settings: dict
-    records: dict[str, dict]  # the last record of each sample_id, in order of first appearance
+    settings: Record
+    records: dict[str, Record]  # the last record of each sample_id, in order of first appearance
     end: int  # bytes up to the end of the last whole line
 
 
-def _open(path: Path):
+def _open(path: Path) -> FileIO:
     """The file, unbuffered, for reading and appending."""
     try:
-        _refuse_special(path)
+        if path.exists() and not path.is_file():  # opening a pipe could wait for ever
+            raise OSError(errno.EINVAL, "not a regular file")
         path.parent.mkdir(parents=True, exist_ok=True)
         return open(path, "a+b", buffering=0)
     except OSError as error:
-        raise StoreError(
-            f"{one_line(path)}: cannot be opened for writing ({error.strerror}); {remedy(error, 'choose another -o')}"
-        ) from error
+        code = "results.no-space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "results.unwritable"
+        raise StoreError(code, f"cannot be opened for writing: {error.strerror}", subject=path) from error
 
 
-def _lock(file, path: Path) -> None:
-    if fcntl is None:
-        return
+def _lock(path: Path) -> BaseFileLock | None:
+    from filelock import FileLock, Timeout
+
+    target = Path(os.path.realpath(path))  # whatever name it is opened by
+    lock = FileLock(target.with_name(f".{target.name}.lock"), timeout=0, thread_local=False)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise StoreError(
-            f"{one_line(path)}: another run is writing to it; wait until it ends or choose another -o"
-        ) from error
-    except OSError:  # some network file systems have no locks; to go on is better than to refuse them
-        pass
+        lock.acquire()
+    except Timeout as error:
+        raise StoreError("results.locked", "is being written by another run", subject=path) from error
+    except (OSError, NotImplementedError):  # some network file systems have no locks; going on is better than refusing
+        LOG.warning("%s: cannot be locked here; do not write to it from two runs at once", path)
+        return None
+    return lock
 
 
-def _parse(path: Path, content: bytes) -> _Parsed:
-    """Reads all whole lines; raises StoreError at the first that is not what it should be."""
+def _parse(path: Path, content: bytes, fields: Collection[str]) -> _Parsed:
+    """Read all whole lines; raises StoreError at the first that is not what it should be."""
     end = content.rfind(b"\n") + 1
     first, *lines = content[:end].split(b"\n")[:-1] or [b""]
-    settings, records = _header(path, first), {}
+    settings, records = _settings(path, first), {}
     for number, line in enumerate(lines, 2):
         record = _decode(line)
         if not isinstance(record, dict) or not isinstance(record.get("sample_id"), str):
-            raise StoreError(
-                f"{one_line(path)}: line {number} is not a record; take that line out or choose another -o"
-            )
+            raise StoreError("results.damaged", f"line {number} is not a record", subject=path, line=number)
+        missing = [name for name in fields if name not in record] if _succeeded(record) else []
+        if missing:
+            fact = f"the record in line {number} has no {missing[0]}"
+            raise StoreError("results.incomplete", fact, subject=path, line=number)
         records[record["sample_id"]] = record
     return _Parsed(settings, records, end)
 
 
-def _header(path: Path, line: bytes) -> dict:
-    header = _decode(line)
-    if not isinstance(header, dict) or "ringmark" not in header or not isinstance(header.get("settings"), dict):
-        raise StoreError(f"{one_line(path)}: is not a file of ringmark results and is left as it is; name another file")
-    if header["ringmark"] != VERSION:
-        raise StoreError(
-            f"{one_line(path)}: has format {header['ringmark']!r}, this ringmark knows {VERSION}; choose another -o"
-        )
-    return header["settings"]
+def _settings(path: Path, line: bytes) -> Record:
+    try:
+        header = typed(Header, _decode(line))
+    except ValueError as error:
+        fact = "is not a ringmark results file and is left as it is"
+        raise StoreError("results.foreign", fact, subject=path) from error
+    if header.ringmark != VERSION:
+        fact = f"has format {header.ringmark}, this version of ringmark knows format {VERSION}"
+        raise StoreError("results.version", fact, subject=path)
+    return header.settings
 
 
-def _check_settings(path: Path, old: dict, new: dict) -> None:
-    missing = object()
-    names = [name for name in {**old, **new} if old.get(name, missing) != new.get(name, missing)]
-    if names:
-        said = "; ".join(f"{name} was {_brief(old, name)}, is {_brief(new, name)}" for name in names)
-        raise StoreError(f"{one_line(path)}: holds results of other settings ({one_line(said)}); choose another -o")
-
-
-def _brief(settings: dict, name: str) -> str:
-    text = json.dumps(settings[name]) if name in settings else "not set"
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _succeeded(record: dict) -> bool:
+def _succeeded(record: Record) -> bool:
     return record.get("error") is None
 
 
-def _encode(value: dict) -> bytes:
+def _encode(value: Record) -> bytes:
     # Escaped to ASCII: file names that are not UTF-8 reach us as lone surrogates, which UTF-8 cannot write.
     return json.dumps(_plain(value), allow_nan=False).encode() + b"\n"
 
 
 def _decode(line: bytes) -> Any:
-    """The JSON value, or None where there is none: no line of ours is null."""
+    """The JSON value, or None where there is none: no line of ours is null, or nested deeper than MAX_NESTING."""
     try:
-        return json.loads(line)
+        value = json.loads(line)
     except (ValueError, RecursionError):
         return None
+    brackets = line.count(b"{") + line.count(b"[")  # a bound, which is cheap
+    return value if brackets <= MAX_NESTING or _nesting(value) <= MAX_NESTING else None
+
+
+def _nesting(value: Any) -> int:
+    depth, level = 0, [value]
+    while level := [v for v in level if isinstance(v, (dict, list))]:
+        depth += 1
+        level = [item for v in level for item in (v.values() if isinstance(v, dict) else v)]
+    return depth
 
 
 def _plain(value: Any) -> Any:

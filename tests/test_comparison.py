@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ringmark.data.results import Store
+from ringmark.data.results import Results
 from ringmark.errors import AttackError, CalibrationError, EvaluationError, ImageError, RingmarkError, StoreError
 from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.watermark.calibration import Calibration
@@ -290,7 +290,7 @@ def test_what_is_refused(model, plan, keys, tmp_path):
         replace(plan, **swapped)
     (folder / "labels.csv").unlink()
     for carried, said in ((None, "no key"), ("0123456789abcdef", "key 01234567")):
-        Store(folder / "drawn.jsonl", {"key": carried}).close()
+        Results(folder / "drawn.jsonl", {"key": carried}).close()
         with pytest.raises(EvaluationError, match=f"m: was drawn with {said}, not"):
             replace(plan, **swapped)
         (folder / "drawn.jsonl").unlink()

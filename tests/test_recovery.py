@@ -14,7 +14,7 @@ from ringmark.inversion.decoder import Inverter
 from ringmark.inversion.methods import Anderson, ForwardStep
 from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.watermark.detect.detector import Detector
-from ringmark.watermark.tasks.recover import cached, recover_files
+from ringmark.watermark.tasks.recover import recover_files
 
 
 @pytest.fixture
@@ -72,14 +72,3 @@ def test_nothing_is_computed_twice(model, files, tmp_path):
 def test_nothing_readable_is_an_empty_result(model, files, tmp_path):
     found = recover_files(Detector(model, [], steps=3), files[1:2], tmp_path / "cache")
     assert found.noise.shape == (0, 4, 8, 8) and not found.ids and len(found.refused) == 1
-
-
-def test_a_cache_keeps_what_was_made_first_for_each_key(tmp_path):
-    make = lambda value: lambda: {"x": torch.tensor(value)}
-    assert cached(tmp_path, ["a", torch.ones(2)], make(1.0))["x"] == 1
-    assert cached(tmp_path, ["a", torch.ones(2)], make(2.0))["x"] == 1
-    assert cached(tmp_path, ["a", torch.zeros(2)], make(3.0))["x"] == 3
-    for path in tmp_path.iterdir():
-        assert path.stat().st_mode & 0o077 == 0
-        path.write_bytes(b"torn")
-    assert cached(tmp_path, ["a", torch.ones(2)], make(4.0))["x"] == 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ringmark.data.results import Store
+from ringmark.data.results import Results
 from ringmark.data.scenes import scene
 from ringmark.errors import EvaluationError
 from ringmark.watermark.tasks.audit import UNSEEN_SCENES, curves, curves_of_files, label_records, prompts_for
@@ -15,7 +15,7 @@ def record(name: str, score: float, **more) -> dict:
 
 
 def results(path, *records: dict, **settings):
-    with Store(path, settings) as store:
+    with Results(path, settings) as store:
         for one in records:
             store.append(one)
     return path

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ringmark.data.cache import cached
 from ringmark.data.files import write_atomic
 from ringmark.data.images import from_array, read_sample, to_array
 from ringmark.data.sources import find_images
@@ -29,7 +30,6 @@ from ringmark.watermark.embed import generate
 from ringmark.watermark.figures import save_figure, write_table
 from ringmark.watermark.schemes.tree_ring import TreeRing
 from ringmark.watermark.tasks.audit import prompts_for
-from ringmark.watermark.tasks.recover import cached
 
 SEED = 700_000  # of the first image drawn for an experiment
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ringmark.data.files import one_line
 from ringmark.data.images import Sample, from_array, read_sample, save_png
 from ringmark.data.labels import read_labels
-from ringmark.data.results import Store, read_records
+from ringmark.data.results import Results, read_records
 from ringmark.data.scenes import scene
 from ringmark.data.sources import list_images, stamp_of
 from ringmark.errors import EvaluationError, ImageError, StoreError
@@ -73,7 +73,7 @@ def draw(
     settings = made_with | {"key": key.fingerprint if key else None}
     seeds = [first_seed + i for i in range(len(prompts))]
     names = {seed: f"{seed:07d}.png" for seed in seeds}
-    with Store(folder / DRAWN, settings) as store:
+    with Results(folder / DRAWN, settings) as store:
         _same_prompts(store.path, {names[seed]: prompt for seed, prompt in zip(seeds, prompts, strict=True)})
         missing = [
             i for i, seed in enumerate(seeds) if names[seed] not in store.done or not (folder / names[seed]).exists()
@@ -152,7 +152,7 @@ def audit(detector: Detector, folder: Path, results: Path, *, batch: int = 8) ->
     stamps = {name_of(path): stamp_of(path) for path in (*found.images, *(e.path for e in found.unlisted))}
     # Relative, so that a tree that was moved with its results goes on.
     settings = detector.settings() | {"folder": os.path.relpath(folder, results.parent)}
-    with Store(results, settings) as store:
+    with Results(results, settings) as store:
         known = {r["sample_id"]: r for r in read_records(results)[1]}
         fresh = {n for n, stamp in stamps.items() if n in store.done and stamp.items() <= known[n].items()}
         with tqdm(total=len(stamps), initial=len(fresh), desc="audit", unit="image", disable=None) as bar:

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ringmark.data.cache import cached
 from ringmark.data.images import read_sample
 from ringmark.data.labels import read_labels
-from ringmark.data.results import Store, read_records
+from ringmark.data.results import Results, read_records
 from ringmark.data.scene_classifier import ATTRIBUTES, asked, features, train_classifiers
 from ringmark.data.sources import check_folder, find_images
 from ringmark.errors import CalibrationError, EvaluationError, ImageError
@@ -35,7 +36,7 @@ from ringmark.watermark.schemes.tree_ring import make_key, recommend
 from ringmark.watermark.statistics import conformal_p, matched_filter, published_distance, published_p_value
 from ringmark.watermark.tasks.attack import attack_files, attacked_name
 from ringmark.watermark.tasks.audit import DRAWN, draw, prompts_for
-from ringmark.watermark.tasks.recover import RecoveredFiles, cached, recover_files
+from ringmark.watermark.tasks.recover import RecoveredFiles, recover_files
 
 __all__ = ["Comparison", "compare", "own_statistic", "scores_of"]
 
@@ -136,7 +137,7 @@ def compare(model: LatentModel, plan: Comparison, folder: Path | None = None) ->
     """
     keys = plan.given_keys or [_own_key(model, plan)]
     detectors, unfit = _detectors(model, keys, plan, folder)
-    Store(plan.output / "plan.jsonl", plan.settings(model)).close()  # refuses another plan's images
+    Results(plan.output / "plan.jsonl", plan.settings(model)).close()  # refuses another plan's images
     memory = {name: _megabytes(looking, plan) for name, looking in detectors.items()}
     sets = [_images(model, plan, key) for key in (None, *keys)]
     cells, records, refused = [], [], []

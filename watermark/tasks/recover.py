@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ringmark.data.files import write_atomic
+from ringmark.data.cache import cached_rows
 from ringmark.data.images import Sample, read_sample, to_array
 from ringmark.errors import ImageError
 from ringmark.watermark.calibration import relevant
 from ringmark.watermark.detect.detector import Detector
 
-__all__ = ["RecoveredFiles", "cached", "recover_files"]
+__all__ = ["RecoveredFiles", "recover_files"]
 
 
 @dataclass(frozen=True)
@@ -91,53 +91,3 @@ def _timed(work: Callable[[Tensor], Tensor], rows: Tensor) -> dict[str, Tensor]:
     started = time.perf_counter()
     value = work(rows).float().cpu()
     return {"value": value, "seconds": torch.full((len(rows),), (time.perf_counter() - started) / len(rows))}
-
-
-def cached_rows(
-    folder: Path, key: list, rows: Tensor, make: Callable[[Tensor], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """As `cached`, each of the `rows` (n, …) by itself; `make` is asked once, for those that are missing."""
-    paths = [_place(folder, [*key, row]) for row in rows]
-    found = [_kept(path) for path in paths]
-    missing = [i for i, row in enumerate(found) if row is None]
-    if missing:
-        made = make(rows[missing])
-        for k, i in enumerate(missing):
-            found[i] = _keep(paths[i], {name: x[k] for name, x in made.items()})
-    return {name: torch.stack([row[name] for row in found]) for name in found[0]}
-
-
-def cached(folder: Path, key: list, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors that `make` returns, kept in `folder` under a digest of `key`: a run that was stopped goes on.
-
-    Noises of marked images would give the key away, so only their owner may read them. A damaged file is made anew.
-    """
-    path = _place(folder, key)
-    found = _kept(path)
-    return _keep(path, make()) if found is None else found
-
-
-def _place(folder: Path, key: list) -> Path:
-    digest = hashlib.sha256()
-    for part in key:
-        digest.update(part.contiguous().numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
-    return folder / f"{digest.hexdigest()[:24]}.safetensors"
-
-
-def _kept(path: Path) -> dict[str, Tensor] | None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path) if path.exists() else None
-    except SafetensorError:
-        path.unlink()
-        return None
-
-
-def _keep(path: Path, made: dict[str, Tensor]) -> dict[str, Tensor]:
-    from safetensors.torch import save
-
-    made = {name: x.contiguous() for name, x in made.items()}
-    write_atomic(path, save(made), 0o600)
-    return made

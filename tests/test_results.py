@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import stat
+import subprocess
 import sys
 
 import numpy as np
@@ -13,8 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringmark.data.files import one_line, write_atomic
-from ringmark.data.results import Store, read_records
+from ringmark.data.results import Results, read_records
 from ringmark.errors import StoreError
 
 SETTINGS = {"steps": 50, "key": "abc", "size": (128, 128)}
@@ -26,19 +26,19 @@ def path(tmp_path):
 
 
 def fill(path, *records):
-    with Store(path, SETTINGS) as store:
+    with Results(path, SETTINGS) as results:
         for record in records:
-            store.append(record)
+            results.append(record)
 
 
-def refused(path, settings=SETTINGS) -> str:
-    """The message with which a store is refused; the file must be left as it is."""
+def refused(path, code: str, settings=SETTINGS, **options) -> StoreError:
+    """The error with which a file is refused; the file must be left as it is."""
     before = path.read_bytes()
     with pytest.raises(StoreError) as caught:
-        Store(path, settings)
+        Results(path, settings, **options)
     assert path.read_bytes() == before
-    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
-    return str(caught.value)
+    assert caught.value.code == code and caught.value.subject == path and "\n" not in str(caught.value)
+    return caught.value
 
 
 def test_what_is_appended_is_read(path):
@@ -50,21 +50,21 @@ def test_what_is_appended_is_read(path):
 
 def test_a_second_start_goes_on(path):
     fill(path, {"sample_id": "a"})
-    with Store(path, SETTINGS) as store:
-        assert store.done == {"a"}
-        store.append({"sample_id": "b"})
-        assert store.done == {"a", "b"}
+    with Results(path, SETTINGS) as results:
+        assert results.done == {"a"}
+        results.append({"sample_id": "b"})
+        assert results.done == {"a", "b"}
     assert [r["sample_id"] for r in read_records(path)[1]] == ["a", "b"]
 
 
 def test_errors_are_tried_again_and_the_later_record_wins(path):
     fill(path, {"sample_id": "a", "error": "damaged"}, {"sample_id": "b", "error": None})
-    with Store(path, SETTINGS) as store:
-        assert store.done == {"b"}
-        store.append({"sample_id": "a", "p": 1})
-        assert store.done == {"a", "b"}
-        store.append({"sample_id": "b", "error": "later"})
-        assert store.done == {"a"}
+    with Results(path, SETTINGS) as results:
+        assert results.done == {"b"}
+        results.append({"sample_id": "a", "p": 1})
+        assert results.done == {"a", "b"}
+        results.append({"sample_id": "b", "error": "later"})
+        assert results.done == {"a"}
     assert read_records(path)[1] == [{"sample_id": "a", "p": 1}, {"sample_id": "b", "error": "later"}]
 
 
@@ -74,11 +74,11 @@ def test_a_crash_at_any_byte_loses_at_most_the_last_record(path):
     whole = path.read_bytes()
     for cut in range(len(whole) + 1):
         path.write_bytes(whole[:cut])
-        with Store(path, SETTINGS) as store:
+        with Results(path, SETTINGS) as results:
             kept = max(whole[:cut].count(b"\n") - 1, 0)
-            assert store.done == {r["sample_id"] for r in records[:kept]}
+            assert results.done == {r["sample_id"] for r in records[:kept]}
             for record in records[kept:]:
-                store.append(record)
+                results.append(record)
         assert path.read_bytes() == whole
 
 
@@ -91,17 +91,17 @@ def test_reading_leaves_a_torn_end_out_and_alone(path):
 
 
 def test_reading_works_while_another_writes(path):
-    with Store(path, SETTINGS) as store:
+    with Results(path, SETTINGS) as results:
         for n in range(3):
             assert len(read_records(path)[1]) == n
-            store.append({"sample_id": str(n)})
+            results.append({"sample_id": str(n)})
 
 
 def test_other_settings_are_refused_by_name(path):
     fill(path, {"sample_id": "a"})
-    message = refused(path, {"steps": 20, "key": "abc", "size": [128, 128], "seed": 1})
-    assert "steps was 50, is 20" in message and "seed was not set, is 1" in message and "-o" in message
-    assert "key" not in message and "size" not in message
+    fact = refused(path, "results.settings", {"steps": 20, "key": "abc", "size": [128, 128], "seed": 1}).fact
+    assert "steps was 50, is 20" in fact and "seed was not set, is 1" in fact
+    assert "key" not in fact and "size" not in fact
 
 
 @pytest.mark.parametrize(
@@ -111,9 +111,33 @@ def test_a_damaged_line_is_named(path, line):
     fill(path, {"sample_id": "a"}, {"sample_id": "b"})
     head, first, second, _ = path.read_bytes().split(b"\n")
     path.write_bytes(b"\n".join((head, first, line, second, b"")))
-    assert "line 3" in refused(path)
+    assert refused(path, "results.damaged").details == {"line": 3}
     with pytest.raises(StoreError, match="line 3"):
         read_records(path)
+
+
+@pytest.mark.parametrize("depth", [100, 900, 100_000])
+@pytest.mark.parametrize("line", [b'{"sample_id": "a", "x": %b}', b'{"ringmark": 1, "settings": {"x": %b}}'])
+def test_deep_nesting_is_damage(path, line, depth):
+    fill(path, {"sample_id": "a"})
+    deep = line % (b"[" * depth + b"]" * depth)
+    head = path.read_bytes().split(b"\n")[0] if b"sample_id" in line else deep
+    path.write_bytes(head + b"\n" + deep + b"\n")
+    refused(path, "results.damaged" if b"sample_id" in line else "results.foreign")
+    with pytest.raises(StoreError):
+        read_records(path)
+
+
+def test_a_record_without_a_needed_field_is_named(path):
+    fill(path, {"sample_id": "a", "p": 1}, {"sample_id": "b", "error": "damaged"}, {"sample_id": "c"})
+    error = refused(path, "results.incomplete", fields=("p",))
+    assert "'p'" not in error.fact and "no p" in error.fact and error.details == {"line": 4}
+    with pytest.raises(StoreError, match="line 4 has no p"):
+        read_records(path, fields=("p",))
+    fill(path, {"sample_id": "c", "p": 2})
+    with pytest.raises(StoreError, match="line 4"):  # each line is checked: none is half a record
+        read_records(path, fields=("p",))
+    assert len(read_records(path)[1]) == 3
 
 
 @pytest.mark.parametrize(
@@ -133,7 +157,7 @@ def test_a_damaged_line_is_named(path, line):
 def test_other_peoples_files_are_left_alone(tmp_path, content):
     path = tmp_path / "thesis.txt"
     path.write_bytes(content)
-    assert "left as it is" in refused(path)
+    refused(path, "results.foreign")
     with pytest.raises(StoreError):
         read_records(path)
 
@@ -141,21 +165,37 @@ def test_other_peoples_files_are_left_alone(tmp_path, content):
 def test_a_later_format_is_refused(tmp_path):
     path = tmp_path / "later.jsonl"
     path.write_text('{"ringmark": 2, "settings": {}}\n')
-    assert "format 2" in refused(path)
+    assert "format 2" in refused(path, "results.version").fact
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no advisory locks")
 def test_two_runs_never_share_a_file(path):
-    with Store(path, SETTINGS) as store:
-        store.append({"sample_id": "a"})
-        assert "another run" in refused(path)
-    with Store(path, SETTINGS) as store:
-        assert store.done == {"a"}
+    with Results(path, SETTINGS) as results:
+        results.append({"sample_id": "a"})
+        refused(path, "results.locked")
+    with Results(path, SETTINGS) as results:
+        assert results.done == {"a"}
 
 
 def test_a_refused_start_leaves_no_lock(path):
     fill(path)
-    refused(path, {})
+    refused(path, "results.settings", {})
+    fill(path, {"sample_id": "a"})
+
+
+def test_a_link_takes_the_same_lock(path, tmp_path):
+    with Results(path, SETTINGS):
+        (tmp_path / "link.jsonl").symlink_to(path)
+        refused(tmp_path / "link.jsonl", "results.locked")
+
+
+def test_another_process_is_kept_out_until_this_one_ends(path):
+    script = f"import sys; from ringmark.data.results import Results; kept = Results(sys.argv[1], {SETTINGS}); input()"
+    other = subprocess.Popen([sys.executable, "-c", script, path], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not path.exists() or not path.read_bytes().endswith(b"\n"):
+        assert other.poll() is None, other.stderr.read()
+    refused(path, "results.locked")
+    other.kill()
+    other.communicate()
     fill(path, {"sample_id": "a"})
 
 
@@ -168,26 +208,26 @@ def test_folders_and_pipes_are_refused(tmp_path):
             read_records(path)
     for path in (tmp_path, pipe, pipe / "below"):
         with pytest.raises(StoreError):
-            Store(path, SETTINGS)
+            Results(path, SETTINGS)
     assert stat.S_ISFIFO(pipe.stat().st_mode)
 
 
 def test_records_need_an_id(path):
-    with Store(path, SETTINGS) as store:
+    with Results(path, SETTINGS) as results:
         for record in ({}, {"sample_id": 3}, {"sample_id": None}):
             with pytest.raises(StoreError, match="sample_id"):
-                store.append(record)
+                results.append(record)
         with pytest.raises(TypeError):
-            store.append({"sample_id": "a", "what": object()})
+            results.append({"sample_id": "a", "what": object()})
     assert read_records(path)[1] == []
 
 
 def test_appending_after_closing_fails(path):
-    store = Store(path, SETTINGS)
-    store.close()
-    store.close()
+    results = Results(path, SETTINGS)
+    results.close()
+    results.close()
     with pytest.raises(ValueError, match="closed"):
-        store.append({"sample_id": "a"})
+        results.append({"sample_id": "a"})
 
 
 def test_what_json_cannot_hold_has_a_form(path, tmp_path):
@@ -216,9 +256,9 @@ def test_what_json_cannot_hold_has_a_form(path, tmp_path):
 
 
 def test_a_full_disk_leaves_the_file_whole(path, monkeypatch):
-    with Store(path, SETTINGS) as store:
-        store.append({"sample_id": "a"})
-        whole, file = path.read_bytes(), store._file
+    with Results(path, SETTINGS) as results:
+        results.append({"sample_id": "a"})
+        whole, file = path.read_bytes(), results._file
 
         class Full:
             def write(self, line):
@@ -227,18 +267,18 @@ def test_a_full_disk_leaves_the_file_whole(path, monkeypatch):
             def __getattr__(self, name):
                 return getattr(file, name)
 
-        monkeypatch.setattr(store, "_file", Full())
+        monkeypatch.setattr(results, "_file", Full())
         with pytest.raises(OSError, match="space"):
-            store.append({"sample_id": "b"})
+            results.append({"sample_id": "b"})
 
         def refuse(*_):
             raise OSError(errno.ENOSPC, "no space")
 
         monkeypatch.setattr(Full, "write", refuse)
         with pytest.raises(OSError, match="space") as caught:
-            store.append({"sample_id": "b"})
+            results.append({"sample_id": "b"})
         assert caught.value.filename == str(path)
-        assert path.read_bytes() == whole and store.done == {"a"}
+        assert path.read_bytes() == whole and results.done == {"a"}
 
 
 VALUES = st.recursive(
@@ -261,41 +301,3 @@ def test_any_record_comes_back(tmp_path_factory, ids, value):
     assert [r["sample_id"] for r in records] == list(dict.fromkeys(ids))
     assert {r["sample_id"]: r["n"] for r in records} == {id: n for n, id in enumerate(ids)}
     assert all(r["value"] == value for r in records)
-
-
-def test_write_atomic_replaces_whole_files(path):
-    write_atomic(path, "grün\n")
-    assert path.read_bytes() == "grün\n".encode()
-    write_atomic(path, b"\0\r\n", mode=0o600)
-    assert path.read_bytes() == b"\0\r\n"
-    if os.name == "posix":
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert os.listdir(path.parent) == [path.name]
-
-
-def test_a_failed_write_leaves_the_old_file(path, monkeypatch):
-    write_atomic(path, "old")
-
-    def fail(*_):
-        raise OSError(errno.ENOSPC, "no")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="no") as caught:
-        write_atomic(path, "new")
-    assert caught.value.filename == str(path)
-    assert path.read_text() == "old" and os.listdir(path.parent) == [path.name]
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
-def test_write_atomic_follows_links_and_refuses_what_is_no_file(tmp_path):
-    (tmp_path / "link").symlink_to(tmp_path / "file")
-    write_atomic(tmp_path / "link", "text")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "text"
-    os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(OSError, match="regular"):
-            write_atomic(path, "text")
-
-
-def test_one_line():
-    assert one_line("a\nb\tç\udcff") == "a\\nb\\tç\\udcff"
