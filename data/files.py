@@ -223,6 +223,17 @@ def _beside_journal(path: Path) -> bool:
     return False
 
 
+CODES = (
+    "file.missing",
+    "file.folder",
+    "file.denied",
+    "file.unreadable",
+    "file.special",
+    "file.too-large",
+    "file.damaged",
+)
+"""What `open_regular` and `read_tensors` raise, unless a room of another name is given."""
+
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,9 @@ LOG = logging.getLogger("ringmark.data.results")
 
 VERSION = 1
 MAX_NESTING = 50
+CODES = ("results.missing", "results.folder", "results.denied", "results.unreadable", "results.special")
+"""What `read_records` raises where the file cannot be opened."""
+
 Record = dict[str, Any]
 
 

@@ -16,6 +16,29 @@ __all__ = ["REMEDIES", "explained", "explained_system_error"]
 REMEDIES: dict[str, str] = {
     # Pictures and labels
     # Files and results
+    "file.missing": "check the name",
+    "file.folder": "name a file in it",
+    "file.denied": "change its permissions",
+    "file.unreadable": "check the name",
+    "file.special": "name a regular file",
+    "file.too-large": "check the name",
+    "file.damaged": "restore it from a copy, or make it anew",
+    "file.exists": "choose another name, or replace it with --force",
+    "file.foreign": "choose another name, or replace it with --force",
+    "results.missing": "check the name of the results file",
+    "results.folder": "name a results file in it",
+    "results.denied": "change its permissions",
+    "results.unreadable": "check the name of the results file",
+    "results.special": "name a results file",
+    "results.unwritable": "choose another file with -o",
+    "results.no-space": "make room on the disk",
+    "results.locked": "wait until it ends, or choose another file with -o",
+    "results.settings": "use the settings of the first run, or choose another file with -o",
+    "results.foreign": "choose another file",
+    "results.version": "choose another file, or use the version of ringmark that wrote it",
+    "results.damaged": "remove line {line}, or choose another file",
+    "results.incomplete": "remove line {line}, or audit into another file",
+    "results.id": "give each record the name of its image",
     # Models
     "model.device": "choose another device with --device",
     # Keys and schemes
