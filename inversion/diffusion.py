@@ -1,4 +1,7 @@
-"""DDIM as one formula, walked both ways (arXiv 2010.02502)."""
+"""Deterministic sampling and its inversion, for every schedule with x_i = a_i x₀ + s_i ε.
+
+DDIM (arXiv 2010.02502) and the Euler steps of rectified flow (arXiv 2209.03003) are two of them.
+"""
 
 from __future__ import annotations
 
@@ -8,43 +11,46 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ringmark.inversion.schedule import Grid
+from ringmark.inversion.schedule import Schedule
 from ringmark.inversion.solve import Method, norms, solve
 
-__all__ = ["invert", "sample", "transfer"]
+__all__ = ["Denoiser", "invert", "sample", "transfer"]
 
 
 class Denoiser(Protocol):
-    """What this module needs of a model."""
+    """What sampling and inversion need of a model."""
 
-    def eps(self, latents: Tensor, t: int, cond: Tensor) -> Tensor: ...
+    def predict(self, latents: Tensor, level: int, schedule: Schedule, cond: Tensor) -> tuple[Tensor, Tensor]:
+        """(x̂₀, ε̂) of latents taken to stand at `level` ≥ 1, so that latents = a x̂₀ + s ε̂, in 32 bit or more."""
+        ...
 
     def embed(self, prompts: list[str]) -> Tensor: ...
 
 
-def transfer(z: Tensor, eps: Tensor, alpha_from: float, alpha_to: float) -> Tensor:
-    """Move a latent between noise levels along ε, in either direction.
-
-    z_b = √ᾱ_b (z_a − √(1 − ᾱ_a) ε)/√ᾱ_a + √(1 − ᾱ_b) ε; for the same ε the way back is exact.
-    """
-    a, b = float(alpha_from), float(alpha_to)
-    return (b / a) ** 0.5 * z + ((1 - b) ** 0.5 - (b * (1 - a) / a) ** 0.5) * eps
+Predict = Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]]
+"""(latents, level, rows): `rows` says which of the batch's prompts belong to the latents."""
 
 
-def guided(model: Denoiser, cond: Tensor, guidance: float) -> Callable[..., Tensor]:
-    """(z, t, rows) → ε_∅ + g (ε_c − ε_∅), both in one call of the network; g = 1 needs no empty prompt.
+def transfer(x0: Tensor, eps: Tensor, signal: float, noise: float) -> Tensor:
+    """The latent a x₀ + s ε at the level with this signal a and noise s."""
+    return signal * x0 + noise * eps
 
-    `rows` says which of the batch's prompts belong to z; all of them unless given.
+
+def guided(model: Denoiser, schedule: Schedule, cond: Tensor, guidance: float) -> Predict:
+    """Predictions with classifier-free guidance: p_∅ + g (p_c − p_∅) for both x̂₀ and ε̂ (arXiv 2207.12598).
+
+    Both prompts go through the network in one call; g = 1 needs no empty prompt.
     """
     if guidance == 1.0:
-        return lambda z, t, rows=...: model.eps(z, t, cond[rows])
+        return lambda z, level, rows: model.predict(z, level, schedule, cond[rows])
     nothing = model.embed([""]).expand_as(cond)
 
-    def eps(z: Tensor, t: int, rows=...) -> Tensor:
-        empty, conditional = model.eps(torch.cat([z, z]), t, torch.cat([nothing[rows], cond[rows]])).chunk(2)
-        return empty + guidance * (conditional - empty)
+    def predict(z: Tensor, level: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        both = model.predict(torch.cat([z, z]), level, schedule, torch.cat([nothing[rows], cond[rows]]))
+        (x0, x0_cond), (eps, eps_cond) = (pair.chunk(2) for pair in both)
+        return x0 + guidance * (x0_cond - x0), eps + guidance * (eps_cond - eps)
 
-    return eps
+    return predict
 
 
 @torch.inference_mode()
@@ -52,19 +58,20 @@ def sample(
     model: Denoiser,
     noise: Tensor,
     cond: Tensor,
-    grid: Grid,
+    schedule: Schedule,
     *,
     guidance: float = 1.0,
     progress: Callable[[], None] | None = None,
 ) -> Tensor:
-    """Latents (B, C, h, w) drawn from unit normal noise of that shape by deterministic DDIM.
+    """Latents (B, C, h, w) drawn deterministically from unit normal noise of that shape.
 
-    `cond` (B, L, W) are prompts' embeddings; guidance ≥ 1, 1 is none. Agrees with diffusers' DDIMScheduler at η = 0.
+    `cond` (B, L, W) are the prompts' embeddings; guidance ≥ 1, where 1 is none. `progress()` is called after each move.
+    Agrees with diffusers' DDIMScheduler at η = 0.
     """
-    eps, z = guided(model, cond, guidance), noise
-    for i in reversed(range(len(grid))):
-        t = int(grid.timesteps[i])
-        z = transfer(z, eps(z, t), grid.alpha_bar[i + 1], grid.alpha_bar[i])
+    predict, z = guided(model, schedule, cond, guidance), noise
+    rows = torch.arange(len(z), device=cond.device)
+    for level in range(len(schedule), 0, -1):
+        z = transfer(*predict(z, level, rows), *schedule.at(level - 1)).to(noise.dtype)
         if progress:
             progress()
     return z
@@ -75,7 +82,7 @@ def invert(
     model: Denoiser,
     latents: Tensor,
     cond: Tensor,
-    grid: Grid,
+    schedule: Schedule,
     *,
     guidance: float = 1.0,
     method: Method | None = None,
@@ -85,34 +92,46 @@ def invert(
 ) -> Tensor:
     """The initial noise (B, C, h, w) from which `sample` would draw these latents.
 
-    Naive (`method` None): each move takes ε at the cleaner latent. Exact: solves z' = transfer(z, ε(z')) for the
-    noisier latent z' with a fixed-point method, from the naive move, at most `max_steps` steps a move, until the
-    equation's residual is below `tol` of ‖z'‖.
+    From the cleaner latent z the noisier z′ solves T(z′) = w (a x̂₀(z′) + s ε̂(z′) − z) = 0. Naive inversion (`method`
+    None) takes one step from z′ = z, z − T(z), which for DDIM is the usual one. Exact inversion goes on from there with
+    a fixed-point method, at most `max_steps` steps a move, until ‖T‖ ≤ `tol` ‖z′‖. `cond`, `guidance` and `progress`
+    as in `sample`.
     """
-    eps, z = guided(model, cond, guidance), latents
-    for i in range(len(grid)):
-        t, a, b = int(grid.timesteps[i]), grid.alpha_bar[i], grid.alpha_bar[i + 1]
-        naive = transfer(z, eps(z, t), a, b)
-        z = naive if method is None else _implicit(eps, z, naive, t, a, b, method, max_steps, tol)
+    predict, z = guided(model, schedule, cond, guidance), latents
+    rows = torch.arange(len(z), device=cond.device)
+    for level in range(1, len(schedule) + 1):
+        missed = _Missed(predict, schedule, level, z)
+        noisier = z - missed(z, rows)
+        if method is not None:
+            noisier = solve(missed, noisier, method, max_steps=max_steps, tol=tol * norms(noisier)).value
+        z = noisier.to(latents.dtype)
         if progress:
             progress()
     return z
 
 
-def _implicit(
-    eps: Callable[..., Tensor],
-    z: Tensor,
-    naive: Tensor,
-    t: int,
-    a: float,
-    b: float,
-    method: Method,
-    max_steps: int,
-    tol: float,
-) -> Tensor:
-    """z' with z' = transfer(z, ε(z')), from the naive move."""
+class _Missed:
+    """T(z′) = w (a x̂₀(z′) + s ε̂(z′) − z): by how much a move from z′ at `level` misses the cleaner latent z.
 
-    def residual(noisier: Tensor, rows: Tensor) -> Tensor:
-        return noisier - transfer(z[rows], eps(noisier.to(z.dtype), t, rows), a, b)
+    The weight w gives T slope 1 in z′ for a fixed output of the network, so that plain steps contract.
+    """
 
-    return solve(residual, naive, method, max_steps=max_steps, tol=tol * norms(naive)).value.to(z.dtype)
+    def __init__(self, predict: Predict, schedule: Schedule, level: int, cleaner: Tensor) -> None:
+        self.predict, self.level, self.cleaner = predict, level, cleaner
+        self.signal, self.noise = schedule.at(level - 1)
+        self.weight = _weight(schedule, level)
+
+    def __call__(self, noisier: Tensor, rows: Tensor) -> Tensor:
+        pair = self.predict(noisier.to(self.cleaner.dtype), self.level, rows)
+        return self.weight * (transfer(*pair, self.signal, self.noise) - self.cleaner[rows])
+
+
+def _weight(schedule: Schedule, level: int) -> float:
+    """w of the move to `level`, where the latent has signal a′ and noise s′.
+
+    For rectified flow, at a fixed velocity, 1. Else, at a fixed ε̂, a′/a; without signal, at a fixed x̂₀, s′/s.
+    """
+    (signal, noise), (signal_there, noise_there) = schedule.at(level - 1), schedule.at(level)
+    if schedule.straight or (signal_there == 0 and noise == 0):
+        return 1.0
+    return signal_there / signal if signal_there else noise_there / noise

@@ -22,7 +22,8 @@ from ringmark.data.files import write_atomic
 from ringmark.data.images import from_array, save_png, to_array
 from ringmark.data.scene_classifier import ATTRIBUTES, CELLS, features, train_classifiers
 from ringmark.data.scenes import Attributes, caption, draw_attributes, scene
-from ringmark.inversion.models.pipeline import POCKET, LatentModel
+from ringmark.inversion.models.loading import POCKET
+from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.watermark.embed import generate
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -35,7 +35,7 @@ def tiny_parts():
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    from ringmark.inversion.models.pipeline import POCKET
+    from ringmark.inversion.models.loading import POCKET
 
     tokenizer = CLIPTokenizer.from_pretrained(POCKET, subfolder="tokenizer")
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ from ringmark.data.images import Sample, from_array
 from ringmark.errors import CalibrationError, KeyFileError, RingmarkError
 from ringmark.inversion.decoder import Inverter
 from ringmark.inversion.metrics import rings
-from ringmark.inversion.schedule import Grid
+from ringmark.inversion.schedule import Schedule
 from ringmark.inversion.solve import Solution, Status
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.detector import Detector, Judged, Recovered, _final_rms, detector
@@ -39,11 +39,11 @@ class Identity:
     def embed(self, prompts: list[str]) -> torch.Tensor:
         return torch.zeros(len(prompts), 1, 1)
 
-    def eps(self, latents: torch.Tensor, t: int, cond: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(latents)
+    def predict(self, latents: torch.Tensor, level: int, schedule: Schedule, cond: torch.Tensor) -> tuple:
+        return latents / schedule.at(level)[0], torch.zeros_like(latents)
 
-    def grid(self, steps: int) -> Grid:
-        return Grid(torch.arange(steps), torch.linspace(1, 0.01, steps + 1, dtype=torch.float64))
+    def schedule(self, steps: int) -> Schedule:
+        return Schedule.from_alpha_bar(torch.linspace(1, 0.01, steps + 1).double()[1:], torch.arange(steps))
 
 
 MODEL = Identity()
@@ -130,8 +130,8 @@ def test_flat_and_broken_images_are_inconclusive() -> None:
     assert verdict.present is None and "flat" in verdict.sentence() and (verdict.shows, verdict.p_value) == (False, 1.0)
 
     class Overflowing(Identity):
-        def eps(self, latents, t, cond):
-            return torch.full_like(latents, torch.inf)
+        def predict(self, latents, level, schedule, cond):
+            return latents, torch.full_like(latents, torch.inf)
 
     ((_, (verdict,), _),) = Detector(Overflowing(), [key(4)], steps=2).scan(
         samples(initial_noise([5], MODEL.latent_shape))

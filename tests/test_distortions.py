@@ -205,7 +205,7 @@ def test_diffusion_adds_noise_to_a_level_and_walks_back() -> None:
         encode = decode = staticmethod(lambda x: x)
 
     image = Image.new("RGB", (32, 32), (128, 128, 128))
-    alpha = float(Plain().grid(100).alpha_bar[21])  # the level of timestep 20 of 100
+    alpha = Plain().schedule(100).at(21)[0] ** 2  # the level of timestep 20 of 100
     change = pixels(apply("diffuse:0.2", image, 0, Plain())) - 128
     assert change.std() / 127.5 == pytest.approx(((1 - alpha) / alpha) ** 0.5, rel=0.05)
 

@@ -16,7 +16,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from ringmark.errors import ModelError
 from ringmark.inversion.metrics import stored_bytes
-from ringmark.inversion.models.pipeline import LatentModel, resolve
+from ringmark.inversion.models.loading import resolve
+from ringmark.inversion.models.pipeline import LatentModel
+from ringmark.inversion.schedule import Schedule
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 WEIGHTS = {
@@ -166,10 +168,14 @@ def test_everything_is_read_from_the_configs(request, which, latent_shape, image
 
         cond = model.embed(["a lake", ""])
         assert cond.shape == (2, 24, 16) and not torch.equal(cond[0], cond[1])
-        eps = model.eps(latents, 501, cond)
-        assert eps.shape == latents.shape and eps.isfinite().all()
+        schedule = model.schedule(2)
+        x0, eps = model.predict(latents, 2, schedule, cond)
+        assert x0.shape == eps.shape == latents.shape and eps.isfinite().all()
+        a, s = schedule.at(2)
+        assert torch.allclose(a * x0 + s * eps, latents, rtol=1e-3, atol=1e-4)
         for i in range(2):
-            assert torch.allclose(model.eps(latents[i : i + 1], 501, cond[i : i + 1])[0], eps[i], rtol=1e-3, atol=1e-4)
+            alone = model.predict(latents[i : i + 1], 2, schedule, cond[i : i + 1])[1]
+            assert torch.allclose(alone[0], eps[i], rtol=1e-3, atol=1e-4)
 
 
 @torch.inference_mode()
@@ -198,14 +204,17 @@ def test_the_tiny_autoencoder_has_latents_and_no_posterior(taesd):
 
 @pytest.mark.parametrize("t", [1, 333, 999])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-def test_whatever_is_predicted_becomes_eps(tiny_parts, monkeypatch, prediction, t):
+def test_whatever_is_predicted_becomes_x0_and_eps(tiny_parts, monkeypatch, prediction, t):
     scheduler = DDIMScheduler(**BETAS, prediction_type=prediction)
     model = LatentModel(**tiny_parts | {"scheduler": scheduler}, name="tiny")
     x, eps, at = draw(2, 4, 8, 8), draw(2, 4, 8, 8, seed=1), torch.tensor([t])
     z = scheduler.add_noise(x, eps, at)
     answer = {"epsilon": eps, "sample": x, "v_prediction": scheduler.get_velocity(x, eps, at)}[prediction]
     monkeypatch.setattr(model.unet, "forward", lambda *args, **kwargs: (answer,))
-    assert torch.allclose(model.eps(z, t, None), eps, rtol=1e-4, atol=2e-5)
+    schedule = Schedule.from_alpha_bar(scheduler.alphas_cumprod, at)
+    x0_found, eps_found = model.predict(z, 1, schedule, None)
+    assert torch.allclose(eps_found, eps, rtol=1e-4, atol=2e-5)
+    assert torch.allclose(x0_found, x, rtol=1e-3, atol=2e-5)
 
 
 def test_embed_is_the_text_encoders_last_state(sd1):
@@ -227,7 +236,9 @@ def test_a_model_in_sixteen_bits_is_the_same_model(sd1, dtype):
     images = draw(1, 3, 64, 96).clamp(-1, 1)
     latents = half.encode(images)
     assert latents.dtype == dtype and torch.allclose(latents.float(), model.encode(images), atol=0.05)
-    assert half.eps(latents.float(), 5, half.embed([""])).dtype == torch.float32
+    for dtype in (latents.dtype, torch.float32):
+        x0, eps = half.predict(latents.to(dtype), 1, half.schedule(5), half.embed([""]))
+        assert x0.dtype == eps.dtype == torch.float32
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
@@ -299,28 +310,29 @@ def test_a_pipeline_is_wrapped_as_it_is(tiny_parts):
 
 
 @pytest.mark.parametrize("which", ["sd1", "sd2", "taesd"])
-def test_grid_ascends_through_the_schedule(request, which):
+def test_levels_ascend_through_the_schedule(request, which):
     model = LatentModel.from_pretrained(request.getfixturevalue(which))
     for steps in (1, 2, 7, 50, 500):
-        grid = model.grid(steps)
-        assert len(grid) == steps and grid.alpha_bar.shape == (steps + 1,)
-        assert (grid.timesteps.diff() > 0).all() and (grid.alpha_bar[1:].diff() < 0).all()
-        assert grid.timesteps[0] == {"sd1": 1, "sd2": 1, "taesd": 0}[which]
-        assert grid.alpha_bar[0] == (1.0 if which == "taesd" else float(model.scheduler.alphas_cumprod[0]))
-        assert torch.equal(grid.alpha_bar[1:], model.scheduler.alphas_cumprod.double()[grid.timesteps])
+        schedule, alpha_bar = model.schedule(steps), model.scheduler.alphas_cumprod.double()
+        assert len(schedule) == steps and schedule.signal.shape == (steps + 1,)
+        assert (schedule.timesteps.diff() > 0).all() and (schedule.signal[1:].diff() < 0).all()
+        assert schedule.timesteps[0] == {"sd1": 1, "sd2": 1, "taesd": 0}[which]
+        assert schedule.at(0)[0] == (1.0 if which == "taesd" else float(alpha_bar[0]) ** 0.5)
+        assert torch.equal(schedule.signal[1:], alpha_bar[schedule.timesteps].sqrt())
 
 
 @pytest.mark.parametrize("steps", [-1, 0, 1000, 1001, 10**9])
 def test_steps_that_the_schedule_has_not(tiny_parts, steps):
     """With an offset of 1 the thousandth step would start beyond the schedule."""
-    with pytest.raises(ModelError, match=r"tiny.*steps"):
-        LatentModel(**tiny_parts, name="tiny").grid(steps)
+    with pytest.raises(ModelError) as caught:
+        LatentModel(**tiny_parts, name="tiny").schedule(steps)
+    assert (caught.value.code, caught.value.subject) == ("model.steps", "tiny")
 
 
-def test_a_schedule_that_ends_in_pure_noise_is_refused_where_it_does(copy):
+@pytest.mark.parametrize("steps", [1, 7, 50])
+def test_a_schedule_that_ends_in_pure_noise(copy, steps):
     edit(copy / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True, timestep_spacing="trailing")
-    with pytest.raises(ModelError, match=r"copy.*alpha_bar"):
-        LatentModel.from_pretrained(copy).grid(10)
+    assert LatentModel.from_pretrained(copy).schedule(steps).at(steps) == (0, 1)
 
 
 # -- what is refused ------------------------------------------------------------------------------------------------

@@ -47,12 +47,12 @@ def generate(
 
     Neither a prompt nor a seed is enough to forge a mark: the key's values are in the scheme alone.
     """
-    grid = model.grid(steps)
+    schedule = model.schedule(steps)
     for i in range(0, len(prompts), batch):
         texts, some = prompts[i : i + batch], seeds[i : i + batch]
         noise = initial_noise(some, model.latent_shape)
         noise = (scheme.embed(noise) if scheme else noise).to(model.device)
-        latents = sample(model, noise, model.embed(texts), grid, guidance=guidance)
+        latents = sample(model, noise, model.embed(texts), schedule, guidance=guidance)
         images = model.decode(latents).float().cpu().clamp(-1, 1)
         for drawn in zip(images, latents.float().cpu(), noise.float().cpu(), texts, some, strict=True):
             yield Drawn(*drawn)

@@ -201,9 +201,9 @@ def walk(
 @torch.inference_mode()
 def recovered(model: LatentModel, latents: Tensor, steps: int, name: str, batch: int = 8) -> dict[str, Tensor]:
     """The `noise` (N, C, h, w) that latents come from, by naive DDIM inversion with the empty prompt."""
-    grid, nothing, noise = model.grid(steps), model.embed([""]), []
+    schedule, nothing, noise = model.schedule(steps), model.embed([""]), []
     for z in tqdm(latents.split(batch), f"{name}: noise", leave=False, disable=None):
-        noise.append(invert(model, z.to(model.device), nothing.expand(len(z), -1, -1), grid).float().cpu())
+        noise.append(invert(model, z.to(model.device), nothing.expand(len(z), -1, -1), schedule).float().cpu())
     return {"noise": torch.cat(noise)}
 
 

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from ringmark.errors import RingmarkError
 from ringmark.inversion.decoder import INVERTERS, SLOWER, WITHIN, Inverter, fall, invert_decoder
-from ringmark.inversion.models.pipeline import LatentModel, resolve
+from ringmark.inversion.models.loading import resolve
+from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.watermark.attacks.chains import expand
 from ringmark.watermark.detect.detector import Detector, with_built_in
 from ringmark.watermark.embed import initial_noise

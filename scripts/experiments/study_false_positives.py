@@ -39,7 +39,8 @@ from tqdm import tqdm
 
 from ringmark.data.sources import find_images
 from ringmark.errors import RingmarkError
-from ringmark.inversion.models.pipeline import LatentModel, resolve
+from ringmark.inversion.models.loading import resolve
+from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.watermark.attacks.chains import expand
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.detector import Detector

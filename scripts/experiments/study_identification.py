@@ -39,7 +39,8 @@ from tqdm import tqdm
 from ringmark.data.images import from_array, to_array
 from ringmark.errors import RingmarkError
 from ringmark.inversion.diffusion import sample
-from ringmark.inversion.models.pipeline import LatentModel, resolve
+from ringmark.inversion.models.loading import resolve
+from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.watermark.attacks.chains import Chain, apply, expand, seed_of
 from ringmark.watermark.calibration import whitened_features
 from ringmark.watermark.detect.detector import ALPHA, Detector, with_built_in
@@ -90,10 +91,10 @@ def drawn_from(
     batch: int = 8,
 ) -> Tensor:
     """8-bit images (N, 3, H, W) drawn from this noise; a batch that was drawn before is read from the folder `cache`."""
-    grid, images = model.grid(steps), []
+    schedule, images = model.schedule(steps), []
 
     def draw(z: Tensor, texts: list[str]) -> dict[str, Tensor]:
-        latents = sample(model, z.to(model.device), model.embed(texts), grid, guidance=guidance)
+        latents = sample(model, z.to(model.device), model.embed(texts), schedule, guidance=guidance)
         return {"images": eight_bit(model.decode(latents).float().cpu())}
 
     for i, z in enumerate(tqdm(noise.split(batch), f"{name}: draw", leave=False, disable=None)):

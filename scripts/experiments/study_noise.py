@@ -23,6 +23,7 @@ from ringmark.inversion.diffusion import invert
 from ringmark.inversion.methods import Anderson, ForwardStep
 from ringmark.inversion.metrics import correlation, nmse_db
 from ringmark.inversion.models.pipeline import LatentModel
+from ringmark.inversion.schedule import Schedule
 from scripts.experiments.common import (
     SEED,
     Pictures,
@@ -51,9 +52,9 @@ class Counting:
         self.model, self.calls = model, 0
         self.embed = model.embed
 
-    def eps(self, latents: Tensor, t: int, cond: Tensor) -> Tensor:
+    def predict(self, latents: Tensor, level: int, schedule: Schedule, cond: Tensor) -> tuple[Tensor, Tensor]:
         self.calls += len(latents)
-        return self.model.eps(latents, t, cond)
+        return self.model.predict(latents, level, schedule, cond)
 
 
 @torch.inference_mode()
@@ -61,9 +62,9 @@ def recover(
     model: LatentModel, latents: Tensor, prompts: list[str], steps: int, true: bool, solver: dict
 ) -> dict[str, Tensor]:
     """Noise (N, C, h, w) and network calls an image."""
-    counting, grid = Counting(model), model.grid(steps)
+    counting, schedule = Counting(model), model.schedule(steps)
     cond = model.embed(prompts if true else [""] * len(prompts))
-    back = partial(invert, counting, grid=grid, guidance=GUIDANCE if true else 1.0, **solver)
+    back = partial(invert, counting, schedule=schedule, guidance=GUIDANCE if true else 1.0, **solver)
     parts = zip(latents.split(8), cond.split(8), strict=True)
     noise = torch.cat([back(z.to(model.device), c).float().cpu() for z, c in parts])
     return {"noise": noise, "calls": torch.tensor(counting.calls / len(latents))}

@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from ringmark.data.sources import find_images
 from ringmark.errors import ImageError, ModelError, RingmarkError
-from ringmark.inversion.models.pipeline import LatentModel, resolve
+from ringmark.inversion.models.loading import resolve
+from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.watermark.attacks.chains import Chain, expand
 from ringmark.watermark.detect.detector import Detector, detector, with_built_in
 from ringmark.watermark.evaluation.cells import CLEAN, FPRS

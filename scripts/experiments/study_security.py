@@ -41,7 +41,8 @@ from tqdm import tqdm
 
 from ringmark.errors import RingmarkError
 from ringmark.inversion.metrics import correlation, rings
-from ringmark.inversion.models.pipeline import LatentModel, resolve
+from ringmark.inversion.models.loading import resolve
+from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.watermark.attacks.chains import Chain, parse
 from ringmark.watermark.detect.detector import ALPHA, Detector, with_built_in
 from ringmark.watermark.embed import initial_noise

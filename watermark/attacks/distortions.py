@@ -170,16 +170,14 @@ def diffuse(image: Image.Image, share: float, rng: np.random.Generator, model: L
 def _diffused(z: Tensor, share: float, rng: np.random.Generator, model: LatentModel) -> Tensor:
     """Latents (1, C, h, w) with noise added to a level and removed again."""
     from ringmark.inversion.diffusion import sample, transfer
-    from ringmark.inversion.schedule import Grid
 
-    whole = model.grid(DIFFUSE_STEPS)
+    whole = model.schedule(DIFFUSE_STEPS)
     first, second, last = (int(whole.timesteps[i]) for i in (0, 1, -1))
     level = share * (last + second - first)  # in timesteps of the whole schedule
     part = int((whole.timesteps - level).abs().argmin()) + 1 if share else 0
     eps = z.new_tensor(rng.standard_normal(tuple(z.shape), np.float32))
-    grid = Grid(whole.timesteps[:part], whole.alpha_bar[: part + 1])
-    noisy = transfer(z, eps, 1.0, float(grid.alpha_bar[part])) if part else z
-    return sample(model, noisy, model.embed([""]), grid)
+    noisy = transfer(z, eps, *whole.at(part)) if part else z
+    return sample(model, noisy, model.embed([""]), whole.until(part))
 
 
 def _through(image: Image.Image, form: str, quality: float) -> Image.Image:

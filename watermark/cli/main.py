@@ -196,7 +196,7 @@ def load_detector(
     quiet: bool,
 ):
     """A detector for these keys, on this calibration or the model's own; a bad file does not cost the loading of the model."""
-    from ringmark.inversion.models.pipeline import resolve
+    from ringmark.inversion.models.loading import resolve
     from ringmark.watermark.calibration import Calibration
     from ringmark.watermark.detect.detector import detector, with_built_in
     from ringmark.watermark.detect.search import SearchingDetector
@@ -727,7 +727,7 @@ def evaluate(
     Example:
       ringmark evaluate -n 200 --attacks tree-ring --methods encoder,guarded -o evaluation
     """
-    from ringmark.inversion.models.pipeline import resolve
+    from ringmark.inversion.models.loading import resolve
     from ringmark.watermark.evaluation.report import summary
     from ringmark.watermark.tasks.evaluate import Comparison, compare
 

@@ -41,6 +41,16 @@ REMEDIES: dict[str, str] = {
     "results.id": "give each record the name of its image",
     # Models
     "model.device": "choose another device with --device",
+    "model.not-one": 'give "pocket", a diffusers folder or a hub id',
+    "model.unreachable": 'give "pocket", a diffusers folder or a hub id',
+    "model.damaged": "fetch or save the model again",
+    "model.conditioning": "use a text-to-image model of the Stable Diffusion 1 or 2 kind",
+    "model.prediction": "use a text-to-image model of the Stable Diffusion 1 or 2 kind",
+    "model.sample-size": "mend unet/config.json in the model's folder",
+    "model.scaling": "mend vae/config.json in the model's folder",
+    "model.no-signal": "such a schedule needs a network that predicts v; check prediction_type in the scheduler's config",
+    "model.steps": "choose another number with --steps",
+    "recovery.method-unknown": "choose one of these with --method",
     # Keys and schemes
     # Calibration
     # Evaluation and audits

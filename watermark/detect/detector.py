@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ringmark.errors import CalibrationError, KeyFileError, RingmarkError
 from ringmark.inversion.decoder import INVERTERS, Inverter
-from ringmark.inversion.diffusion import invert
 from ringmark.inversion.metrics import rings
 from ringmark.inversion.models.pipeline import LatentModel
+from ringmark.inversion.recover import Recovered, Recoverer
 from ringmark.inversion.solve import Solution
 from ringmark.watermark.calibration import Calibration, Null, whitened_test
 from ringmark.watermark.keys.key import Key
@@ -84,16 +84,6 @@ class Verdict:
         return f"{said} key {self.key[:8]}, p = {self.p_value:.2g}" + "".join(f"; {note}" for note in self.notes)
 
 
-@dataclass(frozen=True)
-class Recovered:
-    """A batch on its way back: images (B, 3, H, W), the decoder's solution, the noise (B, C, h, w), seconds an image."""
-
-    images: Tensor
-    solution: Solution
-    noise: Tensor
-    seconds: float
-
-
 class Judged(NamedTuple):
     """A sample, its verdicts, one a key, and its recovered noise (C, h, w)."""
 
@@ -147,8 +137,7 @@ class Detector:
     ) -> None:
         self.model, self.inverter, self.steps, self.alpha = model, inverter, steps, alpha
         self.keys, self.calibration = keys, calibration
-        self.grid = model.grid(steps)
-        self.nothing = model.embed([""])
+        self.recoverer = Recoverer(model, inverter, steps)
         self.schemes = {}
         for key in keys:
             check_fit(key, model)
@@ -168,18 +157,8 @@ class Detector:
     def settings(self) -> dict:
         """What a result depends on."""
         return {
-            "model": self.model.identity,
-            "image_size": list(self.model.image_size),
-            "dtype": str(self.model.dtype),
+            **self.recoverer.settings.as_dict(),
             "keys": sorted(self.schemes),
-            "method": repr(self.inverter.method),
-            "max_steps": self.inverter.max_steps,
-            "early": self.inverter.early,
-            "gradient": self.inverter.gradient,
-            "lean": self.inverter.lean,
-            **({"guarded": True} if self.inverter.guarded else {}),
-            "steps": self.steps,
-            "timesteps": f"{self.grid.timesteps[0]}-{self.grid.timesteps[-1]}",
             "alpha": self.alpha,
             "null": self.model.recovery.fingerprint if self.model.recovery else "white",
             "calibration": self.calibration.fingerprint if self.calibration else None,
@@ -192,13 +171,11 @@ class Detector:
 
     def invert_decoder(self, images: Tensor) -> Solution:
         """Images (B, 3, H, W) in [-1, 1] → their latents, and what the solver did."""
-        return self.inverter(self.model, images.to(self.model.device))
+        return self.recoverer.latents(images)
 
-    @torch.inference_mode()
     def recover_noise(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) → the initial noise that they come from."""
-        cond = self.nothing.expand(len(latents), -1, -1)
-        return invert(self.model, latents.to(self.model.device), cond, self.grid).float().cpu()
+        return self.recoverer.noise(latents)
 
     def recover(self, images: Tensor) -> Recovered:
         """Images (B, 3, H, W) in [-1, 1] → their latents and initial noise."""

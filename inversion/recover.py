@@ -1,0 +1,144 @@
+"""From pictures to the noise they were drawn from: decoder inversion, then the inversion of the sampler."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ringmark.errors import RingmarkError
+from ringmark.inversion.decoder import INVERTERS, Autoencoder, Inverter
+from ringmark.inversion.diffusion import Denoiser, invert
+from ringmark.inversion.schedule import Schedule
+from ringmark.inversion.solve import Solution
+
+__all__ = ["Recovered", "Recoverer", "RecoverySettings"]
+
+
+class Model(Autoencoder, Denoiser, Protocol):
+    """What recovery needs of a latent diffusion model."""
+
+    @property
+    def identity(self) -> dict[str, Any]: ...
+
+    @property
+    def image_size(self) -> tuple[int, int]: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def schedule(self, steps: int) -> Schedule: ...
+
+
+@dataclass(frozen=True)
+class RecoverySettings:
+    """Everything that recovered noise depends on, beside the picture.
+
+    `model` is the model's identity, `image_size` (H, W), `dtype` that of its network. `method`, `max_steps`, `early`,
+    `gradient`, `lean` and `guarded` describe the decoder inversion as `Inverter` does. `steps` is the number of moves of
+    the sampler's inversion, `timesteps` the first and the last, as "1-961".
+    """
+
+    model: dict[str, Any]
+    image_size: tuple[int, int]
+    dtype: str
+    method: str
+    max_steps: int
+    early: bool
+    gradient: bool
+    lean: bool
+    guarded: bool
+    steps: int
+    timesteps: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values for JSON; `guarded` is left out where it is False, as older files have it."""
+        values = asdict(self) | {"image_size": list(self.image_size)}
+        if not self.guarded:
+            del values["guarded"]
+        return values
+
+    def of_latents(self) -> dict[str, Any]:
+        """The part that the latents depend on."""
+        return {name: value for name, value in self.as_dict().items() if name not in ("steps", "timesteps")}
+
+    def of_noise(self) -> dict[str, Any]:
+        """The part that the noise depends on once the latents are known."""
+        values = self.as_dict()
+        return {name: values[name] for name in ("steps", "timesteps", "model", "dtype")}
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A batch of pictures taken back to noise.
+
+    `images` (B, 3, H, W) in [-1, 1]; `solution` of the decoder inversion, whose value is the latents; `noise`
+    (B, C, h, w) float32 on the CPU, not finite where the inversion overflowed; `seconds` of computing per image.
+    """
+
+    images: Tensor
+    solution: Solution
+    noise: Tensor
+    seconds: float
+
+
+class Recoverer:
+    """Takes pictures back to their latents and these to their initial noise, with the empty prompt and no guidance.
+
+    `inverter` inverts the decoder; `steps` is the number of moves of naive inversion of the sampler. Raises ModelError
+    where the model's schedule cannot be walked in so many.
+    """
+
+    def __init__(self, model: Model, inverter: Inverter = INVERTERS["guarded"], steps: int = 25) -> None:
+        self.model, self.inverter, self.steps = model, inverter, steps
+        self.schedule = model.schedule(steps)
+        self._nothing = model.embed([""])
+
+    @classmethod
+    def named(cls, model: Model, method: str, max_steps: int | None = None, steps: int = 25) -> Recoverer:
+        """With one of INVERTERS by its name. Raises RingmarkError for an unknown one."""
+        if method not in INVERTERS:
+            fact = f"unknown decoder inversion; known are {', '.join(INVERTERS)}"
+            raise RingmarkError("recovery.method-unknown", fact, subject=repr(method))
+        return cls(model, Inverter.named(method, max_steps), steps)
+
+    @property
+    def settings(self) -> RecoverySettings:
+        """What the recovered noise depends on."""
+        return RecoverySettings(
+            model=self.model.identity,
+            image_size=self.model.image_size,
+            dtype=str(self.model.dtype),
+            method=repr(self.inverter.method),
+            max_steps=self.inverter.max_steps,
+            early=self.inverter.early,
+            gradient=self.inverter.gradient,
+            lean=self.inverter.lean,
+            guarded=self.inverter.guarded,
+            steps=self.steps,
+            timesteps=f"{self.schedule.timesteps[0]}-{self.schedule.timesteps[-1]}",
+        )
+
+    def latents(self, images: Tensor) -> Solution:
+        """Images (B, 3, H, W) in [-1, 1] → the latents they were decoded from, and how the solver found them."""
+        return self.inverter(self.model, images.to(self.model.device))
+
+    @torch.inference_mode()
+    def noise(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) → the initial noise they were drawn from, float32 on the CPU."""
+        cond = self._nothing.expand(len(latents), -1, -1)
+        return invert(self.model, latents.to(self.model.device), cond, self.schedule).float().cpu()
+
+    def __call__(self, images: Tensor) -> Recovered:
+        """Images (B, 3, H, W) in [-1, 1] → latents and noise."""
+        started = time.perf_counter()
+        solution = self.latents(images)
+        noise = self.noise(solution.value)
+        seconds = (time.perf_counter() - started) / max(1, len(images))
+        return Recovered(images=images, solution=solution, noise=noise, seconds=seconds)
