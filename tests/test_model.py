@@ -437,7 +437,7 @@ def test_configs_that_are_damaged(copy, path, content):
     [
         ({"addition_embed_type": "text", "addition_embed_type_num_heads": 2}, "SDXL"),
         ({"in_channels": 9}, "inpainting"),
-        ({"num_class_embeds": 3}, "text-to-image"),
+        ({"num_class_embeds": 3}, "more than a prompt"),
     ],
 )
 def test_networks_that_need_more_than_a_prompt(copy, config, word):
