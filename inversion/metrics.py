@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ringmark.errors import ModelError
 from ringmark.inversion.solve import Method, Residual, norms
 
-__all__ = [
-    "NoiseRecovery",
-    "Walk",
-    "cocoercivity",
-    "correlation",
-    "high_frequency_share",
-    "memory_kilobytes",
-    "nmse_db",
-    "peak_during",
-    "release_memory",
-    "rings",
-    "stored_bytes",
-    "trace",
-]
-
-Result = TypeVar("Result")
+__all__ = ["Walk", "cocoercivity", "correlation", "high_frequency_share", "nmse_db", "trace"]
 
 
 def nmse_db(estimate: Tensor, truth: Tensor) -> Tensor:
@@ -105,13 +84,12 @@ class Walk:
         for z, t in points:
             end, last = z.double(), t.double()
         known = torch.full_like(end, torch.nan) if truth is None else truth.double()
-        each = lambda f: torch.stack([f(z, t) for z, t in seen]).cpu()
         return cls(
-            each(lambda z, t: norms(z - end)),
-            each(lambda z, t: norms(t)),
-            each(lambda z, t: cocoercivity(z, t, end)),
-            each(lambda z, t: cocoercivity(z, t, known)),
-            norms(last).cpu(),
+            distances=torch.stack([norms(z - end) for z, _ in seen]).cpu(),
+            sizes=torch.stack([norms(t) for _, t in seen]).cpu(),
+            betas=torch.stack([cocoercivity(z, t, end) for z, t in seen]).cpu(),
+            true_betas=torch.stack([cocoercivity(z, t, known) for z, t in seen]).cpu(),
+            end=norms(last).cpu(),
         )
 
     @property
@@ -139,134 +117,13 @@ class Walk:
         return 1 - (rho * (2 * self.lowest - rho) * self.sizes[:-1].square() + after) / before
 
 
-def rings(height: int, width: int) -> Tensor:
-    """(h, w) int64: the radius of each bin of an unshifted 2-D DFT, rounded to whole frequencies of the shorter side."""
-    short = min(height, width)
-    ky, kx = torch.fft.fftfreq(height, 1 / short), torch.fft.fftfreq(width, 1 / short)
-    return torch.hypot(ky[:, None], kx[None]).round().long()
-
-
 def high_frequency_share(images: Tensor, above: float = 0.25) -> Tensor:
-    """(B,) in [0, 1]: share of each image's energy, its mean apart, at radial frequencies above `above`, where 1 is Nyquist's.
+    """(B,) in [0, 1]: the share of each image's energy, without its mean, at radial frequencies above `above`.
 
-    images (B, C, H, W); frequencies are cycles a pixel, along whichever side, so that size and aspect do not matter.
+    images (B, C, H, W). Frequency 1 is Nyquist's along either side, so that size and aspect do not matter.
     """
     power = torch.fft.fft2(images.double().cpu()).abs().square().sum(1)
     ky, kx = (torch.fft.fftfreq(n, dtype=torch.float64) for n in images.shape[-2:])
     radius = 2 * torch.hypot(ky[:, None], kx[None])
     power[:, 0, 0] = 0
     return power[:, radius > above].sum(1) / power.sum((1, 2)).clamp_min(torch.finfo(torch.float64).tiny)
-
-
-def stored_bytes(map_: Callable[[Tensor], Tensor], z: Tensor, weights: Iterable[Tensor] = ()) -> int:
-    """What autograd stores, beside the weights, to differentiate map_(z): a lower bound of the memory a gradient needs.
-
-    With weights and z on the meta device nothing is computed, so it tells what would not fit.
-    """
-    known = {w.untyped_storage()._cdata for w in weights}
-    stored = {}  # keeps the storages alive, so that no address is used twice
-
-    def note(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage._cdata not in known:
-            stored[storage._cdata] = storage
-        return x
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        _graph = map_(z.detach().requires_grad_())
-    return sum(storage.nbytes() for storage in stored.values())
-
-
-@dataclass(frozen=True)
-class NoiseRecovery:
-    """How much of a model's noise comes back, per channel and ring: both (C, R) float64.
-
-    A bin F of the noise is recovered as a F + rest, with `attenuation` a and `variance` v = E|rest|², for orthonormal
-    transforms of unit normal noise. A mark of unit power stands at a signal-to-noise ratio a²/v.
-    """
-
-    attenuation: Tensor
-    variance: Tensor
-
-    FILE: ClassVar[str] = "noise_recovery.json"
-
-    @property
-    def null(self) -> Tensor:
-        """Variance of a recovered bin of an unmarked image of this model, a² + v."""
-        return self.attenuation.square() + self.variance
-
-    @classmethod
-    def measure(cls, recovered: Tensor, truth: Tensor) -> NoiseRecovery:
-        """From recovered and true noise (B, C, h, w): a = Re Σ F̂ F* / Σ |F|², v = mean |F̂ − a F|²."""
-        f, g = (torch.fft.fft2(x.double().cpu(), norm="ortho") for x in (truth, recovered))
-        ring = rings(*truth.shape[-2:])
-        count = len(truth) * torch.bincount(ring.flatten())
-
-        def per_ring(power: Tensor) -> Tensor:
-            total = torch.zeros(truth.shape[1], len(count), dtype=torch.float64)
-            return total.index_add_(1, ring.flatten(), power.sum(0).flatten(1))
-
-        a = per_ring((g * f.conj()).real) / per_ring(f.abs().square())
-        return cls(a, per_ring((g - a[:, ring] * f).abs().square()) / count)
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hex digits over both tables."""
-        return hashlib.sha256(torch.stack([self.attenuation, self.variance]).numpy().tobytes()).hexdigest()[:16]
-
-    def save(self, folder: Path, **settings) -> None:
-        """Store it beside the model's weights, with the settings it was measured under."""
-        table = {"attenuation": self.attenuation, "variance": self.variance}
-        rounded = {k: [[float(f"{x:.6g}") for x in row] for row in v.tolist()] for k, v in table.items()}
-        (folder / self.FILE).write_text(json.dumps(settings | rounded, indent=1))
-
-    @classmethod
-    def load(cls, folder: Path) -> NoiseRecovery | None:
-        """What is stored in a model's folder; None if nothing is. Raises ModelError for a damaged file."""
-        path = folder / cls.FILE
-        if not path.is_file():
-            return None
-        try:
-            stored = json.loads(path.read_text())
-            a, v = (torch.tensor(stored[k], dtype=torch.float64) for k in ("attenuation", "variance"))
-            if a.shape != v.shape or a.ndim != 2 or not (a.isfinite() & v.isfinite() & (v > 0)).all():
-                raise ValueError("attenuation and variance must be tables of one shape, finite, variance positive")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"{path}: damaged ({error}); measure it again with scripts/measure_recovery.py") from error
-        return cls(a, v)
-
-
-def peak_during(device: torch.device, work: Callable[[], Result]) -> tuple[Result, float]:
-    """What `work` returns, and the megabytes above what was there before that it needed at its peak.
-
-    On a CPU by Linux's account of this process, NaN where there is none; memory that a library freed but holds back
-    counts as there before.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        return work(), (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
-        before = memory_kilobytes("VmRSS")
-        memory_kilobytes("VmHWM")
-    except OSError:
-        return work(), float("nan")
-    return work(), (memory_kilobytes("VmHWM") - before) / 2**10
-
-
-def release_memory() -> None:
-    """Hand what the C library holds of freed memory back to the system, if it is one that can (glibc)."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):  # TypeError: on Windows a library has to be named
-        return
-
-
-def memory_kilobytes(field: str) -> int:
-    """A field of this process's status, VmRSS say, in kilobytes. Raises OSError where there is no such account (not Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    found = [int(line.split()[1]) for line in lines if line.startswith(field + ":")]
-    if not found:
-        raise OSError(errno.ENOENT, f"no {field} in it", "/proc/self/status")
-    return found[0]

@@ -16,9 +16,9 @@ import torch
 from tqdm import tqdm
 
 from ringmark.data.images import from_array, to_array
-from ringmark.inversion.metrics import NoiseRecovery
 from ringmark.inversion.models.loading import resolve
 from ringmark.inversion.models.pipeline import LatentModel
+from ringmark.inversion.noise_recovery import NoiseRecovery
 from ringmark.watermark.detect.detector import Detector
 from ringmark.watermark.embed import generate
 from ringmark.watermark.figures import recovery_figure, save_figure

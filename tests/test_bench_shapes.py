@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from ringmark.inversion.metrics import stored_bytes
+from ringmark.inversion.memory import stored_bytes
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from ringmark.data.images import read_sample, to_array
 from ringmark.data.sources import find_images
 from ringmark.errors import CalibrationError
 from ringmark.inversion.decoder import Inverter
-from ringmark.inversion.metrics import NoiseRecovery, rings
+from ringmark.inversion.noise_recovery import NoiseRecovery, rings
 from ringmark.watermark.calibration import LEAST, Calibration
 from ringmark.watermark.cli import main as cli
 from ringmark.watermark.detect.detector import Detector

@@ -12,7 +12,7 @@ from scipy import stats
 from ringmark.data.images import Sample, from_array
 from ringmark.errors import CalibrationError, KeyFileError, RingmarkError
 from ringmark.inversion.decoder import Inverter
-from ringmark.inversion.metrics import rings
+from ringmark.inversion.noise_recovery import rings
 from ringmark.inversion.schedule import Schedule
 from ringmark.inversion.solve import Solution, Status
 from ringmark.watermark.calibration import Calibration

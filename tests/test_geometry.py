@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from ringmark.errors import SchemeError
-from ringmark.inversion.metrics import rings
+from ringmark.inversion.noise_recovery import rings
 from ringmark.watermark.calibration import whitened_test
 from ringmark.watermark.detect.geometry import (
     IDENTITY,

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ringmark.errors import ModelError
-from ringmark.inversion.metrics import stored_bytes
+from ringmark.inversion.memory import stored_bytes
 from ringmark.inversion.models.loading import resolve
 from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.inversion.schedule import Schedule

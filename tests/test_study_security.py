@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from scipy import stats
 
-from ringmark.inversion.metrics import NoiseRecovery
+from ringmark.inversion.noise_recovery import NoiseRecovery
 from ringmark.watermark.detect.detector import Detector
 from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.schemes.tree_ring import Placement, TreeRing, make_key

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ringmark.errors import SchemeError
-from ringmark.inversion.metrics import NoiseRecovery, rings
+from ringmark.inversion.noise_recovery import NoiseRecovery, rings
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.schemes.tree_ring import (
     MASKS,

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ringmark.data.files import one_line, remedy, write_atomic
 from ringmark.errors import CalibrationError
-from ringmark.inversion.metrics import NoiseRecovery, rings
+from ringmark.inversion.noise_recovery import NoiseRecovery, rings
 from ringmark.watermark.statistics import cosine_test, needed_references, power_test, spread_p, whiten
 
 if TYPE_CHECKING:

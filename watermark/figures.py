@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ringmark.data.files import one_line, write_atomic
-from ringmark.inversion.metrics import NoiseRecovery
+from ringmark.inversion.noise_recovery import NoiseRecovery
 from ringmark.watermark.detect.detector import Detector, Judged, Verdict
 from ringmark.watermark.evaluation.rates import Curve, pointwise_band
 from ringmark.watermark.keys.key import Key

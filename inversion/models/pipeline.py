@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ringmark.errors import ModelError
-from ringmark.inversion.metrics import NoiseRecovery
 from ringmark.inversion.models.loading import check_tokenizer, load_parts, quiet, resolve
+from ringmark.inversion.noise_recovery import NoiseRecovery
 from ringmark.inversion.schedule import Schedule
 
 __all__ = ["PREDICTIONS", "LatentModel", "lean"]

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ringmark.inversion.decoder import gradient_residual, invert_decoder
+from ringmark.inversion.memory import stored_bytes
 from ringmark.inversion.methods import Adam
-from ringmark.inversion.metrics import stored_bytes
 from ringmark.inversion.models.pipeline import lean
 from ringmark.inversion.solve import solve
 from scripts.experiments.common import cached, limit_memory, peak_during, write_results

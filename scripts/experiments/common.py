@@ -22,8 +22,9 @@ from ringmark.data.images import from_array, read_sample, to_array
 from ringmark.data.sources import find_images
 from ringmark.inversion.decoder import Inverter, decoder_residual
 from ringmark.inversion.diffusion import invert
+from ringmark.inversion.memory import memory_kilobytes, peak_during
 from ringmark.inversion.methods import Adam, InertialKM
-from ringmark.inversion.metrics import Walk, memory_kilobytes, peak_during
+from ringmark.inversion.metrics import Walk
 from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.inversion.solve import Method, Residual
 from ringmark.watermark.embed import generate

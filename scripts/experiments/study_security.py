@@ -40,9 +40,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ringmark.errors import RingmarkError
-from ringmark.inversion.metrics import correlation, rings
+from ringmark.inversion.metrics import correlation
 from ringmark.inversion.models.loading import resolve
 from ringmark.inversion.models.pipeline import LatentModel
+from ringmark.inversion.noise_recovery import rings
 from ringmark.watermark.attacks.chains import Chain, parse
 from ringmark.watermark.detect.detector import ALPHA, Detector, with_built_in
 from ringmark.watermark.embed import initial_noise

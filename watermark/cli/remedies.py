@@ -49,6 +49,7 @@ REMEDIES: dict[str, str] = {
     "model.sample-size": "mend unet/config.json in the model's folder",
     "model.scaling": "mend vae/config.json in the model's folder",
     "model.no-signal": "such a schedule needs a network that predicts v; check prediction_type in the scheduler's config",
+    "model.recovery-damaged": "measure it again with scripts/measure_recovery.py",
     "model.steps": "choose another number with --steps",
     "recovery.method-unknown": "choose one of these with --method",
     # Keys and schemes

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ringmark.errors import CalibrationError, KeyFileError, RingmarkError
 from ringmark.inversion.decoder import INVERTERS, Inverter
-from ringmark.inversion.metrics import rings
 from ringmark.inversion.models.pipeline import LatentModel
+from ringmark.inversion.noise_recovery import rings
 from ringmark.inversion.recover import Recovered, Recoverer
 from ringmark.inversion.solve import Solution
 from ringmark.watermark.calibration import Calibration, Null, whitened_test

@@ -24,7 +24,7 @@ from torch.nn import functional
 from ringmark.data.images import to_array
 from ringmark.errors import SchemeError
 from ringmark.inversion.decoder import INVERTERS, Inverter
-from ringmark.inversion.metrics import rings
+from ringmark.inversion.noise_recovery import rings
 from ringmark.watermark.detect.detector import Detector, null_covariance
 from ringmark.watermark.schemes.tree_ring import TreeRing, middle_phase
 from ringmark.watermark.statistics import cosine_p, maximum_p

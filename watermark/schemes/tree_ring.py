@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ringmark.errors import SchemeError
-from ringmark.inversion.metrics import NoiseRecovery, rings
+from ringmark.inversion.noise_recovery import NoiseRecovery, rings
 from ringmark.watermark.keys.key import Key
 
 __all__ = ["MASKS", "PATTERNS", "Placement", "TreeRing", "draw_spectrum", "make_key", "recommend"]

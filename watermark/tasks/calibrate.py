@@ -14,8 +14,8 @@ from ringmark.data.files import one_line
 from ringmark.data.results import read_records
 from ringmark.data.sources import list_images
 from ringmark.errors import CalibrationError
-from ringmark.inversion.metrics import NoiseRecovery
 from ringmark.inversion.models.pipeline import LatentModel
+from ringmark.inversion.noise_recovery import NoiseRecovery
 from ringmark.watermark.calibration import Calibration, check_number
 from ringmark.watermark.detect.detector import ALPHA, Detector
 from ringmark.watermark.embed import initial_noise

@@ -22,7 +22,7 @@ from ringmark.data.results import Results, read_records
 from ringmark.data.scene_classifier import ATTRIBUTES, asked, features, train_classifiers
 from ringmark.data.sources import check_folder, find_images
 from ringmark.errors import CalibrationError, EvaluationError, ImageError
-from ringmark.inversion.metrics import peak_during, release_memory
+from ringmark.inversion.memory import peak_during, release_memory
 from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.watermark.attacks.chains import Chain, expand
 from ringmark.watermark.calibration import Calibration, whitened_features

@@ -1,0 +1,74 @@
+"""How much memory work takes."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["memory_kilobytes", "peak_during", "release_memory", "stored_bytes"]
+
+Result = TypeVar("Result")
+
+
+def peak_during(device: torch.device, work: Callable[[], Result]) -> tuple[Result, float]:
+    """What `work` returns, and the megabytes it needed at its peak, above what was in use before.
+
+    On a CPU by Linux's account of this process, NaN where there is none; memory that a library has freed but keeps
+    counts as in use.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        return work(), (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
+        before = memory_kilobytes("VmRSS")
+        memory_kilobytes("VmHWM")
+    except OSError:
+        return work(), float("nan")
+    return work(), (memory_kilobytes("VmHWM") - before) / 2**10
+
+
+def release_memory() -> None:
+    """Return freed memory that the C library keeps to the system, where it can (glibc)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # TypeError: on Windows a library has to be named
+        return
+
+
+def memory_kilobytes(field: str) -> int:
+    """A field of this process's status, such as VmRSS, in kilobytes.
+
+    Raises OSError where the system keeps no such account (outside Linux).
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    found = [int(line.split()[1]) for line in lines if line.startswith(field + ":")]
+    if not found:
+        raise OSError(errno.ENOENT, f"no {field} in it", "/proc/self/status")
+    return found[0]
+
+
+def stored_bytes(map_: Callable[[Tensor], Tensor], z: Tensor, weights: Iterable[Tensor] = ()) -> int:
+    """Bytes that autograd stores, beside the weights, to differentiate map_(z): the least that a gradient needs.
+
+    With weights and z on the meta device nothing is computed, so sizes that do not fit can be asked for.
+    """
+    known = {w.untyped_storage()._cdata for w in weights}
+    stored: dict[int, torch.UntypedStorage] = {}  # keeps the storages alive, so that no address is used twice
+
+    def note(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in known:
+            stored[storage._cdata] = storage
+        return x
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        _graph = map_(z.detach().requires_grad_())
+    return sum(storage.nbytes() for storage in stored.values())
