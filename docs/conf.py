@@ -28,6 +28,8 @@ autodoc_preserve_defaults = True
 add_module_names = False
 python_maximum_signature_line_length = 100
 
+highlight_language = "none"
+smartquotes = False  # they would turn --option into –option
 html_theme = "furo"
 html_title = "ringmark"
 html_show_sourcelink = False

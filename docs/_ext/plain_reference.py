@@ -14,18 +14,26 @@ from collections.abc import Iterator
 from docutils import nodes
 from docutils.parsers.rst import Directive
 from docutils.statemachine import StringList
+from sphinx import addnodes
 from sphinx.util.nodes import nested_parse_with_titles
 
-CODE = re.compile(r"``?([^`]+)``?")
+CODE = re.compile(r"``?([^`]+)``?|(?<![\w-])(--[a-z][\w-]+)")
+LONGEST_VALUE = 80
 BULLET = re.compile(r"(?:[-*•]|\d+\.) ")
 
 
 def escaped(line: str) -> str:
-    """A line of prose as reStructuredText; what is between backticks becomes a literal."""
-    parts = CODE.split(line)
-    parts[::2] = [re.sub(r"([*_|\\`])", r"\\\1", text) for text in parts[::2]]
-    parts[1::2] = [f"\\ ``{text.strip()}``\\ " for text in parts[1::2]]
-    return "".join(parts).strip()
+    """A line of prose as reStructuredText; options and what is between backticks become literals."""
+    rst, end = "", 0
+    for code in CODE.finditer(line):
+        rst += prose(line[end : code.start()]) + f"\\ ``{(code[1] or code[2]).strip()}``\\ "
+        end = code.end()
+    return (rst + prose(line[end:])).strip()
+
+
+def prose(text: str) -> str:
+    """Text without markup."""
+    return re.sub(r"([*_|\\`])", r"\\\1", text)
 
 
 def blocks(lines: list[str]) -> Iterator[list[str]]:
@@ -49,7 +57,7 @@ def as_rst(lines: list[str]) -> list[str]:
         if block[0].startswith(" ") and listed:  # the rest of a bullet
             rst[-1:] = [*(f"  {escaped(line.strip())}" for line in block), ""]
         elif block[0].startswith(" "):
-            rst += ["::", "", *(f"    {line.strip()}" for line in block), ""]
+            rst += [".. code-block:: text", "", *(f"    {line.strip()}" for line in block), ""]
         else:
             listed = bool(BULLET.match(block[0]))
             rst += [*(f"- {escaped(line[2:])}" if BULLET.match(line) else escaped(line) for line in block), ""]
@@ -62,11 +70,19 @@ def plain_docstring(app, what, name, obj, options, lines) -> None:
 
 def plain_description(app, ctx, lines) -> None:
     """sphinx-click marks what keeps its line breaks with a bar."""
-    lines[:] = as_rst([re.sub(r"^\| ?", "  ", line) for line in lines])
+    lines[:] = as_rst([re.sub(r"^\| ?", "", line) for line in lines])
 
 
 def plain_options(app, ctx, lines) -> None:
     lines[:] = [f"   {escaped(line.strip())}" if re.match(r"   [^:.\s]", line) else line for line in lines]
+
+
+def without_long_value(app, domain, objtype, content) -> None:
+    """Drop a constant's value where it would fill the page."""
+    if objtype == "data":
+        for value in list(content.parent.findall(addnodes.desc_annotation)):
+            if "=" in value.astext() and len(value.astext()) > LONGEST_VALUE:
+                value.parent.remove(value)
 
 
 class Room(Directive):
@@ -81,6 +97,25 @@ class Room(Directive):
         for name in sorted(m.name for m in found if not m.ispkg and ".cli." not in m.name):
             if getattr(importlib.import_module(name), "__all__", None):
                 text += [name, "-" * len(name), "", f".. automodule:: {name}", "   :members:", ""]
+        return parsed(self, text)
+
+
+class Face(Directive):
+    """``.. face:: ringmark``: what a package exports, functions first, errors left out."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        package = importlib.import_module(self.arguments[0])
+        exported = {name: getattr(package, name) for name in package.__all__ if hasattr(package, name)}
+        types = {name for name, thing in exported.items() if isinstance(thing, type)}
+        errors = {name for name in types if issubclass(exported[name], Exception)}
+        text = ["Functions", "---------", ""]
+        for name in sorted(exported.keys() - types):
+            text += [f".. autofunction:: {package.__name__}.{name}", "   :no-index:", ""]
+        text += ["Types", "-----", ""]
+        for name in sorted(types - errors):
+            text += [f".. autoclass:: {package.__name__}.{name}", "   :members:", "   :no-index:", ""]
         return parsed(self, text)
 
 
@@ -107,8 +142,10 @@ def parsed(directive: Directive, text: list[str]) -> list[nodes.Node]:
 
 def setup(app) -> dict[str, bool]:
     app.add_directive("room", Room)
+    app.add_directive("face", Face)
     app.add_directive("error-codes", ErrorCodes)
     app.connect("autodoc-process-docstring", plain_docstring)
     app.connect("sphinx-click-process-description", plain_description)
     app.connect("sphinx-click-process-options", plain_options)
+    app.connect("object-description-transform", without_long_value)
     return {"parallel_read_safe": True}
