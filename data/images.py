@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 from dataclasses import dataclass
-from functools import cache
-from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
-from ringmark.data.files import write_atomic
+from ringmark.data.containers import kind_of
+from ringmark.data.decode import FORMATS, decode, is_cheap
+from ringmark.data.decoder_process import decode_apart
+from ringmark.data.files import MARK, open_regular, write_atomic
 from ringmark.errors import ImageError
 
 __all__ = [
+    "FORMATS",
     "Sample",
     "fit",
     "from_array",
@@ -30,19 +31,8 @@ __all__ = [
 ]
 
 TINY = 8  # an eighth of the side
-MAX_PIXELS = 64_000_000
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-ORIENTATION = 0x0112  # the EXIF tag
-PHOTOMETRIC, YCBCR = 262, 6  # the TIFF tag of the colour space
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+CODES = ("image.missing", "image.folder", "image.denied", "image.unreadable", "image.special")
+"""What `read_image` raises for a file that cannot be opened; the rest is raised here and in `decode`."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +50,7 @@ class Sample:
 
 
 def read_sample(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     size: tuple[int, int],
     *,
     id: str | None = None,
@@ -74,33 +64,31 @@ def read_sample(
     image, notes = read_image(path)
     if TINY * min(image.size) < min(size):
         raise ImageError(
-            path,
-            f"has {image.width} x {image.height} pixels, of which nothing can be said; at least {-(-min(size) // TINY)} a side are needed",
+            "image.tiny", f"has only {image.width} x {image.height} pixels", path, needed=-(-min(size) // TINY)
         )
     image, note = fit(image, size)
     return Sample(str(path) if id is None else id, image, label, prompt, (*notes, note) if note else notes)
 
 
-def read_image(path: str | os.PathLike) -> tuple[Image.Image, tuple[str, ...]]:
-    """The picture at `path` in 8-bit RGB, and notes on what was done to it.
+def read_image(path: str | os.PathLike[str]) -> tuple[Image.Image, tuple[str, ...]]:
+    """The picture at `path` in 8-bit sRGB, and notes on what was done to it.
 
-    Alpha is laid over white, deeper pixels are scaled to 8 bit, of an animation the first frame is taken, and the EXIF
-    orientation is applied. Raises ImageError if the file is missing, not a regular file, empty, not an image in one of
-    FORMATS, damaged, or of no or more than MAX_PIXELS pixels; the size is checked before any pixel is decoded.
+    Alpha is laid over white, deeper pixels are scaled to 8 bit, of an animation the first frame is taken, colours are
+    converted to sRGB where the file has another profile, and the EXIF orientation is applied. The size is checked
+    before any pixel is decoded; what may be expensive to decode is decoded in a process of its own.
+
+    Raises ImageError with one of CODES if the file is missing, not a regular file, empty, not an image in one of
+    FORMATS, damaged or cut off anywhere in its first frame, of no or too many pixels (MAX_PIXELS, MAX_SIDE), or if it
+    takes more time or memory than any sound picture does.
     """
-    with _open(path) as file:
-        try:
-            return _decode(path, file)
-        except ImageError:
-            raise
-        except UnidentifiedImageError as error:
-            raise ImageError(
-                path, f"is not an image in a known format; convert it to one of {', '.join(_formats())}"
-            ) from error
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise ImageError(path, _too_large()) from error
-        except Exception as error:  # given damaged bytes, decoders raise errors of every kind
-            raise ImageError(path, f"is damaged or cut off ({error}); get the file again") from error
+    with open_regular(path, ImageError, "image") as file:
+        size = os.fstat(file.fileno()).st_size
+        if not size:
+            raise ImageError("image.empty", "is empty", path)
+        head = file.read(16)
+        file.seek(0)
+        decoded = decode(path, file) if is_cheap(head, size) or not kind_of(head) else None
+    return decoded or decode_apart(path)
 
 
 def fit(image: Image.Image, size: tuple[int, int]) -> tuple[Image.Image, str | None]:
@@ -144,13 +132,15 @@ def from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(np.rint((np.clip(array, -1, 1) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0).copy())
 
 
-def save_png(image: Image.Image, path: str | os.PathLike, **text: object) -> None:
-    """Writes a PNG whole or not at all, parent folders created; `text` goes to its text chunks, read back as `.text`.
+def save_png(image: Image.Image, path: str | os.PathLike[str], *, signed: bool = True, **text: object) -> None:
+    """Write a PNG whole or not at all, parent folders created; `text` goes to its text chunks, read back as `.text`.
 
-    Raises ValueError for a text name that PNG cannot hold (79 Latin-1 characters at most), OSError when the image's
-    mode has no PNG form or the file cannot be written.
+    If `signed`, another chunk names ringmark as the Software, by which `is_ours` knows the file again. Raises ValueError
+    for a text name that PNG cannot hold (79 Latin-1 characters at most), OSError when the image's mode has no PNG form
+    or the file cannot be written.
     """
     chunks = PngImagePlugin.PngInfo()
+    text = {"Software": MARK, **text} if signed else text
     for name, value in text.items():
         if len(name) > 79 or not name.encode("latin-1", "ignore").decode("latin-1") == name:
             raise ValueError(f"a PNG text name has at most 79 Latin-1 characters, not {name!r}")
@@ -158,98 +148,3 @@ def save_png(image: Image.Image, path: str | os.PathLike, **text: object) -> Non
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=chunks)
     write_atomic(path, buffer.getvalue())
-
-
-def _open(path: str | os.PathLike) -> BinaryIO:
-    """A regular, non-empty file, opened; to open a pipe without O_NONBLOCK would wait for a writer for ever."""
-    try:
-        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
-    except FileNotFoundError as error:
-        raise ImageError(path, "there is no such file; check the name") from error
-    except IsADirectoryError as error:
-        raise ImageError(path, "is a folder; name a file in it") from error
-    except PermissionError as error:
-        raise ImageError(path, "may not be read; change its permissions") from error
-    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
-        raise ImageError(
-            path, f"cannot be opened ({getattr(error, 'strerror', None) or error}); check the name"
-        ) from error
-    found = os.fstat(file.fileno())
-    if stat.S_ISREG(found.st_mode) and found.st_size:
-        return file
-    file.close()
-    raise ImageError(
-        path, "is empty; get the file again" if stat.S_ISREG(found.st_mode) else "is not a regular file; copy it to one"
-    )
-
-
-@cache
-def _formats() -> tuple[str, ...]:
-    """FORMATS as far as this Pillow has them. What runs other programs (EPS) or fetches is not among them."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-def _too_large() -> str:
-    return f"has more than the {MAX_PIXELS / 1e6:g} million pixels that are read; make it smaller first"
-
-
-def _decode(path: str | os.PathLike, file: BinaryIO) -> tuple[Image.Image, tuple[str, ...]]:
-    image = Image.open(file, formats=_formats())
-    if not 0 < image.width * image.height <= MAX_PIXELS:
-        raise ImageError(path, _too_large() if image.width * image.height else "has no pixels; get the file again")
-    frames, raw, orientation = getattr(image, "n_frames", 1), str(image.tile), _orientation(image)
-    if "'raw'" in raw and "'RGBX'" in raw and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == YCBCR:
-        # Pillow before 13 takes its three bytes a pixel for four.
-        raise ImageError(path, "is an uncompressed YCbCr TIFF, which this Pillow misreads; convert it to RGB")
-    first = f"first of {frames} frames" if frames > 1 else None
-    image.load()
-    turn = TURNS.get(_orientation(image))  # again: Pillow turns TIFF itself while it loads
-    image, reduced = _eight_bit(image, raw)
-    image, laid = _over_white(image)
-    image = image if turn is None else image.transpose(turn)
-    image.info = {}  # else an orientation or a profile could be applied a second time by whoever saves it
-    turned = "turned by its EXIF orientation" if orientation in TURNS else None
-    return image, tuple(filter(None, (first, reduced, laid, turned)))
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(ORIENTATION, 1)
-    except Exception:
-        return 1
-
-
-def _eight_bit(image: Image.Image, raw: str) -> tuple[Image.Image, str | None]:
-    """The image with 8-bit channels, then a note if they were deeper; `raw` describes how it lay in the file."""
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        return image, "16 bit reduced to 8" if ";16" in raw else None
-    values = np.asarray(image).astype(np.float64)
-    black, white, bits = _range(values, image.mode, raw)
-    grey = Image.fromarray(np.rint((values - black) * (255 / (white - black))).astype(np.uint8))
-    if "transparency" in image.info:
-        grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
-    note = f"{bits} bit reduced to 8"
-    return grey, note if bits < 32 else f"{note}, {black:g} to {white:g} taken as black to white"
-
-
-def _range(values: np.ndarray, mode: str, raw: str) -> tuple[float, float, int]:
-    """Black, white and bits: the customary range that holds all values, else from the least to the greatest."""
-    if mode.startswith("I;16"):
-        return (0, 4095, 12) if ";12" in raw else (0, 65535, 16)
-    low, high = float(values.min()), float(values.max())
-    if not np.isfinite(high - low):
-        raise ValueError("values that are not finite")
-    whites = (1, 255, 65535) if mode == "F" else (65535,)
-    white = next((w for w in whites if low >= 0 and high <= w), None)
-    return (0, white, 32) if white else (low, max(high, low + 1), 32)
-
-
-def _over_white(image: Image.Image) -> tuple[Image.Image, str | None]:
-    """The image in RGB, then a note if some of it was transparent."""
-    if not image.has_transparency_data:
-        return image.convert("RGB"), None
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    rgb = Image.alpha_composite(white, image).convert("RGB")
-    return rgb, "alpha over white" if image.getchannel("A").getextrema()[0] < 255 else None

@@ -1,4 +1,4 @@
-"""Labels of pictures: which of them are marked."""
+"""Labels of pictures, which say whether they are marked: read as other tools write them, and matched to records."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable
+import posixpath
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from ringmark.data.images import _open
-from ringmark.errors import ImageError
+from ringmark.data.files import open_regular
+from ringmark.errors import EvaluationError, ImageError
 
-__all__ = ["LABELS", "read_labels"]
+__all__ = ["LABELS", "Matched", "match_labels", "read_labels"]
 
+PathLike = str | os.PathLike[str]
 
 LABELS = {
     "1": True,
@@ -24,59 +29,204 @@ LABELS = {
     "no": False,
     "unmarked": False,
 }
+PATH_COLUMNS = ("path", "file_name", "filename", "file", "image", "sample_id")
+LABEL_COLUMN = "label"
+DELIMITERS = (",", ";", "\t")
+CODES = ("labels.missing", "labels.folder", "labels.denied", "labels.unreadable", "labels.special")
+"""What `read_labels` raises for a file that cannot be opened."""
+
+Row = tuple[str, object, object]  # where it stands, path, label
 
 
-def read_labels(path: str | os.PathLike) -> dict[str, bool]:
-    """Which images are marked, from a CSV with the columns path and label or from a JSON object {path: label}.
+# -- reading ----------------------------------------------------------------------------------------------------------
 
-    A label is 1, true, yes or marked, or 0, false, no or unmarked, in either case; other columns are ignored, and so
-    are repetitions that agree. Raises ImageError, with the line (in JSON: the entry), for anything else.
+
+def read_labels(path: PathLike) -> dict[str, bool]:
+    """Which images are marked, by the path that the file gives.
+
+    The file is a table with a header (a column of PATH_COLUMNS and "label"; between them commas, semicolons or tabs),
+    a JSON object {path: label}, or JSON objects with these names, in an array or one a line; in UTF-8, or in UTF-16 with
+    its mark. A label is 1, true, yes or marked, or 0, false, no or unmarked, in either case, or the number 1 or 0. Other
+    columns are ignored, and so are repetitions that agree.
+
+    Raises ImageError with the code labels.empty, .encoding, .header, .damaged, .value or .contradiction and the line
+    (in JSON: the entry), or one of CODES.
     """
-    with _open(path) as file:
-        data = file.read()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ImageError(path, f"line {line} is not UTF-8 text; save the labels as UTF-8") from error
-    rows = _json_rows(path, text) if text.lstrip().startswith(("{", "[")) else _csv_rows(path, text)
+    text = _text(path)
     labels: dict[str, bool] = {}
-    for where, name, value in rows:
-        label = LABELS.get(str(value).strip().lower())
-        if not name or label is None:
-            raise ImageError(
-                path, f"{where} has the path {name!r} and the label {value!r}; a label is one of {', '.join(LABELS)}"
-            )
+    for where, name, value in _json_rows(path, text) if text.lstrip()[:1] in ("{", "[") else _table_rows(path, text):
+        label = _label(value)
+        if not isinstance(name, str) or not name or label is None:
+            fact = f"{where} has the path {name!r} and the label {value!r}"
+            raise ImageError("labels.value", fact, path, known=", ".join(LABELS))
         if labels.setdefault(name, label) != label:
-            raise ImageError(path, f"{where} contradicts an earlier label of {name!r}; keep one of the two")
+            raise ImageError("labels.contradiction", f"{where} contradicts an earlier label of {name!r}", path)
     if not labels:
-        raise ImageError(path, "holds no labels; add a line for each image")
+        raise ImageError("labels.empty", "holds no labels", path)
     return labels
 
 
-def _csv_rows(path: str | os.PathLike, text: str) -> Iterable[tuple[str, str, object]]:
-    """Where it stands, path and label of each row."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+def _text(path: PathLike) -> str:
+    with open_regular(path, ImageError, "labels") as file:
+        content = file.read()
+    if not content:
+        raise ImageError("labels.empty", "is empty", path)
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
-        header = [name.strip().lower() for name in next(reader, [])]
-        if header.count("path") != 1 or header.count("label") != 1:
-            raise ImageError(path, "line 1 must name the columns path and label, once each; add the header path,label")
-        at, label = header.index("path"), header.index("label")
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ImageError("labels.encoding", f"line {line} is not {encoding[:6].upper()} text", path) from error
+
+
+def _label(value: object) -> bool | None:
+    text = str(value).strip().lower()
+    if text in LABELS:
+        return LABELS[text]
+    try:
+        return {0.0: False, 1.0: True}.get(float(text))
+    except ValueError:
+        return None
+
+
+def _table_rows(path: PathLike, text: str) -> Iterator[Row]:
+    delimiter = next((d for d in DELIMITERS if _columns(_first_row(text, d))), ",")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        columns = _columns(next(reader, []))
+        if not columns:
+            names = f"one of {', '.join(PATH_COLUMNS)} and {LABEL_COLUMN}"
+            raise ImageError("labels.header", f"line 1 does not name the columns {names}, once each", path)
         for row in filter(None, reader):
-            if len(row) <= max(at, label):
-                raise ImageError(path, f"line {reader.line_num} has too few columns; give a path and a label")
-            yield f"line {reader.line_num}", row[at], row[label]
+            if len(row) <= max(columns):
+                raise ImageError("labels.damaged", f"line {reader.line_num} has too few columns", path)
+            yield f"line {reader.line_num}", row[columns[0]], row[columns[1]]
     except csv.Error as error:
-        raise ImageError(path, f"line {reader.line_num} is not CSV ({error}); mend that line") from error
+        raise ImageError("labels.damaged", f"line {reader.line_num} is not CSV ({error})", path) from error
 
 
-def _json_rows(path: str | os.PathLike, text: str) -> Iterable[tuple[str, str, object]]:
+def _first_row(text: str, delimiter: str) -> list[str]:
     try:
-        pairs = json.loads(text, object_pairs_hook=tuple)  # a dict would hide repeated paths
+        return next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
+    except csv.Error:
+        return []
+
+
+def _columns(header: Iterable[str]) -> tuple[int, int] | None:
+    """Where path and label stand."""
+    names = [name.strip().lower() for name in header]
+    path = next((name for name in PATH_COLUMNS if names.count(name) == 1), None)
+    return (names.index(path), names.index(LABEL_COLUMN)) if path and names.count(LABEL_COLUMN) == 1 else None
+
+
+def _json_rows(path: PathLike, text: str) -> list[Row]:
+    try:
+        lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (ValueError, RecursionError):
+        lines = []
+    if lines and all(_is_record(line) for line in lines):
+        return [_row(f"line {number}", record) for number, record in enumerate(lines, 1)]
+    try:
+        whole = json.loads(text, object_pairs_hook=tuple)  # a dict would hide repeated paths
     except json.JSONDecodeError as error:
-        raise ImageError(path, f"line {error.lineno} is not JSON ({error.msg}); mend that line") from error
+        raise ImageError("labels.damaged", f"line {error.lineno} is not JSON ({error.msg})", path) from error
     except (RecursionError, ValueError) as error:
-        raise ImageError(path, f"is not a JSON object of labels ({error}); write {{path: label}}") from error
-    if not isinstance(pairs, tuple):
-        raise ImageError(path, "line 1 does not start a JSON object; write {path: label}")
-    return [(f"the entry {name!r}", name, value) for name, value in pairs]
+        raise ImageError("labels.damaged", f"is not a JSON object of labels ({error})", path) from error
+    if isinstance(whole, tuple):
+        return [(f"the entry {name!r}", name, value) for name, value in whole]
+    records = [dict(item) if isinstance(item, tuple) else item for item in whole] if isinstance(whole, list) else [None]
+    if not all(_is_record(record) for record in records):
+        raise ImageError("labels.header", "line 1 does not start a JSON object or array of labels", path)
+    return [_row(f"entry {number}", record) for number, record in enumerate(records, 1)]
+
+
+def _is_record(value: object) -> bool:
+    """Whether it names its image and its label, instead of being a table of them."""
+    return (
+        isinstance(value, dict) and LABEL_COLUMN in value and any(isinstance(value.get(n), str) for n in PATH_COLUMNS)
+    )
+
+
+def _row(where: str, record: Any) -> Row:
+    return where, next(record[n] for n in PATH_COLUMNS if isinstance(record.get(n), str)), record[LABEL_COLUMN]
+
+
+# -- matching ---------------------------------------------------------------------------------------------------------
+
+
+class Matched(NamedTuple):
+    """Labels by the id of their record, and the paths that fit no record, as the label files give them."""
+
+    labels: dict[str, bool]
+    unmatched: list[str]
+
+
+def match_labels(
+    ids: Collection[str], label_files: Sequence[PathLike], *, folders: Collection[PathLike] = ()
+) -> Matched:
+    """The labels of these files, by the ids of records: paths relative to an audited folder.
+
+    A path is looked for below the name of its file's folder, then as it stands; "./", back slashes and the Unicode form
+    (NFC, NFD) make no difference. An absolute path is taken relative to the file's folder and to the audited `folders`.
+
+    Raises EvaluationError if no label fits any record (labels.unmatched), or if two files label one record differently
+    (labels.contradiction), and ImageError like `read_labels`.
+    """
+    index, labels, unmatched = _Index(ids), {}, []
+    for file in label_files:
+        for path, label in read_labels(file).items():
+            sample_id = index.find(path, Path(file).resolve().parent, folders)
+            if sample_id is None:
+                unmatched.append(path)
+            elif labels.setdefault(sample_id, label) != label:
+                fact = f"contradicts an earlier label of {sample_id}"
+                raise EvaluationError("labels.contradiction", fact, subject=file)
+    if not labels:
+        fact = f"no label fits any of the {len(ids)} records"
+        example, given = min(ids, default="-"), next(iter(unmatched), "-")
+        subject = ", ".join(map(str, label_files))
+        raise EvaluationError("labels.unmatched", fact, subject=subject, example=example, given=given)
+    return Matched(labels, unmatched)
+
+
+class _Index:
+    """Ids of records, found by whatever form of them a label file gives."""
+
+    def __init__(self, ids: Collection[str]) -> None:
+        self._ids = set(ids)
+        self._plain: dict[str, str | None] = {}
+        for sample_id in ids:
+            plain = _plain(sample_id)
+            self._plain[plain] = None if plain in self._plain else sample_id  # two of one form: only exact names do
+
+    def find(self, path: str, beside: Path, folders: Collection[PathLike]) -> str | None:
+        for name in _candidates(path, beside, folders):
+            sample_id = name if name in self._ids else self._plain.get(_plain(name))
+            if sample_id is not None:
+                return sample_id
+        return None
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", posixpath.normpath(name.replace("\\", "/")))
+
+
+def _candidates(path: str, beside: Path, folders: Collection[PathLike]) -> Iterator[str]:
+    if not os.path.isabs(path):
+        yield f"{beside.name}/{path}"
+        yield path
+        return
+    for folder in folders:
+        if inside := _below(path, Path(folder).resolve()):
+            yield inside
+    if inside := _below(path, beside):
+        yield f"{beside.name}/{inside}"
+        yield inside
+
+
+def _below(path: str, folder: Path) -> str | None:
+    """A path relative to a folder that it lies in, by its name or with links resolved."""
+    for whole in (Path(os.path.normpath(path)), Path(os.path.realpath(path))):
+        if whole.is_relative_to(folder):
+            return whole.relative_to(folder).as_posix()
+    return None

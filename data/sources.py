@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +12,9 @@ from ringmark.errors import ImageError
 
 __all__ = ["SUFFIXES", "Listing", "check_folder", "find_images", "list_images", "stamp_of"]
 
+LOG = logging.getLogger("ringmark.data.sources")
+
+PathLike = str | os.PathLike[str]
 
 SUFFIXES = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
@@ -17,7 +22,7 @@ SUFFIXES = (
 )
 
 
-def stamp_of(path: Path) -> dict:
+def stamp_of(path: Path) -> dict[str, int | None]:
     """What changes when a file does."""
     try:
         facts = path.stat()
@@ -26,50 +31,99 @@ def stamp_of(path: Path) -> dict:
     return {"size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
 
 
-def check_folder(folder: str | os.PathLike) -> None:
-    """Raises ImageError unless there is such a folder."""
-    if not Path(folder).is_dir():
-        exists = Path(folder).exists()
-        raise ImageError(
-            folder, "is a file; name the folder it is in" if exists else "there is no such folder; check the name"
-        )
-
-
-def find_images(folder: str | os.PathLike) -> list[Path]:
-    """The images that `list_images` finds. Raises ImageError where it does, and if a folder cannot be listed."""
-    found = list_images(folder)
-    if found.unlisted:
-        raise found.unlisted[0]
-    return found.images
+def check_folder(folder: PathLike) -> None:
+    """Raise ImageError (image.no-folder, image.not-folder) unless there is such a folder."""
+    if Path(folder).is_dir():
+        return
+    if Path(folder).exists():
+        raise ImageError("image.not-folder", "is a file, not a folder", folder)
+    raise ImageError("image.no-folder", "there is no such folder", folder)
 
 
 class Listing(NamedTuple):
-    """What is in a folder: images, sorted, an error for each folder that cannot be listed, how many other files."""
+    """What is in a folder.
+
+    `images` are sorted; `unlisted` holds an error for each folder that cannot be listed, `outside` one for each link
+    that leads out of the folder and was not followed; `skipped` counts the other files by suffix, in lower case.
+    """
 
     images: list[Path]
     unlisted: list[ImageError]
-    skipped: int
+    outside: list[ImageError]
+    skipped: dict[str, int]
 
 
-def list_images(folder: str | os.PathLike) -> Listing:
-    """All files below `folder` with one of SUFFIXES in either case are images; what is hidden is left out altogether.
+def find_images(folder: PathLike, *, follow_links: bool = False) -> list[Path]:
+    """The images that `list_images` finds. Raises ImageError where it does, and if a folder cannot be listed."""
+    listing = list_images(folder, follow_links=follow_links)
+    if listing.unlisted:
+        raise listing.unlisted[0]
+    return listing.images
 
-    Links are followed, each folder once. Raises ImageError if there is no such folder or no image is found.
+
+def list_images(folder: PathLike, *, follow_links: bool = False) -> Listing:
+    """The images below `folder`: files with one of SUFFIXES in either case. What is hidden is left out altogether.
+
+    Links within the folder are followed, each folder once, so that loops end; links that lead out of it only with
+    `follow_links`. Raises ImageError if there is no such folder (see `check_folder`), or if no image is found
+    (image.none; image.unlisted where a folder could not be listed).
     """
     check_folder(folder)
-    files, unlisted, seen = [], [], set()
-
-    def note(error: OSError) -> None:
-        unlisted.append(ImageError(error.filename, f"cannot be listed ({error.strerror}); allow it to be read"))
-
-    for here, folders, names in os.walk(folder, onerror=note, followlinks=True):
-        real = os.path.realpath(here)
-        folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith("."))
-        if real not in seen:
-            files += [Path(here, name) for name in names if not name.startswith(".")]
-        seen.add(real)
-    images = sorted(file for file in files if file.name.lower().endswith(SUFFIXES))
+    walk = _Walk(Path(folder), follow_links)
+    images = sorted(path for path in walk.files if path.name.lower().endswith(SUFFIXES))
+    skipped = Counter(path.suffix.lower() for path in walk.files if not path.name.lower().endswith(SUFFIXES))
+    for error in (*walk.unlisted, *walk.outside):
+        LOG.warning("%s", error)
+    if skipped:
+        LOG.info("%s: skipped by suffix: %s", folder, dict(skipped))
     if not images:
-        none = f"holds no images; what counts are files named {', '.join('*' + s for s in SUFFIXES)}"
-        raise unlisted[0] if unlisted else ImageError(folder, none)
-    return Listing(images, unlisted, len(files) - len(images))
+        raise walk.unlisted[0] if walk.unlisted else _nothing(folder, skipped, len(walk.outside))
+    return Listing(images, walk.unlisted, walk.outside, dict(skipped))
+
+
+def _nothing(folder: PathLike, skipped: Counter[str], links: int) -> ImageError:
+    fact = "holds no images"
+    if skipped:
+        fact += (
+            f", but {skipped.total()} other files ({', '.join(suffix or 'no suffix' for suffix in sorted(skipped))})"
+        )
+    if links:
+        fact += f"; not followed out of it: {_count(links, 'link')}"
+    return ImageError("image.none", fact, folder, suffixes=", ".join("*" + suffix for suffix in SUFFIXES))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+class _Walk:
+    """All files below a folder that are not hidden."""
+
+    def __init__(self, root: Path, follow_links: bool) -> None:
+        self._root, self._follow_links = os.path.realpath(root), follow_links
+        self._seen: set[str] = set()
+        self.files: list[Path] = []
+        self.unlisted: list[ImageError] = []
+        self.outside: list[ImageError] = []
+        for here, folders, names in os.walk(root, onerror=self._note, followlinks=True):
+            real = os.path.realpath(here)
+            if real in self._seen:
+                folders.clear()
+                continue
+            self._seen.add(real)
+            folders[:] = sorted(name for name in folders if self._is_wanted(Path(here, name)))
+            self.files += [Path(here, name) for name in names if self._is_wanted(Path(here, name))]
+
+    def _note(self, error: OSError) -> None:
+        self.unlisted.append(ImageError("image.unlisted", f"cannot be listed: {error.strerror}", error.filename))
+
+    def _is_wanted(self, path: Path) -> bool:
+        if path.name.startswith("."):
+            return False
+        if self._follow_links or not path.is_symlink() or self._is_inside(os.path.realpath(path)):
+            return True
+        self.outside.append(ImageError("image.link", f"is a link that leads out of {self._root}", path))
+        return False
+
+    def _is_inside(self, real: str) -> bool:
+        return real == self._root or real.startswith(os.path.join(self._root, ""))

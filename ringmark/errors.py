@@ -46,10 +46,19 @@ class ModelError(RingmarkError):
 class ImageError(RingmarkError):
     """A file that cannot be used as a picture, or as labels of pictures; `path` is the file."""
 
-    def __init__(self, code: str | os.PathLike[str], fact: str, path: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self,
+        code: str | os.PathLike[str],
+        fact: str = "",
+        path: str | os.PathLike[str] | None = None,
+        *,
+        subject: str | os.PathLike[str] | None = None,
+        **details: object,
+    ) -> None:
+        path = subject if path is None else path
         if path is None:  # transitional: (path, fact)
             code, path = "", code
-        super().__init__(str(code) or "image.damaged", fact, subject=path)
+        super().__init__(str(code) or "image.damaged", fact, subject=path, **details)
         self.path = Path(path)
 
 

@@ -7,7 +7,7 @@ import pytest
 from ringmark.data.results import Results
 from ringmark.data.scenes import scene
 from ringmark.errors import EvaluationError
-from ringmark.watermark.tasks.audit import UNSEEN_SCENES, curves, curves_of_files, label_records, prompts_for
+from ringmark.watermark.tasks.audit import UNSEEN_SCENES, curves, curves_of_files, prompts_for
 
 
 def record(name: str, score: float, **more) -> dict:
@@ -69,27 +69,13 @@ def test_a_file_that_was_not_read_is_in_no_curve():
     assert (score.positives, score.negatives, score.name) == (1, 1, "audit score")
 
 
-def test_labels_are_looked_for_below_their_folders_name_then_as_they_stand(tmp_path):
-    some = [record("marked/a.png", 1), record("a.png", 0), record("b.png", 0)]
-    found = label_records(some, [labels(tmp_path / "marked" / "labels.csv", a=1, b=0, c=1)])
-    assert found.labels == {"marked/a.png": True, "b.png": False} and found.unmatched == 1
-
-
-def test_labels_that_contradict_each_other_or_fit_nothing_are_refused(tmp_path):
-    one, other = (labels(tmp_path / f"{name}.csv", a=i) for i, name in enumerate(("one", "other")))
-    with pytest.raises(EvaluationError, match=r"other.csv: contradicts another file's label of a.png"):
-        label_records([record("a.png", 1)], [one, other])
-    with pytest.raises(EvaluationError, match=r"one.csv: no label fits any of the 1 audited images; .* e.g. z.png"):
-        label_records([record("z.png", 1)], [one])
-
-
 def test_audits_are_taken_together_but_no_record_twice(tmp_path):
     one = results(tmp_path / "one.jsonl", record("a.png", 1.0), record("b.png", 0.0))
     other = results(tmp_path / "other.jsonl", record("c.png", 2.0))
     truth = labels(tmp_path / "labels.csv", a=1, b=0, c=1, d=1)
     (score, _), said = curves_of_files([one, other, one], [truth], 0.01)
     assert (score.positives, score.negatives) == (2, 1)
-    assert said == "3 of 3 records labelled; 1 labels fit no record"
+    assert said == "3 of 3 records labelled; 1 labels fit no record (d.png)"
     again = results(tmp_path / "again.jsonl", record("a.png", 1.0))
     with pytest.raises(EvaluationError, match=r"again.jsonl: has a record of a.png, and so has .*one.jsonl"):
         curves_of_files([one, again], [truth], 0.01)

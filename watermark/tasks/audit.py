@@ -8,39 +8,36 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from ringmark.data.files import one_line
 from ringmark.data.images import Sample, from_array, read_sample, save_png
-from ringmark.data.labels import read_labels
+from ringmark.data.labels import match_labels
 from ringmark.data.results import Results, read_records
 from ringmark.data.scenes import scene
 from ringmark.data.sources import list_images, stamp_of
 from ringmark.errors import EvaluationError, ImageError, StoreError
 from ringmark.inversion.models.pipeline import LatentModel
-from ringmark.watermark.detect.verdict import Judged
-from ringmark.watermark.detect.verifier import Verifier, check_fit
+from ringmark.watermark.detect.detector import Detector, Judged, check_fit
 from ringmark.watermark.embed import generate
 from ringmark.watermark.evaluation.rates import Curve, roc, tied_below
 from ringmark.watermark.figures import write_table
 from ringmark.watermark.keys.key import Key
-from ringmark.watermark.schemes.base import scheme_of
+from ringmark.watermark.schemes.tree_ring import TreeRing
 
 DRAWN = "drawn.jsonl"  # in a folder of drawn images: of what model, with what key, and each one's seed and prompt
+NEEDED = ("present",)  # in each record of an audit
 UNSEEN_SCENES = 2_000_000  # seeds that scripts/train_pocket.py neither trains on nor tests with
 
 __all__ = [
     "DRAWN",
     "Audit",
-    "Labelled",
     "audit",
     "curves",
     "curves_of_files",
     "draw",
-    "label_records",
     "prompts_for",
 ]
 
@@ -83,7 +80,7 @@ def draw(
             total=len(seeds), initial=len(seeds) - len(missing), desc=f"draw {folder.name}", unit="image", disable=None
         ) as bar:
             todo = [prompts[i] for i in missing], [seeds[i] for i in missing]
-            scheme = scheme_of(key) if key else None
+            scheme = TreeRing(key) if key else None
             for drawn in generate(model, *todo, scheme=scheme, steps=steps, guidance=guidance, batch=batch):
                 save_png(from_array(drawn.image.numpy()), folder / names[drawn.seed])
                 store.append(
@@ -141,7 +138,7 @@ class Audit:
         return cls(len(records), *said_of, len(errors), keys, errors, skipped)
 
 
-def audit(verifier: Verifier, folder: Path, results: Path, *, batch: int = 8) -> Audit:
+def audit(detector: Detector, folder: Path, results: Path, *, batch: int = 8) -> Audit:
     """One record a file of `folder`, recursively, appended to `results`; files recorded as they are now are not read.
 
     A record holds the verdict of the best key, `carries`, the keys that fit, `keys`, p and score for each, and the
@@ -152,8 +149,8 @@ def audit(verifier: Verifier, folder: Path, results: Path, *, batch: int = 8) ->
     name_of = lambda path: str(path.relative_to(folder))
     stamps = {name_of(path): stamp_of(path) for path in (*found.images, *(e.path for e in found.unlisted))}
     # Relative, so that a tree that was moved with its results goes on.
-    settings = verifier.settings() | {"folder": os.path.relpath(folder, results.parent)}
-    with Results(results, settings) as store:
+    settings = detector.settings() | {"folder": os.path.relpath(folder, results.parent)}
+    with Results(results, settings, fields=NEEDED) as store:
         known = {r["sample_id"]: r for r in read_records(results)[1]}
         fresh = {n for n, stamp in stamps.items() if n in store.done and stamp.items() <= known[n].items()}
         with tqdm(total=len(stamps), initial=len(fresh), desc="audit", unit="image", disable=None) as bar:
@@ -168,53 +165,27 @@ def audit(verifier: Verifier, folder: Path, results: Path, *, batch: int = 8) ->
             for error in found.unlisted:
                 refuse(error)
             todo = [path for path in found.images if name_of(path) not in fresh]
-            for judged in verifier.scan(_readable(verifier, folder, todo, refuse), batch):
+            for judged in detector.scan(_readable(detector, folder, todo, refuse), batch):
                 keep(judged.sample.id, _record(judged))
-    return Audit.of([r for r in read_records(results)[1] if r["sample_id"] in stamps], found.skipped)
+    return Audit.of([r for r in read_records(results)[1] if r["sample_id"] in stamps], sum(found.skipped.values()))
 
 
 def _record(judged: Judged) -> dict:
-    per_key = {v.key: {"p_value": v.p_value, "score": v.score, **v.statistics} for v in judged.verdicts}
+    per_key = {
+        v.key: {"p_value": v.p_value, "score": v.score, "published_distance": v.published_distance}
+        for v in judged.verdicts
+    }
     return judged.best.record() | {"carries": [v.key for v in judged.present], "keys": per_key}
 
 
 def _readable(
-    verifier: Verifier, folder: Path, paths: list[Path], refuse: Callable[[ImageError], None]
+    detector: Detector, folder: Path, paths: list[Path], refuse: Callable[[ImageError], None]
 ) -> Iterator[Sample]:
     for path in paths:
         try:
-            yield read_sample(path, verifier.image_size, id=str(path.relative_to(folder)))
+            yield read_sample(path, detector.model.image_size, id=str(path.relative_to(folder)))
         except ImageError as error:
             refuse(error)
-
-
-class Labelled(NamedTuple):
-    """Labels of records by sample_id, and how many labels fit no record."""
-
-    labels: dict[str, bool]
-    unmatched: int
-
-
-def label_records(records: list[dict], label_files: list[Path]) -> Labelled:
-    """A label's path is looked for below its file's folder's name, then as it stands.
-
-    Raises EvaluationError where no label fits any record, or two files label one differently.
-    """
-    ids, found, unmatched = {r["sample_id"] for r in records}, {}, 0
-    for file in label_files:
-        for path, label in read_labels(file).items():
-            name = next((n for n in (f"{file.resolve().parent.name}/{path}", path) if n in ids), None)
-            if name is None:
-                unmatched += 1
-            elif found.setdefault(name, label) != label:
-                raise EvaluationError(
-                    f"{file}: contradicts another file's label of {name}; audit and label both folders together"
-                )
-    if not found:
-        raise EvaluationError(
-            f"{', '.join(map(str, label_files))}: no label fits any of the {len(ids)} audited images; paths must be as in the results, e.g. {min(ids, default='-')}"
-        )
-    return Labelled(found, unmatched)
 
 
 def curves(
@@ -254,21 +225,27 @@ def _number(record: dict, statistic: str) -> float:
 
 def curves_of_files(results: list[Path], label_files: list[Path], fpr_limit: float) -> tuple[list[Curve], str]:
     """The curves of several audits taken together, and a sentence on how labels and records met."""
-    records = _records_of(results)
-    labels, unmatched = label_records(records, label_files)
-    said = f"{len(labels)} of {len(records)} records labelled; {unmatched} labels fit no record"
+    records, folders = _records_of(results)
+    labels, unmatched = match_labels({r["sample_id"] for r in records}, label_files, folders=folders)
+    said = f"{len(labels)} of {len(records)} records labelled; {_unmatched(unmatched)}"
     return curves(records, labels, name="", fpr_limit=fpr_limit), said
 
 
-def _records_of(results: list[Path]) -> list[dict]:
-    """All records; a file given twice counts once.
+def _unmatched(paths: list[str]) -> str:
+    """How many labels fit no record, and the first of them."""
+    shown = ", ".join(map(one_line, paths[:3])) + (", …" if len(paths) > 3 else "")
+    return f"{len(paths)} labels fit no record" + (f" ({shown})" if paths else "")
+
+
+def _records_of(results: list[Path]) -> tuple[list[dict], list[Path]]:
+    """All records, and the folders that were audited; a file given twice counts once.
 
     Raises EvaluationError where two files have records of one id, or were made with other settings.
     """
-    records, origin, made = [], {}, None
+    records, origin, made, folders = [], {}, None, []
     for path in {p.resolve(): p for p in results}.values():
         settings, found = read_records(path)
-        settings.pop("folder", None)
+        folders.append(path.parent / str(settings.pop("folder", ".")))
         made = settings if made is None else made
         if other := sorted(n for n in settings.keys() | made.keys() if settings.get(n) != made.get(n)):
             raise EvaluationError(
@@ -281,4 +258,4 @@ def _records_of(results: list[Path]) -> list[dict]:
                     f"{path}: has a record of {record['sample_id']}, and so has {first}; give only one of the two, or audit a folder that holds both"
                 )
             records.append(record)
-    return records
+    return records, folders
