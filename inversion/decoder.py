@@ -1,7 +1,7 @@
 """Decoder inversion: the latent that a decoder turned into an image.
 
 With E the encoder, D the decoder and x the image, T(z) = E(D(z)) − E(x) is zero at the latent we look for, and
-z₀ = E(x) is near it (arXiv 2409.18442). No gradient is taken, so nothing is stored but the iterates.
+z₀ = E(x) is near it (arXiv 2409.18442). No gradient is taken, so only the iterates are stored.
 """
 
 from __future__ import annotations
@@ -21,18 +21,24 @@ __all__ = [
     "INVERTERS",
     "Inverter",
     "decoder_residual",
-    "fall",
     "gradient_residual",
     "in_slices",
     "invert_decoder",
     "invert_decoder_by_gradient",
     "quantisation_level",
+    "remaining_share",
     "rounding_share",
 ]
 
 Map = Callable[[Tensor], Tensor]
 
 GREY_LEVEL = 2 / 255  # one step of an 8-bit image whose range is [-1, 1]
+
+
+WITHIN, SLOWER = 2, 2.0  # see scripts/experiments/study_altered.py
+COARSE = 0.5  # 1/8 would be left were E exact
+
+Tolerance = float | Tensor | Literal["auto"] | None
 
 
 @torch.inference_mode()
@@ -43,7 +49,7 @@ def invert_decoder(
     method: Method = Anderson(),
     *,
     max_steps: int = 8,
-    tol: float | Tensor | Literal["auto"] | None = "auto",
+    tol: Tolerance = "auto",
     pixels: tuple[float, float] = (-1.0, 1.0),
     at_once: int = 2,
     guarded: bool = False,
@@ -54,57 +60,84 @@ def invert_decoder(
     Works for any two maps. D is cut to the range of `pixels`, as x was when it became a picture: where x is white, D(z)
     may be whiter. Each image keeps the iterate with the smallest pixel residual ‖D(z) − x‖, which every evaluation
     yields for free; a step costs one E and one D. `tol="auto"` stops an image once ‖T‖ has fallen to what rounding x
-    to 8 bits alone causes (the discrepancy principle): iterating past it fits the rounding noise.
+    to 8 bits alone causes (the discrepancy principle): further steps fit the rounding noise.
 
-    With `guarded` an image keeps E(x) where more than twice as much of ‖T‖ is left after two steps as for the picture
-    D(E(x)), which a latent is known to decode to, or where nothing has fallen at all. No latent decodes to a picture that
-    was altered afterwards: what was added lies much in directions that E∘D shrinks, where ‖T‖ falls slowly, and undoing
-    the shrinking would blow it up.
+    With `guarded` an image keeps E(x) where ‖T‖ falls too slowly in the first two steps: more than twice as much is left
+    as for the picture D(E(x)), which is known to be the image of a latent, or nothing has fallen at all. No latent
+    decodes to a picture that was altered afterwards. What was added lies mostly in directions that E∘D shrinks, where
+    ‖T‖ falls slowly, and undoing the shrinking would blow it up.
 
-    The maps are called on `at_once` images at most, which bounds their memory whatever B is. A video (B, 3, F, H, W)
+    The maps are called on at most `at_once` images, which bounds their memory whatever B is. A video (B, 3, F, H, W)
     with maps for single frames is inverted frame by frame: the value is (B, C, F, h, w), and residuals, steps and
     status are those of the B·F frames.
     """
-    if images.ndim == 5:
-        frames = images.transpose(1, 2).flatten(0, 1)
-        found = invert_decoder(
-            encode, decode, frames, method, max_steps=max_steps, tol=tol, pixels=pixels, at_once=at_once, guarded=guarded, progress=progress
-        )  # fmt: skip
-        return replace(found, value=found.value.unflatten(0, (len(images), -1)).transpose(1, 2))
-    encode, decode = in_slices(encode, at_once), in_slices(decode, at_once)
-    target = encode(images)
-    images = images.to(target.device)
-    if isinstance(tol, str):
-        tol = quantisation_level(encode, images, target) if max_steps else None
-    residual = decoder_residual(encode, decode, images, target, pixels)
-    found = solve(residual, target, method, max_steps=max_steps, tol=tol, progress=progress)
-    if max_steps and guarded:
-        drawn = decode(target).clamp(*pixels)
-        own = invert_decoder(
-            encode, decode, drawn, method, max_steps=min(WITHIN, max_steps), tol=None, pixels=pixels, at_once=at_once
-        )
-        left = fall(found)
-        found = _keep_start(found, target.float(), (left > SLOWER * fall(own)) | (left >= 1))
-    if max_steps and target.dtype.itemsize < 4:
-        coarse = rounding_share(encode, images, target).cpu() > COARSE
-        told = [c and s is not Status.START_KEPT for c, s in zip(coarse, found.status, strict=True)]
-        found = replace(found, status=[Status.ROUNDED if t else s for t, s in zip(told, found.status, strict=True)])
-    return found
+    inversion = _Inversion(
+        encode=in_slices(encode, at_once),
+        decode=in_slices(decode, at_once),
+        method=method,
+        max_steps=max_steps,
+        pixels=pixels,
+        guarded=guarded,
+        progress=progress,
+    )
+    if images.ndim != 5:
+        return inversion(images, tol)
+    solution = inversion(images.transpose(1, 2).flatten(0, 1), tol)
+    return replace(solution, value=torch.unflatten(solution.value, 0, (len(images), -1)).transpose(1, 2))
 
 
-SLOWER, WITHIN = 2.0, 2  # see scripts/study_altered.py
+@dataclass(frozen=True)
+class _Inversion:
+    """Decoder inversion of images (B, 3, H, W) by two maps that take batches of any size; fields as in the function."""
+
+    encode: Map
+    decode: Map
+    method: Method
+    max_steps: int
+    pixels: tuple[float, float]
+    guarded: bool
+    progress: Callable[[int, int], None] | None
+
+    def __call__(self, images: Tensor, tol: Tolerance) -> Solution:
+        target = self.encode(images)
+        images = images.to(target.device)
+        if isinstance(tol, str):
+            tol = quantisation_level(self.encode, images, target) if self.max_steps else None
+        residual = decoder_residual(self.encode, self.decode, images, target, self.pixels)
+        solution = solve(residual, target, self.method, max_steps=self.max_steps, tol=tol, progress=self.progress)
+        if self.max_steps and self.guarded:
+            solution = self.guard(solution, target)
+        if self.max_steps and target.dtype.itemsize < 4:
+            solution = _mark_rounded(solution, rounding_share(self.encode, images, target).cpu() > COARSE)
+        return solution
+
+    def guard(self, solution: Solution, target: Tensor) -> Solution:
+        """The solution, with the encoder's latents where ‖T‖ fell too slowly."""
+        rendered = self.decode(target).clamp(*self.pixels)
+        reference = replace(self, max_steps=min(WITHIN, self.max_steps), guarded=False, progress=None)(rendered, None)
+        left = remaining_share(solution)
+        slow = (left > SLOWER * remaining_share(reference)) | (left >= 1)
+        return _keep_start(solution, target.float(), slow)
 
 
-def fall(found: Solution) -> Tensor:
-    """(B,): what is left of ‖T‖ after WITHIN steps, as a share of the first."""
-    return found.residuals[: WITHIN + 1].nan_to_num(torch.inf).amin(0) / found.residuals[0]
+def remaining_share(solution: Solution) -> Tensor:
+    """(B,): what is left of ‖T‖ after at most WITHIN steps, as a share of the first."""
+    first = torch.nan_to_num(solution.residuals[: WITHIN + 1], nan=torch.inf)
+    return first.amin(0) / solution.residuals[0]
 
 
-def _keep_start(found: Solution, start: Tensor, kept: Tensor) -> Solution:
-    """The same, but with the start's own value where `kept` (B,)."""
-    value = torch.where(kept.to(start.device).view(-1, *[1] * (start.ndim - 1)), start, found.value)
-    status = [Status.START_KEPT if k else s for k, s in zip(kept, found.status, strict=True)]
-    return replace(found, value=value, status=status, chosen=torch.where(kept, 0, found.chosen))
+def _keep_start(solution: Solution, start: Tensor, kept: Tensor) -> Solution:
+    """The solution, with the start as its value where `kept` (B,)."""
+    value = torch.where(kept.to(start.device).view(-1, *[1] * (start.ndim - 1)), start, solution.value)
+    status = [Status.START_KEPT if k else s for k, s in zip(kept, solution.status, strict=True)]
+    return replace(solution, value=value, status=status, chosen=torch.where(kept, 0, solution.chosen))
+
+
+def _mark_rounded(solution: Solution, coarse: Tensor) -> Solution:
+    """The solution, with the status ROUNDED where rounding was `coarse` (B,) and the start was not kept."""
+    rounded = [bool(c) and s is not Status.START_KEPT for c, s in zip(coarse, solution.status, strict=True)]
+    status = [Status.ROUNDED if r else s for r, s in zip(rounded, solution.status, strict=True)]
+    return replace(solution, status=status)
 
 
 def decoder_residual(
@@ -121,7 +154,11 @@ def decoder_residual(
 
 def in_slices(map_: Map, size: int) -> Map:
     """The same map, called on at most `size` samples at once."""
-    return lambda x: torch.cat([map_(part) for part in x.split(size)])
+
+    def sliced(x: Tensor) -> Tensor:
+        return torch.cat([map_(part) for part in torch.split(x, size)])
+
+    return sliced
 
 
 def quantisation_level(encode: Map, images: Tensor, target: Tensor, draws: int = 3) -> Tensor:
@@ -133,17 +170,14 @@ def quantisation_level(encode: Map, images: Tensor, target: Tensor, draws: int =
     return torch.stack([_spread(encode, images, target, generator, 1.0) for _ in range(draws)]).median(0).values
 
 
-COARSE = 0.5  # 1/8 were E exact
-
-
 def rounding_share(encode: Map, images: Tensor, target: Tensor) -> Tensor:
     """(B,): how much of σ_q is left when u is an eighth as large: 1/8 for an exact E, about 1 where rounding rules.
 
     In 16 bit E(x + u) also differs from E(x) by the rounding of every layer, whatever the size of u. Above one half
-    what is below the noise of an 8-bit image is lost in it, and 32-bit maps would come nearer.
+    what is below the noise of an 8-bit image is lost in it, and 32-bit maps come nearer.
     """
-    at = lambda size: _spread(encode, images, target, torch.Generator().manual_seed(0), size)
-    return at(1 / 8) / at(1.0)
+    small, whole = (_spread(encode, images, target, torch.Generator().manual_seed(0), size) for size in (1 / 8, 1.0))
+    return small / whole
 
 
 def _spread(encode: Map, images: Tensor, target: Tensor, generator: torch.Generator, size: float) -> Tensor:
@@ -160,7 +194,7 @@ def gradient_residual(decode: Map, images: Tensor) -> Residual:
             z = z.clone().requires_grad_()  # a clone, since the start may have been made in inference mode
             error = decode(z).float() - images[rows]
             loss = error.square().sum()
-            (gradient,) = torch.autograd.grad(loss, z)
+            gradient = torch.autograd.grad(loss, z)[0]
         return gradient, error.detach()
 
     return residual
@@ -169,9 +203,9 @@ def gradient_residual(decode: Map, images: Tensor) -> Residual:
 def invert_decoder_by_gradient(
     decode: Map, images: Tensor, start: Tensor, method: Method | None = None, *, max_steps: int = 50
 ) -> Solution:
-    """The gradient baseline of arXiv 2409.18442 from `start` (the encoder's latents): Adam at 0.1, scheduled, unless told otherwise.
+    """The gradient baseline of arXiv 2409.18442 from `start`, the encoder's latents; by default Adam at 0.1, scheduled.
 
-    For a decoder that computes in 16 bit by autocast and stores less by activation checkpointing see `inversion.model.lean`.
+    `models.pipeline.lean` makes a decoder compute in 16 bit by autocast and store less by activation checkpointing.
     """
     method = Adam(lr=0.1, horizon=max_steps) if method is None else method
     return solve(gradient_residual(decode, images.to(start.device)), start, method, max_steps=max_steps)
@@ -191,9 +225,9 @@ class Autoencoder(Protocol):
 class Inverter:
     """A way to invert a model's decoder: (model, images (B, 3, H, W)) → Solution.
 
-    `method` and `max_steps` as in `invert_decoder`. With `early` False every step is taken; with `gradient` the method
-    descends the pixels' squared error instead, which is the baseline; with `lean` in bfloat16 and with activation
-    checkpointing. `guarded` as in `invert_decoder`.
+    `method`, `max_steps` and `guarded` as in `invert_decoder`. With `early` False every step is taken. With `gradient`
+    the method descends the squared error of the pixels instead, which is the baseline; with `lean` that runs in
+    bfloat16 and with activation checkpointing.
     """
 
     method: Method = field(default_factory=Anderson)
@@ -204,10 +238,15 @@ class Inverter:
     guarded: bool = False
 
     def __call__(self, model: Autoencoder, images: Tensor) -> Solution:
-        tol = "auto" if self.early else None
         if not self.gradient:
             return invert_decoder(
-                model.encode, model.decode, images, self.method, max_steps=self.max_steps, tol=tol, guarded=self.guarded
+                model.encode,
+                model.decode,
+                images,
+                self.method,
+                max_steps=self.max_steps,
+                tol="auto" if self.early else None,
+                guarded=self.guarded,
             )
         with torch.inference_mode():
             start = model.encode(images)
@@ -216,13 +255,14 @@ class Inverter:
 
     @classmethod
     def named(cls, name: str, max_steps: int | None = None) -> Inverter:
-        """One of INVERTERS, with other steps if given; Adam's schedule spans them. KeyError for another name."""
-        found = INVERTERS[name]
+        """One of INVERTERS, with `max_steps` if given; Adam's schedule then spans them. KeyError for another name."""
+        inverter = INVERTERS[name]
         if max_steps is None or name == "encoder":
-            return found
-        schedule = isinstance(found.method, Adam) and found.method.horizon
-        method = replace(found.method, horizon=max(1, max_steps)) if schedule else found.method
-        return replace(found, method=method, max_steps=max_steps)
+            return inverter
+        method = inverter.method
+        if isinstance(method, Adam) and method.horizon:
+            method = replace(method, horizon=max(1, max_steps))
+        return replace(inverter, method=method, max_steps=max_steps)
 
 
 INVERTERS = {
@@ -235,6 +275,6 @@ INVERTERS = {
     "gradient": Inverter(Adam(lr=0.1, horizon=50), 50, early=False, gradient=True),
     "gradient-lean": Inverter(Adam(lr=0.1, horizon=50), 50, early=False, gradient=True, lean=True),
 }
-"""By the names that commands use: the encoder alone, fixed-point methods, and the gradient baseline. Adam and the
-gradient run as in arXiv 2409.18442: every step of their schedule. Anderson comes nearest to the latents of a picture
-as it was decoded; guarded, which takes two of its steps, finds marks in pictures that may have been altered since."""
+"""By name: the encoder alone, fixed-point methods, and the gradient baseline. Adam and the gradient take every step of
+their schedule, as in arXiv 2409.18442. Anderson comes nearest to the latents of a picture as it was decoded; guarded,
+which takes two of its steps, suits pictures that may have been altered since."""

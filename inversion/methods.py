@@ -38,9 +38,9 @@ class ForwardStep:
 class InertialKM:
     """y = z_k + α (z_k − z_{k−1}); z_{k+1} = y − 2λβ T(y) (arXiv 2409.18442, Theorem 2).
 
-    The driver evaluates T where the method stands, so the iterate handed around is y. The paper runs α = 0.9 with
-    ρ = 2λβ = 0.001; the defaults are quicker where E∘D is near the identity. Raises ValueError where
-    λ (1 − α + 2α²) ≥ (1 − α)², outside which the theorem says nothing.
+    The driver evaluates T at the iterate, which is y. The paper runs α = 0.9 with ρ = 2λβ = 0.001; the defaults
+    converge faster where E∘D is near the identity. Raises ValueError unless λ (1 − α + 2α²) < (1 − α)², which the
+    theorem needs.
     """
 
     lam: float = 0.25
@@ -56,7 +56,7 @@ class InertialKM:
 
     @staticmethod
     def bound(alpha: float) -> float:
-        """(1 − α)² / (1 − α + 2α²), below which Theorem 2 wants λ."""
+        """(1 − α)² / (1 − α + 2α²): Theorem 2 needs a smaller λ."""
         return (1 - alpha) ** 2 / (1 - alpha + 2 * alpha**2)
 
     def init(self, z: Tensor) -> State:
@@ -71,8 +71,8 @@ class InertialKM:
 class Adam:
     """Adam with T in the gradient's place, and the schedule of arXiv 2409.18442 over `horizon` = N steps.
 
-    Linear warm-up over N/10 steps, a cosine until 0.8 N, constant from there; N counts at most 100. Without a horizon
-    the rate is constant. `eps` is 1e-8 for maps in 32 bit and 1e-4 for 16 bit.
+    Linear warm-up over N/10 steps, a cosine until 0.8 N, constant from there; N is cut to 100. Without a horizon the
+    rate is constant. `eps` is 1e-8 for maps in 32 bit and 1e-4 for 16 bit.
     """
 
     lr: float = 0.01
@@ -115,8 +115,8 @@ class Anderson:
     inversion gives D(z) − x, the mixture is the one that fits the picture best, and E∘D need not be cocoercive in the
     directions already seen. Where it gives none, R = T, which is the usual method.
 
-    A step after which ‖R‖ exceeds `safeguard` times the lowest so far is undone and β halved; the difference it made
-    stays in the history, for it says how the map bends there (after arXiv 1808.03971).
+    A step after which ‖R‖ exceeds `safeguard` times the lowest so far is undone and β halved. Its difference stays in
+    the history, since it shows how the map bends there (after arXiv 1808.03971).
     """
 
     window: int = 5
@@ -132,11 +132,11 @@ class Anderson:
         return {}
 
     def _first(self, z: Tensor, t: Tensor, error: Tensor) -> State:
-        """Nothing seen yet: no differences, and a best that any finite error beats."""
-        empty = lambda x: torch.zeros(len(x), self.window, x[0].numel(), device=x.device)
-        one = torch.ones(len(z), device=z.device)
-        base = {"z": z, "t": t, "r": error, "best": one * torch.inf, "beta": one * self.beta}
-        return base | {"dz": empty(z), "dt": empty(t), "dr": empty(error)}
+        """No differences yet, and a best that any finite error beats."""
+        points = {"z": z, "t": t, "r": error}
+        history = {f"d{name}": x.new_zeros(len(x), self.window, x[0].numel()) for name, x in points.items()}
+        best, beta = (torch.full((len(z),), value, device=z.device) for value in (torch.inf, self.beta))
+        return {**points, **history, "best": best, "beta": beta}
 
     def step(self, z: Tensor, t: Tensor, error: Tensor, state: State) -> tuple[Tensor, State]:
         old = state or self._first(z, t, error)
@@ -167,4 +167,4 @@ class Anderson:
         eye = torch.eye(self.window, dtype=gram.dtype, device=gram.device)
         # solve_ex, because solve raises for the whole batch where one sample's system is singular
         mix, _ = torch.linalg.solve_ex(gram + self.ridge * eye, right)
-        return (mix * inverse).nan_to_num(0.0, 0.0, 0.0).float()
+        return torch.nan_to_num(mix * inverse, nan=0.0, posinf=0.0, neginf=0.0).float()

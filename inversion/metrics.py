@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ringmark.inversion.solve import Method, Residual, norms
+from ringmark.inversion.solve import Method, Residual, evaluated, norms
 
 __all__ = ["Walk", "cocoercivity", "correlation", "high_frequency_share", "nmse_db", "trace"]
 
@@ -40,8 +40,7 @@ def trace(residual: Residual, start: Tensor, method: Method, steps: int) -> Iter
     z, rows = start.float(), torch.arange(len(start), device=start.device)
     state = method.init(z)
     for k in range(steps + 1):
-        value = residual(z, rows)
-        t, error = (x.float() for x in (value if isinstance(value, tuple) else (value, value)))
+        t, error = evaluated(residual, z, rows)
         yield z, t
         if k < steps:
             z, state = method.step(z, t, error, state)
@@ -126,4 +125,5 @@ def high_frequency_share(images: Tensor, above: float = 0.25) -> Tensor:
     ky, kx = (torch.fft.fftfreq(n, dtype=torch.float64) for n in images.shape[-2:])
     radius = 2 * torch.hypot(ky[:, None], kx[None])
     power[:, 0, 0] = 0
-    return power[:, radius > above].sum(1) / power.sum((1, 2)).clamp_min(torch.finfo(torch.float64).tiny)
+    share: Tensor = power[:, radius > above].sum(1) / power.sum((1, 2)).clamp_min(torch.finfo(torch.float64).tiny)
+    return share

@@ -12,17 +12,27 @@ from torch import Tensor
 from ringmark.errors import RingmarkError
 from ringmark.inversion.decoder import INVERTERS, Autoencoder, Inverter
 from ringmark.inversion.diffusion import Denoiser, invert
+from ringmark.inversion.noise_recovery import NoiseRecovery
 from ringmark.inversion.schedule import Schedule
 from ringmark.inversion.solve import Solution
 
-__all__ = ["Recovered", "Recoverer", "RecoverySettings"]
+__all__ = ["Model", "Recovered", "Recoverer", "RecoverySettings", "check_method"]
 
 
 class Model(Autoencoder, Denoiser, Protocol):
     """What recovery needs of a latent diffusion model."""
 
     @property
+    def name(self) -> str: ...
+
+    @property
     def identity(self) -> dict[str, Any]: ...
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def recovery(self) -> NoiseRecovery | None: ...
 
     @property
     def image_size(self) -> tuple[int, int]: ...
@@ -103,9 +113,7 @@ class Recoverer:
     @classmethod
     def named(cls, model: Model, method: str, max_steps: int | None = None, steps: int = 25) -> Recoverer:
         """With one of INVERTERS by its name. Raises RingmarkError for an unknown one."""
-        if method not in INVERTERS:
-            fact = f"unknown decoder inversion; known are {', '.join(INVERTERS)}"
-            raise RingmarkError("recovery.method-unknown", fact, subject=repr(method))
+        check_method(method)
         return cls(model, Inverter.named(method, max_steps), steps)
 
     @property
@@ -142,3 +150,10 @@ class Recoverer:
         noise = self.noise(solution.value)
         seconds = (time.perf_counter() - started) / max(1, len(images))
         return Recovered(images=images, solution=solution, noise=noise, seconds=seconds)
+
+
+def check_method(name: str) -> None:
+    """Raises RingmarkError unless this is one of INVERTERS."""
+    if name not in INVERTERS:
+        fact = f"unknown decoder inversion; known are {', '.join(INVERTERS)}"
+        raise RingmarkError("recovery.method-unknown", fact, subject=repr(name))

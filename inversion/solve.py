@@ -7,14 +7,14 @@ and lets the batch shrink to those that are not. A method owns one step.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Method", "Residual", "Solution", "State", "Status", "solve"]
+__all__ = ["Method", "Residual", "Solution", "State", "Status", "evaluated", "norms", "solve"]
 
 State = dict[str, Tensor]
 """What a method remembers: tensors with a leading batch dimension, so that the driver can drop finished samples."""
@@ -40,15 +40,18 @@ class Status(Enum):
     STALLED = "stalled"  # its best residual no longer improves
     MAX_STEPS = "max steps"
     START_KEPT = "start kept"  # its residual fell too little to rely on what follows; the value is the start
-    ROUNDED = "16-bit rounding"  # what 16-bit maps lose is more than an 8-bit image does; 32 bit would come nearer
+    ROUNDED = "16-bit rounding"  # 16-bit maps lose more than the rounding of an 8-bit image; 32 bit comes nearer
     DIVERGED = "diverged"  # NaN, overflow, or a residual far above the first; the value is still the best iterate
 
 
 @dataclass(frozen=True)
 class Solution:
-    """`value` (B, …): each sample's best iterate; `residuals` (K, B): ‖T‖ along the way, NaN once a sample is done;
-    `merits` (K, B): what the best iterate was chosen by; `steps` (B,): evaluations spent; `status`: one a sample;
-    `chosen` (B,): at which of the K evaluations the value was met."""
+    """What the driver found for each of B samples in at most K evaluations of T.
+
+    `value` (B, …) is the best iterate; `residuals` (K, B) are ‖T‖ and `merits` (K, B) what the best iterate is chosen
+    by, both NaN once a sample has stopped; `steps` (B,) counts evaluations; `status` says why each sample stopped;
+    `chosen` (B,) is the evaluation that gave the value.
+    """
 
     value: Tensor
     residuals: Tensor
@@ -58,20 +61,26 @@ class Solution:
     chosen: Tensor
 
     def at_value(self, log: Tensor) -> Tensor:
-        """(B,): residuals or merits (K, B) of the values returned; NaN where nothing was evaluated."""
-        if not len(log):
-            return torch.full((len(self.status),), torch.nan)
-        return log.gather(0, self.chosen[None])[0]
+        """(B,): the residuals or merits, given as `log` (K, B), of the values returned; NaN if nothing was evaluated."""
+        return log.gather(0, self.chosen[None])[0] if len(log) else torch.full((len(self.status),), torch.nan)
 
 
 STALL_GAIN = 0.99  # a sample stalls unless its best residual falls below this share of the one `PATIENCE` ago
 PATIENCE = 3
-BLOW_UP = 1e3  # a residual this many times the first will not come back
+BLOW_UP = 1e3  # a residual this many times the first does not come down again
 
 
 def norms(x: Tensor) -> Tensor:
     """Euclidean norm of each sample (B,)."""
-    return x.reshape(len(x), -1).norm(dim=1)
+    lengths: Tensor = torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1)
+    return lengths
+
+
+def evaluated(residual: Residual, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """T and the error at z, both float32; the error is T where the residual gives none."""
+    value = residual(z, rows)
+    t, error = value if isinstance(value, tuple) else (value, value)
+    return t.float(), error.float()
 
 
 @dataclass
@@ -88,15 +97,15 @@ class _Progress:
 
     @classmethod
     def start(cls, z: Tensor) -> _Progress:
-        inf = torch.full((len(z),), torch.inf, device=z.device)
+        count = len(z)
         return cls(
-            z.clone(),
-            inf.clone(),
-            inf.clone(),
-            inf[:, None].repeat(1, PATIENCE + 1),
-            torch.zeros(len(z), dtype=torch.int64),
-            [Status.MAX_STEPS] * len(z),
-            torch.zeros(len(z), dtype=torch.int64),
+            value=z.clone(),
+            merit=torch.full((count,), torch.inf, device=z.device),
+            first=torch.full((count,), torch.inf, device=z.device),
+            lowest=torch.full((count, PATIENCE + 1), torch.inf, device=z.device),
+            steps=torch.zeros(count, dtype=torch.int64),
+            status=[Status.MAX_STEPS] * count,
+            chosen=torch.zeros(count, dtype=torch.int64),
         )
 
     def update(self, rows: Tensor, z: Tensor, size: Tensor, merit: Tensor) -> None:
@@ -111,19 +120,32 @@ class _Progress:
 
     def finished(self, rows: Tensor, size: Tensor, tol: Tensor | None) -> Tensor:
         """(A,) which of the active samples stop here; their status is noted."""
-        converged = size <= (0.0 if tol is None else tol[rows])
-        diverged = ~torch.isfinite(size) | (size > BLOW_UP * self.first[rows])
-        stalled = (self.lowest[rows, 0] > STALL_GAIN * self.lowest[rows, -1]) & (tol is not None)
-        done = torch.zeros_like(diverged)
-        for now, status in (
-            (converged, Status.CONVERGED),
-            (diverged, Status.DIVERGED),
-            (stalled, Status.STALLED),
-        ):
+        reasons = {
+            Status.CONVERGED: size <= (0.0 if tol is None else tol[rows]),
+            Status.DIVERGED: ~torch.isfinite(size) | (size > BLOW_UP * self.first[rows]),
+            Status.STALLED: (self.lowest[rows, 0] > STALL_GAIN * self.lowest[rows, -1]) & (tol is not None),
+        }
+        done = torch.zeros_like(size, dtype=torch.bool)
+        for status, now in reasons.items():
             for row in rows[now & ~done].tolist():
                 self.status[row] = status
             done |= now
         return done
+
+
+@dataclass
+class _Log:
+    """Numbers (K, B) along the way, NaN for samples that have stopped."""
+
+    count: int
+    lines: list[Tensor] = field(default_factory=list)
+
+    def add(self, rows: Tensor, values: Tensor) -> None:
+        line = torch.full((self.count,), torch.nan)
+        self.lines.append(line.index_put_((rows.cpu(),), values.float().cpu()))
+
+    def stack(self) -> Tensor:
+        return torch.stack(self.lines) if self.lines else torch.empty(0, self.count)
 
 
 def solve(
@@ -137,24 +159,23 @@ def solve(
 ) -> Solution:
     """Look for z with T(z) = 0, each sample of the batch by itself.
 
-    `max_steps` ≥ 0 steps are taken at most, so T is evaluated max_steps + 1 times (not at all for 0: the solution is
-    the start). `tol`, a number or one a sample, is the ‖T‖ at which a sample has converged; a sample that stalls above
-    it stops too. With None every step is taken, save where T is zero or diverges. The value returned is the evaluated
-    iterate with the lowest merit, so it is never worse than the start. `progress(k, active)` is called after
+    At most `max_steps` ≥ 0 steps are taken, so T is evaluated at most max_steps + 1 times (not at all for 0: the
+    solution is the start). `tol`, a number or one per sample, is the ‖T‖ at which a sample has converged; a sample that
+    stalls above it stops too. With None every step is taken, unless T is zero or diverges. The value returned is the
+    evaluated iterate with the lowest merit, so it is never worse than the start. `progress(k, active)` is called after
     each evaluation. State and iterates are float32 whatever the dtype of the maps.
     """
     z = start.float()
-    tol = None if tol is None else torch.as_tensor(tol, dtype=z.dtype, device=z.device).expand(len(z))
-    rows, state, seen = torch.arange(len(z), device=z.device), method.init(z), _Progress.start(z)
-    sizes, merits = [], []
+    limits = None if tol is None else torch.as_tensor(tol, dtype=z.dtype, device=z.device).expand(len(z))
+    rows, state, best = torch.arange(len(z), device=z.device), method.init(z), _Progress.start(z)
+    sizes, merits = _Log(len(z)), _Log(len(z))
     for k in range(max_steps + 1 if max_steps else 0):
-        value = residual(z, rows)
-        t, error = (x.float() for x in (value if isinstance(value, tuple) else (value, value)))
+        t, error = evaluated(residual, z, rows)
         size, merit = norms(t), norms(error)
-        seen.update(rows, z, size, merit)
-        for log, now in ((sizes, size), (merits, merit)):
-            log.append(torch.full((len(start),), torch.nan).index_put_((rows.cpu(),), now.float().cpu()))
-        keep = ~seen.finished(rows, size, tol)
+        best.update(rows, z, size, merit)
+        sizes.add(rows, size)
+        merits.add(rows, merit)
+        keep = ~best.finished(rows, size, limits)
         if progress:
             progress(k, int(keep.sum()))
         if k == max_steps or not keep.any():
@@ -163,12 +184,11 @@ def solve(
             rows, z, t, error = rows[keep], z[keep], t[keep], error[keep]
             state = {name: s[keep] for name, s in state.items()}
         z, state = method.step(z, t, error, state)
-    empty = torch.empty(0, len(start))
     return Solution(
-        seen.value,
-        torch.stack(sizes) if sizes else empty,
-        torch.stack(merits) if merits else empty,
-        seen.steps,
-        seen.status,
-        seen.chosen,
+        value=best.value,
+        residuals=sizes.stack(),
+        merits=merits.stack(),
+        steps=best.steps,
+        status=best.status,
+        chosen=best.chosen,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from textwrap import fill
 
 import click
 import numpy as np
@@ -38,9 +39,9 @@ pipeline_tag: text-to-image
 
 # pocket
 
-A small latent diffusion model of landscapes, {size} x {size} pixels, which ships with ringmark for demonstrations,
-tests and experiments. It was trained from nothing by `scripts/train_pocket.py` on procedural pictures alone
-(`data/scenes.py`): nothing was downloaded and no photograph was used. It is an ordinary diffusers folder:
+A small latent diffusion model of landscapes, {size} x {size} pixels. It ships with ringmark for demonstrations, tests
+and experiments. It was trained from scratch by `scripts/train_pocket.py` on procedural pictures (`data/scenes.py`) only:
+nothing was downloaded and no photograph was used. It is an ordinary diffusers folder:
 
     from diffusers import StableDiffusionPipeline
     pipe = StableDiffusionPipeline.from_pretrained("data/pocket")
@@ -48,7 +49,7 @@ tests and experiments. It was trained from nothing by `scripts/train_pocket.py` 
 
 ![36 samples]({grid})
 
-Captions of the grid, row by row: {captions}.
+{captions}
 
 ## What it is
 
@@ -60,12 +61,12 @@ Captions of the grid, row by row: {captions}.
 | schedule | DDIM, scaled-linear betas {beta_start}-{beta_end}, no clipping |
 | on disk | {megabytes:.1f} MB, float16 safetensors, training pictures and classifier not included |
 
-Prompts it knows: *GROUND at SKY with RELIEF, WEATHER, ACCENT*, with grounds {grounds}; skies {skies} ("in a storm", "in
-fog"); reliefs {reliefs}; and the weathers and accents of `data/scenes.py`.
+Prompts have the form *GROUND at SKY with RELIEF, WEATHER, ACCENT*. Grounds: {grounds}. Skies:
+{skies} ("in a storm", "in fog"). Reliefs: {reliefs}. Weathers and accents are listed in `data/scenes.py`.
 
 ## Measured
 
-By `python scripts/measure_pocket.py`, seeds fixed in the script; intervals are 95 %, Clopper-Pearson.
+Measured by `python scripts/measure_pocket.py`, with seeds fixed in the script. Intervals are 95 % Clopper-Pearson.
 
 | what | figure |
 |---|---|
@@ -74,13 +75,14 @@ By `python scripts/measure_pocket.py`, seeds fixed in the script; intervals are 
 {obeyed}
 
 The classifier is scikit-learn's `ExtraTreesClassifier` on means, deviations and gradients in an {cells} x {cells} grid,
-trained on {n_train} rendered scenes; its accuracy on {n_test} other rendered scenes stands beside what it says of the
-model's samples (guidance 3, 25 DDIM steps).
+trained on {n_train} rendered scenes. The table gives its accuracy on {n_test} other rendered scenes beside the share
+of the model's samples (guidance 3, 25 DDIM steps) that it assigns to the prompt.
 
-## Trained
+## Training
 
-By `python scripts/train_pocket.py{command}`, on two cores: {times}. {remark}
+{trained}
 """
+TRAINED = "Trained by `python scripts/train_pocket.py{command}` on two cores: {times}. {remark}"
 
 
 @torch.inference_mode()
@@ -144,7 +146,7 @@ def card(model: LatentModel, figures: dict, captions: list[str], folder: Path) -
         factor=model.image_size[0] // model.latent_shape[1],
         channels=model.latent_shape[0],
         grid="samples.png",
-        captions="; ".join(captions),
+        captions=fill(f"Captions of the grid, row by row: {'; '.join(captions)}.", 120),
         scale=model.scale,
         vocabulary=len(model.tokenizer),
         vae_parameters=millions(model.vae),
@@ -158,9 +160,7 @@ def card(model: LatentModel, figures: dict, captions: list[str], folder: Path) -
         megabytes=sum(f.stat().st_size for f in folder.rglob("*.safetensors")) / 1e6,
         obeyed="\n".join(rows),
         cells=CELLS,
-        command=trained["command"],
-        times=trained["times"],
-        remark=trained.get("remark", ""),
+        trained=fill(TRAINED.format_map({"remark": ""} | trained), 120),
         **{k: v for k, v in figures.items() if k not in ("obeyed", "accuracy")},
     )
 

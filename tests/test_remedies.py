@@ -41,13 +41,21 @@ def texts(node: ast.AST) -> Iterator[str]:
             yield part.value
 
 
+def is_room(node: ast.AST) -> bool:
+    """Whether this is an argument room="…"."""
+    return isinstance(node, ast.keyword) and node.arg == "room" and isinstance(node.value, ast.Constant)
+
+
 def codes(call: ast.Call) -> set[str]:
     """The codes that a call gives; a conditional expression gives several."""
     return {text for text in texts(call.args[0]) if CODE.fullmatch(text)} if call.args else set()
 
 
 CODES = {code: name for name, tree in TREES.items() for call in raised(tree) for code in codes(call)}
+ROOMS = {keyword.value.value for tree in TREES.values() for keyword in ast.walk(tree) if is_room(keyword)}
+"""Rooms whose codes are made where a file is opened: f"{room}.missing", and so on."""
 CONSTANTS = {text for tree in TREES.values() for text in texts(tree)}
+CONSTANTS |= {room + text for room in ROOMS for text in CONSTANTS if text.startswith(".")}
 
 
 @pytest.mark.parametrize("code", sorted(CODES))

@@ -1,9 +1,6 @@
-"""The null, measured: what recovered noise looks like where nobody planted anything.
+"""The null, measured: what recovered noise looks like in images that nobody marked.
 
-Bins are those of orthonormal 2-D transforms, rings are `inversion.diagnostics.rings`. A bin's real and imaginary parts
-are taken to be uncorrelated and of equal variance, and so are the bins of a ring; the channels of one bin are not.
-
-The mean is taken away, the covariance whitens, and what is left is scored. A reference that had helped to measure the
+The mean is subtracted, the covariance whitens, and what is left is scored. A reference that had helped to measure the
 null by which it is scored would not be exchangeable with a new image, so references are cross-fitted: in FOLDS parts,
 each scored by the null of the others. A new image is scored by the null of all. The two differ by no more than the
 sampling error of one part, and no image is lost to either task; the price is that P(p ≤ α) ≤ α is measured, not proved.
@@ -13,58 +10,40 @@ alike (full conformal prediction, arXiv 0706.3188; on folds see arXiv 1905.02928
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ringmark.data.files import one_line, remedy, write_atomic
-from ringmark.errors import CalibrationError
+from ringmark.data.files import TensorInfo, read_tensors, write_atomic
+from ringmark.data.settings import differences
+from ringmark.errors import CalibrationError, one_line
 from ringmark.inversion.noise_recovery import NoiseRecovery, rings
-from ringmark.watermark.statistics import cosine_test, needed_references, power_test, spread_p, whiten
+from ringmark.watermark.null import Array, Null
+from ringmark.watermark.statistics import needed_references
 
 if TYPE_CHECKING:
-    from ringmark.watermark.schemes.tree_ring import TreeRing
+    from ringmark.watermark.schemes.base import Scheme
 
-__all__ = [
-    "FOLDS",
-    "Calibration",
-    "Null",
-    "check_number",
-    "relevant",
-    "shrunk_mean",
-    "smooth",
-    "whitened_features",
-    "whitened_test",
-]
+__all__ = ["FOLDS", "Calibration", "check_number", "shrunk_mean", "smooth"]
 
 FOLDS = 10
 KERNEL = (1.0, 0.5, 0.25)  # what a ring, its neighbours and theirs count for
 BORROWED = 1000  # real numbers, a relative error of √(2/1000) = 4.5 % of a variance: no neighbour lends more
 LEAST = needed_references(0.05)
 MAX_BYTES, MAX_LATENT = 1 << 30, 1 << 22
-IRRELEVANT = (
-    "keys",
-    "alpha",
-    "null",
-    "calibration",
-    "search",
-)  # of Detector.settings(): they do not change the recovered noise
 RECOVERY = ("attenuation", "variance")  # tensors of the file where recoverability was measured, neither where not
-RECALIBRATE = "make it with: ringmark calibrate"
-
-
-class Null(NamedTuple):
-    """What recovered noise is where nobody planted anything: its covariance (R, C, C) across channels by ring, and its mean (C, h, w)."""
-
-    covariance: np.ndarray
-    mean: Tensor | float = 0.0
+HEADER = "ringmark calibration"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,11 +61,11 @@ class Calibration:
     FILE: ClassVar[str] = "calibration.safetensors"
     """What a model's folder calls the one that belongs to it."""
 
-    power: np.ndarray
-    spectra: np.ndarray
+    power: Array
+    spectra: NDArray[np.float16]
     latent_shape: tuple[int, int, int]
     reach: int
-    settings: dict
+    settings: dict[str, Any]
     sources: dict[str, int]
     recovery: NoiseRecovery | None = None
     name: str = "calibration"
@@ -94,14 +73,14 @@ class Calibration:
     @classmethod
     def measure(
         cls,
-        noise: Tensor | np.ndarray,
-        settings: dict,
+        noise: Tensor | NDArray[Any],
+        settings: dict[str, Any],
         sources: dict[str, int],
         *,
         reach: int | None = None,
         recovery: NoiseRecovery | None = None,
     ) -> Calibration:
-        """From recovered noise (n, C, h, w) of unmarked images; `settings` as Detector.settings() gives them.
+        """From recovered noise (n, C, h, w) of unmarked images; `settings` is `RecoverySettings.as_dict()`.
 
         `reach` is three eighths of the shorter side unless given: rings beyond rarely survive compression. Raises
         CalibrationError for fewer images than LEAST, for noise that is not finite or has no power somewhere.
@@ -109,26 +88,27 @@ class Calibration:
         noise = np.asarray(noise)
         check_number(len(noise))
         if sum(sources.values()) != len(noise):
-            raise CalibrationError(f"{len(noise)} images, but sources {sources}; count every image once")
+            raise CalibrationError("calibration.sources", f"{len(noise)} images, but sources {sources}")
         broken = np.flatnonzero(~np.isfinite(noise).all((1, 2, 3)))
         if len(broken):
             raise CalibrationError(
-                f"{len(broken)} of {len(noise)} noises are not finite, the first is number {broken[0]}; leave them out"
+                "calibration.not-finite",
+                f"{len(broken)} of {len(noise)} noises are not finite, number {broken[0]} the first",
             )
-        shape = tuple(map(int, noise.shape[1:]))
-        reach = min(shape[1:]) * 3 // 8 if reach is None else reach
-        made = cls(
-            np.stack([_cross_power(noise[k::FOLDS]) for k in range(FOLDS)]),
-            _pack(noise, reach),
-            shape,
-            reach,
-            relevant(settings),
-            dict(sources),
-            recovery,
+        channels, height, width = map(int, noise.shape[1:])
+        reach = min(height, width) * 3 // 8 if reach is None else reach
+        calibration = cls(
+            power=np.stack([_cross_power(noise[k::FOLDS]) for k in range(FOLDS)]),
+            spectra=_pack(noise, reach),
+            latent_shape=(channels, height, width),
+            reach=reach,
+            settings=json.loads(json.dumps(settings)),
+            sources=dict(sources),
+            recovery=recovery,
         )
-        if fault := made._fault():
-            raise CalibrationError(f"{len(noise)} unmarked images: {fault}; use images with some texture")
-        return made
+        if fault := calibration._fault():
+            raise CalibrationError("calibration.degenerate", fault, subject=f"{len(noise)} unmarked images")
+        return calibration
 
     @property
     def n(self) -> int:
@@ -151,41 +131,30 @@ class Calibration:
         power = np.tensordot(share, self.power, 1)
         mean = shrunk_mean(average, power, n)
         bins = np.bincount(rings(*self.latent_shape[1:]).flatten().numpy())
-        return Null(smooth(power - _cross_power(mean[None].numpy()), n * bins), mean)
+        covariance = smooth(power - _cross_power(mean[None].numpy()), n * bins)
+        return Null(covariance, mean, name="calibrated")
 
     def noise(self, rows: slice = slice(None)) -> Tensor:
         """(n, C, h, w) float64: the recovered noises, without what lies beyond `reach`."""
         return torch.from_numpy(_unpack(self.spectra[rows], self.latent_shape, self.reach))
 
-    def reference_scores(self, scheme: TreeRing) -> np.ndarray:
+    def reference_scores(self, scheme: Scheme) -> Array:
         """(n,): cross-fitted scores of the unmarked images for this key, in their order.
 
-        Raises CalibrationError where the key reaches beyond `reach`.
+        Raises CalibrationError where the key looks beyond `reach`.
         """
         self.check_reach(scheme)
         scores = np.empty(self.n)
         for k, (noise, null) in enumerate(self._parts):
-            if (seen := (k, *scheme.kind)) not in self._features:
-                look = whitened_test if scheme.pattern == "zeros" else whitened_features
-                self._features[seen] = look(scheme, noise, *null)[0]
-            found = self._features[seen]
-            if scheme.pattern != "zeros":
-                found = cosine_test(found, whitened_features(scheme, noise[:1], *null)[1])[0]
-            scores[k::FOLDS] = found
+            test = scheme.on(null)
+            if (observed := self._observed.get((k, scheme.kind))) is None:
+                observed = self._observed[k, scheme.kind] = test.observe(noise)
+            scores[k::FOLDS] = test.score(observed)
         return scores
 
-    def test(self, scheme: TreeRing, noise: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and p-values (B,) of recovered noise (B, C, h, w): `whitened_test` on this null.
-
-        For the pattern *zeros* p is by the spread of the reference scores: power differs more from ring to ring, in
-        unmarked images too, than white noise would by chance; there raises CalibrationError as `reference_scores` does.
-        """
-        score, p = whitened_test(scheme, noise, *self.null)
-        return score, (spread_p(score, self.reference_scores(scheme)) if scheme.pattern == "zeros" else p)
-
     @cached_property
-    def _features(self) -> dict[tuple, np.ndarray]:
-        """Whitened features (for *zeros*: scores), by part and kind of key: they are alike for all keys of a kind."""
+    def _observed(self) -> dict[tuple[int, Hashable], Array]:
+        """What tests observe of each part, by part and kind of key: the same for all keys of a kind."""
         return {}
 
     @cached_property
@@ -197,38 +166,34 @@ class Calibration:
         """Raises CalibrationError where ranks among these images cannot come down to alpha."""
         if self.n < needed_references(alpha):
             raise CalibrationError(
-                f"{self.name}: {self.n} unmarked images confirm no p below {1 / (self.n + 1):.2g}, and --alpha is {alpha:g}; calibrate with at least {needed_references(alpha)} images, or raise --alpha"
+                "calibration.level",
+                f"{self.n} unmarked images confirm no p below {1 / (self.n + 1):.2g}, and alpha is {alpha:g}",
+                subject=self.name,
+                needed=needed_references(alpha),
             )
 
-    def check_reach(self, scheme: TreeRing) -> None:
-        """Raises CalibrationError for a key that looks beyond `reach`: one that sees noise which has nothing up to it."""
+    def check_reach(self, scheme: Scheme) -> None:
+        """Raises CalibrationError for a key that looks beyond `reach`: one that sees noise with nothing below."""
         white = torch.randn(1, *self.latent_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         low = torch.fft.fft2(white) * (rings(*self.latent_shape[1:]) <= self.reach)
         beyond = white - torch.fft.ifft2(low).real
-        if max(x.abs().max() for x in _seen(scheme, beyond)) > 1e-9:
+        if np.abs(scheme.on(Null.white(self.latent_shape)).observe(beyond)).max() > 1e-9:
             raise CalibrationError(
-                f"{self.name}: holds rings up to {self.reach}, the key's mark of radii {scheme.placement.radii[0]}-{scheme.placement.radii[1]} is looked for beyond; leave the calibration out, or make a key of smaller radii"
+                "calibration.reach",
+                f"holds rings up to {self.reach}, and the key ({scheme.label}) is looked for beyond",
+                subject=self.name,
             )
 
-    def check(self, settings: dict) -> None:
+    def check(self, settings: Mapping[str, Any]) -> None:
         """Raises CalibrationError that names each difference unless this was measured under `settings`."""
-        mine, theirs = _flat(self.settings), _flat(relevant(settings))
-        if mine.get("model fingerprint") == theirs.get("model fingerprint"):
-            mine["model name"] = theirs.get("model name")  # a folder may be renamed
-        if mine.get("steps") != theirs.get("steps"):
-            mine.pop("timesteps", None), theirs.pop("timesteps", None)  # of other steps they differ anyway
-        said = lambda values, field: values.get(field, "not set")
-        different = [
-            f"{field} {said(mine, field)}, here {said(theirs, field)}"
-            for field in sorted(mine.keys() | theirs.keys())
-            if said(mine, field) != said(theirs, field)
-        ]
-        if different:
-            raise CalibrationError(
-                one_line(
-                    f"{self.name}: made with {'; '.join(different)}; use those settings, or calibrate anew with these"
-                )
-            )
+        ignore = set()
+        if self.settings["model"].get("fingerprint") == settings["model"].get("fingerprint"):
+            ignore.add("model name")  # a folder may be renamed
+        if self.settings.get("steps") != settings.get("steps"):
+            ignore.add("timesteps")  # of other steps they differ anyway
+        if different := differences(self.settings, settings, ignore=ignore):
+            fact = f"was made with other settings: {'; '.join(different)}"
+            raise CalibrationError("calibration.settings", fact, subject=self.name)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -238,13 +203,13 @@ class Calibration:
             digest.update(f"{name}{values.shape}".encode() + values.tobytes())
         return digest.hexdigest()[:16]
 
-    def _tensors(self) -> dict[str, np.ndarray]:
-        found = {"power": self.power, "spectra": self.spectra}
+    def _tensors(self) -> dict[str, NDArray[Any]]:
+        found: dict[str, NDArray[Any]] = {"power": self.power, "spectra": self.spectra}
         if self.recovery:
             found |= {field: getattr(self.recovery, field).numpy() for field in RECOVERY}
         return {name: np.ascontiguousarray(values) for name, values in found.items()}
 
-    def _description(self) -> dict:
+    def _description(self) -> dict[str, Any]:
         return {
             "latent_shape": list(self.latent_shape),
             "reach": self.reach,
@@ -256,51 +221,36 @@ class Calibration:
         """Write the file whole or not at all, in place of what was there. Raises CalibrationError."""
         from safetensors.numpy import save
 
-        described = json.dumps(self._description() | {"fingerprint": self.fingerprint})
-        data = save(self._tensors(), {"ringmark calibration": described})
+        data = save(self._tensors(), {HEADER: json.dumps(self._description() | {"fingerprint": self.fingerprint})})
         try:
             write_atomic(path, data, 0o600)  # rough copies of the images
         except OSError as error:
-            raise CalibrationError(
-                f"{one_line(path)}: cannot be written: {error.strerror}; {remedy(error, 'choose another name')}"
-            ) from None
+            code = "file.full" if error.errno in FULL else "calibration.unwritable"
+            raise CalibrationError(code, f"cannot be written ({error.strerror})", subject=path) from None
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
-        """Read and check a calibration. Raises CalibrationError, one line that names the file and the remedy."""
-        from safetensors import SafetensorError, safe_open
-
-        path = Path(path)
-        name = one_line(path)
-        try:
-            if path.is_dir():
-                raise CalibrationError(f"{name}: is a folder; name a calibration file in it")
-            if not path.is_file():
-                raise CalibrationError(f"{name}: no such calibration; {RECALIBRATE} FOLDER -o {name}")
-            if path.stat().st_size > MAX_BYTES:
-                raise CalibrationError(f"{name}: too large to be a calibration ({path.stat().st_size >> 20} MB)")
-            path.open("rb").close()  # says why, where safetensors does not
-            with safe_open(path, "numpy") as file:
-                stored = json.loads((file.metadata() or {})["ringmark calibration"])
-                _check_description(stored)
-                _check_tensors(file, tuple(stored["latent_shape"]), stored["reach"])
-                tables = [torch.from_numpy(file.get_tensor(field)) for field in RECOVERY if field in file.keys()]
-                recovery = NoiseRecovery(*tables) if tables else None
-                fields = _fields(stored) | {"recovery": recovery, "name": name}
-                made = cls(file.get_tensor("power"), file.get_tensor("spectra"), **fields)
-        except CalibrationError:
-            raise
-        except PermissionError as error:
-            raise CalibrationError(f"{name}: cannot be read: {error.strerror}") from None
-        except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RecursionError, OSError):
+        """Read and check a calibration. Raises CalibrationError."""
+        tensors, metadata = read_tensors(
+            path, max_bytes=MAX_BYTES, check=_check_file, error=CalibrationError, room="calibration"
+        )
+        stored = json.loads(metadata[HEADER])
+        tables = [torch.from_numpy(tensors[name]) for name in RECOVERY if name in tensors]
+        calibration = cls(
+            power=tensors["power"],
+            spectra=tensors["spectra"],
+            latent_shape=tuple(stored["latent_shape"]),
+            reach=stored["reach"],
+            settings=stored["settings"],
+            sources=stored["sources"],
+            recovery=NoiseRecovery(*tables) if tables else None,
+            name=one_line(path),
+        )
+        if calibration.fingerprint != stored["fingerprint"] or calibration._fault():
             raise CalibrationError(
-                f"{name}: not a ringmark calibration, or damaged; {RECALIBRATE} FOLDER -o {name}"
-            ) from None
-        if made.fingerprint != stored["fingerprint"] or made._fault():
-            raise CalibrationError(
-                f"{name}: damaged: its fingerprint does not fit its contents; restore it from a copy or {RECALIBRATE}"
+                "calibration.fingerprint", "is damaged: its fingerprint does not fit its contents", subject=path
             )
-        return made
+        return calibration
 
     @classmethod
     def built_in(cls, folder: Path) -> Calibration | None:
@@ -327,16 +277,13 @@ def check_number(n: int) -> None:
     """Raises CalibrationError where n images are too few for any calibration."""
     if n < LEAST:
         raise CalibrationError(
-            f"{n} unmarked images: a calibration needs at least {LEAST}, for p ≤ 0.05, and {needed_references(1e-3)} for p ≤ 0.001; add images"
+            "calibration.too-few",
+            f"a calibration needs at least {LEAST}, for p ≤ 0.05, and {needed_references(1e-3)} for p ≤ 0.001",
+            subject=f"{n} unmarked images",
         )
 
 
-def relevant(settings: dict) -> dict:
-    """Of Detector.settings() what the recovered noise depends on, as JSON will give it back."""
-    return json.loads(json.dumps({k: v for k, v in settings.items() if k not in IRRELEVANT}))
-
-
-def smooth(covariance: np.ndarray, weight: np.ndarray) -> np.ndarray:
+def smooth(covariance: NDArray[Any], weight: NDArray[Any]) -> NDArray[Any]:
     """Radial smoothing of covariance (R, …), measured from `weight` (R,) > 0 real numbers each.
 
     Σ̃ᵣ = Σₛ w_rs Σₛ / Σₛ w_rs with w_rr = nᵣ and w_rs = K(r − s) min(nₛ, BORROWED): rings of few bins borrow from
@@ -348,11 +295,11 @@ def smooth(covariance: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return np.tensordot(shares / shares.sum(1, keepdims=True), covariance, 1)
 
 
-def shrunk_mean(average: np.ndarray, power: np.ndarray, n: int) -> Tensor:
+def shrunk_mean(average: NDArray[Any], power: NDArray[Any], n: int) -> Tensor:
     """(C, h, w): what n recovered noises have in common, from their `average` (1, C, h, w) and `power` (R, C, C).
 
-    A model brings back something of the same layout from every image, so that their noise has a mean μ, which would give
-    a key a little of the same score in all of them. On a ring the average's power A holds, beside |μ|², an n-th of the
+    A model brings back something of the same layout from every image, so that their noise has a mean μ, which
+    would give a key a little of the same score in all of them. On a ring the average's power A holds, beside |μ|², an n-th of the
     images' own variance, (P − A) / (n − 1). The bins of each channel and ring are multiplied by that share of A that is
     not this, at least 0: few images, which know μ badly, take little of it away.
     """
@@ -363,73 +310,29 @@ def shrunk_mean(average: np.ndarray, power: np.ndarray, n: int) -> Tensor:
     return torch.from_numpy(np.fft.ifft2(np.fft.fft2(average[0]) * each).real)
 
 
-def whitened_test(
-    scheme: TreeRing, noise: Tensor, covariance: np.ndarray, mean: Tensor | float = 0.0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and p-values (B,) of recovered noise (B, C, h, w) under a null (see `Null`).
-
-    The whitened cosine and its Student-t p-value; for the pattern *zeros* the power test of whitened noise.
-    """
-    if scheme.pattern == "zeros":
-        features, *beside = _seen(scheme, _whiten_noise(scheme, noise - mean, covariance))
-        inside = features.unflatten(1, (len(scheme.placement.channels), -1))
-        return power_test(inside.numpy(), [power.numpy() for power in beside], scheme.side_weights)
-    return cosine_test(*whitened_features(scheme, noise, covariance, mean))
-
-
-def whitened_features(
-    scheme: TreeRing, noise: Tensor, covariance: np.ndarray, mean: Tensor | float = 0.0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Features (B, d) of recovered noise (B, C, h, w) and of the key (d,); those of unit variance and uncorrelated under the null."""
-    features, key = scheme.features(noise - mean)
-    channels, ring = (x.numpy() for x in scheme.feature_rings())
-    marked = channels.reshape(len(scheme.placement.channels), -1)[:, 0]
-    # Features go channel by channel, over the same bins in each.
-    blocks = covariance[ring[: len(ring) // len(marked)]][:, marked[:, None], marked]
-    both = np.concatenate([features.numpy(), key.numpy()[None]]).reshape(-1, len(marked), len(blocks))
-    *rows, last = whiten(both, blocks).reshape(len(both), -1)
-    return np.reshape(rows, (-1, len(last))), last
-
-
-def _seen(scheme: TreeRing, noise: Tensor) -> tuple[Tensor, ...]:
-    """All that the scheme's statistic looks at."""
-    features, _ = scheme.features(noise)
-    return (features, *scheme.beside(noise)) if scheme.pattern == "zeros" else (features,)
-
-
-def _whiten_noise(scheme: TreeRing, noise: Tensor, covariance: np.ndarray) -> Tensor:
-    """Noise (B, C, h, w) with the marked channels whitened ring by ring."""
-    marked = np.array(scheme.placement.channels)
-    blocks = covariance[rings(*noise.shape[2:]).flatten().numpy()][:, marked[:, None], marked]
-    spectrum = np.fft.fft2(noise[:, marked].double().numpy())
-    white = whiten(spectrum.reshape(*spectrum.shape[:2], -1), blocks).reshape(spectrum.shape)
-    out = noise.double().clone()
-    out[:, marked] = torch.from_numpy(np.fft.ifft2(white).real)
-    return out
-
-
-def _cross_power(noise: np.ndarray) -> np.ndarray:
+def _cross_power(noise: NDArray[Any]) -> NDArray[Any]:
     """(R, C, C): Re F F* of noise (n, C, h, w), averaged over images and the bins of each ring."""
     f, ring = np.fft.fft2(noise.astype(float), norm="ortho"), rings(*noise.shape[2:]).numpy()
     per_ring = (f[..., ring == r] for r in range(ring.max() + 1))
     return np.stack([np.tensordot(x, x.conj(), ((0, 2), (0, 2))).real / (len(x) * x.shape[2]) for x in per_ring])
 
 
-def _stored_bins(height: int, width: int, reach: int) -> np.ndarray:
+def _stored_bins(height: int, width: int, reach: int) -> NDArray[np.bool_]:
     """(h, w//2 + 1): which bins of rfft2 are stored."""
     return rings(height, width).numpy()[:, : width // 2 + 1] <= reach
 
 
-def _pack(noise: np.ndarray, reach: int) -> np.ndarray:
-    stored = np.fft.rfft2(noise.astype(float), norm="ortho")[..., _stored_bins(*noise.shape[2:], reach)]
+def _pack(noise: NDArray[Any], reach: int) -> NDArray[Any]:
+    height, width = noise.shape[2:]
+    stored = np.fft.rfft2(noise.astype(float), norm="ortho")[:, :, _stored_bins(height, width, reach)]
     with np.errstate(over="ignore"):
         return np.stack([stored.real, stored.imag], -1).astype(np.float16)
 
 
-def _unpack(spectra: np.ndarray, latent_shape: tuple[int, int, int], reach: int) -> np.ndarray:
+def _unpack(spectra: NDArray[Any], latent_shape: tuple[int, int, int], reach: int) -> NDArray[Any]:
     channels, height, width = latent_shape
     f = np.zeros((len(spectra), channels, height, width // 2 + 1), complex)
-    f[..., _stored_bins(height, width, reach)] = spectra[..., 0].astype(float) + 1j * spectra[..., 1]
+    f[:, :, _stored_bins(height, width, reach)] = spectra[..., 0].astype(float) + 1j * spectra[..., 1]
     return np.fft.irfft2(f, s=(height, width), norm="ortho")
 
 
@@ -438,45 +341,23 @@ def _sound(recovery: NoiseRecovery) -> bool:
     return bool((both & (recovery.variance > 0)).all())
 
 
-def _flat(settings: dict, prefix: str = "") -> dict:
-    """{"model": {"name": …}} → {"model name": …}."""
-    out = {}
-    for name, value in settings.items():
-        out |= _flat(value, f"{prefix}{name} ") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return out
-
-
-def _fields(stored: dict) -> dict:
-    return {
-        "latent_shape": tuple(stored["latent_shape"]),
-        "reach": stored["reach"],
-        "settings": stored["settings"],
-        "sources": stored["sources"],
-    }
-
-
-def _check_description(stored: dict) -> None:
-    """Raises ValueError, LookupError or TypeError unless it is one; nothing has been allocated yet."""
+def _check_file(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> None:
+    """Raises ValueError, LookupError or TypeError unless description, types and shapes fit; nothing was read yet."""
+    stored = json.loads(metadata[HEADER])
     whole = [*stored["latent_shape"], stored["reach"], *stored["sources"].values()]
     if not all(type(x) is int and x >= 0 for x in whole) or not isinstance(stored["settings"]["model"], dict):
         raise ValueError("a field of another type")
     channels, height, width = stored["latent_shape"]
     if not 0 < channels * height * width <= MAX_LATENT or not isinstance(stored["fingerprint"], str):
         raise ValueError("latents of no size, or too large")
-
-
-def _check_tensors(file, latent_shape: tuple[int, int, int], reach: int) -> None:
-    """Raises ValueError unless types and shapes are as described; nothing has been read yet."""
-    channels, height, width = latent_shape
-    power, spectra = file.get_slice("power"), file.get_slice("spectra")
     number_of_rings = int(rings(height, width).max()) + 1
-    n, *rest = spectra.get_shape()
-    if (power.get_dtype(), spectra.get_dtype()) != ("F64", "F16"):
-        raise ValueError("numbers of another type")
-    if power.get_shape() != [FOLDS, number_of_rings, channels, channels]:
-        raise ValueError("power of another shape")
-    if n < LEAST or rest != [channels, int(_stored_bins(height, width, reach).sum()), 2]:
-        raise ValueError("spectra of another shape")
-    tables = [file.get_slice(field) for field in RECOVERY if set(RECOVERY) & set(file.keys())]
-    if any((x.get_dtype(), x.get_shape()) != ("F64", [channels, number_of_rings]) for x in tables):
-        raise ValueError("recovery of another type or shape")
+    bins = int(_stored_bins(height, width, stored["reach"]).sum())
+    n = infos["spectra"].shape[0]
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {
+        "power": ("F64", (FOLDS, number_of_rings, channels, channels)),
+        "spectra": ("F16", (max(n, LEAST), channels, bins, 2)),
+    }
+    if set(RECOVERY) & set(infos):
+        expected |= {name: ("F64", (channels, number_of_rings)) for name in RECOVERY}
+    if {name: (info.dtype, info.shape) for name, info in infos.items()} != expected:
+        raise ValueError("tensors of another type or shape")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ringmark.inversion.diffusion import sample
 from ringmark.inversion.models.pipeline import LatentModel
-from ringmark.watermark.schemes import Scheme
+from ringmark.watermark.schemes.base import Scheme
 
 __all__ = ["Drawn", "generate", "initial_noise"]
 

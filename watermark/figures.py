@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ringmark.data.files import one_line, write_atomic
+from ringmark.errors import SchemeError
 from ringmark.inversion.noise_recovery import NoiseRecovery
-from ringmark.watermark.detect.detector import Detector, Judged, Verdict
+from ringmark.watermark.detect.detector import Detector
+from ringmark.watermark.detect.verdict import Judged, Verdict, p_text
 from ringmark.watermark.evaluation.rates import Curve, pointwise_band
 from ringmark.watermark.keys.key import Key
-from ringmark.watermark.schemes.tree_ring import TreeRing
+from ringmark.watermark.schemes.base import scheme_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,17 +74,19 @@ def recovery_figure(recovery: NoiseRecovery) -> Figure:
 
 
 def key_figure(key: Key) -> Figure:
-    """A key's spectrum, a panel a latent channel. Whoever sees the figure has the key."""
+    """A key's spectrum, a panel a latent channel. Whoever sees the figure has the key.
+
+    Raises SchemeError for a scheme whose keys cannot be drawn.
+    """
     from matplotlib.figure import Figure
 
-    scheme = TreeRing(key)
-    channels, pictures = scheme.placement.channels, scheme.drawn()
-    figure = Figure(figsize=(3.2 * len(channels), 3.6), layout="constrained")
-    for ax, channel, values in zip(
-        figure.subplots(1, len(channels), squeeze=False)[0], channels, pictures, strict=True
-    ):
-        ax.imshow(values, cmap="RdBu_r", vmin=-2.5, vmax=2.5, extent=_frequency_extent(*values.shape))
-        ax.set_title(f"channel {channel}", fontsize=10)
+    panels = scheme_of(key).key_panels()
+    if not panels:
+        raise SchemeError("scheme.no-picture", "keys of this scheme cannot be drawn", subject=f"key {key.fingerprint}")
+    figure = Figure(figsize=(3.2 * len(panels), 3.6), layout="constrained")
+    for ax, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        ax.imshow(panel.values, cmap="RdBu_r", vmin=-2.5, vmax=2.5, extent=_frequency_extent(*panel.values.shape))
+        ax.set_title(panel.title, fontsize=10)
         ax.set_xlabel("frequency, periods an image side")
     figure.suptitle(f"key {key.fingerprint}: as secret as the key", fontsize=10, parse_math=False)
     return figure
@@ -149,21 +153,17 @@ def explain(detector: Detector, judged: Judged, name: str) -> Figure:
     from matplotlib.figure import Figure
 
     verdict = judged.best
-    scheme = detector.schemes[verdict.key]
     figure = Figure(figsize=(13, 3.7), layout="constrained")
     axes = figure.subplots(1, 4)
     axes[0].imshow(np.asarray(judged.sample.image))
     axes[0].set_title("image")
-    channel = scheme.placement.channels[0]
-    spectrum, key = scheme.aligned(judged.noise[None])
-    ring = np.fft.fftshift(scheme.inside.numpy())
-    recovered = f"recovered noise, channel {channel}{', not turned back' if verdict.by_search else ''}"
-    for ax, values, title in ((axes[1], spectrum, recovered), (axes[2], key, "key")):
-        extent = _frequency_extent(*values.shape)
-        ax.imshow(values, cmap="RdBu_r", vmin=-2.5, vmax=2.5, extent=extent, alpha=np.where(ring, 1, 0.25))
-        for radius in (scheme.placement.radii[0] - 0.5, scheme.placement.radii[1] + 0.5):
+    for ax, panel in zip(axes[1:], detector.schemes[verdict.key].panels(judged.noise[None]), strict=False):
+        extent, low = _frequency_extent(*panel.values.shape), panel.radii[0]
+        alpha = np.where(panel.inside, 1, 0.25)
+        ax.imshow(panel.values, cmap="RdBu_r", vmin=-2.5, vmax=2.5, extent=extent, alpha=alpha)
+        for radius in (low - 0.5, panel.radii[1] + 0.5):
             ax.add_patch(_circle(radius))
-        ax.set_title(title)
+        ax.set_title(panel.title)
         ax.set_xlabel("frequency, periods an image side")
     _plot_null(axes[3], detector, verdict)
     axes[0].set_axis_off()
@@ -182,34 +182,22 @@ def _circle(radius: float):
 
 
 def _plot_null(ax: Axes, detector: Detector, verdict: Verdict) -> None:
-    """The score's density on unmarked images, those of a calibration, and where this image stands; for *zeros* and finds of the search p alone."""
-    from scipy import stats
-
+    """The score's density on unmarked images, those of a calibration, and where this image stands."""
     scheme = detector.schemes[verdict.key]
     ax.set_title("score on its null")
-    if scheme.pattern == "zeros" or verdict.by_search:
-        meaning = "log power beside / inside" if scheme.pattern == "zeros" else "largest cosine of the search"
-        ax.text(
-            0.5,
-            0.5,
-            f"{meaning} = {verdict.score:.2f}\np = {verdict.p_value:.2g}",
-            ha="center",
-            va="center",
-            transform=ax.transAxes,
-        )
+    reach = min(0.999, max(0.3, abs(verdict.score) * 1.15))  # a cosine's density ends at 1
+    grid = np.linspace(-reach, reach, 1001)
+    density = None if verdict.by_search else detector.density(verdict.key, grid)
+    if density is None:
+        text = f"{scheme.score_name} = {verdict.score:.2f}\n{p_text(verdict.p_value)}"
+        ax.text(0.5, 0.5, text, ha="center", va="center", transform=ax.transAxes)
         ax.set_axis_off()
         return
-    nu = len(scheme.feature_rings()[0]) - 1
-    reach = min(0.999, max(0.3, abs(verdict.score) * 1.15))  # a cosine's density ends at 1
-    c = np.linspace(-reach, reach, 1001)
-    # c = t / √(ν + t²), so the density of c is that of t times dt/dc.
-    t = c * np.sqrt(nu / (1 - c**2))
-    ax.fill_between(c, stats.t.pdf(t, nu) * np.sqrt(nu) * (1 - c**2) ** -1.5, color=GREY, alpha=0.5, label="unmarked")
-    if detector.calibration:
-        scores = detector.reference_scores(verdict.key)
+    ax.fill_between(grid, density, color=GREY, alpha=0.5, label="unmarked")
+    if (scores := detector.reference_scores(verdict.key)) is not None:
         ax.hist(scores, "auto", density=True, histtype="step", color=INK, label=f"{len(scores)} unmarked images")
-    limit = stats.t.isf(detector.alpha / (detector.TESTS * len(detector.schemes)), nu)
-    ax.axvline(limit / np.sqrt(nu + limit**2), color=INK, lw=1, ls="--", label=f"p = {detector.alpha:g}")
+    if (limit := detector.threshold(verdict.key)) is not None:
+        ax.axvline(limit, color=INK, lw=1, ls="--", label=f"p = {detector.alpha:g}")
     ax.axvline(verdict.score, color=MARK, lw=2, label="this image")
-    ax.set(xlabel="whitened cosine", yticks=[], ylim=(0, 1.5 * ax.get_ylim()[1]))  # room for the legend
+    ax.set(xlabel=scheme.score_name, yticks=[], ylim=(0, 1.5 * ax.get_ylim()[1]))  # room for the legend
     ax.legend(fontsize=8, frameon=False, loc="upper left")

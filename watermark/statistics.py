@@ -6,52 +6,105 @@ A score is the larger the more the key is there; a p-value is the probability of
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import optimize, special, stats
 
 __all__ = [
+    "ALPHA",
     "agreement",
     "conformal_p",
+    "cosine_bound",
+    "cosine_density",
+    "cosine_log10_p",
     "cosine_p",
+    "cosine_scores",
     "cosine_test",
     "matched_filter",
     "maximum_p",
     "needed_references",
-    "power_test",
+    "power_p",
+    "power_scores",
     "published_distance",
     "published_p_value",
     "spread_p",
     "undecided",
-    "whiten",
 ]
 
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 
-def cosine_test(
-    recovered: np.ndarray, key: np.ndarray, variance: np.ndarray | float = 1.0
-) -> tuple[np.ndarray, np.ndarray]:
+ALPHA = 1e-3
+"""The level of a verdict unless another is asked for: one unmarked image in a thousand is called marked."""
+
+
+def cosine_scores(recovered: Array, key: Array) -> Array:
+    """The cosine c (B,) in [-1, 1] of whitened vectors (B, d) with a key's (d,); 0 for a vector of zeros."""
+    f, k = np.asarray(recovered, float), np.asarray(key, float)
+    length = np.linalg.norm(f, axis=-1) * np.linalg.norm(k)
+    return np.asarray(np.clip(np.divide(f @ k, length, out=np.zeros(len(f)), where=length > 0), -1, 1))
+
+
+def cosine_test(recovered: Array, key: Array, variance: Array | float = 1.0) -> tuple[Array, Array]:
     """The whitened cosine c (B,) in [-1, 1] and its one-sided p-values.
 
     recovered (B, d) and key (d,) are divided by √v, v > 0 the null variance of each feature. The p-values (`cosine_p`)
-    hold under any spherical null, whatever an image's own scale. A vector of zeros has c = 0.
+    hold under any spherical null, whatever an image's own scale.
     """
-    f, k = np.asarray(recovered, float) / np.sqrt(variance), np.asarray(key, float) / np.sqrt(variance)
-    length = np.linalg.norm(f, axis=-1) * np.linalg.norm(k)
-    c = np.clip(np.divide(f @ k, length, out=np.zeros(len(f)), where=length > 0), -1, 1)
-    return c, cosine_p(c, f.shape[-1])
+    c = cosine_scores(np.asarray(recovered, float) / np.sqrt(variance), np.asarray(key, float) / np.sqrt(variance))
+    return c, cosine_p(c, np.shape(recovered)[-1])
 
 
-def cosine_p(cosine: np.ndarray, features: int) -> np.ndarray:
+def cosine_p(cosine: Array, features: int) -> Array:
     """One-sided p-values of whitened cosines c in [-1, 1] of `features` numbers each.
 
     t = c √(ν / (1 − c²)), ν = features − 1, is Student-t under any spherical null.
     """
-    nu = features - 1
+    return np.asarray(stats.t.sf(_student(cosine, features - 1), features - 1))
+
+
+def _student(cosine: Array, nu: int) -> Array:
     with np.errstate(divide="ignore"):
-        return stats.t.sf(cosine * np.sqrt(nu / (1 - np.square(cosine))), nu)
+        return np.asarray(cosine * np.sqrt(nu / (1 - np.square(cosine))))
 
 
-def maximum_p(score: np.ndarray, features: int, tests: int) -> np.ndarray:
+def cosine_log10_p(cosine: Array, features: int) -> Array:
+    """log₁₀ of `cosine_p`, also where that is too small for a float.
+
+    For c > 0 p = ½ I_x(ν/2, ½) with x = 1 − c², I the regularised incomplete beta function, of which
+
+        log I_x(a, b) = a log x + b log(1 − x) − log a − log B(a, b) + log ₂F₁(a + b, 1; a + 1; x)
+
+    (DLMF 8.17.8). x is held above the rounding of 1 − c².
+    """
+    cosine, nu = np.asarray(cosine, float), features - 1
+    with np.errstate(divide="ignore"):
+        log10 = np.log10(cosine_p(cosine, features))
+    far = log10 < -250
+    x, a, b = np.maximum(1 - np.square(cosine[far]), np.finfo(float).eps), nu / 2, 0.5
+    series = np.log(special.hyp2f1(1, a + b, a + 1, x)) - math.log(a) - special.betaln(a, b) - math.log(2)
+    log10[far] = (a * np.log(x) + b * np.log1p(-x) + series) / math.log(10)
+    return log10
+
+
+def cosine_bound(features: int, alpha: float) -> float:
+    """The whitened cosine from which on `cosine_p` is at most alpha: t*/√(ν + t*²), t* the quantile of Student's t.
+
+    Two keys drawn at random, of white spectra, are that close with probability alpha, whatever their size is.
+    """
+    t = float(stats.t.isf(alpha, features - 1))
+    return t / math.hypot(math.sqrt(features - 1), t)
+
+
+def cosine_density(cosine: Array, features: int) -> Array:
+    """Density at c in (−1, 1) of the whitened cosine under a spherical null: that of t times dt/dc."""
+    nu = features - 1
+    return np.asarray(stats.t.pdf(_student(cosine, nu), nu) * np.sqrt(nu) * (1 - np.square(cosine)) ** -1.5)
+
+
+def maximum_p(score: Array, features: int, tests: int) -> Array:
     """The p-value of the largest of `tests` whitened cosines: min(1, tests · p), Bonferroni's.
 
     P(p ≤ α) ≤ α however the tests depend on each other, as long as each is sound by itself: under a null that is
@@ -66,9 +119,7 @@ def maximum_p(score: np.ndarray, features: int, tests: int) -> np.ndarray:
     return np.minimum(1.0, tests * cosine_p(score, features))
 
 
-def matched_filter(
-    recovered: np.ndarray, key: np.ndarray, variance: np.ndarray | float = 1.0
-) -> tuple[np.ndarray, np.ndarray]:
+def matched_filter(recovered: Array, key: Array, variance: Array | float = 1.0) -> tuple[Array, Array]:
     """The whitened matched filter z = ⟨f, k⟩ / ‖k‖ (B,) and its one-sided p-values 1 − Φ(z).
 
     recovered (B, d) and key (d,) are divided by √v, v > 0 the null variance of each feature. z is standard normal for
@@ -81,18 +132,7 @@ def matched_filter(
     return z, stats.norm.sf(z)
 
 
-def whiten(features: np.ndarray, covariance: np.ndarray) -> np.ndarray:
-    """L⁻¹ f bin by bin, Σ = L Lᵀ: features (…, C, m) of C channels on m bins, covariance (m, C, C) positive definite.
-
-    What comes out has the identity for its covariance where f has Σ, and ⟨L⁻¹ f, L⁻¹ k⟩ = fᵀ Σ⁻¹ k, whichever root of
-    Σ is taken. So a test of correlated features is the test with v = 1 of whitened features and of the whitened key.
-    """
-    features = np.asarray(features)
-    turned = features.reshape(-1, *features.shape[-2:]).transpose(2, 1, 0)
-    return np.linalg.solve(np.linalg.cholesky(covariance), turned).transpose(2, 1, 0).reshape(features.shape)
-
-
-def conformal_p(score: np.ndarray, reference: np.ndarray) -> np.ndarray:
+def conformal_p(score: Array, reference: Array) -> Array:
     """(1 + #{sᵢ ≥ s}) / (n + 1) for each s of `score` (any shape), from the scores (n,) of unmarked images.
 
     P(p ≤ α) ≤ α if s and the sᵢ are exchangeable, whatever their distribution, with equality on the grid
@@ -105,17 +145,18 @@ def conformal_p(score: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return (1 + np.where(np.isnan(score), n, larger)) / (n + 1)
 
 
-def spread_p(score: np.ndarray, reference: np.ndarray) -> np.ndarray:
+def spread_p(score: Array, reference: Array) -> Array:
     """One-sided p-values of scores, of any shape, by mean m and deviation σ of those (n,) of unmarked images, n ≥ 2.
 
     (s − m) / (σ √(1 + 1/n)) is Student-t, ν = n − 1, where all are normal. Below 1/(n + 1) the p-value believes in the
     normal tail, which no rank among n can.
     """
     n = len(reference)
-    return stats.t.sf((score - reference.mean()) / (reference.std(ddof=1) * math.sqrt(1 + 1 / n)), n - 1)
+    t = (score - reference.mean()) / (reference.std(ddof=1) * math.sqrt(1 + 1 / n))
+    return np.asarray(stats.t.sf(t, n - 1))
 
 
-def agreement(p: np.ndarray, conformal: np.ndarray, n: int, *, level: float = 1e-4) -> np.ndarray:
+def agreement(p: Array, conformal: Array, n: int, *, level: float = 1e-4) -> Mask:
     """Whether p-values and the conformal ones of the same scores, from n references, may both be right.
 
     If p is a score's true tail probability, #{sᵢ ≥ s} = (n + 1) · conformal − 1 is Binomial(n, p). False where an exact
@@ -125,7 +166,7 @@ def agreement(p: np.ndarray, conformal: np.ndarray, n: int, *, level: float = 1e
     references share their luck, so that false disagreements come in bunches.
     """
     k = np.rint(np.asarray(conformal) * (n + 1)) - 1
-    return 2 * np.minimum(stats.binom.cdf(k, n, p), stats.binom.sf(k - 1, n, p)) >= level
+    return np.asarray(2 * np.minimum(stats.binom.cdf(k, n, p), stats.binom.sf(k - 1, n, p)) >= level)
 
 
 def needed_references(alpha: float) -> int:
@@ -139,7 +180,7 @@ def needed_references(alpha: float) -> int:
     return n if 1 / (n + 1) <= alpha else n + 1  # 1 / alpha was rounded down
 
 
-def undecided(p: np.ndarray, conformal: np.ndarray, n: int, alpha: float) -> np.ndarray:
+def undecided(p: Array, conformal: Array, n: int, alpha: float) -> Mask:
     """Whether p-values and the conformal ones of the same scores, from n references, leave open what is beyond alpha.
 
     They do where they cannot both be right (see `agreement`) and at least one of them reaches alpha. As n references
@@ -149,31 +190,36 @@ def undecided(p: np.ndarray, conformal: np.ndarray, n: int, alpha: float) -> np.
     return ~agreement(p, conformal, n) & (reached | (np.asarray(p) <= alpha))
 
 
-def power_test(inside: np.ndarray, beside: list[np.ndarray], weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For the pattern *zeros*: how much power its rings lack beside their neighbours (B,), and the p-values.
+def power_scores(inside: Array, beside: list[Array], weights: Array) -> Array:
+    """How much power the rings of a mark lack beside their neighbours (B,): what tells a mark that is silence.
 
         s = mean over channels of (Σ w log Q − log P)
 
     with P the mean power of the real features `inside` (B, C, d) and Q that of the complex bins on a side of the mask,
-    each with its conjugate, so that n values of `beside` (B, C, n) carry n degrees of freedom; `weights` w, one a side,
-    sum to 1. Attacks take power from high frequencies, which is no mark. With the weights of `TreeRing.side_weights`
-    whatever power law an image's own spectrum follows is left out, channel by channel. Under a null that is white but
-    for that, P and Q are χ²ₖ/k, whose logarithm has mean ψ(k/2) − log(k/2) and variance ψ′(k/2), and the p-value is
-    that of the F-distribution whose two parts have the variances of ours: exact for one channel and one side.
+    each with its conjugate; `weights` w, one a side, sum to 1. Attacks take power from high frequencies, which is no
+    mark: with `TreeRing.side_weights` whatever power law an image's own spectrum follows is left out, by channel.
     """
-    channels, numbers = inside.shape[1], np.array([q.shape[-1] for q in beside])
     logs = np.tensordot(weights, [np.log(np.maximum(q.mean(-1), TINY)) for q in beside], 1)
-    score = (logs - np.log(np.maximum(np.square(inside).mean(-1), TINY))).mean(-1)
-    inner = _degrees(special.polygamma(1, inside.shape[-1] / 2) / channels)
-    outer = _degrees((np.square(weights) * special.polygamma(1, numbers / 2)).sum() / channels)
-    moved = _log_mean(inside.shape[-1]) - (weights * _log_mean(numbers)).sum() - _log_mean(inner) + _log_mean(outer)
-    return score, stats.f.cdf(np.exp(np.minimum(-score - moved, 700)), inner, outer)  # of which e is no infinity
+    return np.asarray((logs - np.log(np.maximum(np.square(inside).mean(-1), TINY))).mean(-1))
+
+
+def power_p(score: Array, channels: int, inside: int, beside: Array, weights: Array) -> Array:
+    """p-values (B,) of `power_scores` of `inside` real numbers a channel against `beside` (sides,) real numbers.
+
+    Under a null that is white but for a power law, P and Q are χ²ₖ/k, whose logarithm has mean ψ(k/2) − log(k/2) and
+    variance ψ′(k/2). p is that of the F-distribution whose two parts have the variances of ours: exact for one
+    channel and one side. n bins with their conjugates count as n real numbers.
+    """
+    inner = _degrees(special.polygamma(1, inside / 2) / channels)
+    outer = _degrees((np.square(weights) * special.polygamma(1, beside / 2)).sum() / channels)
+    moved = _log_mean(inside) - (weights * _log_mean(beside)).sum() - _log_mean(inner) + _log_mean(outer)
+    return np.asarray(stats.f.cdf(np.exp(np.minimum(-score - moved, 700)), inner, outer))  # of which e is finite
 
 
 TINY = np.finfo(float).tiny
 
 
-def _log_mean(k: float | np.ndarray) -> np.ndarray:
+def _log_mean(k: float | Array) -> Array:
     """E log(χ²ₖ/k)."""
     return special.digamma(np.divide(k, 2)) - np.log(np.divide(k, 2))
 
@@ -181,28 +227,33 @@ def _log_mean(k: float | np.ndarray) -> np.ndarray:
 def _degrees(variance: float) -> float:
     """k with Var log χ²ₖ = ψ′(k/2) = `variance`; 1/x < ψ′(x) < 1/x + 1/x² holds it in."""
     low, high = 1 / variance, 1 / variance + 2
-    return 2 * optimize.brentq(lambda half: special.polygamma(1, half) - variance, low, high)
+    half: float = optimize.brentq(lambda half: float(special.polygamma(1, half)) - variance, low, high)
+    return 2 * half
 
 
-def published_distance(recovered: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Mean |F − key| over the mask (B,), complex bins of unnormalised transforms (arXiv 2305.20030); small if marked."""
-    return np.abs(np.asarray(recovered) - key).mean(-1)
+def published_distance(recovered: Array, key: Array) -> Array:
+    """Mean |F − key| over the mask (B,) of unnormalised transforms (arXiv 2305.20030); small if marked."""
+    return np.asarray(np.abs(np.asarray(recovered) - key).mean(-1))
 
 
 NOTHING = 1e-6  # of the degrees of freedom: a χ² below it is the key itself, at which SciPy before 1.16 overflows
 
 
-def published_p_value(recovered: np.ndarray, key: np.ndarray) -> np.ndarray:
+def published_p_value(recovered: Array, key: Array) -> Array:
     """The p-value of arXiv 2305.20030, for comparison: it is not calibrated.
 
     Non-central χ² with σ estimated from the bins under test and conjugate bins counted twice; 1 where they do not vary.
     """
-    parts = lambda x: np.concatenate([np.real(x), np.imag(x)], -1)
-    f, k = parts(np.asarray(recovered)), parts(np.asarray(key))
+    f, k = _parts(np.asarray(recovered)), _parts(np.asarray(key))
     sigma = f.std(-1, ddof=1)
-    p, some = np.ones(len(f)), sigma > 0
-    some[some] = np.square(f[some] - k).sum(-1) > NOTHING * k.size * sigma[some] ** 2
-    p[(sigma > 0) & ~some] = 0.0
-    noncentral = np.square(k).sum() / sigma[some] ** 2
-    p[some] = stats.ncx2.cdf(np.square(f[some] - k).sum(-1) / sigma[some] ** 2, k.shape[-1], noncentral)
+    p, apart = np.ones(len(f)), sigma > 0
+    apart[apart] = np.square(f[apart] - k).sum(-1) > NOTHING * k.size * sigma[apart] ** 2
+    p[(sigma > 0) & ~apart] = 0.0
+    noncentral = np.square(k).sum() / sigma[apart] ** 2
+    p[apart] = stats.ncx2.cdf(np.square(f[apart] - k).sum(-1) / sigma[apart] ** 2, k.shape[-1], noncentral)
     return p
+
+
+def _parts(x: NDArray[Any]) -> Array:
+    """Real parts, then imaginary parts."""
+    return np.concatenate([np.real(x), np.imag(x)], -1)

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ringmark.errors import RingmarkError
-from ringmark.inversion.decoder import INVERTERS, SLOWER, WITHIN, Inverter, fall, invert_decoder
+from ringmark.inversion.decoder import INVERTERS, SLOWER, WITHIN, Inverter, invert_decoder, remaining_share
 from ringmark.inversion.models.loading import resolve
 from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.watermark.attacks.chains import expand
@@ -61,7 +61,11 @@ def falls(model: LatentModel, images: Tensor, cache: Path, batch: int = 8) -> np
     def measure() -> dict[str, Tensor]:
         parts = [some.to(model.device) for some in images.split(batch)]
         drawn = [model.decode(model.encode(some)).clamp(-1, 1) for some in parts]
-        return {"slower": torch.cat([fall(take(x)) / fall(take(y)) for x, y in zip(parts, drawn, strict=True)])}
+        return {
+            "slower": torch.cat(
+                [remaining_share(take(x)) / remaining_share(take(y)) for x, y in zip(parts, drawn, strict=True)]
+            )
+        }
 
     return cached(cache, ["slower", model.identity, images], measure)["slower"].numpy()
 

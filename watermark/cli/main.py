@@ -197,20 +197,21 @@ def load_detector(
 ):
     """A detector for these keys, on this calibration or the model's own; a bad file does not cost the loading of the model."""
     from ringmark.inversion.models.loading import resolve
+    from ringmark.inversion.recover import Recoverer
     from ringmark.watermark.calibration import Calibration
-    from ringmark.watermark.detect.detector import detector, with_built_in
-    from ringmark.watermark.detect.search import SearchingDetector
-    from ringmark.watermark.keys.key import load_ring
+    from ringmark.watermark.detect.search import Search
+    from ringmark.watermark.detect.verifier import Verifier, built_in_calibration
+    from ringmark.watermark.keys.folder import load_ring
 
     keys = list(load_ring(key_paths).values())
     given = Calibration.load(calibration) if calibration else None
     if given:
         given.check_level(alpha)
-    plain = detector(load_model(*model), keys, method, max_steps, steps, alpha)
-    made, unfit = (plain.with_calibration(given), "") if given else with_built_in(plain, Path(resolve(model[0])))
+    recoverer = Recoverer.named(load_model(*model), method, max_steps, steps)
+    used, unfit = (given, "") if given else built_in_calibration(recoverer, keys, Path(resolve(model[0])))
     if unfit and not quiet:
         click.echo(f"note: {unfit}. p rests on what is known of the model, and is not checked by ranks", err=True)
-    return SearchingDetector(made) if search else made
+    return Verifier(recoverer, keys, alpha=alpha, calibration=used, search=Search() if search else None)
 
 
 def say(result: dict | list, text: str, as_json: bool) -> None:
@@ -318,28 +319,26 @@ def keygen(
       ringmark keygen -n 64 -o ring
     """
     from ringmark.watermark.calibration import Calibration
-    from ringmark.watermark.keys.key import describe, refuse_existing
-    from ringmark.watermark.schemes.tree_ring import Placement, make_key
-    from ringmark.watermark.tasks.calibrate import placement
-    from ringmark.watermark.tasks.keygen import begun, check_findable, grow
+    from ringmark.watermark.keys.folder import describe
+    from ringmark.watermark.keys.key import refuse_existing
+    from ringmark.watermark.schemes.base import DEFAULT, scheme_of
+    from ringmark.watermark.statistics import ALPHA
+    from ringmark.watermark.tasks.keygen import grow, keys_in, new_key
 
-    old = begun(output) if number else {}
+    old = keys_in(output) if number else {}
     if not (number or force):
         refuse_existing(output)
     measured = Calibration.load(calibration) if calibration else None
     model = load_model(source, device, dtype)
-    best = placement(model, measured, budget)
-    place = Placement(channels or best.channels, radii or best.radii)
-    if budget:
-        place.check_budget(model.latent_shape, budget)
-    make = partial(make_key, model.latent_shape, place, model=model.identity, pattern=pattern, mask=mask)
+    chosen = {"pattern": pattern, "mask": mask, "channels": channels, "radii": radii, "budget": budget}
+    make = partial(new_key, model, DEFAULT, measured, **chosen)
     if number:
         found = grow(model, output, number, make, old, force=force)
         text = f"{number} keys written to {output}, beside {found.kept} kept; {found.drawn_again} drawn again for being too close to another. Keep them secret."
         say([{"path": str(path)} | describe(key) for path, key in found.new.items()], text, as_json)
         return
     key = make()
-    check_findable(key)
+    scheme_of(key).check_findable(ALPHA)
     key.save(output, overwrite=force)
     low, high = key.metadata["radii"]
     text = f"key {key.fingerprint} written to {output}: {pattern} in channel {', '.join(map(str, key.metadata['channels']))}, radii {low}-{high}, for model {model.name}. Keep it secret."
@@ -368,7 +367,8 @@ def keys_list(paths, as_json) -> None:
     Example:
       ringmark keys list ring old.key
     """
-    from ringmark.watermark.keys.key import describe, listing, load_ring
+    from ringmark.watermark.keys.folder import describe, load_ring
+    from ringmark.watermark.tasks.keys import listing
 
     ring = load_ring(paths)
     say([{"path": str(path)} | describe(key) for path, key in ring.items()], listing(ring), as_json)
@@ -389,7 +389,8 @@ def keys_show(path, plot, as_json) -> None:
     Example:
       ringmark keys show my.key
     """
-    from ringmark.watermark.keys.key import Key, describe
+    from ringmark.watermark.keys.folder import describe
+    from ringmark.watermark.keys.key import Key
 
     key = Key.load(path)
     if plot:
@@ -416,7 +417,8 @@ def keys_export_public(path, output, force, as_json) -> None:
       ringmark keys export-public my.key -o my-public.json
     """
     from ringmark.data.files import refuse_existing
-    from ringmark.watermark.keys.key import Key, export_public
+    from ringmark.watermark.keys.folder import export_public
+    from ringmark.watermark.keys.key import Key
 
     refuse_existing(output, force=force)
     record = export_public(Key.load(path), output)
@@ -489,12 +491,12 @@ def calibrate(folders, output, plot, method, max_steps, steps, batch, force, sou
       ringmark calibrate unmarked photographs -o my-calibration.safetensors
     """
     from ringmark.data.files import refuse_existing
-    from ringmark.watermark.detect.detector import detector
+    from ringmark.inversion.recover import Recoverer
     from ringmark.watermark.tasks import calibrate as making
 
     refuse_existing(output, force=force)
     images = making.Unmarked.of(folders)
-    looking = detector(load_model(source, device, dtype), [], method, max_steps, steps)
+    looking = Recoverer.named(load_model(source, device, dtype), method, max_steps, steps)
     found = making.calibrate(looking, images, output, batch=batch)
     if plot and found.calibration.recovery:
         from ringmark.watermark.figures import recovery_figure, save_figure
@@ -816,11 +818,11 @@ def invert(image, output, method, max_steps, steps, source, device, dtype, force
       ringmark invert picture.png -o noise.safetensors --method anderson
     """
     from ringmark.data.files import refuse_existing
-    from ringmark.watermark.detect.detector import detector
+    from ringmark.inversion.recover import Recoverer
     from ringmark.watermark.tasks.verify import invert_file
 
     refuse_existing(output, force=force)
-    facts = invert_file(detector(load_model(source, device, dtype), [], method, max_steps, steps), image, output)
+    facts = invert_file(Recoverer.named(load_model(source, device, dtype), method, max_steps, steps), image, output)
     say(
         facts,
         f"{image}: {facts['status']} after {facts['evaluations']} evaluations, residual {facts['residual'] or 'not computed'}; latents and noise in {output}",

@@ -34,8 +34,7 @@ class Cell:
     """
 
     key: str
-    pattern: str
-    mask: str
+    scheme: str
     attack: str
     method: str
     statistic: str
@@ -63,7 +62,7 @@ class Cell:
         Clopper–Pearson's. `tpr_F` is read off the ROC at FPR F; `split_F` has its threshold from one half of the
         unmarked images and its FPR from the other; `p_F` calls p ≤ F marked.
         """
-        names = ("key", "pattern", "mask", "attack", "method", "statistic")
+        names = ("key", "scheme", "attack", "method", "statistic")
         found = {name: getattr(self, name) for name in names} | {"auc": self.curve.auc}
         found |= _interval("auc", self.curve.auc_interval)
         several = min(len(set(groups)) for groups in self.groups) >= GROUPS

@@ -58,11 +58,11 @@ def _by_attack(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
 
 def summary(found: Evaluation) -> str:
     """The short table: AUC and its interval for each key, attack and method, by the own statistic and the published one."""
-    rows = [["key", "pattern", "attack", "method", "AUC, own statistic", "AUC, published distance"]]
+    rows = [["key", "scheme", "attack", "method", "AUC, own statistic", "AUC, published distance"]]
     shown = _shown(found.cells)
     for own, published in zip(shown[::2], shown[1::2], strict=True):
         cells = [_with_interval(cell.row, "auc") for cell in (own, published)]
-        rows.append([own.key, _pattern(own), own.attack, own.method, *cells])
+        rows.append([own.key, own.scheme, own.attack, own.method, *cells])
     return markdown(rows)
 
 
@@ -130,8 +130,8 @@ def pivot(cells: Sequence[Cell], name: str) -> str:
     """
     attacks, down = list(_by_attack(cells)), {}
     for cell in cells:
-        down.setdefault((cell.key, _pattern(cell), cell.statistic, cell.method), {})[cell.attack] = cell.row
-    rows = [["key", "pattern", "statistic", "method", *attacks, *(["mean"] if attacks != [CLEAN] else [])]]
+        down.setdefault((cell.key, cell.scheme, cell.statistic, cell.method), {})[cell.attack] = cell.row
+    rows = [["key", "scheme", "statistic", "method", *attacks, *(["mean"] if attacks != [CLEAN] else [])]]
     for names, by_attack in down.items():
         values = [row[name] for attack, row in by_attack.items() if attack != CLEAN and row[name] is not None]
         mean = [f"{np.mean(values):.3f}" if values else ""]
@@ -150,10 +150,6 @@ def _with_interval(row: dict, name: str) -> str:
     if row[name] is None:
         return ""
     return "{:.3f} [{:.3f}, {:.3f}]".format(*(row[name + end] for end in ("", "_low", "_high")))
-
-
-def _pattern(cell: Cell) -> str:
-    return cell.pattern if cell.mask == "centred" else f"{cell.pattern}, {cell.mask} mask"
 
 
 def _cost(cells: Sequence[Cell]) -> str:
@@ -200,7 +196,7 @@ def _panels(
 
 
 def _key_name(cell: Cell) -> str:
-    return f"key {cell.key}: {_pattern(cell)}"
+    return f"key {cell.key}: {cell.scheme}"
 
 
 def roc_panels(cells: Sequence[Cell]) -> Figure:

@@ -1,22 +1,79 @@
-"""Watermarking schemes: what is planted in the noise, and the vectors by which it is found."""
+"""Watermarking schemes. Those that come with ringmark are registered here, without importing them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from ringmark.watermark.schemes.base import Parameter, SchemeEntry, register
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-__all__ = ["Scheme"]
+__all__: list[str] = []
 
 
-class Scheme(Protocol):
-    """A scheme with its key in it."""
+def _span(text: str) -> range:
+    """'3-10' as the numbers from 3 to 10, '3' as 3 alone. Raises ValueError."""
+    low, dash, high = text.partition("-")
+    span = range(int(low), int(high if dash else low) + 1)
+    if not 0 < len(span) <= 1000:  # no latent has so many channels or rings
+        raise ValueError(text)
+    return span
 
-    def embed(self, noise: Tensor) -> Tensor:
-        """Unit normal noise (B, C, h, w) → marked noise of the same shape, still unit normal to the eye of the model."""
-        ...
 
-    def features(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Recovered noise (B, C, h, w) → recovered vectors (B, d) and the key's (d,), of unit variance on white noise."""
-        ...
+def _numbers(text: str) -> tuple[int, ...]:
+    """'0,2' as 0 and 2, '0-3' as 0, 1, 2 and 3."""
+    try:
+        return tuple(n for part in text.split(",") for n in _span(part))
+    except ValueError:
+        raise ValueError(f"{text!r}: use rising whole numbers, as in 0,2 or 0-3") from None
+
+
+def _range(text: str) -> tuple[int, int]:
+    """'3-10' as 3 and 10."""
+    try:
+        span = _span(text if "-" in text else "")
+    except ValueError:
+        raise ValueError(f"{text!r}: use two rising whole numbers, as in 3-10") from None
+    return span[0], span[-1]
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 < share <= 1:
+        raise ValueError(f"{text!r}: use a share above 0 and at most 1, as in 0.08")
+    return share
+
+
+register(
+    SchemeEntry(
+        name="tree-ring",
+        home="ringmark.watermark.schemes.tree_ring:TreeRing",
+        parameters=(
+            Parameter(
+                name="pattern",
+                help="rand: one value per frequency; ring: one per circle, survives flips and rotation; zeros: none.",
+                default="rand",
+                choices=("ring", "rand", "zeros"),
+            ),
+            Parameter(
+                name="mask",
+                help="published: one row off centre, as in the code of the tree-ring paper.",
+                default="centred",
+                choices=("centred", "published"),
+            ),
+            Parameter(
+                name="channels",
+                help="Latent channels, as in 0,2 or 0-3.  [default: where the model's noise is recovered best]",
+                parse=_numbers,
+                show=lambda channels: ",".join(map(str, channels)),
+            ),
+            Parameter(
+                name="radii",
+                help="Range of ring radii, as in 3-10.  [default: where the model's noise is recovered best]",
+                parse=_range,
+                show=lambda radii: "-".join(map(str, radii)),
+            ),
+            Parameter(
+                name="budget",
+                help="Largest share of the noise's coefficients that the mark may alter.  [default: 0.08]",
+                parse=_share,
+            ),
+        ),
+    )
+)

@@ -1,13 +1,14 @@
 """Tree-ring watermarks: a pattern in the Fourier transform of the initial noise (arXiv 2305.20030).
 
-Transforms are orthonormal, so that a bin of white noise has unit power. Masks and spectra are in the unshifted order
-of torch.fft. The centred mask is symmetric about DC and its pattern Hermitian, so what is embedded is what is looked
-for. The published mask sits one row off DC; taking the real part then discards about half of it.
+The centred mask is symmetric about DC and its pattern Hermitian, so what is embedded is what is looked for. The
+published mask sits one row off DC; taking the real part then discards about half of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,58 +17,37 @@ from torch import Tensor
 from ringmark.errors import SchemeError
 from ringmark.inversion.noise_recovery import NoiseRecovery, rings
 from ringmark.watermark.keys.key import Key
+from ringmark.watermark.null import Array, Null, spectrum
+from ringmark.watermark.schemes.base import Panel, SchemeTest, Statistic
+from ringmark.watermark.schemes.fourier import (
+    BUDGET,
+    CosineTest,
+    Placement,
+    at_every_shift,
+    middle_phase,
+    mirror,
+    recommend,
+    signed_frequencies,
+)
+from ringmark.watermark.statistics import (
+    cosine_bound,
+    power_p,
+    power_scores,
+    published_distance,
+    published_p_value,
+    spread_p,
+)
 
-__all__ = ["MASKS", "PATTERNS", "Placement", "TreeRing", "draw_spectrum", "make_key", "recommend"]
+__all__ = ["MASKS", "PATTERNS", "PowerTest", "TreeRing", "draw_spectrum"]
 
 PATTERNS = ("ring", "rand", "zeros")
 MASKS = ("centred", "published")
+FAINT = 0.99  # no picture gives back a mark so well that a whitened cosine reaches this
 SIDE, LEAST_BESIDE = 2, 8  # rings on each side that *zeros* is compared with; the fewest bins that make a side
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Where the mark goes: latent channels and, inclusive, the range of ring radii in whole frequencies."""
-
-    channels: tuple[int, ...]
-    radii: tuple[int, int]
-
-    def check(self, latent_shape: tuple[int, int, int]) -> None:
-        """Raises SchemeError unless the placement fits a latent (C, h, w)."""
-        count, *size = latent_shape
-        low, high = self.radii
-        if (
-            not self.channels
-            or len(set(self.channels)) < len(self.channels)
-            or not all(0 <= c < count for c in self.channels)
-        ):
-            raise SchemeError(f"channels {list(self.channels)}: must be different numbers from 0 to {count - 1}")
-        # DC alone is one number, which has no direction to compare.
-        if not 0 <= low <= high < min(size) // 2 or high == 0:
-            raise SchemeError(
-                f"radii {low}-{high}: must rise, from 0 at least to between 1 and {min(size) // 2 - 1} for latents of {size[0]}x{size[1]}"
-            )
-
-    def share(self, latent_shape: tuple[int, int, int]) -> float:
-        """Of the coefficients of a latent (C, h, w), how large a part the mark alters."""
-        count, *size = latent_shape
-        sizes = torch.bincount(rings(*size).flatten())
-        return int(sizes[self.radii[0] : self.radii[1] + 1].sum()) * len(self.channels) / (count * size[0] * size[1])
-
-    def check_budget(self, latent_shape: tuple[int, int, int], budget: float) -> None:
-        """Raises SchemeError where the mark alters a larger share of the coefficients than this."""
-        if (share := self.share(latent_shape)) > budget:
-            raise SchemeError(
-                f"budget {budget:g}: channels {list(self.channels)}, radii {self.radii[0]}-{self.radii[1]} alter {share:.3g} of the coefficients; raise --budget, or give --channels and --radii"
-            )
-
-
-def signed_frequencies(height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Whole frequencies (h, 1) and (1, w) of an unshifted DFT."""
-    return torch.fft.fftfreq(height, 1 / height)[:, None], torch.fft.fftfreq(width, 1 / width)[None]
-
-
 def ring_index(mask: str, height: int, width: int) -> Tensor:
-    """(h, w) int64: the ring each bin belongs to; -1 for none."""
+    """(h, w) int64: the ring that each bin belongs to."""
     if mask == "centred":
         return rings(height, width)
     ky, kx = signed_frequencies(height, width)
@@ -80,9 +60,9 @@ def draw_spectrum(
 ) -> Tensor:
     """A key's complex spectrum (len(channels), h, w), zero outside the mask, of unit mean power on it.
 
-    rand: the transform of white noise, so that marked noise is white noise still; ring: one Gaussian value a circle,
-    the same all along it, so that flips and rotations about the image's centre keep it, at the price of few free
-    numbers and of a bump in the middle of the noise; zeros: nothing, which is no secret either.
+    rand: the transform of white noise, so that marked noise is still white noise. ring: one Gaussian value a circle,
+    so that flips and rotations about the centre of the picture keep it, at the price of few free numbers and of a
+    bump in the middle of the noise. zeros: nothing, the same in every key.
     """
     _, height, width = latent_shape
     ring, channels = ring_index(mask, height, width), len(placement.channels)
@@ -99,191 +79,314 @@ def draw_spectrum(
     return _unit_power(torch.from_numpy(values)[:, ring] * middle_phase(height, width) * inside, inside)
 
 
-def middle_phase(height: int, width: int) -> Tensor:
-    """(h, w) the phases that move a pattern from the corner to the middle of the picture, about which it is turned and flipped."""
-    ky, kx = (k.double() for k in signed_frequencies(height, width))
-    return torch.exp(-1j * torch.pi * (ky * (height - 1) / height + kx * (width - 1) / width))
-
-
-def _unit_power(spectrum: Tensor, inside: Tensor) -> Tensor:
+def _unit_power(transform: Tensor, inside: Tensor) -> Tensor:
     """Scale each channel to mean power 1 on the mask, which is what white noise has there."""
-    power = spectrum.abs().square().sum((-2, -1), keepdim=True) / inside.sum()
-    return spectrum / power.clamp_min(1e-12).sqrt()
+    power = transform.abs().square().sum((-2, -1), keepdim=True) / inside.sum()
+    return transform / power.clamp_min(1e-12).sqrt()
 
 
-def make_key(
-    latent_shape: tuple[int, int, int],
-    placement: Placement,
-    *,
-    model: dict,
-    pattern: str = "rand",
-    mask: str = "centred",
-    rng: np.random.Generator | None = None,
-) -> Key:
-    """A new key; values come from the operating system's generator unless `rng` is given (tests and experiments only)."""
-    placement.check(latent_shape)
-    _check_names(pattern, mask)
-    spectrum = draw_spectrum(pattern, mask, placement, latent_shape, rng or Key.system_rng())
-    values = torch.view_as_real(spectrum).float().numpy()
-    return Key.new(
-        values,
-        scheme="tree-ring",
-        pattern=pattern,
-        mask=mask,
-        channels=list(placement.channels),
-        radii=list(placement.radii),
-        latent_shape=list(latent_shape),
-        model=model,
-    )
-
-
-def _check_names(pattern: str, mask: str) -> None:
+def _check_names(pattern: object, mask: object) -> None:
     if pattern not in PATTERNS or mask not in MASKS:
         raise SchemeError(
-            f"pattern {pattern!r} with mask {mask!r}: patterns are {', '.join(PATTERNS)}, masks {', '.join(MASKS)}"
+            "scheme.pattern",
+            f"unknown; patterns are {', '.join(PATTERNS)}, masks {', '.join(MASKS)}",
+            subject=f"pattern {pattern!r} with mask {mask!r}",
         )
 
 
+def _whole_numbers(metadata: Mapping[str, Any], field: str) -> tuple[int, ...]:
+    """A field of a key's description. Raises SchemeError unless it is a list of whole numbers."""
+    values = metadata.get(field)
+    if not isinstance(values, list) or not all(type(n) is int for n in values):
+        raise SchemeError("scheme.description", f"its {field} are not whole numbers", subject="key")
+    return tuple(values)
+
+
+@dataclass(frozen=True, eq=False)
+class PowerTest:
+    """The power that the mark's rings lack beside their neighbours, for the pattern *zeros*: a `SchemeTest`.
+
+    Without references p is that of white noise; with them it is by their spread, since power differs more from ring
+    to ring, in unmarked images too, than white noise would by chance.
+    """
+
+    scheme: TreeRing
+    null: Null
+
+    def observe(self, noise: Tensor) -> Array:
+        """Features of the mask, then the powers on its sides (B, d)."""
+        transform = self.scheme.whitened(noise, self.null)
+        power = transform.abs().square()
+        parts = [self.scheme.features(transform), *(power[..., side].flatten(1) for side in self.scheme.sides)]
+        return torch.cat(parts, 1).numpy()
+
+    def score(self, observed: Array) -> Array:
+        """s (B,), `statistics.power_scores`."""
+        channels = len(self.scheme.placement.channels)
+        inside, *beside = np.split(
+            observed, np.cumsum([self.scheme.numbers, *self._beside * channels]).astype(int)[:-1], axis=1
+        )
+        shaped = [part.reshape(len(observed), channels, -1) for part in (inside, *beside)]
+        return power_scores(shaped[0], shaped[1:], self.scheme.side_weights)
+
+    @property
+    def _beside(self) -> Array:
+        """(sides,): bins of each, a channel."""
+        return np.array([float(side.sum()) for side in self.scheme.sides])
+
+    def log10_p(self, scores: Array, references: Array | None = None) -> Array:
+        """By the spread of the references, or else the F-distribution of white noise."""
+        if references is not None:
+            p = spread_p(scores, references)
+        else:
+            channels = len(self.scheme.placement.channels)
+            weights = self.scheme.side_weights
+            p = power_p(scores, channels, self.scheme.numbers // channels, self._beside, weights)
+        with np.errstate(divide="ignore"):
+            return np.log10(p)
+
+    def density(self, scores: Array) -> None:
+        """Not known in closed form."""
+        return None
+
+    def matched_filter(self, observed: Array) -> None:
+        """There is nothing to match."""
+        return None
+
+
 class TreeRing:
-    """The scheme with one key in it. Raises SchemeError for a key of another scheme and for noise of another shape."""
+    """The scheme with one key in it: a `Scheme`. Raises SchemeError for a key that does not fit its own description."""
 
     def __init__(self, key: Key) -> None:
         meta = key.metadata
         if meta["scheme"] != "tree-ring":
-            raise SchemeError(f"key {key.fingerprint}: its scheme {meta['scheme']!r} is not tree-ring")
-        self.pattern, self.mask_name = meta["pattern"], meta["mask"]
-        self.kind = (self.pattern, self.mask_name, tuple(meta["channels"]), tuple(meta["radii"]))
-        _check_names(self.pattern, self.mask_name)
-        self.placement = Placement(tuple(meta["channels"]), tuple(meta["radii"]))
-        self.latent_shape = tuple(meta["latent_shape"])
+            raise SchemeError(
+                "scheme.another",
+                f"belongs to scheme {meta['scheme']!r}, not tree-ring",
+                subject=f"key {key.fingerprint}",
+            )
+        self.pattern, self.mask = str(meta.get("pattern")), str(meta.get("mask"))
+        _check_names(self.pattern, self.mask)
+        self.latent_shape: tuple[int, int, int] = tuple(meta["latent_shape"])
+        channels, radii = _whole_numbers(meta, "channels"), _whole_numbers(meta, "radii")
+        if len(radii) != 2:
+            raise SchemeError("scheme.description", "its radii are not two numbers", subject=f"key {key.fingerprint}")
+        self.placement = Placement(channels, (radii[0], radii[1]))
         self.placement.check(self.latent_shape)
         _, height, width = self.latent_shape
-        expected = (len(self.placement.channels), height, width, 2)
+        expected = (len(channels), height, width, 2)
         if key.values.shape != expected:
             raise SchemeError(
-                f"key {key.fingerprint}: its values have shape {key.values.shape}, its description says {expected}"
+                "scheme.values",
+                f"its values have shape {key.values.shape}, its description says {expected}",
+                subject=f"key {key.fingerprint}",
             )
         self.spectrum = torch.view_as_complex(torch.from_numpy(key.values).double().contiguous())
-        self.ring = ring_index(self.mask_name, height, width)
+        self.ring = ring_index(self.mask, height, width)
         self.inside = (self.ring >= self.placement.radii[0]) & (self.ring <= self.placement.radii[1])
         self._rows, self._real_only = self._independent_bins()
 
-    def _independent_bins(self) -> tuple[Tensor, Tensor]:
-        """Flat indices of one bin of each conjugate pair that the mark reaches, and which of them are their own mirror."""
-        height, width = self.inside.shape
-        index = torch.arange(height * width).view(height, width)
-        mirror = self._mirror(index)
-        rows = index[self._reached & (index <= mirror)]
-        return rows, rows == mirror.flatten()[rows]
+    @classmethod
+    def new_key(
+        cls,
+        latent_shape: tuple[int, int, int],
+        *,
+        model: dict[str, Any],
+        recovery: NoiseRecovery | None = None,
+        rng: np.random.Generator | None = None,
+        pattern: str = "rand",
+        mask: str = "centred",
+        channels: tuple[int, ...] | None = None,
+        radii: tuple[int, int] | None = None,
+        budget: float | None = None,
+    ) -> Key:
+        """A new key; channels and radii that are not given are those that `recommend` finds, within the budget."""
+        best = recommend(recovery, latent_shape, budget=BUDGET if budget is None else budget)
+        placement = Placement(best.channels if channels is None else channels, best.radii if radii is None else radii)
+        placement.check(latent_shape)
+        if budget is not None:
+            placement.check_budget(latent_shape, budget)
+        _check_names(pattern, mask)
+        values = draw_spectrum(pattern, mask, placement, latent_shape, rng or Key.system_rng())
+        return Key.new(
+            torch.view_as_real(values).float().numpy(),
+            scheme="tree-ring",
+            pattern=pattern,
+            mask=mask,
+            channels=list(placement.channels),
+            radii=list(placement.radii),
+            latent_shape=list(latent_shape),
+            model=model,
+        )
 
     @property
-    def _reached(self) -> Tensor:
-        """(h, w) the masked bins and their conjugates."""
-        return self.inside | self._mirror(self.inside)
+    def label(self) -> str:
+        """The pattern, and the mask unless it is the centred one."""
+        return self.pattern if self.mask == "centred" else f"{self.pattern}, {self.mask} mask"
 
-    @staticmethod
-    def _mirror(x: Tensor) -> Tensor:
-        """x(−k) in the unshifted order."""
-        return x.flip(-2, -1).roll((1, 1), (-2, -1))
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Pattern, mask and placement."""
+        return ("tree-ring", self.pattern, self.mask, self.placement)
 
-    def _transform(self, noise: Tensor) -> Tensor:
-        if noise.ndim != 4 or tuple(noise.shape[1:]) != self.latent_shape:
-            raise SchemeError(
-                f"noise {tuple(noise.shape)}: this key needs (B, {', '.join(map(str, self.latent_shape))})"
-            )
-        return torch.fft.fft2(noise[:, list(self.placement.channels)].double().cpu(), norm="ortho")
+    @property
+    def free(self) -> int:
+        """Real numbers that distinguish one key from another."""
+        return 0 if self.pattern == "zeros" else self.numbers
+
+    @property
+    def searchable(self) -> bool:
+        """Silence is the same wherever the picture is moved."""
+        return self.pattern != "zeros"
+
+    @property
+    def score_name(self) -> str:
+        """What the score is."""
+        return "power ratio" if self.pattern == "zeros" else "whitened cosine"
 
     def embed(self, noise: Tensor) -> Tensor:
-        """Replace the masked bins by the key's and go back; exact for the centred mask, see the module's text for the other."""
+        """Replace the masked bins by the key's and go back; exact for the centred mask, see the module for the other.
+
+        Raises SchemeError for noise of another shape.
+        """
         marked = torch.where(self.inside, self.spectrum, self._transform(noise))
         out = noise.clone()
         out[:, list(self.placement.channels)] = torch.fft.ifft2(marked, norm="ortho").real.to(noise)
         return out
 
-    def features(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """What a key leaves free, scaled to unit variance on white noise: (B, d) and (d,).
+    def check_findable(self, alpha: float) -> None:
+        """Raises SchemeError for a key of so few free numbers that hardly any image could reach p ≤ alpha for it."""
+        if self.free and (self.free < 2 or cosine_bound(self.free, alpha) > FAINT):
+            raise SchemeError(
+                "scheme.unfindable",
+                f"a key has {self.free} free numbers, of which a picture would have to give back {FAINT:.0%} "
+                f"to reach p ≤ {alpha:g}",
+                subject=f"{self.label} in {self.placement}",
+            )
 
-        Real and imaginary parts on independent bins; for a ring one mean a circle, since its key is constant there:
-        two ring keys differ in no more than that, and a test on every bin would take one for the other. The key is the
-        Hermitian part of its spectrum, which is what taking the real part leaves of it.
+    def on(self, null: Null) -> SchemeTest:
+        """The whitened cosine; for *zeros* the power ratio of whitened noise."""
+        if self.pattern == "zeros":
+            return PowerTest(self, null)
+        channels = self.placement.channels
+        template = self.features(null.whiten(self.hermitian[None], channels))[0].numpy()
+        return CosineTest(template, lambda noise: self.features(self.whitened(noise, null)).numpy())
+
+    def published(self, noise: Tensor) -> dict[str, Statistic]:
+        """The L1 distance and the p-value of arXiv 2305.20030."""
+        recovered, key = (x.numpy() for x in self.masked(noise))
+        return {
+            "published_distance": Statistic(published_distance(recovered, key), larger_if_marked=False),
+            "published_p": Statistic(published_p_value(recovered, key), larger_if_marked=False),
+        }
+
+    def panels(self, noise: Tensor) -> list[Panel]:
+        """Real spectra of the first marked channel of one noise (1, C, h, w) and of the key.
+
+        Turned to the phase of the middle of the picture, where a ring is real and the same all along its circle.
         """
-        key = (self.spectrum + self._mirror(self.spectrum).conj()) / 2
-        stack = self._circles if self._averages else self._bins
-        return stack(self._transform(noise)), stack(key[None])[0]
+        title = f"recovered noise, channel {self.placement.channels[0]}"
+        return [self._panel(title, self._transform(noise)[0, 0]), self._panel("key", self.spectrum[0])]
+
+    def key_panels(self) -> list[Panel]:
+        """The key's real spectra, turned like `panels`."""
+        pairs = zip(self.placement.channels, self.spectrum, strict=True)
+        return [self._panel(f"channel {channel}", values) for channel, values in pairs]
+
+    def _panel(self, title: str, values: Tensor) -> Panel:
+        turned = values * middle_phase(*self.inside.shape).conj()
+        shown = torch.fft.fftshift(turned).real.numpy() * 2**0.5
+        return Panel(title, shown, np.fft.fftshift(self.inside.numpy()), self.placement.radii)
+
+    def _independent_bins(self) -> tuple[Tensor, Tensor]:
+        """Flat indices of one bin of each conjugate pair that the mark reaches; which of them are their own mirror."""
+        height, width = self.inside.shape
+        index = torch.arange(height * width).view(height, width)
+        mirrored = mirror(index)
+        rows = index[self._reached & (index <= mirrored)]
+        return rows, rows == mirrored.flatten()[rows]
+
+    @property
+    def _reached(self) -> Tensor:
+        """(h, w) the masked bins and their conjugates."""
+        return self.inside | mirror(self.inside)
+
+    @property
+    def hermitian(self) -> Tensor:
+        """The Hermitian part of the key's spectrum: what taking the real part leaves of it."""
+        return (self.spectrum + mirror(self.spectrum).conj()) / 2
+
+    def whitened(self, noise: Tensor, null: Null) -> Tensor:
+        """Whitened transform (B, c, h, w) of the marked channels. Raises SchemeError for noise of another shape."""
+        self._check_shape(noise)
+        return null.whitened(noise, self.placement.channels)
+
+    def _transform(self, noise: Tensor) -> Tensor:
+        self._check_shape(noise)
+        return spectrum(noise, self.placement.channels)
+
+    def _check_shape(self, noise: Tensor) -> None:
+        if noise.ndim != 4 or tuple(noise.shape[1:]) != self.latent_shape:
+            needed = ", ".join(map(str, self.latent_shape))
+            raise SchemeError("scheme.noise", f"this key needs (B, {needed})", subject=f"noise {tuple(noise.shape)}")
+
+    def features(self, transform: Tensor) -> Tensor:
+        """What a key leaves free of a transform (B, c, h, w) of the marked channels: (B, d), of unit variance on white.
+
+        Real and imaginary parts on independent bins. For a ring one mean a circle, since its key is constant there:
+        two ring keys differ in no more than that, and a test on every bin would take one for the other.
+        """
+        return self._circles(transform) if self._averages else self._bins(transform)
+
+    @property
+    def numbers(self) -> int:
+        """d, the number of features."""
+        low, high = self.placement.radii
+        each = high - low + 1 if self._averages else 2 * len(self._rows) - int(self._real_only.sum())
+        return each * len(self.placement.channels)
 
     @property
     def _averages(self) -> bool:
-        return self.pattern == "ring" and self.mask_name == "centred"
+        return self.pattern == "ring" and self.mask == "centred"
 
-    def aligned(self, noise: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """For the eye: real spectra (h, w), DC in the middle, of the first marked channel of one noise and of the key.
-
-        Turned to the phase of the image's middle, where a ring is real and the same all along its circle.
-        """
-        height, width = self.inside.shape
-        turn = middle_phase(height, width).conj()
-        both = torch.stack([self._transform(noise)[0, 0], self.spectrum[0]]) * turn
-        return tuple(torch.fft.fftshift(both, dim=(-2, -1)).real.numpy() * 2**0.5)
-
-    def drawn(self) -> np.ndarray:
-        """For the eye: the key's real spectra (channels, h, w), DC in the middle, turned like `aligned`."""
-        turned = self.spectrum * middle_phase(*self.inside.shape).conj()
-        return torch.fft.fftshift(turned, dim=(-2, -1)).real.numpy() * 2**0.5
-
-    def _bins(self, spectrum: Tensor) -> Tensor:
-        bins = spectrum.flatten(2)[..., self._rows]
+    def _bins(self, transform: Tensor) -> Tensor:
+        bins = transform.flatten(2)[..., self._rows]
         real = bins.real * torch.where(self._real_only, 1.0, 2**0.5)
         imaginary = bins.imag[..., ~self._real_only] * 2**0.5
         return torch.cat([real, imaginary], -1).flatten(1)
 
-    def _circles(self, spectrum: Tensor) -> Tensor:
-        """Σ / √n over the n bins of each circle, turned to the image's middle, where conjugate bins are equal and real."""
-        turned = (spectrum * middle_phase(*self.inside.shape).conj()).real[..., self.inside]
+    def _circles(self, transform: Tensor) -> Tensor:
+        """Σ / √n over the n bins of each circle, turned to the middle, where conjugate bins are equal and real."""
+        turned = (transform * middle_phase(*self.inside.shape).conj()).real[..., self.inside]
         circle = self.ring[self.inside] - self.placement.radii[0]
         count = torch.bincount(circle)
         total = torch.zeros(*turned.shape[:-1], len(count), dtype=turned.dtype).index_add_(-1, circle, turned)
         return (total / count.sqrt()).flatten(1)
 
-    def feature_rings(self) -> tuple[Tensor, Tensor]:
-        """For each feature (d,): its latent channel, and its ring about DC (the published mask's rings are not about DC)."""
-        if self._averages:
-            ring = torch.arange(self.placement.radii[0], self.placement.radii[1] + 1)
-        else:
-            ring = rings(*self.inside.shape).flatten()[self._rows]
-            ring = torch.cat([ring, ring[~self._real_only]])
-        channels = torch.tensor(self.placement.channels)
-        return channels.repeat_interleave(len(ring)), ring.repeat(len(channels))
-
-    def beside(self, noise: Tensor) -> list[Tensor]:
-        """Powers (B, C, n) of the marked channels' bins next to the mask, conjugates too: what *zeros* is compared with.
-
-        One tensor for each of `_sides`.
-        """
-        power = self._transform(noise).abs().square()
-        return [power[..., side] for side in self._sides]
-
     @property
-    def _sides(self) -> list[Tensor]:
+    def sides(self) -> list[Tensor]:
         """(h, w) each: SIDE rings within the mask, if those have LEAST_BESIDE bins, and SIDE rings beyond it."""
         low, high = self.placement.radii
         spans = ((low - SIDE, low - 1), (high + 1, high + SIDE))
         bands = [(first <= self.ring) & (self.ring <= last) & (self._frequency > 0) for first, last in spans]
-        within, beyond = ((band | self._mirror(band)) & ~self._reached for band in bands)
+        within, beyond = ((band | mirror(band)) & ~self._reached for band in bands)
         both = within & beyond  # the published mask is not its own mirror
         return [side for side in (within & ~both, beyond & ~both) if side.sum() >= LEAST_BESIDE]
 
     @property
-    def side_weights(self) -> np.ndarray:
+    def side_weights(self) -> Array:
         """(sides,): w with Σ w = 1 and, where there are two sides, Σ w L = the mask's L, a mean of log frequencies.
 
-        Σ w log(power of a side) is then the mask's, wherever power follows a power of the frequency. A mask with no rings
-        within is compared with those beyond as they are: its p is larger than the true one where power falls with the
-        frequency, as it does in attacked pictures, and smaller where it rises.
+        Σ w log(power of a side) is then the mask's, wherever power follows a power of the frequency. A mask with no
+        rings within is compared with those beyond as they are: its p is larger than the true one where power falls with
+        the frequency, as it does in attacked pictures, and smaller where it rises.
         """
-        of = lambda where: self._frequency[where & (self._frequency > 0)].log().mean().item()
-        own, (first, *second) = of(self._reached), map(of, self._sides)
+        own, (first, *second) = self._log_frequency(self._reached), list(map(self._log_frequency, self.sides))
         share = (second[0] - own) / (second[0] - first) if second else 1.0
         return np.array([share, 1 - share][: 1 + len(second)])
+
+    def _log_frequency(self, where: Tensor) -> float:
+        return float(self._frequency[where & (self._frequency > 0)].log().mean())
 
     @property
     def _frequency(self) -> Tensor:
@@ -296,30 +399,42 @@ class TreeRing:
         recovered = self._transform(noise)[..., self.inside].flatten(1)
         return recovered * scale, self.spectrum[..., self.inside].flatten() * scale
 
+    def shift_scores(self, noise: Tensor, null: Null, *, factor: int = 1) -> Tensor:
+        """The whitened cosine of noise (B, C, h, w) at every cyclic shift: (B, factor·h, factor·w) float64.
 
-def recommend(
-    recovery: NoiseRecovery | None, latent_shape: tuple[int, int, int], *, budget: float = 0.08, lowest: int = 3
-) -> Placement:
-    """The placement with the greatest expected signal, Σ a²/v over its bins, within a share `budget` of all bins.
+        Entry (y, x) is the score after the noise is shifted back by (y, x) / factor latent pixels; entry (0, 0) is the
+        ordinary one. With F and K the whitened transforms of noise and key,
 
-    Radii below `lowest` fix the picture's layout, radii beyond a third of the side rarely survive compression: both
-    are left alone. Without a measured recovery, or where nothing fits: every channel, mid frequencies.
-    """
-    count, height, width = latent_shape
-    short = min(height, width)
-    if recovery is None:
-        return Placement(tuple(range(count)), (max(1, short // 16), max(2, short // 6)))
-    sizes = torch.bincount(rings(height, width).flatten()).double()
-    gain = recovery.attenuation.clamp_min(0).square() / recovery.variance * sizes
-    allowed = budget * count * height * width
-    best, chosen = -1.0, None
-    for low in range(lowest, short // 3 + 1):
-        for high in range(low + 1, short // 3 + 1):
-            number = min(count, int(allowed // sizes[low : high + 1].sum()))
-            total, order = gain[:, low : high + 1].sum(1).sort(descending=True)
-            if number and total[:number].sum() > best:
-                best, chosen = (
-                    float(total[:number].sum()),
-                    Placement(tuple(sorted(order[:number].tolist())), (low, high)),
-                )
-    return chosen or recommend(None, latent_shape)
+            c(s) = Re Σ_k K*(k) F(k) e^{2πi k·s} / (‖F‖ ‖K‖)
+
+        over the mask: shifts turn phases and leave ‖F‖ alone. A ring is compared by the means of its circles, which a
+        shift does change, so that there the norm is taken at each shift. Fractional shifts come of padding the
+        transform with zeros. Raises SchemeError for *zeros*, which is the same at every shift.
+        """
+        if not self.searchable:
+            raise SchemeError("scheme.no-shifts", "is the same at every shift", subject=f"pattern {self.pattern!r}")
+        channels = self.placement.channels
+        f = self.whitened(noise, null) * self._reached
+        k = null.whiten(self.hermitian[None], channels) * self._reached
+        if self._averages:
+            return self._circle_shift_scores(f, k, factor)
+        length = (f.abs().square().sum((1, 2, 3)) * k.abs().square().sum()).sqrt()[:, None, None]
+        return _ratio(at_every_shift((k.conj() * f).sum(1), factor), length)
+
+    def _circle_shift_scores(self, f: Tensor, k: Tensor, factor: int) -> Tensor:
+        """Features are Σ / √n over the n bins of a circle, turned to the middle, where the key is real."""
+        low, high = self.placement.radii
+        turn = middle_phase(*self.inside.shape).conj()
+        zero = torch.zeros(1, dtype=torch.float64)
+        dot, length, key_length = zero, zero, zero
+        for radius in range(low, high + 1):
+            circle = (self.ring == radius) * turn / (self.ring == radius).sum().sqrt()
+            feature, key = at_every_shift(f * circle, factor), (k * circle).real.sum((-2, -1))[..., None, None]
+            dot, length = dot + (feature * key).sum(1), length + feature.square().sum(1)
+            key_length = key_length + key.square().sum()
+        return _ratio(dot, (length * key_length).sqrt())
+
+
+def _ratio(dot: Tensor, length: Tensor) -> Tensor:
+    """A vector of zeros has cosine 0."""
+    return torch.where(length > 0, dot / length, 0.0).clamp(-1, 1)

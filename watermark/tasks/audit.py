@@ -20,12 +20,13 @@ from ringmark.data.scenes import scene
 from ringmark.data.sources import list_images, stamp_of
 from ringmark.errors import EvaluationError, ImageError, StoreError
 from ringmark.inversion.models.pipeline import LatentModel
-from ringmark.watermark.detect.detector import Detector, Judged, check_fit
+from ringmark.watermark.detect.verdict import Judged
+from ringmark.watermark.detect.verifier import Verifier, check_fit
 from ringmark.watermark.embed import generate
 from ringmark.watermark.evaluation.rates import Curve, roc, tied_below
 from ringmark.watermark.figures import write_table
 from ringmark.watermark.keys.key import Key
-from ringmark.watermark.schemes.tree_ring import TreeRing
+from ringmark.watermark.schemes.base import scheme_of
 
 DRAWN = "drawn.jsonl"  # in a folder of drawn images: of what model, with what key, and each one's seed and prompt
 NEEDED = ("present",)  # in each record of an audit
@@ -80,7 +81,7 @@ def draw(
             total=len(seeds), initial=len(seeds) - len(missing), desc=f"draw {folder.name}", unit="image", disable=None
         ) as bar:
             todo = [prompts[i] for i in missing], [seeds[i] for i in missing]
-            scheme = TreeRing(key) if key else None
+            scheme = scheme_of(key) if key else None
             for drawn in generate(model, *todo, scheme=scheme, steps=steps, guidance=guidance, batch=batch):
                 save_png(from_array(drawn.image.numpy()), folder / names[drawn.seed])
                 store.append(
@@ -138,7 +139,7 @@ class Audit:
         return cls(len(records), *said_of, len(errors), keys, errors, skipped)
 
 
-def audit(detector: Detector, folder: Path, results: Path, *, batch: int = 8) -> Audit:
+def audit(verifier: Verifier, folder: Path, results: Path, *, batch: int = 8) -> Audit:
     """One record a file of `folder`, recursively, appended to `results`; files recorded as they are now are not read.
 
     A record holds the verdict of the best key, `carries`, the keys that fit, `keys`, p and score for each, and the
@@ -149,7 +150,7 @@ def audit(detector: Detector, folder: Path, results: Path, *, batch: int = 8) ->
     name_of = lambda path: str(path.relative_to(folder))
     stamps = {name_of(path): stamp_of(path) for path in (*found.images, *(e.path for e in found.unlisted))}
     # Relative, so that a tree that was moved with its results goes on.
-    settings = detector.settings() | {"folder": os.path.relpath(folder, results.parent)}
+    settings = verifier.settings() | {"folder": os.path.relpath(folder, results.parent)}
     with Results(results, settings, fields=NEEDED) as store:
         known = {r["sample_id"]: r for r in read_records(results)[1]}
         fresh = {n for n, stamp in stamps.items() if n in store.done and stamp.items() <= known[n].items()}
@@ -165,25 +166,22 @@ def audit(detector: Detector, folder: Path, results: Path, *, batch: int = 8) ->
             for error in found.unlisted:
                 refuse(error)
             todo = [path for path in found.images if name_of(path) not in fresh]
-            for judged in detector.scan(_readable(detector, folder, todo, refuse), batch):
+            for judged in verifier.scan(_readable(verifier, folder, todo, refuse), batch):
                 keep(judged.sample.id, _record(judged))
     return Audit.of([r for r in read_records(results)[1] if r["sample_id"] in stamps], sum(found.skipped.values()))
 
 
 def _record(judged: Judged) -> dict:
-    per_key = {
-        v.key: {"p_value": v.p_value, "score": v.score, "published_distance": v.published_distance}
-        for v in judged.verdicts
-    }
+    per_key = {v.key: {"p_value": v.p_value, "score": v.score, **v.statistics} for v in judged.verdicts}
     return judged.best.record() | {"carries": [v.key for v in judged.present], "keys": per_key}
 
 
 def _readable(
-    detector: Detector, folder: Path, paths: list[Path], refuse: Callable[[ImageError], None]
+    verifier: Verifier, folder: Path, paths: list[Path], refuse: Callable[[ImageError], None]
 ) -> Iterator[Sample]:
     for path in paths:
         try:
-            yield read_sample(path, detector.model.image_size, id=str(path.relative_to(folder)))
+            yield read_sample(path, verifier.image_size, id=str(path.relative_to(folder)))
         except ImageError as error:
             refuse(error)
 

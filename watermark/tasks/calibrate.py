@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -14,17 +15,16 @@ from ringmark.data.files import one_line
 from ringmark.data.results import read_records
 from ringmark.data.sources import list_images
 from ringmark.errors import CalibrationError
-from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.inversion.noise_recovery import NoiseRecovery
+from ringmark.inversion.recover import Model, Recoverer
 from ringmark.watermark.calibration import Calibration, check_number
-from ringmark.watermark.detect.detector import ALPHA, Detector
 from ringmark.watermark.embed import initial_noise
-from ringmark.watermark.schemes.tree_ring import Placement, recommend
-from ringmark.watermark.statistics import needed_references
+from ringmark.watermark.schemes.fourier import Placement, recommend
+from ringmark.watermark.statistics import ALPHA, needed_references
 from ringmark.watermark.tasks.audit import DRAWN
 from ringmark.watermark.tasks.recover import RecoveredFiles, recover_files
 
-__all__ = ["KNOWN", "Calibrated", "Unmarked", "calibrate", "placement"]
+__all__ = ["KNOWN", "Calibrated", "Unmarked", "calibrate", "recovery_of"]
 
 KNOWN = 32  # images of known noise: fewer do not say well where it comes back, above all on rings of few bins
 
@@ -33,8 +33,8 @@ KNOWN = 32  # images of known noise: fewer do not say well where it comes back, 
 class Unmarked:
     """Images without a mark, as far as their folders tell.
 
-    `paths` names each once; `drawn` of those that `ringmark generate` drew the model's fingerprint and the seed of their
-    noise; `errors` says which folders could not be listed.
+    `paths` names each once. `drawn` holds the model's fingerprint and the seed of the noise for those that ringmark
+    drew. `errors` says which folders could not be listed.
     """
 
     paths: list[Path]
@@ -59,35 +59,35 @@ class Unmarked:
 
 
 def _drawn(folder: Path) -> dict[str, tuple[str, int]]:
-    """Model and seed of each image that `ringmark generate` drew into a folder. Raises CalibrationError for marked ones."""
+    """Model and seed of each image that ringmark drew into a folder. Raises CalibrationError for marked ones."""
     path = folder / DRAWN
     if not path.is_file():
         return {}
     settings, records = read_records(path)
     if key := settings.get("key"):
-        raise CalibrationError(
-            f"{one_line(folder)}: its images were drawn with key {str(key)[:8]}; leave it out, a calibration is of unmarked images: ringmark generate --no-mark"
-        )
-    known = lambda seed: type(seed) is int and 0 <= seed < 2**63
+        raise CalibrationError("calibration.marked", f"its images were drawn with key {str(key)[:8]}", subject=folder)
     model = settings.get("model")
     fingerprint = model.get("fingerprint", "") if isinstance(model, dict) else ""
-    return {r["sample_id"]: (fingerprint, r["seed"]) for r in records if known(r.get("seed"))}
+    return {r["sample_id"]: (fingerprint, r["seed"]) for r in records if _is_seed(r.get("seed"))}
+
+
+def _is_seed(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _refuse_repeated(drawn: dict[Path, tuple[str, int]]) -> None:
     """One noise under two prompts is not two independent images."""
-    first = {}
+    first: dict[tuple[str, int], Path] = {}
     for path, made in drawn.items():
         other = first.setdefault(made, path)
         if other != path:
-            raise CalibrationError(
-                f"{one_line(path)}: drawn from the noise of seed {made[1]}, as {one_line(other)} was; leave one of the two out, or draw it with another --seed"
-            )
+            fact = f"was drawn from the noise of seed {made[1]}, as {one_line(other)} was"
+            raise CalibrationError("calibration.same-noise", fact, subject=path)
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A calibration and where it was written, how many of its images have `known` noise, and `errors` for those left out."""
+    """A calibration, where it was written, how many of its images have `known` noise, `errors` for those left out."""
 
     calibration: Calibration
     output: Path
@@ -100,12 +100,7 @@ class Calibrated:
         recovery = self.calibration.recovery
         return recommend(recovery, self.calibration.latent_shape) if recovery else None
 
-    def _more(self) -> str:
-        """What verification at its usual level would need, where it has less."""
-        enough = needed_references(ALPHA)
-        return "" if self.calibration.n >= enough else f"; for --alpha {ALPHA:g} take {enough}"
-
-    def record(self) -> dict:
+    def record(self) -> dict[str, Any]:
         """As plain values."""
         made, best = self.calibration, self.recommended
         return {
@@ -120,36 +115,45 @@ class Calibrated:
 
     def sentence(self) -> str:
         """In words."""
-        made, best = self.calibration, self.recommended
-        kinds = ", ".join(f"{count} {kind}" for kind, count in made.sources.items())
-        told = f"calibration {made.fingerprint} written to {self.output}: {made.n} unmarked images ({kinds}), {len(self.errors)} left out. Their ranks confirm p down to {1 / (made.n + 1):.2g}{self._more()}. It holds rough copies of them: keep it as private as those."
+        calibration, best = self.calibration, self.recommended
+        kinds = ", ".join(f"{count} {kind}" for kind, count in calibration.sources.items())
+        enough = needed_references(ALPHA)
+        more = "" if calibration.n >= enough else f"; for p ≤ {ALPHA:g} use {enough}"
+        lines = [
+            f"calibration {calibration.fingerprint} written to {self.output}: {calibration.n} unmarked images "
+            f"({kinds}), {len(self.errors)} left out. Their ranks confirm p down to {1 / (calibration.n + 1):.2g}{more}. "
+            "It holds rough copies of them: keep it as private as those."
+        ]
         if best:
-            return f"{told}\nrecommended mark: channels {list(best.channels)}, radii {best.radii[0]}-{best.radii[1]}; keygen --calibration follows it"
-        return f"{told}\nno recommended mark, and nothing to plot: {self.known} images were drawn by this model from known noise, {KNOWN} are needed"
+            lines.append(f"recommended mark: {best}")
+        else:
+            lines.append(f"no recommended mark: it needs {KNOWN} images drawn by this model, not {self.known}")
+        return "\n".join(lines)
 
 
-def calibrate(detector: Detector, images: Unmarked, output: Path, *, batch: int = 8) -> Calibrated:
-    """Measure the null of what `detector` recovers from unmarked images and write it to `output`.
+def calibrate(recoverer: Recoverer, images: Unmarked, output: Path, *, batch: int = 8) -> Calibrated:
+    """Measure the null of what `recoverer` recovers from unmarked images and write it to `output`.
 
     What is recovered is kept in the folder `output`.cache until all is done, so that a stopped run goes on. Images
-    drawn by this very model are of kind drawn, and where at least KNOWN of them are used, their noise tells where marks
-    come back best; all others are of kind given. Raises CalibrationError.
+    drawn by this very model are of kind "drawn", and where at least KNOWN of them are used, their noise tells where
+    marks come back best; all others are of kind "given". Raises CalibrationError.
     """
     cache = output.with_name(f"{output.name}.cache")
-    found = recover_files(detector, images.paths, cache, batch=batch, name="calibrate")
-    useless = found.doubts | _copies(found)
-    left_out = [f"{one_line(found.ids[i])}: {why}, so it is left out" for i, why in useless.items()]
-    errors = images.errors + found.refused + left_out
-    kept = [i for i in range(len(found.ids)) if i not in useless]
-    seeds = _seeds(detector.model, images, [Path(found.ids[i]) for i in kept])
-    sources = {kind: count for kind, count in (("drawn", len(seeds)), ("given", len(kept) - len(seeds))) if count}
-    noise = found.noise[kept]
+    files = recover_files(recoverer, images.paths, cache, batch=batch, name="calibrate")
+    useless = files.doubts | _copies(files)
+    left_out = [f"{one_line(files.ids[i])}: {why}, so it is left out" for i, why in useless.items()]
+    errors = [*images.errors, *map(str, files.refused), *left_out]
+    kept = [i for i in range(len(files.ids)) if i not in useless]
+    seeds = _seeds(recoverer.model, images, [Path(files.ids[i]) for i in kept])
+    counts = {"drawn": len(seeds), "given": len(kept) - len(seeds)}
+    sources = {kind: count for kind, count in counts.items() if count}
+    noise = files.noise[kept]
     try:
         recovery = _recovery(noise, seeds)
-        calibration = Calibration.measure(noise, detector.settings(), sources, recovery=recovery)
+        calibration = Calibration.measure(noise, recoverer.settings.as_dict(), sources, recovery=recovery)
     except CalibrationError as error:
-        left_out = f" ({len(errors)} were left out, the first: {errors[0]})" if errors else ""
-        raise CalibrationError(f"{error}{left_out}") from None
+        reason = f" ({len(errors)} were left out, the first: {errors[0]})" if errors else ""
+        raise CalibrationError(error.code, f"{error.fact}{reason}", subject=error.subject, **error.details) from None
     calibration.save(output)
     _remove(cache)
     return Calibrated(calibration, output, len(seeds), errors)
@@ -157,14 +161,15 @@ def calibrate(detector: Detector, images: Unmarked, output: Path, *, batch: int 
 
 def _copies(found: RecoveredFiles) -> dict[int, str]:
     """Which files show the very pixels of an earlier one, and are no independent image."""
-    first, copies = {}, {}
+    first: dict[bytes, int] = {}
+    copies: dict[int, str] = {}
     for i, digest in enumerate(found.digests):
         if (original := first.setdefault(digest, i)) != i:
             copies[i] = f"shows the same pixels as {one_line(found.ids[original])}"
     return copies
 
 
-def _seeds(model: LatentModel, images: Unmarked, paths: list[Path]) -> dict[int, int]:
+def _seeds(model: Model, images: Unmarked, paths: list[Path]) -> dict[int, int]:
     """By place in `paths`: the seed of the noise from which this very model drew the image."""
     made = {i: images.drawn[path] for i, path in enumerate(paths) if path in images.drawn}
     return {i: seed for i, (fingerprint, seed) in made.items() if fingerprint == model.identity["fingerprint"]}
@@ -174,7 +179,9 @@ def _recovery(noise: Tensor, seeds: dict[int, int]) -> NoiseRecovery | None:
     """How well noise (n, C, h, w) comes back, from images of known seeds; None for fewer than KNOWN."""
     if len(seeds) < KNOWN:
         return None
-    return NoiseRecovery.measure(noise[list(seeds)], initial_noise(list(seeds.values()), noise.shape[1:]))
+    _, channels, height, width = noise.shape
+    truth = initial_noise(list(seeds.values()), (channels, height, width))
+    return NoiseRecovery.measure(noise[list(seeds)], truth)
 
 
 def _remove(cache: Path) -> None:
@@ -185,24 +192,21 @@ def _remove(cache: Path) -> None:
         cache.rmdir()
 
 
-def placement(model: LatentModel, calibration: Calibration | None, budget: float | None = None) -> Placement:
-    """Where a new mark is best put, by the calibration or else by what is known of the model.
+def recovery_of(model: Model, calibration: Calibration | None) -> NoiseRecovery | None:
+    """How well a model's noise comes back, by the calibration or else by what is known of the model.
 
-    `budget` is the share of coefficients that it may alter, as far as any placement keeps to it. Raises CalibrationError
-    for a calibration of another model and for one that does not tell.
+    Raises CalibrationError for a calibration of another model and for one that does not tell.
     """
-    recovery = _recovery_of(model, calibration) if calibration else model.recovery
-    return recommend(recovery, model.latent_shape, **({} if budget is None else {"budget": budget}))
-
-
-def _recovery_of(model: LatentModel, calibration: Calibration) -> NoiseRecovery:
+    if calibration is None:
+        return model.recovery
     made_for = calibration.settings.get("model", {})
     if made_for.get("fingerprint") != model.identity["fingerprint"]:
-        raise CalibrationError(
-            f"{calibration.name}: made for model {made_for.get('name')!r} ({made_for.get('fingerprint')}), not {model.name!r} ({model.identity['fingerprint']}); use that model, or calibrate this one"
+        fact = (
+            f"was made for model {made_for.get('name')!r} ({made_for.get('fingerprint')}), "
+            f"not {model.name!r} ({model.identity['fingerprint']})"
         )
+        raise CalibrationError("calibration.model", fact, subject=calibration.name)
     if calibration.recovery is None:
-        raise CalibrationError(
-            f"{calibration.name}: does not tell where marks come back best; calibrate with at least {KNOWN} images that ringmark generate --no-mark drew, or give --channels and --radii alone"
-        )
+        fact = "does not tell where marks come back best"
+        raise CalibrationError("calibration.no-recovery", fact, subject=calibration.name, needed=KNOWN)
     return calibration.recovery

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,21 +25,25 @@ from ringmark.data.sources import check_folder, find_images
 from ringmark.errors import CalibrationError, EvaluationError, ImageError
 from ringmark.inversion.memory import peak_during, release_memory
 from ringmark.inversion.models.pipeline import LatentModel
+from ringmark.inversion.recover import Recoverer, check_method
 from ringmark.watermark.attacks.chains import Chain, expand
-from ringmark.watermark.calibration import Calibration, whitened_features
-from ringmark.watermark.detect.detector import Detector, check_method, detector, where_it_fits
+from ringmark.watermark.calibration import Calibration
+from ringmark.watermark.detect.detector import Detector
+from ringmark.watermark.detect.verifier import Verifier, fitting_calibration
 from ringmark.watermark.evaluation.cells import CLEAN, DISTANCE, Cell, Evaluation
 from ringmark.watermark.evaluation.quality import frechet_test, simple_features
 from ringmark.watermark.evaluation.rates import rate, tied_below
 from ringmark.watermark.evaluation.report import write_plots, write_tables
-from ringmark.watermark.keys.key import Key, describe, load_ring
-from ringmark.watermark.schemes.tree_ring import make_key, recommend
-from ringmark.watermark.statistics import conformal_p, matched_filter, published_distance, published_p_value
+from ringmark.watermark.keys.folder import describe, load_ring
+from ringmark.watermark.keys.key import Key
+from ringmark.watermark.null import Array
+from ringmark.watermark.schemes.base import DEFAULT, make_key, scheme_of
+from ringmark.watermark.statistics import conformal_p
 from ringmark.watermark.tasks.attack import attack_files, attacked_name
 from ringmark.watermark.tasks.audit import DRAWN, draw, prompts_for
 from ringmark.watermark.tasks.recover import RecoveredFiles, recover_files
 
-__all__ = ["Comparison", "compare", "own_statistic", "scores_of"]
+__all__ = ["Comparison", "compare", "scores_of"]
 
 SCENES = 1000  # that the classifier of prompts learns from: 98 % of grounds and all skies of 200 others
 SCENE_SIZE = 64  # px: larger ones are told apart no better
@@ -136,20 +141,20 @@ def compare(model: LatentModel, plan: Comparison, folder: Path | None = None) ->
     calibration fits no method.
     """
     keys = plan.given_keys or [_own_key(model, plan)]
-    detectors, unfit = _detectors(model, keys, plan, folder)
+    verifiers, unfit = _verifiers(model, keys, plan, folder)
     Results(plan.output / "plan.jsonl", plan.settings(model)).close()  # refuses another plan's images
-    memory = {name: _megabytes(looking, plan) for name, looking in detectors.items()}
+    memory = {name: _megabytes(verifier.recoverer, plan) for name, verifier in verifiers.items()}
     sets = [_images(model, plan, key) for key in (None, *keys)]
     cells, records, refused = [], [], []
     for chain in (None, *plan.chains):
         places = [_paths(model, plan, images, chain, refused) for images in sets]
-        for method, looking in detectors.items():
+        for method, verifier in verifiers.items():
             name = f"{chain or CLEAN}, {method}"
             unmarked, *marked = (
-                _recover(looking, plan, *pair, name, refused) for pair in zip(sets, places, strict=True)
+                _recover(verifier.recoverer, plan, *pair, name, refused) for pair in zip(sets, places, strict=True)
             )
             for key, own in zip(keys, marked, strict=True):
-                both = [_score(looking, key.fingerprint, recovered) for recovered in (own, unmarked)]
+                both = [_score(verifier.detector, key.fingerprint, recovered) for recovered in (own, unmarked)]
                 about = {"key": key.fingerprint[:8], "attack": str(chain or CLEAN), "method": method}
                 cells += _cells(about, key, *both, memory[method])
                 records += [
@@ -158,32 +163,29 @@ def compare(model: LatentModel, plan: Comparison, folder: Path | None = None) ->
                     for record in scored.records(label)
                 ]
     quality = _quality(model, plan, sets)
-    found = Evaluation(_facts(model, plan, detectors, unfit), cells, records, quality, list(dict.fromkeys(refused)))
+    found = Evaluation(
+        _facts(model, plan, keys, verifiers, unfit), cells, records, quality, list(dict.fromkeys(refused))
+    )
     write_tables(found, plan.output)
     write_plots(found, plan.output)
     return found
 
 
-def own_statistic(pattern: str) -> str:
-    """The name of the detector's own statistic for this pattern."""
-    return "power ratio" if pattern == "zeros" else "whitened cosine"
+def scores_of(detector: Detector, key: str, noise: Tensor) -> tuple[dict[str, Array], Array]:
+    """All statistics (n,) of recovered noise (n, C, h, w) by name, larger if marked, and p-values (n,) of the first.
 
-
-def scores_of(looking: Detector, key: str, noise: Tensor) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """All statistics (n,) of recovered noise (n, C, h, w) by name, larger if marked, and the own one's p-values (n,).
-
-    For the detector's key of this fingerprint. The matched filter is whitened as the cosine is, *zeros* has no key to
-    match; ranks need a calibration.
+    The first is the score of the key's scheme, for the detector's key of this fingerprint. Ranks need a calibration.
     """
-    scheme = looking.schemes[key]
-    score, p = looking.statistic(scheme, noise)
-    found = {own_statistic(scheme.pattern): score}
-    if scheme.pattern != "zeros":
-        found[MATCHED] = matched_filter(*whitened_features(scheme, noise, *looking.null))[0]
-    if looking.calibration:
-        found[CONFORMAL] = -conformal_p(score, looking.reference_scores(key))
-    published = [x.numpy() for x in scheme.masked(noise)]
-    return found | {DISTANCE: -published_distance(*published), PUBLISHED_P: -published_p_value(*published)}, p
+    scheme = detector.schemes[key]
+    score, log10_p = detector.statistic(key, noise)
+    found = {scheme.score_name: score}
+    if (matched := detector.matched_filter(key, noise)) is not None:
+        found[MATCHED] = matched
+    if (references := detector.reference_scores(key)) is not None:
+        found[CONFORMAL] = -conformal_p(score, references)
+    for name, (values, larger) in scheme.published(noise).items():
+        found[name.replace("_", " ")] = values if larger else -values
+    return found, 10**log10_p
 
 
 @dataclass(frozen=True)
@@ -240,25 +242,25 @@ def _overlap(one: Path, other: Path) -> bool:
     return one.is_relative_to(other) or other.is_relative_to(one)
 
 
-def _detectors(
+def _verifiers(
     model: LatentModel, keys: list[Key], plan: Comparison, folder: Path | None
-) -> tuple[dict[str, Detector], dict[str, str]]:
+) -> tuple[dict[str, Verifier], dict[str, str]]:
     """By method; and of those that the calibration at hand does not fit, why."""
-    plain = {name: detector(model, keys, name, plan.max_steps, plan.steps) for name in plan.methods}
-    calibration = plan.given_calibration or (folder and Calibration.built_in(folder))
-    if not calibration:
-        return plain, {}
-    fitted = {name: where_it_fits(one, calibration) for name, one in plain.items()}
+    recoverers = {name: Recoverer.named(model, name, plan.max_steps, plan.steps) for name in plan.methods}
+    calibration = plan.given_calibration or (Calibration.built_in(folder) if folder else None)
+    if calibration is None:
+        return {name: Verifier(recoverer, keys) for name, recoverer in recoverers.items()}, {}
+    fitted = {name: fitting_calibration(one, keys, calibration) for name, one in recoverers.items()}
     unfit = {name: why for name, (_, why) in fitted.items() if why}
-    if plan.calibration and len(unfit) == len(plain):
+    if plan.calibration and len(unfit) == len(recoverers):
         raise CalibrationError("; ".join(dict.fromkeys(unfit.values())))
-    return {name: one for name, (one, _) in fitted.items()}, unfit
+    return {name: Verifier(recoverers[name], keys, calibration=found) for name, (found, _) in fitted.items()}, unfit
 
 
 def _own_key(model: LatentModel, plan: Comparison) -> Key:
     path = plan.output / "evaluation.key"
     if not path.exists():
-        make_key(model.latent_shape, recommend(model.recovery, model.latent_shape), model=model.identity).save(path)
+        make_key(DEFAULT, model.latent_shape, model=model.identity, recovery=model.recovery).save(path)
     return Key.load(path)
 
 
@@ -326,12 +328,12 @@ def _paths(
 
 
 def _recover(
-    looking: Detector, plan: Comparison, images: _Images, paths: dict[str, Path], name: str, refused: list[str]
+    recoverer: Recoverer, plan: Comparison, images: _Images, paths: dict[str, Path], name: str, refused: list[str]
 ) -> _Recovered:
     files = recover_files(
-        looking, paths.values(), plan.output / "cache", batch=plan.batch, name=f"{name}, {images.name}"
+        recoverer, paths.values(), plan.output / "cache", batch=plan.batch, name=f"{name}, {images.name}"
     )
-    refused += files.refused
+    refused += map(str, files.refused)
     if not files.ids:
         raise EvaluationError(
             f"{images.folder}: no image can be used, of {len(images.names)}; last: {[name, *refused][-1]}"
@@ -341,14 +343,15 @@ def _recover(
     return _Recovered([f"{images.name}/{n}" for n in names], [images.prompts.get(n, "") for n in names], files)
 
 
-def _score(looking: Detector, key: str, seen: _Recovered) -> _Scored:
-    values, p = scores_of(looking, key, torch.nan_to_num(seen.files.noise, 0.0, 0.0, 0.0))
+def _score(detector: Detector, key: str, seen: _Recovered) -> _Scored:
+    values, p = scores_of(detector, key, torch.nan_to_num(seen.files.noise, 0.0, 0.0, 0.0))
     p[list(seen.files.doubts)] = 1.0
     return _Scored(seen, values, p)
 
 
 def _cells(about: dict, key: Key, marked: _Scored, unmarked: _Scored, megabytes: float) -> Iterator[Cell]:
     """A cell for each statistic."""
+    scheme = scheme_of(key)
     seconds = float(torch.cat([marked.seen.files.seconds, unmarked.seen.files.seconds]).median())
     doubtful = np.concatenate([marked.doubtful, unmarked.doubtful])
     for statistic in marked.values:
@@ -356,29 +359,28 @@ def _cells(about: dict, key: Key, marked: _Scored, unmarked: _Scored, megabytes:
         own, others = np.split(scores, [len(marked.p)])
         yield Cell(
             **about,
-            pattern=key.metadata["pattern"],
-            mask=key.metadata["mask"],
+            scheme=scheme.label,
             statistic=statistic,
             marked=own,
             unmarked=others,
             groups=(marked.groups, unmarked.groups),
-            p=(marked.p, unmarked.p) if statistic == own_statistic(key.metadata["pattern"]) else None,
+            p=(marked.p, unmarked.p) if statistic == scheme.score_name else None,
             seconds=seconds,
             megabytes=megabytes,
         )
 
 
-def _megabytes(looking: Detector, plan: Comparison) -> float:
+def _megabytes(recoverer: Recoverer, plan: Comparison) -> float:
     """Memory of a batch above that of the model, the embedding and two steps: no method's grows after them."""
-    settings = [looking.model.identity, str(looking.model.dtype), str(looking.model.device), repr(looking.inverter)]
-    quick = replace(looking.inverter, max_steps=min(2, looking.inverter.max_steps))
-    short = Detector(looking.model, [], inverter=quick, steps=2)
-    images = torch.rand(plan.batch, 3, *looking.model.image_size) * 2 - 1
+    model, inverter = recoverer.model, recoverer.inverter
+    settings = [model.identity, str(model.dtype), str(model.device), repr(inverter)]
+    short = Recoverer(model, replace(inverter, max_steps=min(2, inverter.max_steps)), steps=2)
+    images = torch.rand(plan.batch, 3, *model.image_size) * 2 - 1
 
     def measure() -> dict[str, Tensor]:
-        short.recover(images[:1])  # what the libraries allocate once is not the method's
+        short(images[:1])  # what the libraries allocate once is not the method's
         release_memory()  # or what another method has freed would count as there before
-        return {"megabytes": torch.tensor(peak_during(looking.model.device, lambda: short.recover(images))[1])}
+        return {"megabytes": torch.tensor(peak_during(model.device, lambda: short(images))[1])}
 
     return float(cached(plan.output / "cache", ["megabytes", plan.batch, *settings], measure)["megabytes"])
 
@@ -435,17 +437,16 @@ def _obedience(plan: Comparison, sets: list[_Images], looks: list[dict]) -> dict
     return {name: [hits[f"{name} {i}"] for i in range(len(sets))] for name in ATTRIBUTES}
 
 
-def _facts(model: LatentModel, plan: Comparison, detectors: dict[str, Detector], unfit: dict[str, str]) -> dict:
+def _facts(
+    model: LatentModel, plan: Comparison, keys: list[Key], verifiers: dict[str, Verifier], unfit: dict[str, str]
+) -> dict[str, Any]:
     """The settings as the report tells them."""
-    keys = next(iter(detectors.values())).keys
-    attacks = [CLEAN, *map(str, plan.chains)]
-    names = ("methods", "max_steps", "batch")
     facts = {
         "dtype": str(model.dtype),
-        "attacks": attacks,
+        "attacks": [CLEAN, *map(str, plan.chains)],
         "keys": [describe(key) for key in keys],
-        "calibrations": {name: looking.settings()["calibration"] for name, looking in detectors.items()},
+        "calibrations": {name: verifier.detector.settings()["calibration"] for name, verifier in verifiers.items()},
         "calibration_unfit": unfit,
         "images": GIVEN if plan.marked or plan.unmarked else INDEPENDENT,
     }
-    return plan.settings(model) | {name: getattr(plan, name) for name in names} | facts
+    return plan.settings(model) | {name: getattr(plan, name) for name in ("methods", "max_steps", "batch")} | facts

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,72 +19,84 @@ from tqdm import tqdm
 from ringmark.data.cache import cached_rows
 from ringmark.data.images import Sample, read_sample, to_array
 from ringmark.errors import ImageError
-from ringmark.watermark.calibration import relevant
-from ringmark.watermark.detect.detector import Detector
+from ringmark.inversion.recover import Recoverer
+from ringmark.watermark.detect.detector import blankness
 
 __all__ = ["RecoveredFiles", "recover_files"]
 
+LOG = logging.getLogger("ringmark.watermark.tasks.recover")
 
-@dataclass(frozen=True)
+
+@dataclass
 class RecoveredFiles:
-    """Of the files that can be read, in order: names, noise (n, C, h, w), and seconds each (n,) when it was computed.
+    """Of the files that can be read, in order: ids, noise (n, C, h, w), and seconds each (n,) when it was computed.
 
-    `refused` says in a line each why others cannot be read; `doubts` why nothing can be said of file i, where that is
-    so: its noise is then not to be relied on. Files of one of the `digests` show the same pixels.
+    `refused` says why others cannot be read, `doubts` why nothing can be said of file i, whose noise is then not to be
+    relied on. Files of equal `digests` show the same pixels.
     """
 
-    ids: list[str]
     noise: Tensor
     seconds: Tensor
-    refused: list[str]
-    doubts: dict[int, str]
-    digests: list[bytes]
+    ids: list[str] = field(default_factory=list)
+    refused: list[ImageError] = field(default_factory=list)
+    doubts: dict[int, str] = field(default_factory=dict)
+    digests: list[bytes] = field(default_factory=list)
 
 
 def recover_files(
-    detector: Detector, paths: Iterable[Path], cache: Path, *, batch: int = 8, name: str = "recover"
+    recoverer: Recoverer, paths: Iterable[Path], cache: Path, *, batch: int = 8, name: str = "recover"
 ) -> RecoveredFiles:
-    """Recover the noise of every file. Latents and noise are kept in the folder `cache`, each by what it is made from.
+    """Recover the noise of every file. Latents and noise are kept in the folder `cache`, by what they are made from.
 
-    So a stopped run goes on from its last batch, other DDIM steps cost no decoder inversion, and a decoder inversion that
-    finds the latents of another one costs no DDIM steps.
+    So a stopped run goes on from its last batch, other sampler steps cost no decoder inversion, and a decoder inversion
+    that finds the latents of another one costs no sampler steps.
     """
-    paths, ids, refused, parts, digests = list(paths), [], [], [], []
-    readable = _readable(paths, detector.model.image_size, refused)
+    paths = list(paths)
+    files = RecoveredFiles(noise=torch.empty(0, *recoverer.model.latent_shape), seconds=torch.empty(0))
+    parts: list[dict[str, Tensor]] = []
+    readable = _readable(paths, recoverer.model.image_size, files.refused)
     with tqdm(total=len(paths), desc=name, unit="image", disable=None, leave=False) as bar:
-        while some := list(islice(readable, batch)):
-            ids += [s.id for s in some]
-            images = np.stack([to_array(s.image) for s in some])
-            digests += [hashlib.sha256(image.tobytes()).digest() for image in images]
-            parts.append(_recover(detector, torch.from_numpy(images), cache))
-            bar.update(len(ids) + len(refused) - bar.n)
-    empty = {"noise": torch.empty(0, *detector.model.latent_shape), "seconds": torch.empty(0)}
-    stack = lambda field: torch.cat([empty[field], *(p[field] for p in parts)])
-    doubts = [doubt for p in parts for doubt in p["doubts"]]
-    doubtful = {i: doubt for i, doubt in enumerate(doubts) if doubt}
-    return RecoveredFiles(ids, stack("noise"), stack("seconds"), refused, doubtful, digests)
+        while group := list(islice(readable, batch)):
+            parts.append(_add(files, recoverer, group, cache))
+            bar.update(len(files.ids) + len(files.refused) - bar.n)
+    files.noise = torch.cat([files.noise, *(part["value"] for part in parts)])
+    files.seconds = torch.cat([files.seconds, *(part["seconds"] for part in parts)])
+    return files
 
 
-def _readable(paths: list[Path], size: tuple[int, int], refused: list[str]) -> Iterator[Sample]:
+def _readable(paths: list[Path], size: tuple[int, int], refused: list[ImageError]) -> Iterator[Sample]:
     for path in paths:
         try:
             yield read_sample(path, size)
         except ImageError as error:
-            refused.append(str(error))
+            LOG.warning("%s", error)
+            refused.append(error)
 
 
-def _recover(detector: Detector, images: Tensor, cache: Path) -> dict:
-    """`noise`, `seconds` and `doubts` of images (B, 3, H, W)."""
-    way_back = relevant(detector.settings())
-    network = {name: way_back.pop(name) for name in ("steps", "timesteps")}
-    network |= {name: way_back[name] for name in ("model", "dtype")}  # two methods may find the same latents
-    device = detector.model.device.type  # or its seconds would be another's
-    latents = cached_rows(
-        cache, [way_back, device], images, partial(_timed, lambda x: detector.invert_decoder(x).value)
-    )
-    noise = cached_rows(cache, [network, device], latents["value"], partial(_timed, detector.recover_noise))
-    doubts = [detector.doubt(image, n) for image, n in zip(images, noise["value"], strict=True)]
-    return {"noise": noise["value"], "seconds": latents["seconds"] + noise["seconds"], "doubts": doubts}
+def _add(files: RecoveredFiles, recoverer: Recoverer, samples: list[Sample], cache: Path) -> dict[str, Tensor]:
+    """Note a batch in `files`; its noise as `value`, and its `seconds`."""
+    images = [to_array(sample.image) for sample in samples]
+    recovered = _recover(recoverer, torch.from_numpy(np.stack(images)), cache)
+    for sample, image, noise in zip(samples, images, recovered["value"], strict=True):
+        if doubt := blankness(torch.from_numpy(image), noise):
+            files.doubts[len(files.ids)] = doubt
+        files.ids.append(sample.id)
+        files.digests.append(hashlib.sha256(image.tobytes()).digest())
+    return recovered
+
+
+def _recover(recoverer: Recoverer, images: Tensor, cache: Path) -> dict[str, Tensor]:
+    """Noise of images (B, 3, H, W) as `value`, and `seconds`."""
+    settings, device = recoverer.settings, recoverer.model.device.type  # on another device, seconds differ
+    invert = partial(_timed, partial(_latents, recoverer))
+    latents = cached_rows(cache, [settings.of_latents(), device], images, invert)
+    walk = partial(_timed, recoverer.noise)
+    noise = cached_rows(cache, [settings.of_noise(), device], latents["value"], walk)
+    return {"value": noise["value"], "seconds": latents["seconds"] + noise["seconds"]}
+
+
+def _latents(recoverer: Recoverer, images: Tensor) -> Tensor:
+    return recoverer.latents(images).value
 
 
 def _timed(work: Callable[[Tensor], Tensor], rows: Tensor) -> dict[str, Tensor]:

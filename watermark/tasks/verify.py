@@ -16,9 +16,10 @@ from ringmark.data.files import one_line, write_atomic
 from ringmark.data.images import Sample, read_sample, to_array
 from ringmark.errors import ImageError, StoreError
 from ringmark.inversion.models.pipeline import LatentModel
-from ringmark.watermark.detect.detector import Detector
+from ringmark.inversion.recover import Recoverer
+from ringmark.watermark.detect.verifier import Verifier
 from ringmark.watermark.figures import explain, save_figure
-from ringmark.watermark.schemes.tree_ring import recommend
+from ringmark.watermark.schemes.fourier import recommend
 
 __all__ = ["Line", "facts", "invert_file", "verify_files"]
 
@@ -37,7 +38,7 @@ class Line:
 
 
 def verify_files(
-    detector: Detector, paths: list[Path], *, batch: int = 8, explain_to: Path | None = None
+    verifier: Verifier, paths: list[Path], *, batch: int = 8, explain_to: Path | None = None
 ) -> list[Line]:
     """A line for each file, in the order given; with several keys, it names all that fit, its record is of the best.
 
@@ -50,11 +51,11 @@ def verify_files(
     def readable() -> Iterator[Sample]:
         for i, path in enumerate(paths):
             try:
-                yield read_sample(path, detector.model.image_size, id=str(i))
+                yield read_sample(path, verifier.image_size, id=str(i))
             except ImageError as error:
                 lines[i] = Line(str(error), {"sample_id": str(path), "error": str(error)}, 2)
 
-    found = detector.scan(readable(), batch)
+    found = verifier.scan(readable(), batch)
     for judged in tqdm(found, "verify", len(paths), unit="image", disable=None, leave=False, delay=2):
         i, best = int(judged.sample.id), judged.best
         record = best.record() | {"sample_id": str(paths[i]), "carries": [v.key for v in judged.present]}
@@ -62,17 +63,17 @@ def verify_files(
             f"{one_line(paths[i])}: {judged.sentence()}", record, {True: 0, False: 1, None: 3}[best.present]
         )
         if explain_to:
-            save_figure(explain(detector, judged, paths[i].name), explain_to, 0o600)
+            save_figure(explain(verifier.detector, judged, paths[i].name), explain_to, 0o600)
             explain_to = None
     return [lines[i] for i in range(len(paths))]
 
 
-def invert_file(detector: Detector, path: Path, output: Path) -> dict:
+def invert_file(recoverer: Recoverer, path: Path, output: Path) -> dict:
     """Write `latents` and `noise` (C, h, w) and the residuals along the way; return what the solver did."""
     from safetensors.torch import save
 
-    sample = read_sample(path, detector.model.image_size)
-    recovered = detector.recover(torch.from_numpy(to_array(sample.image))[None])
+    sample = read_sample(path, recoverer.model.image_size)
+    recovered = recoverer(torch.from_numpy(to_array(sample.image))[None])
     solution = recovered.solution
     done = {
         "image": str(path),
@@ -83,7 +84,7 @@ def invert_file(detector: Detector, path: Path, output: Path) -> dict:
         "pixel_residuals": solution.merits[:, 0].tolist(),
         "seconds": recovered.seconds,
         "notes": list(sample.notes),
-        **detector.settings(),
+        **recoverer.settings.as_dict(),
     }
     tensors = {"latents": solution.value[0].cpu().contiguous(), "noise": recovered.noise[0].contiguous()}
     # Of a marked image it is a rough copy of the key.

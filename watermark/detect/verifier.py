@@ -1,0 +1,143 @@
+"""From pictures to verdicts: a recoverer, a detector and, if wanted, the search; what verify and audit use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ringmark.errors import CalibrationError, KeyFileError, SchemeError
+from ringmark.inversion.recover import Model, Recoverer
+from ringmark.watermark.calibration import Calibration
+from ringmark.watermark.detect.detector import Detector
+from ringmark.watermark.detect.search import Found, Search
+from ringmark.watermark.detect.verdict import Judged, Verdict
+from ringmark.watermark.keys.key import Key
+from ringmark.watermark.null import Null
+from ringmark.watermark.statistics import ALPHA
+
+if TYPE_CHECKING:
+    from ringmark.data.images import Sample
+
+__all__ = ["Verifier", "built_in_calibration", "check_fit", "fitting_calibration"]
+
+
+class Verifier:
+    """Looks for keys in pictures; every key is tested on one and the same inversion.
+
+    With a `search`, each picture in which the ordinary test finds no key is searched as if it had been turned,
+    enlarged, cropped or moved. Of two tests the better is taken, so p is min(1, 2 K min(p₁, p₂)) for K keys. A picture
+    in which the ordinary test finds a key is not searched, for p could only fall; nor is one of which nothing can be
+    said. Of a key that the search found, score and p are the search's; a calibration, measured by the ordinary
+    inversion, has no part in them.
+
+    Raises KeyFileError for a key made for other latents or another model, CalibrationError for a calibration made with
+    other settings, SchemeError for a key that cannot be searched for.
+    """
+
+    def __init__(
+        self,
+        recoverer: Recoverer,
+        keys: Sequence[Key],
+        *,
+        alpha: float = ALPHA,
+        calibration: Calibration | None = None,
+        search: Search | None = None,
+    ) -> None:
+        for key in keys:
+            check_fit(key, recoverer.model)
+        if calibration:
+            calibration.check(recoverer.settings.as_dict())
+        null = Null.of_model(recoverer.model)
+        tests = 2 if search else 1
+        self.recoverer, self.search = recoverer, search
+        self.detector = Detector(keys, null=null, calibration=calibration, alpha=alpha, tests=tests)
+        for name, scheme in self.detector.schemes.items() if search else ():
+            if not scheme.searchable:
+                raise SchemeError(
+                    "scheme.no-search", f"({scheme.label}) cannot be searched for", subject=f"key {name[:8]}"
+                )
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) of the pictures that are judged."""
+        return self.recoverer.model.image_size
+
+    def settings(self) -> dict[str, Any]:
+        """What verdicts depend on."""
+        both = self.recoverer.settings.as_dict() | self.detector.settings()
+        return both | ({"search": repr(self.search)} if self.search else {})
+
+    def scan(self, samples: Iterable[Sample], batch: int = 8) -> Iterator[Judged]:
+        """Every sample judged, batch by batch, in order."""
+        samples = iter(samples)
+        while group := list(islice(samples, batch)):
+            judged = self._judge(group)
+            yield from self._searched(judged, batch) if self.search else judged
+
+    def _judge(self, samples: list[Sample]) -> list[Judged]:
+        from ringmark.data.images import to_array
+
+        recovered = self.recoverer(torch.from_numpy(np.stack([to_array(s.image) for s in samples])))
+        verdicts = self.detector.judge(samples, recovered)
+        return list(map(Judged, samples, verdicts, recovered.noise))
+
+    def _searched(self, judged: list[Judged], batch: int) -> list[Judged]:
+        """The same, with the search's finds where the ordinary test found no key and something can be said."""
+        assert self.search
+        lost = [i for i, j in enumerate(judged) if not j.present and any(v.present is False for v in j.verdicts)]
+        schemes, null = self.detector.schemes, self.detector.known
+        found = self.search(self.recoverer.model, schemes, null, [judged[i].sample for i in lost], batch=batch)
+        for i, fits in zip(lost, found, strict=True):
+            pairs = zip(judged[i].verdicts, fits, strict=True)
+            judged[i] = judged[i]._replace(verdicts=[self._better(verdict, fit) for verdict, fit in pairs])
+        return judged
+
+    def _better(self, verdict: Verdict, found: Found) -> Verdict:
+        """With the search's p where that is the smaller one, and with its score where it found the key."""
+        verdict = replace(verdict, seconds=verdict.seconds + found.seconds)
+        log10_p = min(0.0, found.log10_p + float(np.log10(self.detector.tests * len(self.detector.schemes))))
+        if verdict.present is None or log10_p >= verdict.log10_p:
+            return verdict
+        verdict = replace(verdict, p_value=10**log10_p, log10_p=log10_p, conformal_p=None)
+        if verdict.p_value > self.detector.alpha:
+            return verdict
+        return replace(verdict, present=True, by_search=True, score=found.score, notes=(*verdict.notes, found.note))
+
+
+def check_fit(key: Key, model: Model) -> None:
+    """Raises KeyFileError for a key made for other latents or another model."""
+    made_for, subject = key.metadata["model"], f"key {key.fingerprint[:8]}"
+    if tuple(key.metadata["latent_shape"]) != tuple(model.latent_shape):
+        fact = (
+            f"was made for latents of {key.metadata['latent_shape']}, and {model.name} has {list(model.latent_shape)}"
+        )
+        raise KeyFileError("key.latents", fact, subject=subject, model=made_for.get("name"))
+    if made_for.get("fingerprint") != model.identity["fingerprint"]:
+        fact = (
+            f"was made for model {made_for.get('name')!r} ({made_for.get('fingerprint')}), "
+            f"not {model.name!r} ({model.identity['fingerprint']})"
+        )
+        raise KeyFileError("key.model", fact, subject=subject, model=made_for.get("name"))
+
+
+def fitting_calibration(
+    recoverer: Recoverer, keys: Sequence[Key], calibration: Calibration
+) -> tuple[Calibration | None, str]:
+    """The calibration if it fits the settings and the keys; else None, and why it does not."""
+    try:
+        Verifier(recoverer, keys, calibration=calibration)
+    except CalibrationError as error:
+        return None, str(error)
+    return calibration, ""
+
+
+def built_in_calibration(recoverer: Recoverer, keys: Sequence[Key], folder: Path) -> tuple[Calibration | None, str]:
+    """The calibration in a model's folder, as `fitting_calibration`. Raises CalibrationError for a damaged file."""
+    found = Calibration.built_in(folder)
+    return fitting_calibration(recoverer, keys, found) if found else (None, "")

@@ -1,0 +1,217 @@
+"""What a watermarking scheme is, and the registry of those there are. Imports nothing heavy.
+
+A new scheme is one class in one file and one `register`; nothing else in the project names a scheme or its fields.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Collection, Hashable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from ringmark.errors import SchemeError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from ringmark.inversion.noise_recovery import NoiseRecovery
+    from ringmark.watermark.keys.key import Key
+    from ringmark.watermark.null import Array, Null
+
+__all__ = [
+    "DEFAULT",
+    "REGISTRY",
+    "Panel",
+    "Parameter",
+    "Scheme",
+    "SchemeEntry",
+    "SchemeTest",
+    "Statistic",
+    "description",
+    "make_key",
+    "register",
+    "scheme_of",
+    "unregister",
+]
+
+DEFAULT = "tree-ring"
+
+
+class Statistic(NamedTuple):
+    """A statistic of images: values (B,), and whether they are larger or smaller for marked ones."""
+
+    values: Array
+    larger_if_marked: bool
+
+
+class Panel(NamedTuple):
+    """A picture of a spectrum: `values` (h, w) with DC in the middle, where the mark is (`inside`), its `radii`."""
+
+    title: str
+    values: Array
+    inside: np.ndarray[Any, np.dtype[np.bool_]]
+    radii: tuple[int, int]
+
+
+class SchemeTest(Protocol):
+    """A scheme's test of one key under one null."""
+
+    def observe(self, noise: Tensor) -> Array:
+        """Recovered noise (B, C, h, w) → all that the test looks at (B, d); the same for every key of a kind."""
+        ...
+
+    def score(self, observed: Array) -> Array:
+        """(B, d) → scores (B,), the larger the more the key is there; a vector of zeros scores lowest or neutral."""
+        ...
+
+    def log10_p(self, scores: Array, references: Array | None = None) -> Array:
+        """log₁₀ of the one-sided p-values (B,) of scores; `references` (n,) are scores of unmarked images."""
+        ...
+
+    def density(self, scores: Array) -> Array | None:
+        """The null's density at these scores; None where it is not known."""
+        ...
+
+    def matched_filter(self, observed: Array) -> Array | None:
+        """Σ f k / ‖k‖ (B,) of whitened vectors, which does not forgive an image's scale; None without a template."""
+        ...
+
+
+class Scheme(Protocol):
+    """A scheme with one key in it."""
+
+    label: str
+    """What distinguishes keys of the scheme for a reader of tables: "rand", say."""
+    kind: Hashable
+    """Keys of one kind observe the same, and the same scores have the same p-values."""
+    latent_shape: tuple[int, int, int]
+    score_name: str
+    free: int
+    """How many free numbers a key has; 0 where all keys are the same."""
+    searchable: bool
+    """Whether `shift_scores` can look for the key at every shift."""
+
+    def embed(self, noise: Tensor) -> Tensor:
+        """Unit normal noise (B, C, h, w) → marked noise of the same shape, which still looks normal to the model."""
+        ...
+
+    def check_findable(self, alpha: float) -> None:
+        """Raises SchemeError for a key of so few free numbers that hardly any image could reach p ≤ alpha for it."""
+        ...
+
+    def on(self, null: Null) -> SchemeTest:
+        """The test of this key where unmarked noise is as `null` says."""
+        ...
+
+    def published(self, noise: Tensor) -> dict[str, Statistic]:
+        """Statistics from the literature of noise (B, C, h, w) by name, for comparison; may be empty."""
+        ...
+
+    def panels(self, noise: Tensor) -> list[Panel]:
+        """For the eye: the first marked channel of one noise (1, C, h, w), then the key's. May be empty."""
+        ...
+
+    def key_panels(self) -> list[Panel]:
+        """For the eye: the key, a panel a latent channel. May be empty."""
+        ...
+
+    def shift_scores(self, noise: Tensor, null: Null, *, factor: int = 1) -> Tensor:
+        """The score of noise (B, C, h, w) at every cyclic shift: (B, factor·h, factor·w) float64.
+
+        Raises SchemeError where the scheme is not `searchable`.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What may be chosen of a new key: `parse` reads it from text (ValueError with the form that is needed)."""
+
+    name: str
+    help: str
+    parse: Callable[[str], Any] = str
+    default: Any = None
+    choices: tuple[str, ...] = ()
+    show: Callable[[Any], str] = str
+
+
+@dataclass(frozen=True)
+class SchemeEntry:
+    """A scheme by name. `home` is "module:Class", imported on first use, or the class itself.
+
+    The class takes a key, and its `new_key(latent_shape, *, model, recovery, rng, **parameters)` makes one: `model` is
+    the identity of the model, `recovery` how well its noise comes back, if that is known, `rng` a NumPy generator.
+    """
+
+    name: str
+    home: str | type
+    parameters: tuple[Parameter, ...] = ()
+
+    @property
+    def kind(self) -> Any:
+        """The class."""
+        if not isinstance(self.home, str):
+            return self.home
+        module, _, name = self.home.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+REGISTRY: dict[str, SchemeEntry] = {}
+
+
+def register(entry: SchemeEntry) -> None:
+    """Make a scheme known. Raises SchemeError where its name is taken."""
+    if entry.name in REGISTRY:
+        raise SchemeError("scheme.registered", "is registered already", subject=f"scheme {entry.name!r}")
+    REGISTRY[entry.name] = entry
+
+
+def unregister(name: str) -> None:
+    """Forget a scheme."""
+    REGISTRY.pop(name, None)
+
+
+def _entry(name: str) -> SchemeEntry:
+    if name not in REGISTRY:
+        known = ", ".join(sorted(REGISTRY))
+        raise SchemeError(
+            "scheme.unknown", f"unknown scheme; known are {known}", subject=f"scheme {name!r}", known=known
+        )
+    return REGISTRY[name]
+
+
+def scheme_of(key: Key) -> Scheme:
+    """The scheme with this key in it. Raises SchemeError for an unknown scheme or a key that does not fit its own."""
+    scheme: Scheme = _entry(key.metadata["scheme"]).kind(key)
+    return scheme
+
+
+def make_key(
+    name: str,
+    latent_shape: tuple[int, int, int],
+    *,
+    model: Mapping[str, Any],
+    recovery: NoiseRecovery | None = None,
+    rng: np.random.Generator | None = None,
+    **parameters: Any,
+) -> Key:
+    """A new key of a scheme. Its values come from the operating system unless `rng` is given (tests, experiments).
+
+    `parameters` are those of the scheme's entry; None means the default. Raises SchemeError for an unknown scheme or
+    parameter and for a mark that does not fit the latents.
+    """
+    entry = _entry(name)
+    if unknown := sorted(parameters.keys() - {p.name for p in entry.parameters}):
+        raise SchemeError("scheme.parameter", f"has no parameter {unknown[0]!r}", subject=f"scheme {name!r}")
+    chosen = {p.name: p.default if (given := parameters.get(p.name)) is None else given for p in entry.parameters}
+    key: Key = entry.kind.new_key(latent_shape, model=dict(model), recovery=recovery, rng=rng, **chosen)
+    return key
+
+
+def description(metadata: Mapping[str, Any], common: Collection[str]) -> dict[str, str]:
+    """A key's own fields as text for people: those of its metadata that are not `common` to all keys."""
+    entry = REGISTRY.get(metadata["scheme"])
+    show = {p.name: p.show for p in entry.parameters} if entry else {}
+    return {name: show.get(name, str)(value) for name, value in metadata.items() if name not in common}

@@ -1,0 +1,158 @@
+"""What schemes in the Fourier transform of the noise share: frequencies, placement of a mark, the cosine test.
+
+Transforms are orthonormal, so that a bin of white noise has unit power, and in the unshifted order of torch.fft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ringmark.errors import SchemeError
+from ringmark.inversion.noise_recovery import NoiseRecovery, rings
+from ringmark.watermark.null import Array
+from ringmark.watermark.statistics import cosine_density, cosine_log10_p, cosine_scores, matched_filter
+
+__all__ = [
+    "BUDGET",
+    "CosineTest",
+    "Placement",
+    "at_every_shift",
+    "middle_phase",
+    "mirror",
+    "recommend",
+    "signed_frequencies",
+]
+
+
+BUDGET = 0.08  # share of the coefficients that a recommended mark may alter
+
+
+def signed_frequencies(height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Whole frequencies (h, 1) and (1, w) of an unshifted DFT, float64."""
+    return (
+        torch.fft.fftfreq(height, 1 / height, dtype=torch.float64)[:, None],
+        torch.fft.fftfreq(width, 1 / width, dtype=torch.float64)[None],
+    )
+
+
+def mirror(x: Tensor) -> Tensor:
+    """x(−k) of (…, h, w) in the unshifted order."""
+    return x.flip(-2, -1).roll((1, 1), (-2, -1))
+
+
+def middle_phase(height: int, width: int) -> Tensor:
+    """(h, w) phases that move a pattern from the corner to the middle of the picture, where it turns and flips."""
+    ky, kx = signed_frequencies(height, width)
+    return torch.exp(-1j * torch.pi * (ky * (height - 1) / height + kx * (width - 1) / width))
+
+
+def at_every_shift(spectrum: Tensor, factor: int) -> Tensor:
+    """Re Σ_k X(k) e^{2πi k·s} of (…, h, w) at every shift s on a grid `factor` times as fine."""
+    height, width = spectrum.shape[-2:]
+    before = [factor * n // 2 - n // 2 for n in (height, width)]
+    after = [(factor - 1) * n - b for n, b in zip((height, width), before, strict=True)]
+    centred = torch.fft.fftshift(spectrum, dim=(-2, -1))
+    padded = functional.pad(centred, (before[1], after[1], before[0], after[0]))
+    everywhere: Tensor = torch.fft.ifft2(torch.fft.ifftshift(padded, dim=(-2, -1)), norm="forward").real
+    return everywhere
+
+
+@dataclass(frozen=True, eq=False)
+class CosineTest:
+    """The whitened cosine of what is observed (B, d) with a `template` (d,): a `SchemeTest`."""
+
+    template: Array
+    observe: Callable[[Tensor], Array]
+
+    def score(self, observed: Array) -> Array:
+        """c (B,) in [-1, 1]; 0 for a vector of zeros."""
+        return cosine_scores(observed, self.template)
+
+    def log10_p(self, scores: Array, references: Array | None = None) -> Array:
+        """Student's t; the references are not needed."""
+        return cosine_log10_p(scores, len(self.template))
+
+    def density(self, scores: Array) -> Array:
+        """Of c under a spherical null."""
+        return cosine_density(scores, len(self.template))
+
+    def matched_filter(self, observed: Array) -> Array:
+        """z (B,), standard normal for a normal null."""
+        return matched_filter(observed, self.template)[0]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a mark goes: latent channels and, inclusive, the range of ring radii in whole frequencies."""
+
+    channels: tuple[int, ...]
+    radii: tuple[int, int]
+
+    def __str__(self) -> str:
+        plural = "s" if len(self.channels) > 1 else ""
+        return f"channel{plural} {', '.join(map(str, self.channels))}, radii {self.radii[0]}-{self.radii[1]}"
+
+    def check(self, latent_shape: tuple[int, int, int]) -> None:
+        """Raises SchemeError unless the placement fits a latent (C, h, w)."""
+        count, *size = latent_shape
+        distinct = len(set(self.channels)) == len(self.channels) > 0
+        if not distinct or not all(0 <= c < count for c in self.channels):
+            raise SchemeError(
+                "scheme.channels",
+                f"must be different numbers from 0 to {count - 1}",
+                subject=f"channels {list(self.channels)}",
+            )
+        low, high = self.radii
+        # DC alone is one number, which has no direction to compare.
+        if not 0 <= low <= high < min(size) // 2 or high == 0:
+            raise SchemeError(
+                "scheme.radii",
+                f"must rise from at least 0 to at most {min(size) // 2 - 1} for latents of {size[0]}x{size[1]}, "
+                "and hold more than radius 0",
+                subject=f"radii {low}-{high}",
+            )
+
+    def share(self, latent_shape: tuple[int, int, int]) -> float:
+        """Which share of the coefficients of a latent (C, h, w) the mark alters."""
+        count, *size = latent_shape
+        sizes = torch.bincount(rings(*size).flatten())
+        return int(sizes[self.radii[0] : self.radii[1] + 1].sum()) * len(self.channels) / (count * size[0] * size[1])
+
+    def check_budget(self, latent_shape: tuple[int, int, int], budget: float) -> None:
+        """Raises SchemeError where the mark alters a larger share of the coefficients than `budget`."""
+        if (share := self.share(latent_shape)) > budget:
+            raise SchemeError(
+                "scheme.budget",
+                f"alters {share:.3g} of the coefficients, more than the budget of {budget:g}",
+                subject=str(self),
+            )
+
+
+def recommend(
+    recovery: NoiseRecovery | None, latent_shape: tuple[int, int, int], *, budget: float = BUDGET, lowest: int = 3
+) -> Placement:
+    """The placement with the greatest expected signal, Σ a²/v over its bins, within a share `budget` of all bins.
+
+    Radii below `lowest` fix the picture's layout and radii beyond a third of the side rarely survive compression: both
+    are left alone. Without a measured recovery, or where nothing fits: every channel, middle frequencies.
+    """
+    count, height, width = latent_shape
+    short = min(height, width)
+    if recovery is None:
+        return Placement(tuple(range(count)), (max(1, short // 16), max(2, short // 6)))
+    sizes = torch.bincount(rings(height, width).flatten()).double()
+    gain = recovery.attenuation.clamp_min(0).square() / recovery.variance * sizes
+    allowed = budget * count * height * width
+    best, chosen = -1.0, None
+    for low in range(lowest, short // 3 + 1):
+        for high in range(low + 1, short // 3 + 1):
+            number = min(count, int(allowed // sizes[low : high + 1].sum()))
+            total, order = gain[:, low : high + 1].sum(1).sort(descending=True)
+            if number and (signal := float(total[:number].sum())) > best:
+                best, chosen = signal, Placement(tuple(sorted(order[:number].tolist())), (low, high))
+    return chosen or recommend(None, latent_shape)

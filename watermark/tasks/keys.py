@@ -1,0 +1,24 @@
+"""Keys as a list for people; loads no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ringmark.errors import one_line
+from ringmark.watermark.keys.key import COMMON, Key
+from ringmark.watermark.schemes.base import description
+
+__all__ = ["listing"]
+
+
+def listing(ring: dict[Path, Key]) -> str:
+    """A line a key, in columns under a header; the fields of a scheme are columns of their own."""
+    own = [description(key.metadata, COMMON) for key in ring.values()]
+    fields = list(dict.fromkeys(name for names in own for name in names))
+    rows = [("fingerprint", "scheme", *fields, "model", "created", "file")]
+    for (path, key), values in zip(ring.items(), own, strict=True):
+        meta = key.metadata
+        texts = [meta["scheme"], *(values.get(name, "") for name in fields), meta["model"].get("name", "?")]
+        rows.append((key.fingerprint, *map(one_line, [*texts, meta["created"], path])))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
