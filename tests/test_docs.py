@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner
 
 from ringmark.watermark.cli.main import main
@@ -31,11 +32,9 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-def python_block(text: str) -> str:
-    """The first block of Python in a page."""
-    block = re.search(r"```python\n(.*?)```", text, re.DOTALL)
-    assert block
-    return block[1]
+def python_blocks(page: Path) -> list[str]:
+    """The blocks of Python in a page."""
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
 def indented_lines(text: str) -> Iterator[str]:
@@ -75,7 +74,7 @@ def unknown_options(words: list[str]) -> list[str]:
 def test_the_python_of_the_readme_verifies_a_picture(tmp_path, monkeypatch, capsys):
     prepare_picture(tmp_path)
     monkeypatch.chdir(tmp_path)
-    exec(compile(python_block(README), "README.md", "exec"), {})
+    exec(compile(python_blocks(ROOT / "README.md")[0], "README.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 and "carries key" in lines[0] and "p = " in lines[0]
 
@@ -89,13 +88,27 @@ def prepare_picture(folder: Path) -> None:
     next(drawn.glob("*.png")).rename(folder / "picture.png")
 
 
+@pytest.mark.slow
+@pytest.mark.xfail(strict=False, reason="ringmark.verify takes paths once the tasks have moved")
+def test_the_python_of_the_library_page_runs(tmp_path, monkeypatch):
+    prepare_picture(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    images = torch.rand(1, 3, 8, 8) * 2 - 1
+    names = {"images": images, "encode": lambda x: x[:, :1] / 2, "decode": lambda z: z.expand(-1, 3, -1, -1)}
+    for block in python_blocks(DOCS / "howto" / "library.md"):
+        exec(compile(block, "library.md", "exec"), names)
+    assert names["noise"].shape == (1, 4, 32, 32)
+    assert len(names["latents"]) == 1
+
+
 def test_the_readme_is_short_and_starts_with_what_matters():
     assert len(README.split()) <= 700
     first_screen = README.splitlines()[:40]
     for needed in ("docs/images/explain.png", "pip install", "ringmark keygen", "ringmark generate", "ringmark verify"):
         assert any(needed in line for line in first_screen), needed
-    assert python_block(README).strip() in "\n".join(first_screen)
-    assert len([line for line in python_block(README).splitlines() if line]) <= 6
+    [block] = python_blocks(ROOT / "README.md")
+    assert block.strip() in "\n".join(first_screen)
+    assert len([line for line in block.splitlines() if line]) <= 6
 
 
 @pytest.mark.parametrize("command", ["bash scripts/demo.sh", "bash scripts/test.sh"])
