@@ -62,8 +62,8 @@ def invert_decoder(
     yields for free; a step costs one E and one D. `tol="auto"` stops an image once ‖T‖ has fallen to what rounding x
     to 8 bits alone causes (the discrepancy principle): further steps fit the rounding noise.
 
-    With `guarded` an image keeps E(x) where ‖T‖ falls too slowly in the first two steps: more than twice as much is left
-    as for the picture D(E(x)), which is known to be the image of a latent, or nothing has fallen at all. No latent
+    With `guarded` an image keeps E(x) where ‖T‖ falls too slowly in the first two steps: more than twice as much is
+    left as for the picture D(E(x)), which is known to be the image of a latent, or nothing has fallen at all. No latent
     decodes to a picture that was altered afterwards. What was added lies mostly in directions that E∘D shrinks, where
     ‖T‖ falls slowly, and undoing the shrinking would blow it up.
 

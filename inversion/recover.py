@@ -51,8 +51,8 @@ class RecoverySettings:
     """Everything that recovered noise depends on, beside the picture.
 
     `model` is the model's identity, `image_size` (H, W), `dtype` that of its network. `method`, `max_steps`, `early`,
-    `gradient`, `lean` and `guarded` describe the decoder inversion as `Inverter` does. `steps` is the number of moves of
-    the sampler's inversion, `timesteps` the first and the last, as "1-961".
+    `gradient`, `lean` and `guarded` describe the decoder inversion as `Inverter` does. `steps` is the number of moves
+    of the sampler's inversion, `timesteps` the first and the last, as "1-961".
     """
 
     model: dict[str, Any]

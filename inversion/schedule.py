@@ -14,10 +14,10 @@ __all__ = ["Schedule"]
 class Schedule:
     """Levels of ascending noise; a latent at level i is x_i = a_i x₀ + s_i ε, and level 0 is the clean end.
 
-    `timesteps` (N,): timesteps[i] conditions the network on level i + 1, for the move i ↔ i + 1. `signal` (N + 1,) holds
-    a ≥ 0, falling; `noise` (N + 1,) holds s ≥ 0, rising; both float64. Level 0 alone may have no noise, and level N alone
-    may have no signal. DDIM has a = √ᾱ, s = √(1 − ᾱ) (arXiv 2010.02502); rectified flow has a = 1 − σ, s = σ
-    (arXiv 2209.03003). Raises ValueError for anything else.
+    `timesteps` (N,): timesteps[i] conditions the network on level i + 1, for the move i ↔ i + 1. `signal` (N + 1,)
+    holds a ≥ 0, falling; `noise` (N + 1,) holds s ≥ 0, rising; both float64. Level 0 alone may have no noise, and
+    level N alone may have no signal. DDIM has a = √ᾱ, s = √(1 − ᾱ) (arXiv 2010.02502); rectified flow has a = 1 − σ,
+    s = σ (arXiv 2209.03003). Raises ValueError for anything else.
     """
 
     timesteps: Tensor
@@ -71,9 +71,11 @@ class Schedule:
     def from_alpha_bar(cls, alphas_cumprod: Tensor, timesteps: Tensor, clean: float = 1.0) -> Schedule:
         """DDIM's levels at these timesteps, in any order, of a training schedule ᾱ (T,) in [0, 1].
 
-        `clean` is ᾱ at level 0. Raises IndexError for a timestep that is not in 0 … T − 1.
+        `clean` is ᾱ at level 0. Raises ValueError for a timestep that is not in 0 … T − 1.
         """
         ascending = timesteps.to("cpu", torch.int64).sort().values
+        if len(ascending) and not 0 <= ascending[0] <= ascending[-1] < len(alphas_cumprod):
+            raise ValueError(f"timesteps must lie in 0 … {len(alphas_cumprod) - 1}")
         levels = alphas_cumprod.to("cpu", torch.float64)[ascending]
         alpha_bar = torch.cat([torch.tensor([clean], dtype=torch.float64), levels])
         return cls(ascending, signal=alpha_bar.sqrt(), noise=(1 - alpha_bar).sqrt())

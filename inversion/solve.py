@@ -61,7 +61,7 @@ class Solution:
     chosen: Tensor
 
     def at_value(self, log: Tensor) -> Tensor:
-        """(B,): the residuals or merits, given as `log` (K, B), of the values returned; NaN if nothing was evaluated."""
+        """(B,): residuals or merits, given as `log` (K, B), of the values returned; NaN if nothing was evaluated."""
         return log.gather(0, self.chosen[None])[0] if len(log) else torch.full((len(self.status),), torch.nan)
 
 

@@ -33,6 +33,8 @@ collect_ignore = [
     "test_tree_ring.py",
 ]
 
+pytest_plugins = ["checkpoints"]
+
 settings.register_profile("ringmark", deadline=None, derandomize=True, database=None)
 settings.load_profile("ringmark")
 

@@ -100,7 +100,10 @@ def test_auto_takes_no_step_for_an_image_the_encoder_already_explains():
 def test_quantisation_level_of_a_known_gain():
     """E = g Q with orthonormal rows: E‖E(u)‖² = g² N Var(u), Var(u) = (grey level)²/12."""
     gain, rows = 5.0, torch.linalg.qr(draw(M, N))[0].T
-    encode = lambda x: gain * (x.flatten(1) @ rows.T)
+
+    def encode(x):
+        return gain * (x.flatten(1) @ rows.T)
+
     images = draw(6, *IMAGE).clamp(-1, 1)
     level = quantisation_level(encode, images, encode(images), draws=9)
     expected = gain * (N / 12) ** 0.5 * GREY_LEVEL
@@ -109,7 +112,9 @@ def test_quantisation_level_of_a_known_gain():
 
 
 def test_quantisation_level_does_not_depend_on_the_batch():
-    encode = lambda x: torch.sin(3 * x.flatten(1))
+    def encode(x):
+        return torch.sin(3 * x.flatten(1))
+
     images = draw(5, *IMAGE)
     together = quantisation_level(encode, images, encode(images))
     for i in range(5):
@@ -237,7 +242,10 @@ def test_the_default_gains_and_does_not_lose_whatever_the_spectrum(spectrum, see
     for steps in (8, 40):
         gain = start - nmse_db(invert_decoder(maps.encode, maps.decode, images, max_steps=steps).value, truth)
         assert gain.min() > -0.05 and gain.mean() > 1, (steps, gain)
-    pixels = lambda z: norms(maps.decode(z).clamp(-1, 1) - images)
+
+    def pixels(z):
+        return norms(maps.decode(z).clamp(-1, 1) - images)
+
     for name in ("forward", "km", "adam", "anderson"):
         assert (pixels(Inverter.named(name)(maps, images).value) <= pixels(maps.encode(images)) + 1e-6).all()
 
@@ -265,7 +273,10 @@ def test_videos_are_inverted_frame_by_frame_in_slices():
     maps, truth, seen = Linear(), draw(2, 4, 5, 2, 3, seed=8), []
     frames = truth.transpose(1, 2).flatten(0, 1)
     images = rounded(maps.decode(frames))
-    encode = lambda x: seen.append(len(x)) or maps.encode(x)
+
+    def encode(x):
+        return seen.append(len(x)) or maps.encode(x)
+
     done = invert_decoder(
         encode, maps.decode, images.unflatten(0, (2, 5)).transpose(1, 2), max_steps=6, at_once=3, tol=None
     )
@@ -284,11 +295,19 @@ def test_slices_change_nothing(size):
 def test_sixteen_bit_that_costs_accuracy_is_said():
     maps, truth = Linear(), draw(3, *LATENT, seed=9)
     images = rounded(maps.decode(truth))
+
     # The rounding of many layers: of fixed size and without a pattern
-    sixteen = lambda x: (x + 0.2 * torch.sin(1e5 * x)).bfloat16()
+    def sixteen(x):
+        return (x + 0.2 * torch.sin(1e5 * x)).bfloat16()
+
     for cast, coarse in ((sixteen, True), (torch.Tensor.float, False)):
-        encode = lambda x, cast=cast: cast(maps.encode(x.float()))
-        decode = lambda z: maps.decode(z.float())
+
+        def encode(x, cast=cast):
+            return cast(maps.encode(x.float()))
+
+        def decode(z):
+            return maps.decode(z.float())
+
         share = rounding_share(encode, images, encode(images))
         assert ((share > 0.5) == coarse).all() and (coarse or torch.allclose(share, torch.tensor(0.125), rtol=0.1))
         done = invert_decoder(encode, decode, images)
@@ -335,15 +354,20 @@ def test_guarded_keeps_the_encoder_where_the_residual_hardly_falls(steps):
     assert guarded.chosen[2:].tolist() == [0, 0] and torch.equal(
         guarded.at_value(guarded.merits)[2:], guarded.merits[0, 2:]
     )
+
     # Rounding that rules in 16 bit does not hide that the start was kept.
-    coarse = lambda x: (maps.encode(x.float()) + 0.2 * torch.sin(1e5 * x.float())).bfloat16()
+    def coarse(x):
+        return (maps.encode(x.float()) + 0.2 * torch.sin(1e5 * x.float())).bfloat16()
+
     done = invert_decoder(coarse, lambda z: z.float(), both[2], ForwardStep(), guarded=True, **options)
     assert done.status == [Status.START_KEPT] * 4 and done.chosen.tolist() == [0] * 4
 
 
 def test_guarded_keeps_the_encoder_where_nothing_falls():
     # E∘D turns by a quarter: neither this picture's residual nor that of D(E(x)) ever falls.
-    turn = lambda z: torch.stack([-z[:, 1], z[:, 0]], 1)
+    def turn(z):
+        return torch.stack([-z[:, 1], z[:, 0]], 1)
+
     images = torch.tensor([[0.3, -0.2]])
     done = invert_decoder(turn, torch.clone, images, ForwardStep(), max_steps=2, tol=None, pixels=(-9, 9), guarded=True)
     assert done.status == [Status.START_KEPT] and torch.equal(done.value, turn(images))
@@ -368,11 +392,18 @@ def test_untrained_autoencoders_of_diffusers_end_no_worse_than_they_start(kind, 
     if kind == "AutoencoderTiny":
         sizes = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
         vae = AutoencoderTiny(**sizes, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).eval()
-        encode = lambda x: vae.encode(x).latents
+
+        def encode(x):
+            return vae.encode(x).latents
     else:
         vae = tiny_parts["vae"]
-        encode = lambda x: vae.encode(x).latent_dist.mode()
-    decode = lambda z: vae.decode(z).sample
+
+        def encode(x):
+            return vae.encode(x).latent_dist.mode()
+
+    def decode(z):
+        return vae.decode(z).sample
+
     with torch.inference_mode():
         images = rounded(decode(draw(3, 4, 8, 8)).clamp(-1, 1))
         for name in ("forward", "km", "adam", "anderson"):

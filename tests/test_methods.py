@@ -67,7 +67,10 @@ def test_inertial_km_outside_the_theorem(lam, alpha):
 
 def test_inertial_km_is_its_recursion():
     lam, alpha, beta = 0.2, 0.4, 1.2
-    t = lambda z: torch.sin(z) + 0.1 * z
+
+    def t(z):
+        return torch.sin(z) + 0.1 * z
+
     visited = []
     z = draw(2, 5)
     solve(
@@ -109,7 +112,9 @@ def test_adam_rates_lie_between_nothing_and_lr(horizon, k):
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.9)])
 def test_adam_without_a_horizon_is_torch_adam(betas):
     z, root, visited = draw(3, 4), draw(3, 4, seed=1), []
-    gradient = lambda z: torch.sin(z - root) + 0.2 * (z - root) ** 3
+
+    def gradient(z):
+        return torch.sin(z - root) + 0.2 * (z - root) ** 3
 
     def residual(z, rows):
         visited.append(z.clone())
@@ -141,7 +146,10 @@ def test_anderson_solves_m_dimensions_in_about_m_steps(m, skew):
 @pytest.mark.parametrize("window", [1, 2, 5, 40])
 def test_anderson_beats_the_plain_step_with_any_window(window):
     eigenvalues, root = torch.linspace(0.1, 1.2, 12), draw(2, 3, 2, 2)
-    residual = lambda z, rows: eigenvalues.view(3, 2, 2) * (z - root[rows])
+
+    def residual(z, rows):
+        return eigenvalues.view(3, 2, 2) * (z - root[rows])
+
     start = root + draw(2, 3, 2, 2, seed=1)
     ours = solve(residual, start, Anderson(window=window), max_steps=20)
     plain = solve(residual, start, ForwardStep(), max_steps=20)
@@ -162,14 +170,17 @@ def test_anderson_undoes_a_step_that_went_wrong():
     z2, state = method.step(z1, t1, t1, state)
     assert state["beta"].tolist() == [1.0, 0.5]
     assert torch.equal(state["z"], torch.stack([z1[0], z0[1]])) and torch.equal(state["t"], torch.stack([t1[0], t0[1]]))
-    # T doubled along z1 − z0 = −t0, so the difference says that the root lies as far on the other side: T is linear there.
+    # T doubled along z1 − z0 = −t0, so by the difference the root lies as far on the other side.
     assert torch.allclose(z2[1], z0[1] + t0[1], atol=1e-3)
 
 
 @pytest.mark.parametrize("beyond", [2.5, 4.0, 6.0])
 def test_anderson_survives_eigenvalues_beyond_two_where_the_plain_step_diverges(beyond):
     eigenvalues, root = torch.tensor([beyond, 1.2, 0.8, 0.5]), draw(3, 4)
-    residual = lambda z, rows: eigenvalues * (z - root[rows])
+
+    def residual(z, rows):
+        return eigenvalues * (z - root[rows])
+
     start = root + 1
     plain = solve(residual, start, ForwardStep(), max_steps=40, tol=1e-4)
     assert Status.CONVERGED not in plain.status

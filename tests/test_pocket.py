@@ -1,4 +1,4 @@
-"""The embedded model is an ordinary diffusers folder, small enough to ship, that ringmark samples from in the same way."""
+"""The embedded model is an ordinary diffusers folder, small enough to ship, and is sampled as diffusers samples it."""
 
 from __future__ import annotations
 

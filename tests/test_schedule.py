@@ -44,8 +44,9 @@ def test_the_noisy_end_may_have_no_signal():
 
 
 def test_a_timestep_beyond_the_training_schedule():
-    with pytest.raises(IndexError):
-        Schedule.from_alpha_bar(ALPHA_BAR, torch.tensor([1000]))
+    for timestep in (-1, 1000):
+        with pytest.raises(ValueError, match="999"):
+            Schedule.from_alpha_bar(ALPHA_BAR, torch.tensor([500, timestep]))
 
 
 def test_rectified_flow_is_a_schedule():

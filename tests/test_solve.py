@@ -44,7 +44,10 @@ def linear(m, root):
 
 def contraction(root):
     """T = id − S with S a slightly nonlinear contraction whose fixed point is the root."""
-    bend = lambda z: 0.4 * torch.sin(z) + 0.2 * z.roll(1, -1)
+
+    def bend(z):
+        return 0.4 * torch.sin(z) + 0.2 * z.roll(1, -1)
+
     return lambda z, rows: (z - bend(z)) - (root[rows] - bend(root[rows]))
 
 
@@ -53,7 +56,10 @@ def autoencoder(root):
     n = root[0].numel()
     d = torch.linalg.qr(draw(3 * n, n, seed=5))[0]
     e = d.T + 0.1 * draw(n, 3 * n, seed=6) / (3 * n) ** 0.5
-    both = lambda z: (torch.tanh(0.1 * (z.flatten(1) @ d.T)) / 0.1) @ e.T
+
+    def both(z):
+        return (torch.tanh(0.1 * (z.flatten(1) @ d.T)) / 0.1) @ e.T
+
     return lambda z, rows: (both(z) - both(root[rows])).view_as(z)
 
 
@@ -197,7 +203,10 @@ def test_without_a_tolerance_every_step_is_taken_save_at_an_exact_root():
 
 def test_tolerance_is_a_number_or_one_a_sample():
     root, start = torch.zeros(3, 2), torch.ones(3, 2)
-    halve = lambda z, rows: 0.5 * z
+
+    def halve(z, rows):
+        return 0.5 * z
+
     first = float(norms(halve(start, None))[0])
     each = solve(halve, start, ForwardStep(), max_steps=30, tol=first * torch.tensor([1.0, 0.3, 0.01]))
     assert each.steps.tolist() == [1, 3, 8] and each.status == [Status.CONVERGED] * 3

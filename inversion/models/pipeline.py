@@ -63,9 +63,9 @@ ON_ALPHA_BAR = ("epsilon", "v_prediction", "sample")
 class LatentModel:
     """A latent diffusion model as maps between images, latents and noise.
 
-    `latent_shape` (C, h, w); `image_size` (H, W); `identity`: name, fingerprint and latent shape, which keys and results
-    record; `recovery`: how much of its noise comes back, where that has been measured. It wraps the modules it is given
-    and neither copies nor changes them. Raises ModelError for a model of a kind that is not supported.
+    `latent_shape` (C, h, w); `image_size` (H, W); `identity`: name, fingerprint and latent shape, which keys and
+    results record; `recovery`: how much of its noise comes back, where that has been measured. It wraps the modules it
+    is given and neither copies nor changes them. Raises ModelError for a model of a kind that is not supported.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class LatentModel:
         ddim.set_timesteps(steps)
         try:
             return Schedule.from_alpha_bar(ddim.alphas_cumprod, ddim.timesteps, float(ddim.final_alpha_cumprod))
-        except (IndexError, ValueError) as error:
+        except ValueError as error:
             fact = f"its schedule cannot be walked in {steps} steps ({error})"
             raise ModelError("model.steps", fact, subject=self.name, most=most) from error
 

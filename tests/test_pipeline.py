@@ -1,144 +1,22 @@
-"""One adapter for every latent diffusion model: true architectures, written small, read back, or refused in one line."""
+"""One adapter for every latent diffusion model: true architectures, written small, as maps, or refused in one line."""
 
 from __future__ import annotations
 
+import copy as copying
 import json
-import pickle
-import shutil
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, PNDMScheduler, UNet2DConditionModel
+from checkpoints import BETAS, WEIGHTS, draw, edit, make_unet, refused
+from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from ringmark.errors import ModelError
 from ringmark.inversion.memory import stored_bytes
-from ringmark.inversion.models.loading import resolve
 from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.inversion.schedule import Schedule
-
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-WEIGHTS = {
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-}
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def make_unet(**config):
-    return UNet2DConditionModel(
-        **{
-            "sample_size": 8,
-            "block_out_channels": (16, 32, 32, 32),
-            "layers_per_block": 1,
-            "norm_num_groups": 8,
-            "cross_attention_dim": 16,
-            "attention_head_dim": 8,
-        }
-        | config
-    )
-
-
-def write_model(folder, tokenizer, *, vae, unet, scheduler):
-    """A checkpoint as Stable Diffusion's repositories hold one, with the parts that we do not read left out."""
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    parts = {"vae": vae, "unet": unet, "text_encoder": CLIPTextModel(text), "scheduler": scheduler}
-    for part, module in (parts | {"tokenizer": tokenizer}).items():
-        module.save_pretrained(folder / part)
-    index = {part: ["diffusers", type(module).__name__] for part, module in parts.items()}
-    index |= {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.6.0"}
-    index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
-    index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "feature_extractor": [None, None]}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
-
-
-def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-@pytest.fixture(scope="session")
-def sd1(tmp_path_factory, tiny_parts):
-    """Stable Diffusion 1.5: PNDM, ε, attention in the autoencoder's middle; 64×96 images."""
-    torch.manual_seed(1)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        norm_num_groups=4,
-    )
-    scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
-    folder = write_model(
-        tmp_path_factory.mktemp("models") / "sd1",
-        tiny_parts["tokenizer"],
-        vae=vae,
-        unet=make_unet(sample_size=[8, 12]),
-        scheduler=scheduler,
-    )
-    edit(folder / "scheduler" / "scheduler_config.json", clip_sample=False)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def sd2(tmp_path_factory, tiny_parts):
-    """Stable Diffusion 2.1: v, linear projections, a list of attention heads; here an autoencoder of factor 2."""
-    torch.manual_seed(2)
-    return write_model(
-        tmp_path_factory.mktemp("models") / "sd2",
-        tiny_parts["tokenizer"],
-        vae=tiny_parts["vae"],
-        unet=make_unet(use_linear_projection=True, attention_head_dim=[2, 4, 4, 4]),
-        scheduler=DDIMScheduler(
-            **BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction"
-        ),
-    )
-
-
-@pytest.fixture(scope="session")
-def taesd(tmp_path_factory, tiny_parts):
-    """With the tiny autoencoder, which has latents and no posterior."""
-    torch.manual_seed(3)
-    vae = AutoencoderTiny(
-        encoder_block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8, 8),
-        num_encoder_blocks=(1, 1, 1, 1),
-        num_decoder_blocks=(1, 1, 1, 1),
-    )
-    return write_model(
-        tmp_path_factory.mktemp("models") / "taesd",
-        tiny_parts["tokenizer"],
-        vae=vae,
-        unet=make_unet(),
-        scheduler=DDIMScheduler(**BETAS, prediction_type="sample"),
-    )
-
-
-@pytest.fixture(scope="session")
-def small(tmp_path_factory, tiny_parts):
-    """The quickest to load."""
-    parts = {part: tiny_parts[part] for part in ("vae", "unet", "scheduler")}
-    return write_model(tmp_path_factory.mktemp("models") / "small", tiny_parts["tokenizer"], **parts)
-
-
-@pytest.fixture
-def copy(small, tmp_path):
-    return Path(shutil.copytree(small, tmp_path / "copy"))
 
 
 @pytest.mark.parametrize(
@@ -235,7 +113,8 @@ def test_a_model_in_sixteen_bits_is_the_same_model(sd1, dtype):
     assert half.identity == model.identity
     images = draw(1, 3, 64, 96).clamp(-1, 1)
     latents = half.encode(images)
-    assert latents.dtype == dtype and torch.allclose(latents.float(), model.encode(images), atol=0.05)
+    whole = model.encode(images)
+    assert latents.dtype == dtype and (latents.float() - whole).norm() < 0.2 * whole.norm()
     for dtype in (latents.dtype, torch.float32):
         x0, eps = half.predict(latents.to(dtype), 1, half.schedule(5), half.embed([""]))
         assert x0.dtype == eps.dtype == torch.float32
@@ -282,15 +161,6 @@ def test_the_fingerprint_does_not_depend_on_the_version_of_transformers(tiny_par
     assert LatentModel(**old, name="a").identity == LatentModel(**tiny_parts, name="a").identity
 
 
-def test_text_encoders_saved_by_either_version_load(copy):
-    before = LatentModel.from_pretrained(copy).identity
-    path = copy / "text_encoder" / WEIGHTS["text_encoder"]
-    bare = {k.removeprefix("text_model."): v for k, v in load_file(path).items()}
-    for prefix in ("", "text_model."):
-        save_file({prefix + k: v for k, v in bare.items()}, path, metadata={"format": "pt"})
-        assert LatentModel.from_pretrained(copy).identity == before
-
-
 def test_a_pipeline_is_wrapped_as_it_is(tiny_parts):
     from diffusers import StableDiffusionPipeline
 
@@ -307,6 +177,15 @@ def test_a_pipeline_is_wrapped_as_it_is(tiny_parts):
         assert all(p.requires_grad for p in model.unet.parameters())
     finally:
         pipe.to(torch.float32)
+
+
+def test_a_pipeline_whose_tokenizer_is_beyond_its_text_encoder(tiny_parts):
+    tokenizer = copying.deepcopy(tiny_parts["tokenizer"])
+    tokenizer.add_tokens(["<mine>"])
+    pipe = SimpleNamespace(**tiny_parts | {"tokenizer": tokenizer})
+    with pytest.raises(ModelError) as caught:
+        LatentModel.from_pipeline(pipe, name="mine")
+    assert (caught.value.code, caught.value.subject) == ("model.damaged", "mine")
 
 
 @pytest.mark.parametrize("which", ["sd1", "sd2", "taesd"])
@@ -335,103 +214,6 @@ def test_a_schedule_that_ends_in_pure_noise(copy, steps):
     assert LatentModel.from_pretrained(copy).schedule(steps).at(steps) == (0, 1)
 
 
-# -- what is refused ------------------------------------------------------------------------------------------------
-
-
-def refused(source, *words):
-    with pytest.raises(ModelError) as caught:
-        LatentModel.from_pretrained(source)
-    message = str(caught.value)
-    assert "\n" not in message and len(message) < 500
-    for word in (Path(source).name, *words):
-        assert word in message, message
-    return message
-
-
-@pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "a/b/c", "~/nowhere/to/be/found"])
-def test_a_folder_that_is_missing(source):
-    refused(source, "not a diffusers model")
-
-
-def test_a_folder_or_file_that_is_no_model(tmp_path):
-    refused(tmp_path, "model_index.json")
-    (tmp_path / "model.safetensors").touch()
-    refused(tmp_path / "model.safetensors", "not a diffusers model")
-
-
-@pytest.mark.parametrize("source", ["somebody/some-model", "some-model"])
-@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks`")
-def test_a_hub_id_that_cannot_be_reached(source, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    refused(source, "no such folder", "hub")
-
-
-def test_a_relative_or_home_folder_is_found(copy, monkeypatch):
-    fingerprint = LatentModel.from_pretrained(copy).identity["fingerprint"]
-    monkeypatch.chdir(copy)
-    here = LatentModel.from_pretrained(".")
-    assert here.name == "copy" and here.identity["fingerprint"] == fingerprint
-    monkeypatch.setenv("HOME", str(copy.parent))
-    assert resolve("~/copy") == str(copy)
-
-
-@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
-def test_a_part_that_is_missing(copy, part):
-    shutil.rmtree(copy / part)
-    refused(copy)
-
-
-@pytest.mark.parametrize("damage", ["cut", "garbage"])
-@pytest.mark.parametrize("part", WEIGHTS)
-def test_weights_that_are_damaged(copy, part, damage):
-    path = copy / part / WEIGHTS[part]
-    whole = path.read_bytes()
-    path.write_bytes({"cut": whole[: len(whole) // 2], "garbage": b"garbage " * 99}[damage])
-    refused(copy)
-
-
-@pytest.mark.parametrize("part", WEIGHTS)
-@pytest.mark.parametrize("change", ["lost", "reshaped"])
-def test_weights_that_are_not_all_there(copy, part, change):
-    """The libraries would fill the gap with random numbers."""
-    path = copy / part / WEIGHTS[part]
-    weights = load_file(path)
-    key = sorted(weights)[0]
-    lost = weights.pop(key)
-    save_file(weights | ({} if change == "lost" else {key: lost[:1]}), path, metadata={"format": "pt"})
-    message = refused(copy)
-    assert change == "reshaped" or "missing" in message
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize("part", WEIGHTS)
-def test_nothing_is_unpickled(copy, part):
-    (copy / part / WEIGHTS[part]).unlink()
-    exploded = copy / "exploded"
-    for name in ("diffusion_pytorch_model.bin", "pytorch_model.bin", "diffusion_pytorch_model.pth"):
-        (copy / part / name).write_bytes(pickle.dumps(Bomb(exploded)))
-    refused(copy)
-    assert not exploded.exists()
-
-
-@pytest.mark.parametrize(
-    "path",
-    [f"{part}/config.json" for part in WEIGHTS] + ["scheduler/scheduler_config.json", "tokenizer/tokenizer.json"],
-)
-@pytest.mark.parametrize("content", ["{", "[]"])
-@pytest.mark.filterwarnings("ignore:It is deprecated to pass")
-def test_configs_that_are_damaged(copy, path, content):
-    (copy / path).write_text(content)
-    refused(copy)
-
-
 @pytest.mark.parametrize(
     ("config", "word"),
     [
@@ -442,45 +224,34 @@ def test_configs_that_are_damaged(copy, path, content):
 )
 def test_networks_that_need_more_than_a_prompt(copy, config, word):
     make_unet(block_out_channels=(8, 8, 8, 8), attention_head_dim=4, **config).save_pretrained(copy / "unet")
-    refused(copy, word)
+    refused(copy, "model.conditioning", word)
 
 
-def test_a_network_without_a_size(copy):
-    edit(copy / "unet" / "config.json", sample_size=None)
-    refused(copy, "sample_size")
+@pytest.mark.parametrize("size", [None, 0, -32, 1_000_000, 1e6, "32", [8], [8, 8, 8], [8, "8"], [8, 0], True, {}])
+def test_a_network_without_a_usable_size(copy, size):
+    edit(copy / "unet" / "config.json", sample_size=size)
+    refused(copy, "model.sample-size", "sample_size", str(size))
+
+
+@pytest.mark.parametrize("value", ["0.18215", [0.18], None, float("nan"), 0])
+def test_an_autoencoder_without_a_usable_scale(copy, value):
+    edit(copy / "vae" / "config.json", scaling_factor=value)
+    refused(copy, "model.scaling", "scaling_factor")
 
 
 @pytest.mark.parametrize(
-    ("changes", "word"),
+    ("changes", "code", "word"),
     [
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler"),
-        ({"_class_name": "Nonesuch"}, "Nonesuch"),
-        ({"_class_name": "StableDiffusionPipeline"}, "StableDiffusionPipeline"),
-        ({"_class_name": None}, "None"),
-        ({"prediction_type": "flow_prediction"}, "flow_prediction"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "model.prediction", "FlowMatchEulerDiscreteScheduler"),
+        ({"_class_name": "Nonesuch"}, "model.damaged", "Nonesuch"),
+        ({"_class_name": "StableDiffusionPipeline"}, "model.damaged", "StableDiffusionPipeline"),
+        ({"_class_name": None}, "model.damaged", "None"),
+        ({"prediction_type": "flow_prediction"}, "model.prediction", "flow_prediction"),
     ],
 )
-def test_schedulers_without_a_schedule_of_alpha_bar(copy, changes, word):
+def test_schedulers_without_a_schedule_of_alpha_bar(copy, changes, code, word):
     edit(copy / "scheduler" / "scheduler_config.json", **changes)
-    refused(copy, word)
-
-
-def test_a_damaged_recovery_is_named(copy):
-    (copy / "noise_recovery.json").write_text("{")
-    with pytest.raises(ModelError, match=r"noise_recovery\.json"):
-        LatentModel.from_pretrained(copy)
-
-
-def test_loading_is_silent_and_leaves_the_libraries_as_they_were(copy, capfd):
-    from diffusers.utils import logging as ours
-    from transformers.utils import logging as theirs
-
-    before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in (ours, theirs)]
-    LatentModel.from_pretrained(copy)
-    shutil.rmtree(copy / "vae")
-    refused(copy)
-    assert [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in (ours, theirs)] == before
-    assert capfd.readouterr() == ("", "")
+    refused(copy, code, word)
 
 
 def test_lean_gradients_store_less_and_are_nearly_the_same(tiny_parts):
@@ -494,7 +265,9 @@ def test_lean_gradients_store_less_and_are_nearly_the_same(tiny_parts):
     plain, stored = gradient(), stored_bytes(model.decode, z, model.vae.parameters())
     with model.lean():
         assert model.vae.is_gradient_checkpointing
+        assert torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
         less, kept = gradient(), stored_bytes(model.decode, z, model.vae.parameters())
-    assert (less - plain).norm() < 0.05 * plain.norm() and not torch.equal(less, plain)
+    assert (less - plain).norm() < 0.2 * plain.norm()
     assert kept < 0.5 * stored
-    assert not model.vae.is_gradient_checkpointing and torch.equal(gradient(), plain)
+    assert not model.vae.is_gradient_checkpointing and not torch.is_autocast_enabled("cpu")
+    torch.testing.assert_close(gradient(), plain)
