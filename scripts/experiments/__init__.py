@@ -1,0 +1,1 @@
+"""Experiments, one file each: `python -m scripts.experiments --list`."""

@@ -1,14 +1,17 @@
-"""What the experiments share: pictures whose latents are known, contenders, and results as CSV, JSON, PNG and SVG."""
+"""What the experiments share: their options, pictures whose latents are known, the way back to noise, results."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
-import resource
-import time
-from dataclasses import dataclass, replace
-from functools import partial
-from multiprocessing import get_context
+import os
+import platform
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
@@ -20,41 +23,26 @@ from ringmark.data.cache import cached
 from ringmark.data.files import write_atomic
 from ringmark.data.images import from_array, read_sample, to_array
 from ringmark.data.sources import find_images
-from ringmark.inversion.decoder import Inverter, decoder_residual
-from ringmark.inversion.diffusion import invert
-from ringmark.inversion.memory import memory_kilobytes, peak_during
-from ringmark.inversion.methods import Adam, InertialKM
-from ringmark.inversion.metrics import Walk
+from ringmark.errors import RingmarkError
+from ringmark.inversion.decoder import INVERTERS, Inverter
+from ringmark.inversion.diffusion import sample
+from ringmark.inversion.models.loading import resolve
 from ringmark.inversion.models.pipeline import LatentModel
-from ringmark.inversion.solve import Method, Residual
-from ringmark.watermark.embed import generate
+from ringmark.inversion.recover import Recoverer
+from ringmark.watermark.attacks.chains import Chain, apply, expand, seed_of
+from ringmark.watermark.detect.detector import Detector, with_built_in
+from ringmark.watermark.embed import initial_noise
+from ringmark.watermark.evaluation.cells import CLEAN
+from ringmark.watermark.evaluation.rates import rate
 from ringmark.watermark.figures import save_figure, write_table
-from ringmark.watermark.schemes.tree_ring import TreeRing
+from ringmark.watermark.keys.key import Key
+from ringmark.watermark.schemes.tree_ring import Placement, TreeRing, make_key, recommend
 from ringmark.watermark.tasks.audit import prompts_for
 
-SEED = 700_000  # of the first image drawn for an experiment
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-
-def experiment_options(number: int):
-    """--model, --images, -n and -o as decorators; `number` is the default of -n."""
-
-    def apply(command):
-        for option in (
-            click.option(
-                "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for the results."
-            ),
-            click.option("-n", "--number", default=number, show_default=True, help="Images."),
-            click.option(
-                "--images", type=click.Path(path_type=Path), help="A folder of pictures instead of drawn ones."
-            ),
-            click.option(
-                "--model", "source", default="pocket", show_default=True, help='"pocket", a folder or a hub id.'
-            ),
-        ):
-            command = option(command)
-        return command
-
-    return apply
+SEED = 700_000  # of the first image drawn for an experiment whose own seed is 0
 
 
 @dataclass(frozen=True)
@@ -67,63 +55,6 @@ class Pictures:
     names: list[str]
 
 
-@torch.inference_mode()
-def pictures(
-    model: LatentModel,
-    number: int,
-    folder: Path | None = None,
-    *,
-    scheme: TreeRing | None = None,
-    steps: int = 25,
-    guidance: float = 3.0,
-    cache: Path | None = None,
-) -> Pictures:
-    """Drawn by the model, with different prompts and seeds; or, from a folder, encoded and decoded, so that z is known.
-
-    With a scheme the first half of the drawn images is marked.
-    """
-    if folder:
-        paths = find_images(folder)[:number]
-        photos = torch.stack([torch.from_numpy(to_array(read_sample(p, model.image_size).image)) for p in paths])
-        latents = torch.cat([model.encode(x) for x in photos.split(8)])
-        images = torch.cat([model.decode(z) for z in latents.split(8)])
-        return Pictures(eight_bit(images), latents, None, [str(p.relative_to(folder)) for p in paths])
-    prompts = prompts_for([], number, SEED)
-    draw = partial(_draw, model, prompts, scheme, steps, guidance)
-    tensors = (
-        cached(cache, [model.identity, number, steps, guidance, scheme and torch.view_as_real(scheme.spectrum)], draw)
-        if cache
-        else draw()
-    )
-    return Pictures(**tensors, names=prompts)
-
-
-def _draw(
-    model: LatentModel, prompts: list[str], scheme: TreeRing | None, steps: int, guidance: float
-) -> dict[str, Tensor]:
-    draw, half = partial(generate, model, steps=steps, guidance=guidance), len(prompts) // 2
-    seeds = list(range(SEED, SEED + len(prompts)))
-    with tqdm(total=len(prompts), desc="draw", unit="image", disable=None) as bar:
-        drawn = [*draw(prompts[:half], seeds[:half], scheme=scheme, progress=bar.update)]
-        drawn += draw(prompts[half:], seeds[half:], progress=bar.update)
-    stack = lambda name: torch.stack([getattr(d, name) for d in drawn])
-    return {"images": eight_bit(stack("image")), "latents": stack("latent"), "noise": stack("noise")}
-
-
-def eight_bit(images: Tensor) -> Tensor:
-    """Images as they come out of a PNG file."""
-    return torch.stack([torch.from_numpy(to_array(from_array(x.clamp(-1, 1).numpy()))) for x in images])
-
-
-def gradients(steps: int) -> dict[str, Inverter]:
-    """Both settings of the gradient baseline of arXiv 2409.18442 at this many iterations."""
-    by = partial(Inverter, max_steps=steps, early=False, gradient=True)
-    return {
-        f"gradient 0.1 scheduled, {steps}": by(Adam(lr=0.1, horizon=steps)),
-        f"gradient 0.01 fixed, {steps}": by(Adam(lr=0.01, horizon=None)),
-    }
-
-
 @dataclass(frozen=True)
 class Inverted:
     """Latents (N, C, h, w), evaluations (N,) and the pixel residual's RMS in grey levels (N,), NaN for the encoder."""
@@ -133,125 +64,189 @@ class Inverted:
     pixel_rms: Tensor
 
 
-def invert_all(
-    model: LatentModel, inverter: Inverter, images: Tensor, *, name: str, cache: Path, batch: int = 8
-) -> Inverted:
-    """Invert the images batch by batch. What was inverted before is read from the folder `cache`."""
-    folder = cache if model.dtype == torch.float32 else cache / str(model.dtype)
-    make = partial(_invert_all, model, inverter, images, name, batch)
-    return Inverted(**cached(folder, [model.identity, repr(inverter), images], make))
+@dataclass(frozen=True)
+class Bench:
+    """One run of an experiment: its model, its number of images, its seeds, its cache and where its results go."""
+
+    name: str
+    output: Path
+    source: str = "pocket"
+    number: int = 0
+    seed: int = 0
+    steps: int = 25
+    guidance: float = 3.0
+    photographs: Path | None = None
+    dtype: str | None = None
+    command: str = ""
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def cache(self) -> Path:
+        return self.output / "cache"
+
+    @property
+    def first(self) -> int:
+        """Seed of the first image."""
+        return SEED + self.seed
+
+    @cached_property
+    def model(self) -> LatentModel:
+        return LatentModel.from_pretrained(self.source, dtype=self.dtype and getattr(torch, self.dtype))
+
+    @cached_property
+    def detector(self) -> Detector:
+        """Without keys, on the model's own calibration where it has one for these settings."""
+        return with_built_in(Detector(self.model, [], steps=self.steps), Path(resolve(self.source)))[0]
+
+    @property
+    def calibration(self) -> str | None:
+        """The fingerprint of the calibration in use."""
+        return self.detector.settings()["calibration"]
+
+    def test(self, scheme: TreeRing, noise: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Score and uncorrected p-value (N,) of recovered noise (N, C, h, w)."""
+        return self.detector.statistic(scheme, noise)
+
+    def key(
+        self, place: Placement | None = None, *, seed: int | list[int] | np.random.Generator, **pattern: Any
+    ) -> Key:
+        """A key of the default placement, unless another is given. From a seed: an experiment's key is no secret."""
+        place, rng = place or self.placement, np.random.default_rng(seed)
+        return make_key(self.model.latent_shape, place, model=self.model.identity, rng=rng, **pattern)
+
+    @property
+    def placement(self) -> Placement:
+        return recommend(self.model.recovery, self.model.latent_shape)
+
+    def fresh(self, number: int, offset: int = 0) -> tuple[Tensor, list[str]]:
+        """New noise (number, C, h, w) and as many prompts."""
+        first = self.first + offset
+        noise = initial_noise(list(range(first, first + number)), self.model.latent_shape)
+        return noise, prompts_for([], number, first)
+
+    def batches(
+        self, key: list, make: Callable, *rows: Sequence, name: str, batch: int = 8, dim: int = 0
+    ) -> dict[str, Tensor]:
+        """The tensors that `make` returns for `rows`, batch by batch, joined along `dim`.
+
+        Each batch is kept in the cache under its key and content: a run that was stopped goes on from there.
+        """
+        folder = self.cache if self.model.dtype == torch.float32 else self.cache / str(self.model.dtype)
+        starts, parts = range(0, len(rows[0]), batch), []
+        for i in tqdm(starts, name, leave=False, disable=None):
+            some = [row[i : i + batch] for row in rows]
+            parts.append(cached(folder, [self.model.identity, *key, *some], partial(make, *some)))
+        return {column: torch.cat([part[column] for part in parts], dim) for column in parts[0]}
+
+    @torch.inference_mode()
+    def draw(self, noise: Tensor, prompts: list[str], name: str = "draw", guidance: float | None = None) -> Pictures:
+        """Pictures drawn from this noise (N, C, h, w)."""
+        guidance = self.guidance if guidance is None else guidance
+        schedule, model = self.model.schedule(self.steps), self.model
+
+        def make(some: Tensor, texts: list[str]) -> dict[str, Tensor]:
+            latents = sample(model, some.to(model.device), model.embed(texts), schedule, guidance=guidance)
+            return {"images": eight_bit(model.decode(latents).float().cpu()), "latents": latents.float().cpu()}
+
+        drawn = self.batches(["draw", self.steps, guidance], make, noise, prompts, name=f"{name}: draw")
+        return Pictures(**drawn, noise=noise, names=prompts)
+
+    def pictures(self, scheme: TreeRing | None = None) -> Pictures:
+        """Photographs, if a folder is given; else drawn, the first half marked if there is a scheme."""
+        if self.photographs:
+            return photographs(self.model, self.photographs, self.number)
+        noise, prompts = self.fresh(self.number)
+        marked = noise[: self.number // 2]
+        if scheme and len(marked):
+            noise = torch.cat([scheme.embed(marked), noise[len(marked) :]])
+        return self.draw(noise, prompts)
+
+    def invert(self, inverter: Inverter, images: Tensor, name: str) -> Inverted:
+        """Decoder inversion of images (N, 3, H, W)."""
+        make = partial(_invert, self.model, inverter)
+        return Inverted(**self.batches(["invert", repr(inverter)], make, images, name=name))
+
+    def recover(self, latents: Tensor, name: str) -> Tensor:
+        """The noise (N, C, h, w) that latents come from, by naive DDIM inversion with the empty prompt."""
+
+        recoverer = Recoverer(self.model, steps=self.steps)
+
+        def make(some: Tensor) -> dict[str, Tensor]:
+            return {"noise": recoverer.noise(some)}
+
+        return self.batches(["recover", self.steps], make, latents, name=f"{name}: noise")["noise"]
+
+    def noise_of(self, images: Tensor, name: str) -> Tensor:
+        """The noise (N, C, h, w) that a detector recovers by default."""
+        return self.recover(self.invert(INVERTERS["guarded"], images, name).latents, name)
+
+    def attacked(self, images: Tensor, chain: Chain | None) -> Tensor:
+        """The images (N, 3, H, W) after an attack, each with a generator of its own."""
+        if chain is None:
+            return images
+        before = [from_array(x.numpy()) for x in images]
+        after = [apply(chain, x, seed_of(self.seed, str(i)), self.model) for i, x in enumerate(before)]
+        return torch.stack([torch.from_numpy(to_array(x)) for x in after])
+
+    def provenance(self) -> dict[str, Any]:
+        """How a result was obtained."""
+        used_model = "model" in self.__dict__
+        return {
+            "experiment": self.name,
+            "command": self.command,
+            "parameters": self.parameters,
+            "n": self.number,
+            "seed": self.seed,
+            "first_seed": self.first,
+            "model": self.model.identity if used_model else None,
+            "device": str(self.model.device) if used_model else None,
+            "versions": versions(),
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        }
+
+    def write(self, rows: list[dict], figure: Figure | None = None, name: str | None = None, **facts: Any) -> None:
+        """name.csv, name.json (rows, facts and provenance) and the figure as PNG and SVG."""
+        path = self.output / (name or self.name)
+        write_table(path.with_suffix(".csv"), rows)
+        write_atomic(path.with_suffix(".json"), json.dumps(self.provenance() | facts | {"rows": rows}, indent=1))
+        if figure is not None:
+            for suffix in (".png", ".svg"):
+                save_figure(figure, path.with_suffix(suffix))
 
 
-def _invert_all(model: LatentModel, inverter: Inverter, images: Tensor, name: str, batch: int) -> dict[str, Tensor]:
-    found = [
-        inverter(model, some.to(model.device)) for some in tqdm(images.split(batch), name, leave=False, disable=None)
-    ]
-    best = [
-        s.merits.nan_to_num(torch.inf).amin(0) if len(s.merits) else torch.full((len(s.value),), torch.nan)
-        for s in found
-    ]
-    return {
-        "latents": torch.cat([s.value.cpu() for s in found]),
-        "evaluations": torch.cat([s.steps for s in found]),
-        "pixel_rms": torch.cat(best) / images[0].numel() ** 0.5 * 127.5,
-    }
-
-
-def inertial(alpha: float, rho: float) -> InertialKM:
-    """Inertial KM of step ρ = 2λβ with λ at nine tenths of its bound: what α allows of λ, β makes up for."""
-    lam = 0.9 * InertialKM.bound(alpha)
-    return InertialKM(lam, alpha, rho / (2 * lam))
-
-
-def residual(model: LatentModel, images: Tensor, pixels: bool = True) -> Residual:
-    """T(z) = E(D(z)) − E(x) with error D(z) − x, D cut to the range of a picture: what `invert_decoder` solves.
-
-    Without `pixels` T is all that a method learns.
-    """
-    both = decoder_residual(model.encode, model.decode, images.to(model.device), model.encode(images))
-    return both if pixels else lambda z, rows: both(z, rows)[0]
+def _invert(model: LatentModel, inverter: Inverter, images: Tensor) -> dict[str, Tensor]:
+    solution = inverter(model, images.to(model.device))
+    merits = solution.merits.nan_to_num(torch.inf)
+    least = merits.amin(0) if len(merits) else torch.full((len(images),), torch.nan)
+    rms = least.cpu() / images[0].numel() ** 0.5 * 127.5
+    return {"latents": solution.value.cpu(), "evaluations": solution.steps.cpu(), "pixel_rms": rms}
 
 
 @torch.inference_mode()
-def walk(
-    model: LatentModel,
-    method: Method,
-    seen: Pictures,
-    *,
-    steps: int,
-    at: int,
-    name: str,
-    cache: Path,
-    pixels: bool = True,
-    batch: int = 4,
-) -> Walk:
-    """`Walk.along` from the encoder's latents, batch by batch. What was walked before is read from the folder `cache`."""
-
-    def along(images: Tensor, truth: Tensor) -> dict[str, Tensor]:
-        images, truth = images.to(model.device), truth.to(model.device)
-        T, start = residual(model, images, pixels), model.encode(images)
-        return vars(Walk.along(T, start, method, steps=steps, at=at, truth=truth))
-
-    key, parts = [model.identity, repr(method), pixels, steps, at], []
-    some = list(zip(seen.images.split(batch), seen.latents.split(batch), strict=True))
-    for images, truth in tqdm(some, name, leave=False, disable=None):
-        parts.append(cached(cache, [*key, images, truth], partial(along, images, truth)))
-    return Walk(**{key: torch.cat([p[key] for p in parts], -1) for key in parts[0]})
+def photographs(model: LatentModel, folder: Path, number: int) -> Pictures:
+    """The first pictures of a folder, encoded and decoded, so that their latents are known."""
+    paths = find_images(folder)[:number]
+    photos = torch.stack([torch.from_numpy(to_array(read_sample(p, model.image_size).image)) for p in paths])
+    latents = torch.cat([model.encode(x) for x in photos.split(8)])
+    images = torch.cat([model.decode(z) for z in latents.split(8)])
+    return Pictures(eight_bit(images), latents, None, [str(p.relative_to(folder)) for p in paths])
 
 
-@torch.inference_mode()
-def recovered(model: LatentModel, latents: Tensor, steps: int, name: str, batch: int = 8) -> dict[str, Tensor]:
-    """The `noise` (N, C, h, w) that latents come from, by naive DDIM inversion with the empty prompt."""
-    schedule, nothing, noise = model.schedule(steps), model.embed([""]), []
-    for z in tqdm(latents.split(batch), f"{name}: noise", leave=False, disable=None):
-        noise.append(invert(model, z.to(model.device), nothing.expand(len(z), -1, -1), schedule).float().cpu())
-    return {"noise": torch.cat(noise)}
+def eight_bit(images: Tensor) -> Tensor:
+    """Images as they come out of a PNG file."""
+    return torch.stack([torch.from_numpy(to_array(from_array(x.clamp(-1, 1).numpy()))) for x in images])
 
 
-def seconds(model: LatentModel, inverters: dict[str, Inverter], images: Tensor, rounds: int = 3) -> dict[str, float]:
-    """Seconds an image: the median over rounds, in each of which all take their turn, the device synchronised."""
-    taken = {name: [] for name in inverters}
-    with tqdm(total=rounds * len(inverters), desc="time", leave=False, disable=None) as bar:
-        for _ in range(rounds):
-            for name, inverter in inverters.items():
-                synchronise(model)
-                started = time.perf_counter()
-                inverter(model, images.to(model.device))
-                synchronise(model)
-                taken[name].append((time.perf_counter() - started) / len(images))
-                bar.update()
-    return {name: float(np.median(values)) for name, values in taken.items()}
+def mark_in_turn(schemes: Sequence[TreeRing], noise: Tensor) -> Tensor:
+    """Noise (N, C, h, w), the first sample marked by the first scheme, and so on in a circle."""
+    return torch.cat([schemes[i % len(schemes)].embed(z[None]) for i, z in enumerate(noise)])
 
 
-def synchronise(model: LatentModel) -> None:
-    """Wait for the device, so that a clock shows work done and not work queued."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-
-
-def peak_memory(source: str, inverter: Inverter, images: Tensor, dtype: str = "float32") -> float:
-    """Megabytes above the loaded model that one batch needs at its peak, in a process of its own.
-
-    Two steps reach the peak: no method's memory grows after them.
-    """
-    with get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, (source, replace(inverter, max_steps=min(2, inverter.max_steps)), images, dtype))
-
-
-def _peak(source: str, inverter: Inverter, images: Tensor, dtype: str) -> float:
-    model = LatentModel.from_pretrained(source, dtype=getattr(torch, dtype))
-    Inverter(max_steps=1)(model, images[:1])  # what the libraries allocate once is not the method's
-    return peak_during(model.device, lambda: inverter(model, images.to(model.device)))[1]
-
-
-def limit_memory(gib: float) -> None:
-    """Let this process take so much more memory than it has now: what is beyond fails instead of filling the machine (Linux).
-
-    Infinity lifts the limit again.
-    """
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    allowed = hard if gib == float("inf") else memory_kilobytes("VmData") * 1024 + int(gib * 2**30)
-    resource.setrlimit(resource.RLIMIT_DATA, (allowed, hard))
+def untuned_scores(model: LatentModel, scheme: TreeRing, noise: Tensor) -> np.ndarray:
+    """Scores (N,) of recovered noise on the null that is measured with the model, without a calibration."""
+    return Detector(model, [], steps=1).statistic(scheme, noise)[0]
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
@@ -259,10 +254,109 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
     return float(values.mean()), float(values.std() / len(values) ** 0.5)
 
 
-def write_results(output: Path, name: str, rows: list[dict], figure=None, **facts) -> None:
-    """name.csv, name.json (rows and facts) and the figure as PNG and SVG."""
-    write_table(output / f"{name}.csv", rows)
-    write_atomic(output / f"{name}.json", json.dumps(facts | {"rows": rows}, indent=1))
-    if figure is not None:
-        for suffix in ("png", "svg"):
-            save_figure(figure, output / f"{name}.{suffix}")
+def share(hits: int, of: int) -> dict[str, float]:
+    """Count, share and its 95 % Clopper-Pearson interval."""
+    value, (low, high) = rate(int(hits), of)
+    return {"count": int(hits), "of": of, "share": value, "low": low, "high": high}
+
+
+def line(row: dict[str, Any], digits: int = 3) -> str:
+    """A row's values for the terminal."""
+    return "  ".join(f"{value:.{digits}f}" if isinstance(value, float) else str(value) for value in row.values())
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that results depend on."""
+    libraries = ("ringmark", "torch", "diffusers", "numpy", "scipy", "Pillow")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in libraries}
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [text.partition(":")[2].strip() for text in lines if text.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+class Recorded(click.Command):
+    """Keeps its arguments, so that results can say by which command they were made."""
+
+    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
+        words = [_without_folders(word) for word in arguments]
+        context.meta["command"] = shlex.join(["python", "-m", "scripts.experiments", str(self.name), *words])
+        return super().parse_args(context, arguments)
+
+
+def _without_folders(value: Any) -> Any:
+    """Absolute paths by their names: results do not tell where files lie."""
+    if isinstance(value, (str, Path)):
+        return Path(value).name if Path(value).is_absolute() else str(value)
+    return list(map(_without_folders, value)) if isinstance(value, tuple) else value
+
+
+def experiment(
+    number: int | None = None, *, seed: int = 0, model: bool = True, drawing: bool = True, photographs: bool = False
+) -> Callable[[Callable], click.Command]:
+    """A function of a Bench and of options of its own as a command.
+
+    `number` is the default of -n, `seed` that of --seed. The command has --model, --steps and --guidance, --images
+    where these are asked for.
+    """
+    options = [
+        _option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for the results.")
+    ]
+    if number is not None:
+        options.append(_option("-n", "--number", default=number, help="Images."))
+    if model:
+        options.append(_option("--model", "source", default="pocket", help='"pocket", a folder or a hub id.'))
+        options.append(_option("--seed", default=seed, help=f"Of all that is random; images count from {SEED} more."))
+    if drawing:
+        options.append(_option("--steps", default=25, help="Of DDIM, both ways."))
+        options.append(_option("--guidance", default=3.0, help="When drawing."))
+    if photographs:
+        folder = click.Path(path_type=Path, exists=True, file_okay=False)
+        options.append(_option("--images", "photographs", type=folder, help="Pictures to use instead of drawn ones."))
+
+    def decorate(run: Callable) -> click.Command:
+        name = run.__module__.rpartition(".")[2]
+        command = click.command(name, cls=Recorded, help=run.__doc__)(partial(_run, run, name))
+        command.params = options + list(reversed(getattr(run, "__click_params__", [])))
+        return command
+
+    return decorate
+
+
+def _option(*names: str, **settings: Any) -> click.Option:
+    return click.Option(names, show_default=not settings.get("required") and "default" in settings, **settings)
+
+
+def _run(run: Callable, name: str, **given: Any) -> None:
+    context = click.get_current_context()
+    shared = {key: given.pop(key) for key in list(given) if key in Bench.__dataclass_fields__}
+    parameters = {key: _without_folders(value) for key, value in (shared | context.params).items() if key != "output"}
+    parameters = {key: list(value) if isinstance(value, dict) else value for key, value in parameters.items()}
+    try:
+        run(Bench(name, command=context.meta["command"], parameters=parameters, **shared), **given)
+    except RingmarkError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def attack_option(*default: str) -> Callable[[Callable], Callable]:
+    """--attack: chains by name, clean images first."""
+
+    def chains(context: click.Context, parameter: click.Parameter, specs: tuple[str, ...]) -> dict[str, Chain | None]:
+        try:
+            return {CLEAN: None} | {str(chain): chain for chain in expand(specs)}
+        except RingmarkError as error:
+            raise click.BadParameter(str(error)) from None
+
+    help = "As in ringmark attack; again for more. Clean images come first anyway."
+    return click.option(
+        "--attack", "attacks", multiple=True, default=default, show_default=bool(default), callback=chains, help=help
+    )

@@ -1,7 +1,7 @@
-"""Decoder inversion beyond latent diffusion: plain autoencoders, trained here in seconds on procedural scenes.
+"""Decoder inversion of plain autoencoders, trained here in seconds on procedural scenes.
 
-    python scripts/study_autoencoders.py -o build/autoencoders                      # 64 images, about two minutes
-    python scripts/study_autoencoders.py -o build/autoencoders -n 8 --updates 60    # seconds
+    python -m scripts.experiments autoencoders -o build/autoencoders                      # 64 images, two minutes
+    python -m scripts.experiments autoencoders -o build/autoencoders -n 8 --updates 60    # seconds
 
 Three pairs (E, D): one autoencoder; one trained to remove noise; and the encoder of one with the decoder of another,
 which were never trained together. Latents are those of held-out scenes, images D(z) rounded to 8 bits.
@@ -10,10 +10,10 @@ which were never trained together. Latents are those of held-out scenes, images 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -22,9 +22,14 @@ from ringmark.data.images import to_array
 from ringmark.data.scenes import scene
 from ringmark.inversion.decoder import INVERTERS, Inverter
 from ringmark.inversion.metrics import nmse_db
-from scripts.experiments.common import eight_bit, mean_and_error, write_results
+from scripts.experiments.common import Bench, eight_bit, experiment, line, mean_and_error
+from scripts.experiments.plots import columns, panels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SIDE, TRAINING_SCENES, HELD_OUT = 32, 256, 5_000_000
+SEEDS = (0, 1, 2)  # of the three autoencoders
 
 METHODS = [name for name in INVERTERS if name != "gradient-lean"]  # these decoders are small, and none is diffusers'
 
@@ -45,17 +50,26 @@ def scenes(first: int, number: int) -> Tensor:
     )
 
 
-def train(images: Tensor, updates: int, *, seed: int, noise: float = 0.0, width: int = 32, channels: int = 8) -> Pair:
-    """A convolutional autoencoder (3, 32, 32) ↔ (8, 8, 8) that minimises the mean squared error."""
+def halve(channels: int, out: int) -> nn.Module:
+    return nn.Conv2d(channels, out, 4, 2, 1)
+
+
+def double(channels: int, out: int) -> nn.Module:
+    return nn.ConvTranspose2d(channels, out, 4, 2, 1)
+
+
+def untrained(width: int = 32, channels: int = 8) -> tuple[nn.Sequential, nn.Sequential]:
+    """Encoder and decoder (3, 32, 32) ↔ (8, 8, 8)."""
+    wide = 2 * width
+    encoder = [halve(3, width), nn.SiLU(), halve(width, wide), nn.SiLU(), nn.Conv2d(wide, channels, 1)]
+    decoder = [nn.Conv2d(channels, wide, 1), nn.SiLU(), double(wide, width), nn.SiLU(), double(width, 3), nn.Tanh()]
+    return nn.Sequential(*encoder), nn.Sequential(*decoder)
+
+
+def train(images: Tensor, updates: int, *, seed: int, noise: float = 0.0) -> Pair:
+    """A convolutional autoencoder that minimises the mean squared error."""
     torch.manual_seed(seed)
-    down = lambda a, b: nn.Conv2d(a, b, 4, 2, 1)
-    up = lambda a, b: nn.ConvTranspose2d(a, b, 4, 2, 1)
-    encoder = nn.Sequential(
-        down(3, width), nn.SiLU(), down(width, 2 * width), nn.SiLU(), nn.Conv2d(2 * width, channels, 1)
-    )
-    decoder = nn.Sequential(
-        nn.Conv2d(channels, 2 * width, 1), nn.SiLU(), up(2 * width, width), nn.SiLU(), up(width, 3), nn.Tanh()
-    )
+    encoder, decoder = untrained()
     adam = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=2e-3)
     generator = torch.Generator().manual_seed(seed)
     for _ in tqdm(range(updates), "train", leave=False, disable=None):
@@ -71,8 +85,9 @@ def train(images: Tensor, updates: int, *, seed: int, noise: float = 0.0, width:
 def pairs(updates: int) -> dict[str, Pair]:
     """The encoders and decoders to be inverted."""
     images = scenes(0, TRAINING_SCENES)
-    plain, other = train(images, updates, seed=0), train(images, updates, seed=1)
-    denoising = train(images, updates, seed=2, noise=0.2)
+    plain, other, denoising = (
+        train(images, updates, seed=seed, noise=noise) for seed, noise in zip(SEEDS, (0, 0, 0.2), strict=True)
+    )
     return {"plain": plain, "denoising": denoising, "strangers": Pair(plain.encode, other.decode)}
 
 
@@ -94,33 +109,24 @@ def measure(name: str, pair: Pair, number: int) -> list[dict]:
     return rows
 
 
-def figure_of(rows: list[dict]):
+def figure_of(rows: list[dict]) -> Figure:
     """NMSE of each method, a group for each autoencoder."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    ax, names = figure.subplots(), list(dict.fromkeys(r["autoencoder"] for r in rows))
+    figure, (ax,) = panels(8, 4)
+    names = list(dict.fromkeys(r["autoencoder"] for r in rows))
     for i, method in enumerate(METHODS):
-        some = [r for r in rows if r["method"] == method]
-        places = [j + (i - 2.5) * 0.13 for j in range(len(names))]
-        ax.bar(places, [r["NMSE dB"] for r in some], 0.12, yerr=[r["standard error"] for r in some], label=method)
+        nmse, error = columns([r for r in rows if r["method"] == method], "NMSE dB", "standard error")
+        ax.bar(np.arange(len(names)) + (i - 2.5) * 0.13, nmse, 0.12, yerr=error, label=method)
     ax.set_xticks(range(len(names)), names)
     ax.set_ylabel("NMSE of the latent, dB")
     ax.legend(ncols=3, fontsize=8)
     return figure
 
 
-@click.command()
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for the results.")
-@click.option("-n", "--number", default=64, show_default=True, help="Held-out images.")
+@experiment(64, model=False, drawing=False)
 @click.option("--updates", default=1500, show_default=True, help="Training steps of each autoencoder.")
-def main(output: Path, number: int, updates: int) -> None:
-    """Every method on autoencoders that are no latent diffusion model's."""
-    rows = [row for name, pair in pairs(updates).items() for row in measure(name, pair, number)]
+def main(bench: Bench, updates: int) -> None:
+    """Every method on autoencoders that belong to no latent diffusion model."""
+    rows = [row for name, pair in pairs(updates).items() for row in measure(name, pair, bench.number)]
     for row in rows:
-        click.echo("  ".join(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()))
-    write_results(output, "study_autoencoders", rows, figure_of(rows), images=number, updates=updates)
-
-
-if __name__ == "__main__":
-    main()
+        click.echo(line(row, 2))
+    bench.write(rows, figure_of(rows), seed=SEEDS, first_seed=HELD_OUT)

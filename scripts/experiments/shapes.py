@@ -1,7 +1,7 @@
-"""Memory and time of decoder inversion at the shapes of the paper's models, on their true autoencoder architecture.
+"""Memory and time of decoder inversion at the shapes of the paper's models.
 
-    python scripts/bench_shapes.py -o build/shapes            # fp32 on a CPU: about 20 minutes of one core
-    python scripts/bench_shapes.py -o build/shapes --width 0.0625 --scale 0.125
+    python -m scripts.experiments shapes -o build/shapes            # fp32 on a CPU: about 20 minutes of one core
+    python -m scripts.experiments shapes -o build/shapes --width 0.0625 --scale 0.125
 
 Stable Diffusion's autoencoder is built from its config with random weights: time and memory are real, accuracy is not
 and is left out. One iteration is one evaluation of E∘D and one step of the method (Anderson), or D, its gradient and
@@ -16,14 +16,12 @@ each with the whole model's weights.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,12 +30,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ringmark.data.cache import cached
 from ringmark.inversion.decoder import gradient_residual, invert_decoder
-from ringmark.inversion.memory import stored_bytes
+from ringmark.inversion.memory import peak_during, stored_bytes
 from ringmark.inversion.methods import Adam
 from ringmark.inversion.models.pipeline import lean
 from ringmark.inversion.solve import solve
-from scripts.experiments.common import cached, limit_memory, peak_during, write_results
+from scripts.experiments.common import Bench, experiment
+from scripts.experiments.costs import in_own_process, limit_memory, synchronise
+from scripts.experiments.plots import panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,8 +122,7 @@ class OneIteration:
     started: float = field(default=0.0, init=False)
 
     def __call__(self, z: Tensor) -> Tensor:
-        if z.device.type == "cuda":
-            torch.cuda.synchronize(z.device)
+        synchronise(z.device)
         now = time.perf_counter()
         if self.decoded == self.frames:
             raise Done(now - self.started)
@@ -131,20 +131,26 @@ class OneIteration:
         return self.decode(z)
 
 
+def encoded(vae: nn.Module, x: Tensor) -> Tensor:
+    return vae.encode(x).latent_dist.mode()
+
+
+def decoded(vae: nn.Module, z: Tensor) -> Tensor:
+    return vae.decode(z.to(vae.dtype), return_dict=False)[0]  # the driver's iterates are float32
+
+
 def iterate(vae: nn.Module, case: Case) -> float:
     """Seconds of one iteration over all frames."""
     shape, place = case.shape, {"device": vae.device, "dtype": vae.dtype}
-    encode = lambda x: vae.encode(x).latent_dist.mode()
-    decode = OneIteration(lambda z: vae.decode(z, return_dict=False)[0], case.run_frames)
+    encode, decode = partial(encoded, vae), OneIteration(partial(decoded, vae), case.run_frames)
     frames = torch.rand(1, 3, case.run_frames, FACTOR * shape.height, FACTOR * shape.width, **place) * 2 - 1
     try:
         if case.method == OURS:
             invert_decoder(encode, decode, frames, max_steps=1, tol=None, at_once=case.at_once)
         else:
             start = torch.randn(case.run_frames, LATENT, shape.height, shape.width, **place)
-            cast = lambda z: decode(z.to(vae.dtype))  # the driver's iterates are float32
             with lean(vae) if case.method == LEAN else nullcontext():
-                solve(gradient_residual(cast, frames[0].transpose(0, 1)), start, Adam(lr=0.1), max_steps=1)
+                solve(gradient_residual(decode, frames[0].transpose(0, 1)), start, Adam(lr=0.1), max_steps=1)
     except Done as done:
         return done.args[0] * shape.frames / case.run_frames
     raise RuntimeError("the inversion ended within its first iteration")
@@ -173,14 +179,10 @@ def measure(case: Case, limit: float) -> dict[str, Tensor]:
 
 def apart(case: Case, limit: float) -> dict[str, Tensor]:
     """`measure` in a process of its own."""
-    # A server that has imported torch, but used nothing of it, forks faster than a new interpreter starts.
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["diffusers.models.autoencoders.autoencoder_kl"])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        try:
-            return pool.submit(measure, case, limit).result()
-        except BrokenProcessPool:  # killed, as a process without memory may be
-            return {"seconds": torch.tensor(math.nan), "MB": torch.tensor(math.nan)}
+    try:
+        return in_own_process(measure, case, limit)
+    except BrokenProcessPool:  # killed, as a process without memory may be
+        return {"seconds": torch.tensor(math.nan), "MB": torch.tensor(math.nan)}
 
 
 def estimated(case: Case) -> float:
@@ -189,7 +191,7 @@ def estimated(case: Case) -> float:
         return 0.0
     vae = autoencoder(case.width, case.dtype, "meta")
     z = torch.empty(case.run_frames, LATENT, case.shape.height, case.shape.width, device="meta", dtype=vae.dtype)
-    return stored_bytes(lambda z: vae.decode(z, return_dict=False)[0], z, vae.parameters()) / 2**20
+    return stored_bytes(partial(decoded, vae), z, vae.parameters()) / 2**20
 
 
 def cases(shapes: list[Shape], dtypes: list[str], width: float, device: str) -> list[Case]:
@@ -211,39 +213,41 @@ def row(case: Case, limit: float, cache: Path) -> dict:
     found = missing if stored > limit * 2**10 else cached(cache, key, lambda: apart(case, limit))
     seconds, peak = float(found["seconds"]), float(found["MB"])
     fits = not math.isnan(peak)
-    return {
-        "shape": case.shape.name, "frames": case.shape.frames, "method": case.method, "mode": case.mode, "dtype": case.dtype,
-        "fits": fits, "seconds": seconds if fits else None, "MB": peak if fits else stored or None, "stored MB": stored or None,
-    }  # fmt: skip
+    head = {"shape": case.shape.name, "frames": case.shape.frames, "method": case.method, "mode": case.mode}
+    costs = {"seconds": seconds if fits else None, "MB": peak if fits else stored or None, "stored MB": stored or None}
+    return head | {"dtype": case.dtype, "fits": fits} | costs
 
 
 def comparisons(rows: list[dict], weights: dict[str, float]) -> list[dict]:
-    """Gradient-free against gradient: the share of memory saved, above the weights and with them, and the ratio of times.
+    """Gradient-free against gradient, in all shapes, precisions and modes."""
+    rivals = [r for r in rows if r["method"] != OURS and r["MB"]]
+    ours = [r for r in rows if r["method"] == OURS and r["fits"]]
+    pairs = [(mine, rival) for rival in rivals for mine in ours]
+    alike = [(a, b) for a, b in pairs if (a["shape"], a["dtype"]) == (b["shape"], b["dtype"])]
+    return [comparison(mine, rival, weights[mine["dtype"]]) for mine, rival in alike]
+
+
+def comparison(mine: dict, rival: dict, weights: float) -> dict:
+    """The share of memory saved, above the weights and with them, and the ratio of times.
 
     `at least` where the gradient did not fit and its lower bound stands for it.
     """
-    out = []
-    for rival in (r for r in rows if r["method"] != OURS and r["MB"]):
-        for mine in (r for r in rows if r["method"] == OURS and r["fits"]):
-            if (mine["shape"], mine["dtype"]) != (rival["shape"], rival["dtype"]):
-                continue
-            extra = weights[mine["dtype"]]
-            out.append({
-                "shape": mine["shape"], "dtype": mine["dtype"], "ours": mine["mode"], "rival": rival["method"], "gradient": rival["mode"],
-                "memory saved": 1 - mine["MB"] / rival["MB"],
-                "memory saved, with weights": 1 - (mine["MB"] + extra) / (rival["MB"] + extra),
-                "at least": not rival["fits"],
-                "time ratio": mine["seconds"] / rival["seconds"] if rival["fits"] else None,
-            })  # fmt: skip
-    return out
+    return {
+        "shape": mine["shape"],
+        "dtype": mine["dtype"],
+        "ours": mine["mode"],
+        "rival": rival["method"],
+        "gradient": rival["mode"],
+        "memory saved": 1 - mine["MB"] / rival["MB"],
+        "memory saved, with weights": 1 - (mine["MB"] + weights) / (rival["MB"] + weights),
+        "at least": not rival["fits"],
+        "time ratio": mine["seconds"] / rival["seconds"] if rival["fits"] else None,
+    }
 
 
 def figure_of(rows: list[dict], limit: float) -> Figure:
     """Bars of memory and time; hatched where the gradient's lower bound stands for what did not fit."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 1.6 + 0.42 * len(rows)), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
+    figure, axes = panels(11, 1.6 + 0.42 * len(rows), across=2, sharey=True)
     draw_bars(axes[0], rows, "MB", 1 / 2**10, "GB")
     draw_bars(axes[1], rows, "seconds", 1.0, "s")
     axes[0].set(xlabel=f"peak memory above the weights (GB; limit {limit:g})", title="memory")
@@ -275,37 +279,32 @@ def legend_handles() -> list:
     ]
 
 
+def cell(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def summary(rows: list[dict], ratios: list[dict]) -> str:
     """The rows and the ratios in words."""
-    cell = lambda v: f"{v:.3g}" if isinstance(v, float) else str(v)
     lines = ["  ".join(f"{k} {cell(v)}" for k, v in r.items()) for r in rows + ratios]
     return "\n".join([*lines, f"the paper at LaVie's shape: memory saved {PAPER['reduction']:.3f}"])
 
 
-@click.command()
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for the results.")
+@experiment(model=False, drawing=False)
 @click.option("--shape", "names", type=click.Choice(list(SHAPES)), multiple=True, help="Only these; again for more.")
 @click.option("--dtype", "dtypes", multiple=True, help="float32, bfloat16 …; again for more. Default: both on a GPU.")
 @click.option("--width", default=1.0, show_default=True, help="Factor on the channels.")
 @click.option("--scale", default=1.0, show_default=True, help="Factor on the sides.")
 @click.option("--limit", default=16.0, show_default=True, help="GiB that a measurement may take.")
-def main(output: Path, names: tuple, dtypes: tuple, width: float, scale: float, limit: float) -> None:
+def main(bench: Bench, names: tuple, dtypes: tuple, width: float, scale: float, limit: float) -> None:
     """Memory and time of one iteration, gradient-free against gradient, at the paper's shapes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtypes = list(dtypes) or ["float32", *(["bfloat16"] if device == "cuda" else [])]
     shapes = [SHAPES[name].scaled(scale) for name in names or SHAPES]
     todo = cases(shapes, dtypes, width, device)
-    rows = [row(case, limit, output / "cache") for case in tqdm(todo, "measure", disable=None)]
+    rows = [row(case, limit, bench.cache) for case in tqdm(todo, "measure", disable=None)]
     number = sum(p.numel() for p in autoencoder(width, "float32", "meta").parameters())
     weights = {d: number * getattr(torch, d).itemsize / 2**20 for d in dtypes}
     ratios = comparisons(rows, weights)
     click.echo(summary(rows, ratios))
-    write_results(
-        output, "bench_shapes", rows, figure_of(rows, limit),
-        ratios=ratios, paper=PAPER, weights_MB=weights, shapes=[asdict(s) for s in shapes], width=width, scale=scale,
-        limit_GiB=limit, device=device, threads=torch.get_num_threads(), cores=os.cpu_count(), torch=torch.__version__, seed=0,
-    )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()
+    facts = {"ratios": ratios, "paper": PAPER, "weights_MB": weights, "shapes": [asdict(s) for s in shapes]}
+    bench.write(rows, figure_of(rows, limit), **facts, device=device)

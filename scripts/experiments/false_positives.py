@@ -1,9 +1,9 @@
 """Are the p-values true? How often keys are called present in images that carry none.
 
     ringmark generate --no-mark -n 1000 --seed 200000 -o build/unmarked              # none of them calibrated pocket
-    python scripts/study_false_positives.py build/unmarked -o build/false-positives  # 15 minutes of two cores
-    python scripts/study_false_positives.py PHOTOGRAPHS -o build/false-positives-photos --halves --attack flip --attack crop:0.75
-    python scripts/study_false_positives.py build/unmarked -o build/false-positives-small --keys 2 --steps 4 --halves
+    python -m scripts.experiments false_positives build/unmarked -o build/false-positives  # 15 minutes of two cores
+    python -m scripts.experiments false_positives PHOTOGRAPHS -o build/photos --halves --attack flip --attack crop:0.75
+    python -m scripts.experiments false_positives build/unmarked -o build/small --keys 2 --steps 4 --halves
 
 Every image is held against `--keys` keys of each of three families: the pattern *rand* and the pattern *ring* in the
 default placement, and the pattern *ring* as published (arXiv 2305.20030: the published mask, one channel, radius 10 of
@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING
 
 import click
 import numpy as np
-import torch
 from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
@@ -40,21 +39,22 @@ from tqdm import tqdm
 from ringmark.data.sources import find_images
 from ringmark.errors import RingmarkError
 from ringmark.inversion.models.loading import resolve
-from ringmark.inversion.models.pipeline import LatentModel
-from ringmark.watermark.attacks.chains import expand
+from ringmark.watermark.attacks.chains import Chain
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.detector import Detector
 from ringmark.watermark.evaluation.cells import CLEAN
 from ringmark.watermark.evaluation.rates import rate
 from ringmark.watermark.figures import COLOURS
 from ringmark.watermark.keys.key import Key
-from ringmark.watermark.schemes.tree_ring import Placement, make_key, recommend
+from ringmark.watermark.schemes.tree_ring import Placement
 from ringmark.watermark.statistics import conformal_p, published_distance, published_p_value
 from ringmark.watermark.tasks.attack import attack_files, attacked_name
 from ringmark.watermark.tasks.recover import recover_files
-from scripts.experiments.common import SEED, write_results
+from scripts.experiments.common import SEED, Bench, attack_option, experiment
+from scripts.experiments.plots import legend_below, panels
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 LEVELS = (0.05, 0.01, 0.001)
@@ -63,20 +63,23 @@ RANKED = ("verdict", "conformal", "published p")
 TESTS = (*RANKED, f"threshold {LITERAL}")
 
 
-def families(model: LatentModel, number: int, seed: int) -> dict[str, list[Key]]:
-    """Keys of each family, from a fixed seed: an experiment's keys are no secret. All keys *zeros* are the same."""
-    rng, best = np.random.default_rng(seed), recommend(model.recovery, model.latent_shape)
-    published = Placement((best.channels[0],), (1, 10 * min(model.latent_shape[1:]) // 64))
-    make = partial(make_key, model.latent_shape, model=model.identity, rng=rng)
+Tests = dict[str, np.ndarray]
+"""p-values (n,) of n images by test."""
+
+
+def families(bench: Bench, number: int) -> dict[str, list[Key]]:
+    """Keys of each family. All keys *zeros* are the same."""
+    published = Placement((bench.placement.channels[0],), (1, 10 * min(bench.model.latent_shape[1:]) // 64))
+    make = partial(bench.key, seed=np.random.default_rng(bench.seed))
     return {
-        "rand": [make(best, pattern="rand") for _ in range(number)],
-        "ring": [make(best, pattern="ring") for _ in range(number)],
+        "rand": [make(pattern="rand") for _ in range(number)],
+        "ring": [make(pattern="ring") for _ in range(number)],
         "published": [make(published, pattern="ring", mask="published") for _ in range(number)],
-        "zeros": [make(best, pattern="zeros")],
+        "zeros": [make(pattern="zeros")],
     }
 
 
-def tested(detector: Detector, key: Key, noise: Tensor) -> dict[str, np.ndarray]:
+def tested(detector: Detector, key: Key, noise: Tensor) -> Tests:
     """Of each test its p-values (n,) on recovered noise (n, C, h, w); of the threshold 0 where it fires, else 1."""
     looking = Detector(
         detector.model, [key], inverter=detector.inverter, steps=detector.steps, calibration=detector.calibration
@@ -89,7 +92,7 @@ def tested(detector: Detector, key: Key, noise: Tensor) -> dict[str, np.ndarray]
     return dict(zip(TESTS, (p, conformal, published_p_value(*published), 1.0 - fires), strict=True))
 
 
-def by_halves(detector: Detector, clean: Tensor, keys: list[Key], noise: Tensor) -> list[dict[str, np.ndarray]]:
+def by_halves(detector: Detector, clean: Tensor, keys: list[Key], noise: Tensor) -> list[Tests]:
     """Of each key its tests of every image's `noise`, on the null of those images of the other half that are `clean`."""
     both = []
     for half in (0, 1):
@@ -104,7 +107,7 @@ def by_halves(detector: Detector, clean: Tensor, keys: list[Key], noise: Tensor)
     return joined
 
 
-def rows_of(about: dict, found: list[dict[str, np.ndarray]]) -> list[dict]:
+def rows_of(about: dict, found: list[Tests]) -> list[dict]:
     """A row a key and test: rates at LEVELS with their intervals, and the p-value of Kolmogorov and Smirnov's test."""
     rows = []
     for number, tests in enumerate(found):
@@ -117,7 +120,7 @@ def rows_of(about: dict, found: list[dict[str, np.ndarray]]) -> list[dict]:
     return rows
 
 
-def pooled(about: dict, found: list[dict[str, np.ndarray]], seed: int) -> list[dict]:
+def pooled(about: dict, found: list[Tests], seed: int) -> list[dict]:
     """A row a test: the keys' mean rate, its interval by bootstrap over images, and how many keys' intervals hold the level."""
     rows, keys = [], rows_of(about, found)
     for name in TESTS:
@@ -141,34 +144,38 @@ def bootstrap(shares: np.ndarray, seed: int) -> tuple[float, float]:
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
-def figure_of(found: dict[tuple[str, str], list[dict[str, np.ndarray]]]) -> Figure:
+def figure_of(found: dict[tuple[str, str], list[Tests]]) -> Figure:
     """What share of images has p at or below a level, against the level; a panel a condition and family, a line a key."""
-    from matplotlib.figure import Figure
-
     conditions, kinds = (list(dict.fromkeys(names)) for names in zip(*found, strict=True))
-    figure = Figure(figsize=(1 + 3.6 * len(kinds), 0.6 + 3.4 * len(conditions)), layout="constrained")
-    axes = figure.subplots(len(conditions), len(kinds), squeeze=False, sharex=True, sharey=True)
+    size = 1 + 3.6 * len(kinds), 0.6 + 3.4 * len(conditions)
+    figure, axes = panels(*size, len(conditions), len(kinds), sharex=True, sharey=True)
     for (condition, kind), keys in found.items():
-        ax = axes[conditions.index(condition), kinds.index(kind)]
-        for name, colour in zip(RANKED, (COLOURS[0], COLOURS[2], COLOURS[1]), strict=True):
-            for number, tests in enumerate(keys):
-                p = np.sort(tests[name])
-                shares = np.arange(1, len(p) + 1) / len(p)
-                ax.plot(p, shares, color=colour, lw=0.8, alpha=0.7, label=None if number else name)
-        floor = 0.5 / len(p)
-        ax.plot([floor, 1], [floor, 1], color="black", lw=1, ls=":", label="a true p-value")
-        ax.set(xscale="log", yscale="log", xlim=(floor, 1), ylim=(floor, 1.1), title=f"{condition}, keys: {kind}")
-    for ax in axes[-1]:
+        ax = axes[conditions.index(condition) * len(kinds) + kinds.index(kind)]
+        plot_shares(ax, keys)
+        ax.set_title(f"{condition}, keys: {kind}")
+    for ax in axes[-len(kinds) :]:
         ax.set_xlabel("level")
-    for ax in axes[:, 0]:
+    for ax in axes[:: len(kinds)]:
         ax.set_ylabel("share of unmarked images with p ≤ level")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    legend_below(figure, 4)
     return figure
+
+
+def plot_shares(ax: Axes, keys: list[Tests]) -> None:
+    """The distribution of each test's p-values, a line a key."""
+    images = len(keys[0][RANKED[0]])
+    shares, floor = np.arange(1, images + 1) / images, 0.5 / images
+    for name, colour in zip(RANKED, (COLOURS[0], COLOURS[2], COLOURS[1]), strict=True):
+        for number, tests in enumerate(keys):
+            label = None if number else name
+            ax.plot(np.sort(tests[name]), shares, color=colour, lw=0.8, alpha=0.7, label=label)
+    ax.plot([floor, 1], [floor, 1], color="black", lw=1, ls=":", label="a true p-value")
+    ax.set(xscale="log", yscale="log", xlim=(floor, 1), ylim=(floor, 1.1))
 
 
 def summary(rows: list[dict]) -> str:
     """The pooled rows in words."""
-    told = []
+    lines = []
     for r in rows:
         rates = ", ".join(
             f"{100 * r[f'{level:g}']:.2f} % [{100 * r[f'{level:g} low']:.2f}, {100 * r[f'{level:g} high']:.2f}] at "
@@ -176,73 +183,65 @@ def summary(rows: list[dict]) -> str:
             for level in LEVELS
         )
         ks = "" if r["KS p least"] is None else f"; KS p ≥ {r['KS p least']:.3g}, {r['KS p below 0.05']} below 0.05"
-        told.append(f"{r['attack']:10} {r['family']:10} {r['test']:13} {rates}{ks}")
-    return "\n".join(told)
+        lines.append(f"{r['attack']:10} {r['family']:10} {r['test']:13} {rates}{ks}")
+    return "\n".join(lines)
 
 
-@click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for the results.")
-@click.option("--model", "source", default="pocket", show_default=True, help='"pocket", a folder or a hub id.')
-@click.option("--calibration", type=click.Path(path_type=Path), help="In place of the model's own.")
-@click.option("--halves", is_flag=True, help="Calibrate on one half of the images, test on the other, and in turn.")
-@click.option("--attack", "specs", multiple=True, help="As in ringmark attack; again for more.")
-@click.option("--keys", default=10, show_default=True, help="Of each family.")
-@click.option("--steps", default=25, show_default=True, help="Of DDIM.")
-@click.option("--seed", default=SEED, show_default=True, help="Of keys and attacks.")
-def main(
-    folder: Path, output: Path, source: str, calibration: Path | None, halves: bool, specs: tuple[str, ...],
-    keys: int, steps: int, seed: int,
-) -> None:  # fmt: skip
-    """False-positive rates on the unmarked images of FOLDER."""
-    if halves and calibration:
-        raise click.UsageError("--halves makes its own calibrations; leave out one of the two")
-    try:
-        rows, found, facts = study(folder, output, source, calibration, halves, specs, keys, steps, seed)
-    except RingmarkError as error:
-        raise click.UsageError(str(error)) from None
-    click.echo(summary(rows))
-    every = [row for about, some in found.items() for row in rows_of(_about(about), some)]
-    write_results(output, "study_false_positives", rows, figure_of(found), keys=every, **facts)
+def detector_of(bench: Bench, calibration: Path | None, halves: bool) -> Detector:
+    """The default detector, on a calibration unless the images make their own."""
+    plain = Detector(bench.model, [], steps=bench.steps)
+    if halves:
+        return plain
+    return plain.with_calibration(Calibration.load(calibration or Path(resolve(bench.source)) / Calibration.FILE))
 
 
-def _about(names: tuple[str, str]) -> dict:
+def attacked_files(bench: Bench, folder: Path, attacks: dict[str, Chain | None]) -> dict[str, list[Path]]:
+    """The images of a folder by attack; attacked ones are written."""
+    images = find_images(folder)
+    places = {CLEAN: images}
+    for name, chain in attacks.items():
+        if chain is not None:
+            place = bench.output / "attacked" / chain.slug
+            attack_files(folder, place, [chain], seed=bench.seed, model=bench.model)
+            places[name] = [place / attacked_name(path.relative_to(folder).as_posix()) for path in images]
+    return places
+
+
+def recovered(detector: Detector, places: dict[str, list[Path]], cache: Path) -> dict[str, Tensor]:
+    """Noise of all files by attack. Raises RingmarkError where some file cannot be used."""
+    found = {name: recover_files(detector, paths, cache, name=name) for name, paths in places.items()}
+    for name, files in found.items():
+        if unusable := len(files.refused) + len(files.doubts):
+            raise RingmarkError(f"{name}: {unusable} images cannot be used; move them")
+    return {name: files.noise for name, files in found.items()}
+
+
+def _about(names: tuple[str, str]) -> dict[str, str]:
     return dict(zip(("attack", "family"), names, strict=True))
 
 
-def study(
-    folder: Path, output: Path, source: str, calibration: Path | None, in_halves: bool, specs: tuple[str, ...],
-    number: int, steps: int, seed: int,
-) -> tuple[list[dict], dict[tuple[str, str], list[dict[str, np.ndarray]]], dict]:  # fmt: skip
-    """Pooled rows, by attack and family what every key's tests say of every image, and the settings."""
-    model = LatentModel.from_pretrained(source)
-    detector, images = Detector(model, [], steps=steps), find_images(folder)
-    if not in_halves:
-        own = calibration or Path(resolve(source)) / Calibration.FILE
-        detector = detector.with_calibration(Calibration.load(own))
-    places = {CLEAN: images}
-    for chain in expand(specs):
-        place = output / "attacked" / chain.slug
-        attack_files(folder, place, [chain], seed=seed, model=model)
-        places[str(chain)] = [place / attacked_name(path.relative_to(folder).as_posix()) for path in images]
-    noise = {}
-    for name, paths in places.items():
-        files = recover_files(detector, paths, output / "cache", name=name)
-        if files.refused or files.doubts:
-            raise RingmarkError(f"{folder}: {len(files.refused) + len(files.doubts)} images cannot be used; move them")
-        noise[name] = files.noise
-    found = {}
-    for family, keys in families(model, number, seed).items():
+@experiment(seed=SEED, drawing=False)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--steps", default=25, show_default=True, help="Of DDIM.")
+@click.option("--calibration", type=click.Path(path_type=Path), help="In place of the model's own.")
+@click.option("--halves", is_flag=True, help="Calibrate on one half of the images, test on the other, and in turn.")
+@attack_option()
+@click.option("--keys", "number", default=10, show_default=True, help="Of each family.")
+def main(bench: Bench, folder: Path, calibration: Path | None, halves: bool, attacks: dict[str, Chain | None]) -> None:
+    """False-positive rates on the unmarked images of FOLDER."""
+    if halves and calibration:
+        raise click.UsageError("--halves makes its own calibrations; leave out one of the two")
+    detector, found = detector_of(bench, calibration, halves), {}
+    noise = recovered(detector, attacked_files(bench, folder, attacks), bench.cache)
+    for family, keys in families(bench, bench.number).items():
         for name in tqdm(noise, family, disable=None):
-            if in_halves:
+            if halves:
                 found[name, family] = by_halves(detector, noise[CLEAN], keys, noise[name])
             else:
                 found[name, family] = [tested(detector, key, noise[name]) for key in keys]
-    rows = [row for about, some in sorted(found.items()) for row in pooled(_about(about), some, seed)]
-    used = "halves" if in_halves else detector.calibration.fingerprint
-    facts = {"model": model.identity, "images": len(images), "keys_each": number, "steps": steps, "seed": seed}
-    return rows, found, facts | {"calibration": used, "torch": torch.__version__}
-
-
-if __name__ == "__main__":
-    main()
+    rows = [row for about, tests in sorted(found.items()) for row in pooled(_about(about), tests, bench.seed)]
+    every = [row for about, tests in found.items() for row in rows_of(_about(about), tests)]
+    click.echo(summary(rows))
+    used = "halves" if halves else detector.calibration.fingerprint
+    facts = {"n": len(noise[CLEAN]), "keys_each": bench.number, "calibration": used}
+    bench.write(rows, figure_of(found), keys=every, **facts)

@@ -1,7 +1,7 @@
-"""Where does cocoercivity hold, and does it foretell convergence? Figure and theorems of arXiv 2409.18442.
+"""Where does cocoercivity hold, and does it foretell convergence? Theorems of arXiv 2409.18442.
 
-    python scripts/reproduce_convergence.py -o build/convergence       # 100 images, 300 steps; hours on one core
-    python scripts/reproduce_convergence.py -o build/convergence -n 4 --steps 40 --at 15 --ddim 10
+    python -m scripts.experiments convergence -o build/convergence       # 100 images, 300 steps; hours on one core
+    python -m scripts.experiments convergence -o build/convergence -n 4 --walk 40 --at 15 --steps 10
 
 For each image and method: the minimum over the first 100 steps of ⟨T z_k, z_k − z_∞⟩ / ‖T z_k‖², z_∞ the method's own
 300th iterate, against ‖z_100 − z_∞‖. With --method, given more than once, several processes can fill one cache; the
@@ -10,20 +10,25 @@ last run, without it, reads what they walked.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from ringmark.inversion.decoder import decoder_residual
 from ringmark.inversion.methods import Adam, Anderson, ForwardStep, InertialKM
 from ringmark.inversion.metrics import Walk
 from ringmark.inversion.models.pipeline import LatentModel
-from ringmark.inversion.solve import Method
+from ringmark.inversion.solve import Method, Residual
 from ringmark.watermark.figures import COLOURS, GREY, INK, MARK
-from scripts.experiments.common import SEED, experiment_options, inertial, pictures, walk, write_results
+from scripts.experiments.common import Bench, Pictures, experiment
+from scripts.experiments.plots import panels
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 LINES = ("-", "--", ":")
 ROUNDING = 1e-6  # of ‖z_k − z*‖²: a descent inequality that fails by less is not violated
@@ -34,6 +39,12 @@ class Walker(NamedTuple):
 
     method: Method
     pixels: bool = True
+
+
+def inertial(alpha: float, rho: float) -> InertialKM:
+    """Inertial KM of step ρ = 2λβ with λ at nine tenths of its bound: what α allows of λ, β makes up for."""
+    lam = 0.9 * InertialKM.bound(alpha)
+    return InertialKM(lam, alpha, rho / (2 * lam))
 
 
 def walkers(steps: int) -> dict[str, Walker]:
@@ -61,6 +72,29 @@ TITLES = {
     "anderson": "Anderson, pixel residual",
     "anderson-latents": "Anderson, T alone",
 }
+
+
+def residual(model: LatentModel, images: Tensor, pixels: bool = True) -> Residual:
+    """T(z) = E(D(z)) − E(x) with error D(z) − x, D cut to the range of a picture: what `invert_decoder` solves.
+
+    Without `pixels` T is all that a method learns.
+    """
+    both = decoder_residual(model.encode, model.decode, images, model.encode(images))
+    return both if pixels else lambda z, rows: both(z, rows)[0]
+
+
+@torch.inference_mode()
+def walk(bench: Bench, walker: Walker, seen: Pictures, *, steps: int, at: int, name: str) -> Walk:
+    """`Walk.along` from the encoder's latents."""
+    model, (method, pixels) = bench.model, walker
+
+    def along(images: Tensor, truth: Tensor) -> dict[str, Tensor]:
+        images, truth = images.to(model.device), truth.to(model.device)
+        T, start = residual(model, images, pixels), model.encode(images)
+        return vars(Walk.along(T, start, method, steps=steps, at=at, truth=truth))
+
+    key = ["walk", repr(method), pixels, steps, at]
+    return Walk(**bench.batches(key, along, seen.images, seen.latents, name=name, batch=4, dim=-1))
 
 
 def step_of(method: Method) -> float | None:
@@ -125,35 +159,44 @@ def descent(walk: Walk, rho: float) -> dict[str, float | dict]:
 
 
 def summary(name: str, method: Method, walk: Walk) -> dict:
-    """What is said of one method."""
+    """Everything about one method."""
     rho, alpha = step_of(method), getattr(method, "alpha", None)
-    far, relative = walk.distances[-1], walk.distances[-1] / walk.distances[0]
-    above = lambda level, betas=walk.betas: shares(betas, walk.moving, level)
     plain = isinstance(method, ForwardStep) or alpha == 0
+    head = {"method": name, "settings": repr(method), "rho": rho, "alpha": alpha}
+    return (
+        head | cocoercivity(method, walk) | endings(walk) | {"theorem 1": descent(walk, rho) if plain and rho else None}
+    )
+
+
+def cocoercivity(method: Method, walk: Walk) -> dict:
+    """Along the path, about where it ends and about the true latents."""
+    rho, need = step_of(method), asked(method)
     return {
-        "method": name,
-        "settings": repr(method),
-        "rho": rho,
-        "alpha": alpha,
-        "images": len(far),
-        "images with finite paths": int((walk.lowest.isfinite() & far.isfinite()).sum()),
+        "images": walk.distances.shape[1],
+        "images with finite paths": int((walk.lowest.isfinite() & walk.distances[-1].isfinite()).sum()),
         "minimum cocoercivity": spread(walk.lowest),
-        "positive": above(0.0),
-        "above rho/2": above(rho / 2) if rho else None,
-        "cocoercivity its theorem asks for": asked(method),
-        "above what its theorem asks for": above(asked(method)),
+        "positive": shares(walk.betas, walk.moving, 0.0),
+        "above rho/2": shares(walk.betas, walk.moving, rho / 2) if rho else None,
+        "cocoercivity its theorem asks for": need,
+        "above what its theorem asks for": shares(walk.betas, walk.moving, need),
         "about the true latents": {
             "minimum cocoercivity": spread(walk.true_lowest),
-            "positive": above(0.0, walk.true_betas),
-            "above what its theorem asks for": above(asked(method), walk.true_betas),
+            "positive": shares(walk.true_betas, walk.moving, 0.0),
+            "above what its theorem asks for": shares(walk.true_betas, walk.moving, need),
         },
+    }
+
+
+def endings(walk: Walk) -> dict:
+    """How near the path comes to its end, and what the minimum cocoercivity tells of that."""
+    far, relative = walk.distances[-1], walk.distances[-1] / walk.distances[0]
+    return {
         "distance to the end": spread(far),
         "distance to the end, share of the first": spread(relative),
         "residual left": spread(walk.sizes[-1] / walk.sizes[0]),
         "residual left at the end": spread(walk.end / walk.sizes[0]),
         "spearman": rank_correlation(walk.lowest, far),
         "spearman, share of the first distance": rank_correlation(walk.lowest, relative),
-        "theorem 1": descent(walk, rho) if plain and rho else None,
     }
 
 
@@ -187,49 +230,37 @@ def rows(name: str, walk: Walk, pictures: list[str]) -> list[dict]:
     return [dict(zip(("method", "image", *columns), (name, *row), strict=True)) for row in table]
 
 
-def draw(walks: dict[str, Walk], chosen: dict[str, Walker], steps: int):
+def figure_of(walks: dict[str, Walk], chosen: dict[str, Walker], steps: int) -> Figure:
     """A scatter plot a method, and the residual of them all along the way."""
-    from matplotlib.figure import Figure
-
     across = min(3, len(walks) + 1)
     down = -(-(len(walks) + 1) // across)
-    figure = Figure(figsize=(4 * across, 3.2 * down + 0.4), layout="constrained")
-    axes = list(figure.subplots(down, across, squeeze=False).flat)
+    figure, axes = panels(4 * across, 3.2 * down + 0.4, down, across)
     for ax, (name, path) in zip(axes, walks.items(), strict=False):
         scatter(ax, path, TITLES[name], step_of(chosen[name].method), steps)
     residuals(axes[len(walks)], walks)
     for ax in axes[len(walks) + 1 :]:
         ax.set_axis_off()
-    shown = {
-        label: handle
-        for ax in axes[: len(walks)]
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
-    }
+    legends = [zip(*ax.get_legend_handles_labels(), strict=True) for ax in axes[: len(walks)]]
+    shown = {label: handle for entries in legends for handle, label in entries}
     figure.legend(shown.values(), shown, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
-def scatter(ax, path: Walk, title: str, rho: float | None, steps: int) -> None:
+def scatter(ax: Axes, path: Walk, title: str, rho: float | None, steps: int) -> None:
     """Each image's distance to the end against its minimum cocoercivity; where 0 and ρ/2 lie, if that is near."""
-    lowest, far = path.lowest, path.distances[-1]
+    lowest, far, at = path.lowest, path.distances[-1], len(path.sizes) - 1
     fine = lowest.isfinite() & far.isfinite()
-    found, at = rank_correlation(lowest, far)["rho"], len(path.sizes) - 1
     ax.scatter(lowest[fine], far[fine], s=16, color=INK, alpha=0.7, lw=0, label="one image")
     if not fine.any():
         ax.set_title(f"{title}\nleft the finite numbers on every image", fontsize=10)
         return
-    least, most = (float(x) for x in (lowest[fine].min(), lowest[fine].max()))
-    marks = [(0.0, {"color": GREY, "ls": ":", "label": "cocoercivity 0"})]
-    if rho:
-        marks.append((rho / 2, {"color": MARK, "ls": "--", "label": "ρ/2, the least that Theorem 1 needs"}))
-    for where, style in marks:  # far from all images a line would squeeze them into another
-        if least - (most - least) <= where:
-            ax.axvline(where, lw=1.2, **style)
-    second = [f"Spearman {found:+.2f}"] if found is not None else []
-    second += [f"{float((lowest > rho / 2).double().mean()):.0%} above ρ/2 = {rho / 2:.3g}"] if rho else []
-    ax.set_title(title + "\n" + ", ".join(second), fontsize=10)
+    mark_bounds(ax, lowest[fine], rho)
+    correlation = rank_correlation(lowest, far)["rho"]
+    notes = [f"Spearman {correlation:+.2f}"] if correlation is not None else []
+    notes += [f"{float((lowest > rho / 2).double().mean()):.0%} above ρ/2 = {rho / 2:.3g}"] if rho else []
+    ax.set_title(title + "\n" + ", ".join(notes), fontsize=10)
     ax.set(xlabel=f"minimum cocoercivity, k < {at}", ylabel=f"‖z$_{{{at}}}$ − z$_{{{steps}}}$‖ (latent units)")
-    if least < -5:  # a few images far below 0
+    if lowest[fine].min() < -5:  # a few images far below 0
         ax.set_xscale("symlog", linthresh=1)
     if far[fine].max() > 20 * far[fine].min() > 0:
         ax.set_yscale("log")
@@ -237,7 +268,18 @@ def scatter(ax, path: Walk, title: str, rho: float | None, steps: int) -> None:
         ax.set_ylim(bottom=0)
 
 
-def residuals(ax, walks: dict[str, Walk]) -> None:
+def mark_bounds(ax: Axes, lowest: Tensor, rho: float | None) -> None:
+    """Lines at cocoercivity 0 and ρ/2, unless they are so far from all images that these would be squeezed together."""
+    least, most = float(lowest.min()), float(lowest.max())
+    marks = [(0.0, {"color": GREY, "ls": ":", "label": "cocoercivity 0"})]
+    if rho:
+        marks.append((rho / 2, {"color": MARK, "ls": "--", "label": "ρ/2, the least that Theorem 1 needs"}))
+    for where, style in marks:
+        if least - (most - least) <= where:
+            ax.axvline(where, lw=1.2, **style)
+
+
+def residuals(ax: Axes, walks: dict[str, Walk]) -> None:
     """Median ‖T z_k‖ / ‖T z_0‖ of each method."""
     for i, (name, path) in enumerate(walks.items()):
         middle = (path.sizes / path.sizes[0]).nanmedian(1).values
@@ -248,61 +290,37 @@ def residuals(ax, walks: dict[str, Walk]) -> None:
     ax.legend(fontsize=7, frameon=False, loc="lower left", ncols=2)
 
 
-@click.command()
-@experiment_options(100)
-@click.option("--steps", default=300, show_default=True, help="Steps to z_∞.")
+@experiment(100, photographs=True)
+@click.option("--walk", "length", default=300, show_default=True, help="Steps to z_∞.")
 @click.option("--at", default=100, show_default=True, help="Steps whose cocoercivity is measured.")
-@click.option("--ddim", default=25, show_default=True, help="DDIM steps of the drawn images.")
 @click.option(
     "--method", "only", multiple=True, type=click.Choice(list(TITLES)), help="Only this one; may be repeated."
 )
-def main(
-    source: str, images: Path | None, number: int, output: Path, steps: int, at: int, ddim: int, only: tuple
-) -> None:
+def main(bench: Bench, length: int, at: int, only: tuple[str, ...]) -> None:
     """Cocoercivity along each method's path, Theorem 1 along real paths, momentum against none."""
-    if not 0 < at < steps:
-        raise click.UsageError(f"--at must lie between 0 and --steps, not at {at} of {steps}")
-    model, cache = LatentModel.from_pretrained(source), output / "cache"
-    seen = pictures(model, number, images, steps=ddim, cache=cache)
-    chosen = {name: w for name, w in walkers(steps).items() if name in (only or TITLES)}
-    walks = {
-        name: walk(model, w.method, seen, steps=steps, at=at, name=name, cache=cache, pixels=w.pixels)
-        for name, w in chosen.items()
-    }
+    if not 0 < at < length:
+        raise click.UsageError(f"--at must lie between 0 and --walk, not at {at} of {length}")
+    seen = bench.pictures()
+    chosen = {name: w for name, w in walkers(length).items() if name in (only or TITLES)}
+    walks = {name: walk(bench, w, seen, steps=length, at=at, name=name) for name, w in chosen.items()}
     methods = [summary(name, chosen[name].method, w) for name, w in walks.items()]
     pairs = [compare(walks, "km-paper", "km-paper-none"), compare(walks, "km", "km-none")]
-    write_results(
-        output,
-        "reproduce_convergence",
-        [row for name, w in walks.items() for row in rows(name, w, seen.names)],
-        draw(walks, chosen, steps),
-        model=model.identity,
-        images=len(seen.names),
-        source=images.name if images else "drawn",
-        seed=None if images else SEED,
-        settings={"steps": steps, "at": at, "ddim": ddim, "arrived": Walk.ARRIVED},
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        methods=methods,
-        momentum=[pair for pair in pairs if pair],
-    )
-    for said in methods:
-        click.echo(line(said))
+    table = [row for name, w in walks.items() for row in rows(name, w, seen.names)]
+    momentum = [pair for pair in pairs if pair]
+    bench.write(table, figure_of(walks, chosen, length), arrived=Walk.ARRIVED, methods=methods, momentum=momentum)
+    for method in methods:
+        click.echo(line(method))
 
 
-def line(said: dict) -> str:
+def line(method: dict) -> str:
     """A method's summary for the terminal."""
-    above, found = said["above what its theorem asks for"], said["spearman"]["rho"]
-    if said["minimum cocoercivity"] is None or said["residual left at the end"] is None:
-        return f"{said['method']:17} left the finite numbers on every image"
-    text = f"{said['method']:17} min cocoercivity {said['minimum cocoercivity']['min']:8.3g}"
-    text += f"  positive {said['positive']['steps']:.1%} of steps, {said['positive']['images']:.0%} of images"
-    text += f"  enough {above['steps']:.1%}, {above['images']:.0%}"
-    text += (
-        f"  ‖T‖ left {said['residual left']['median']:.2g}, at the end {said['residual left at the end']['median']:.2g}"
-    )
-    return text + ("" if found is None else f"  Spearman {found:+.2f}")
-
-
-if __name__ == "__main__":
-    main()
+    name, lowest, left = (method[key] for key in ("method", "minimum cocoercivity", "residual left at the end"))
+    if lowest is None or left is None:
+        return f"{name:17} left the finite numbers on every image"
+    enough, positive = method["above what its theorem asks for"], method["positive"]
+    text = f"{name:17} min cocoercivity {lowest['min']:8.3g}"
+    text += f"  positive {positive['steps']:.1%} of steps, {positive['images']:.0%} of images"
+    text += f"  enough {enough['steps']:.1%}, {enough['images']:.0%}"
+    text += f"  ‖T‖ left {method['residual left']['median']:.2g}, at the end {left['median']:.2g}"
+    correlation = method["spearman"]["rho"]
+    return text + ("" if correlation is None else f"  Spearman {correlation:+.2f}")

@@ -1,7 +1,7 @@
 """What the search for a turned, cropped or shifted mark finds, and what it costs.
 
-    python scripts/study_search.py -o build/search                        # 24 marked and 24 unmarked drawn images
-    python scripts/study_search.py -o build/search-small -n 4 --steps 5   # 2 and 2
+    python -m scripts.experiments search -o build/search                         # 24 marked and 24 unmarked images
+    python -m scripts.experiments search -o build/search-small -n 4 --search-steps 5   # 2 and 2
 
 Marked images, drawn with the default key's placement, and unmarked ones are turned by 75°, cropped to 75 % of their
 area at a random place and enlarged again, turned and cropped, moved round by (13, -22) pixels, or left alone. Each is
@@ -11,9 +11,7 @@ only where the ordinary p does not suffice. AUCs are of the scores (of p for bot
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -21,18 +19,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageChops
 from torch import Tensor
-from tqdm import tqdm
 
 from ringmark.data.images import Sample, from_array, to_array
-from ringmark.inversion.models.pipeline import LatentModel
-from ringmark.watermark.attacks import distortions as attacks
+from ringmark.watermark.attacks import distortions
 from ringmark.watermark.detect.detector import Detector
 from ringmark.watermark.detect.geometry import Search
 from ringmark.watermark.detect.search import SearchingDetector
 from ringmark.watermark.evaluation.rates import roc
-from ringmark.watermark.keys.key import Key
-from ringmark.watermark.schemes.tree_ring import make_key, recommend
-from scripts.experiments.common import SEED, cached, experiment_options, pictures, write_results
+from scripts.experiments.common import SEED, Bench, experiment
+from scripts.experiments.plots import columns, intervals, legend_below, panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +42,7 @@ def attacked(spec: str, image: Image.Image, seed: int) -> Image.Image:
     """One of ATTACKS; a shift is cyclic, so that nothing is lost but place."""
     if spec == "clean":
         return image
-    return ImageChops.offset(image, *SHIFT) if spec == "shift" else attacks.apply(spec, image, seed)
+    return ImageChops.offset(image, *SHIFT) if spec == "shift" else distortions.apply(spec, image, seed)
 
 
 def without(detector: Detector, images: Tensor) -> dict[str, Tensor]:
@@ -61,12 +56,10 @@ def without(detector: Detector, images: Tensor) -> dict[str, Tensor]:
 def searched(search: Search, detector: Detector, images: Tensor) -> dict[str, Tensor]:
     """The same of the search, with the angle and scale found (B,)."""
     samples = [Sample(str(i), from_array(x.numpy())) for i, x in enumerate(images)]
-    found = [f for (f,) in search(detector, samples)]
-    of = lambda field: np.array([getattr(f, field) for f in found])
-    angle, scale = np.array([f.candidate for f in found]).T
-    return _columns(
-        score=of("score"), p=of("p_value"), seconds=of("seconds"), inversions=of("inversions"), angle=angle, scale=scale
-    )
+    found = [one for (one,) in search(detector, samples)]
+    angle, scale = np.array([one.candidate for one in found]).T
+    values = {name: [getattr(one, name) for one in found] for name in ("score", "seconds", "inversions")}
+    return _columns(**values, p=[one.p_value for one in found], angle=angle, scale=scale)
 
 
 def both(one: dict[str, np.ndarray], other: dict[str, np.ndarray], alpha: float) -> dict[str, np.ndarray]:
@@ -80,16 +73,6 @@ def both(one: dict[str, np.ndarray], other: dict[str, np.ndarray], alpha: float)
 
 def _columns(**columns: np.ndarray) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.asarray(values, float)) for name, values in columns.items()}
-
-
-def judged(
-    way: Callable[[Tensor], dict[str, Tensor]], key: list, images: Tensor, name: str, cache: Path, batch: int = 4
-) -> dict[str, np.ndarray]:
-    """Columns (N,) of all images, batch by batch. What was judged before is read from the folder `cache`."""
-    parts = []
-    for some in tqdm(images.split(batch), name, leave=False, disable=None):
-        parts.append(cached(cache, [*key, some], partial(way, some)))
-    return {column: torch.cat([p[column] for p in parts]).numpy() for column in parts[0]}
 
 
 def row(attack: str, way: str, found: dict[str, np.ndarray], marked: int, alpha: float) -> dict:
@@ -118,67 +101,54 @@ def summary(rows: list[dict], alpha: float) -> str:
 
 def figure_of(rows: list[dict], alpha: float) -> Figure:
     """AUC with its interval, and the share of marked images found, by attack."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = panels(10, 4, across=2)
     names = list(dict.fromkeys(r["attack"] for r in rows))
     for k, way in enumerate(WAYS):
-        some = [r for r in rows if r["way"] == way]
-        x = np.arange(len(some)) + 0.26 * (k - 1)
-        auc, low, high = (np.array([r[c] for r in some]) for c in ("AUC", "AUC low", "AUC high"))
-        left.errorbar(x, auc, [auc - low, high - auc], fmt="osd"[k], color=COLOURS[way], capsize=3, label=way)
-        right.bar(x, [r["found"] for r in some], 0.24, color=COLOURS[way])
+        members = [r for r in rows if r["way"] == way]
+        x, style = np.arange(len(members)) + 0.26 * (k - 1), {"fmt": "osd"[k], "color": COLOURS[way], "label": way}
+        intervals(left, x, members, "AUC", "AUC low", "AUC high", capsize=3, **style)
+        right.bar(x, *columns(members, "found"), 0.24, color=COLOURS[way])
     left.axhline(0.5, color="grey", ls=":", lw=1)
     left.set(ylabel="AUC, 95 % interval", ylim=(0, 1.03))
     right.set(ylabel=f"marked images found at p ≤ {alpha:g}", ylim=(0, 1.03))
     for ax in (left, right):
         ax.set_xticks(range(len(names)), names, fontsize=8, rotation=20)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    legend_below(figure, 3)
     return figure
 
 
-def study_key(model: LatentModel) -> Key:
-    """The default placement and pattern, from a fixed seed: an experiment's key is no secret."""
-    placement = recommend(model.recovery, model.latent_shape)
-    return make_key(model.latent_shape, placement, model=model.identity, rng=np.random.default_rng(SEED))
+def judged(
+    bench: Bench, detector: Detector, search: Search, images: Tensor, spec: str
+) -> dict[str, dict[str, np.ndarray]]:
+    """Columns (N,) by way."""
+    ways = {
+        "without": (partial(without, detector), [detector.settings()]),
+        "search": (partial(searched, search, detector), [detector.settings(), search]),
+    }
+    found = {}
+    for way, (make, key) in ways.items():
+        tensors = bench.batches([way, *key], make, images, name=f"{spec}, {way}", batch=4)
+        found[way] = {column: values.numpy() for column, values in tensors.items()}
+    return found | {"both": both(found["without"], found["search"], detector.alpha)}
 
 
-@click.command()
-@experiment_options(48)
-@click.option("--steps", default=Search.steps, show_default=True, help="DDIM steps of the search's inversions.")
+@experiment(48)
+@click.option("--search-steps", default=Search.steps, show_default=True, help="DDIM steps of the search's inversions.")
 @click.option("--dear", default=Search.dear, show_default=True, help="Candidates inverted anew.")
 @click.option("--angle-step", default=2.0, show_default=True, help="Degrees between the angles of the grid.")
 @click.option("--attack", "specs", multiple=True, default=ATTACKS, show_default=True, help="What is done to images.")
-def main(
-    source: str, images: Path | None, number: int, output: Path, steps: int, dear: int, angle_step: float, specs: tuple
-) -> None:
+def main(bench: Bench, search_steps: int, dear: int, angle_step: float, specs: tuple[str, ...]) -> None:
     """A mark in turned, cropped and shifted images, without the search, by it alone and by both."""
-    if images:
-        raise click.UsageError("--images: the mark is planted as images are drawn; leave it out")
-    model, cache = LatentModel.from_pretrained(source), output / "cache"
-    detector = Detector(model, [study_key(model)])
+    detector, rows = Detector(bench.model, [bench.key(seed=SEED)], steps=bench.steps), []
     (scheme,) = detector.schemes.values()
-    search = Search(angles=tuple(np.arange(-180, 180, angle_step).tolist()), steps=steps, dear=dear)
-    seen, marked = pictures(model, number, scheme=scheme, cache=cache), number // 2
-    ways = {"without": partial(without, detector), "search": partial(searched, search, detector)}
-    keys = {"without": [detector.settings()], "search": [detector.settings(), search]}
-    rows = []
+    search = Search(angles=tuple(np.arange(-180, 180, angle_step).tolist()), steps=search_steps, dear=dear)
+    seen, alpha = bench.pictures(scheme), detector.alpha
     for spec in specs:
-        some = [attacked(spec, from_array(x.numpy()), SEED + i) for i, x in enumerate(seen.images)]
-        tensor = torch.from_numpy(np.stack([to_array(x) for x in some]))
-        found = {way: judged(ways[way], [way, *keys[way]], tensor, f"{spec}, {way}", cache) for way in ways}
-        found["both"] = both(*found.values(), detector.alpha)
-        rows += [row(spec, way, found[way], marked, detector.alpha) for way in WAYS]
-        click.echo(summary(rows[-len(WAYS) :], detector.alpha))
-    write_results(
-        output, "study_search", rows, figure_of(rows, detector.alpha),
-        model=model.identity, n=number, seed=SEED, alpha=detector.alpha, grid=len(search.grid),
-        tests=search.tests(model.latent_shape), steps=steps, dear=dear, angle_step=angle_step, scales=search.scales,
-        placement=[list(scheme.placement.channels), list(scheme.placement.radii)],
-        threads=torch.get_num_threads(), torch=torch.__version__, device=str(model.device),
-    )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()
+        changed = [attacked(spec, from_array(x.numpy()), bench.first + i) for i, x in enumerate(seen.images)]
+        images = torch.from_numpy(np.stack([to_array(x) for x in changed]))
+        found = judged(bench, detector, search, images, spec)
+        rows += [row(spec, way, found[way], bench.number // 2, alpha) for way in WAYS]
+        click.echo(summary(rows[-len(WAYS) :], alpha))
+    facts = {"alpha": alpha, "grid": len(search.grid), "tests": search.tests(bench.model.latent_shape)}
+    facts |= {"scales": search.scales, "placement": [list(scheme.placement.channels), list(scheme.placement.radii)]}
+    bench.write(rows, figure_of(rows, alpha), **facts)

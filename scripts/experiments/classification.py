@@ -1,7 +1,7 @@
-"""Which of three keys is in the picture? The classification of arXiv 2409.18442, by each decoder inversion.
+"""Which of three keys is in the picture? The classification of arXiv 2409.18442.
 
-    python scripts/reproduce_classification.py -o build/classification            # 100 prompts x 3 keys
-    python scripts/reproduce_classification.py -o build/classification -n 4 --its 5 --steps 8
+    python -m scripts.experiments classification -o build/classification            # 100 prompts x 3 keys
+    python -m scripts.experiments classification -o build/classification -n 4 --its 5 --steps 8
 
 Every prompt is drawn with each key; an image goes to the key that its recovered noise fits best: by the published
 distance, as in the paper, and by the whitened cosine. Noise is recovered as the detector does it, by naive DDIM with
@@ -22,9 +22,7 @@ that comes back worst, a share `--strength` of the amplitude in their bins. How 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from itertools import combinations
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -36,25 +34,17 @@ from tqdm import tqdm
 
 from ringmark.inversion.decoder import Inverter
 from ringmark.inversion.models.pipeline import LatentModel
-from ringmark.watermark.detect.detector import Detector
-from ringmark.watermark.embed import generate
+from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.evaluation.rates import Curve, confusion, roc
-from ringmark.watermark.schemes.tree_ring import Placement, TreeRing, make_key
+from ringmark.watermark.schemes.tree_ring import Placement, TreeRing
 from ringmark.watermark.statistics import published_distance
 from ringmark.watermark.tasks.audit import prompts_for
-from scripts.experiments.common import (
-    SEED,
-    cached,
-    eight_bit,
-    experiment_options,
-    invert_all,
-    peak_memory,
-    recovered,
-    seconds,
-    write_results,
-)
+from scripts.experiments.common import Bench, experiment, untuned_scores
+from scripts.experiments.costs import peak_memory, seconds
+from scripts.experiments.plots import panels
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 KEYS = 3
@@ -86,28 +76,23 @@ def inverters(its: int) -> dict[str, Inverter]:
     }
 
 
-def make_schemes(model: LatentModel, place: Placement, seed: int) -> list[TreeRing]:
+def make_schemes(bench: Bench, place: Placement) -> list[TreeRing]:
     """Three keys."""
-    draw = partial(make_key, model.latent_shape, place, model=model.identity)
-    return [TreeRing(draw(rng=np.random.default_rng([seed, k]))) for k in range(KEYS)]
+    return [TreeRing(bench.key(place, seed=[bench.seed, k])) for k in range(KEYS)]
 
 
-def drawn(model: LatentModel, schemes: list[Weak], number: int, seed: int, steps: int, guidance: float) -> Tensor:
+def drawn(bench: Bench, schemes: list[Weak]) -> Tensor:
     """8-bit images (3N, 3, H, W): every prompt with the first key, then with the second, then with the third."""
-    prompts, images = prompts_for([], number, SEED + seed), []
-    with tqdm(total=KEYS * number, desc="draw", unit="image", disable=None) as bar:
-        for k, scheme in enumerate(schemes):
-            seeds = list(range(SEED + seed + k * number, SEED + seed + (k + 1) * number))
-            marked = generate(model, prompts, seeds, scheme=scheme, steps=steps, guidance=guidance, progress=bar.update)
-            images += [d.image for d in marked]
-    return eight_bit(torch.stack(images))
+    prompts, number = prompts_for([], bench.number, bench.first), bench.number
+    noise = initial_noise(list(range(bench.first, bench.first + KEYS * number)), bench.model.latent_shape)
+    marked = [scheme.embed(z) for scheme, z in zip(schemes, noise.split(number), strict=True)]
+    return bench.draw(torch.cat(marked), KEYS * prompts).images
 
 
 def fits(model: LatentModel, schemes: list[TreeRing], noise: Tensor) -> dict[str, np.ndarray]:
     """For each statistic how well each key fits each image (KEYS, N), the larger the better."""
-    detector = Detector(model, [], steps=1)
     distance = [-published_distance(*(x.numpy() for x in s.masked(noise))) for s in schemes]
-    cosine = [detector.statistic(s, noise)[0] for s in schemes]
+    cosine = [untuned_scores(model, s, noise) for s in schemes]
     return dict(zip(STATISTICS, (np.stack(distance), np.stack(cosine)), strict=True))
 
 
@@ -130,12 +115,10 @@ def mcnemar(one: np.ndarray, other: np.ndarray) -> tuple[int, int, float]:
 def score(name: str, statistic: str, truth: np.ndarray, fit: np.ndarray) -> dict:
     """Correct of 3N with its 95 % Clopper-Pearson interval, the confusion matrix, and the AUC of the weak mark."""
     found, curve = confusion(truth, fit.argmax(0), KEYS), detection(truth, fit)
-    low, high = found.interval
-    return {
-        "method": name, "statistic": statistic, "correct": found.right, "of": found.number, "share": found.accuracy,
-        "low": low, "high": high, "AUC": curve.auc, "AUC low": curve.auc_interval[0], "AUC high": curve.auc_interval[1],
-        "confusion": found.table.tolist(),
-    }  # fmt: skip
+    accuracy = dict(zip(("share", "low", "high"), (found.accuracy, *found.interval), strict=True))
+    auc = dict(zip(("AUC", "AUC low", "AUC high"), (curve.auc, *curve.auc_interval), strict=True))
+    head = {"method": name, "statistic": statistic, "correct": found.right, "of": found.number}
+    return head | accuracy | auc | {"confusion": found.table.tolist()}
 
 
 def compare(fit: dict[str, dict[str, np.ndarray]], truth: np.ndarray) -> list[dict]:
@@ -145,33 +128,34 @@ def compare(fit: dict[str, dict[str, np.ndarray]], truth: np.ndarray) -> list[di
         right = {name: f[statistic].argmax(0) == truth for name, f in fit.items()}
         for one, other in combinations(fit, 2):
             only, rival, p = mcnemar(right[one], right[other])
-            rows.append({
-                "statistic": statistic, "one": one, "other": other,
-                "only one right": only, "only other right": rival, "McNemar p": p,
-            })  # fmt: skip
+            row = {"statistic": statistic, "one": one, "other": other}
+            rows.append(row | {"only one right": only, "only other right": rival, "McNemar p": p})
     return rows
 
 
 def figure_of(rows: list[dict]) -> Figure:
     """Confusion matrices side by side, a row of them for each statistic."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     methods = list(dict.fromkeys(r["method"] for r in rows))
-    figure = Figure(figsize=(2.6 * len(methods) + 0.8, 6.2), layout="constrained")
-    axes = figure.subplots(len(STATISTICS), len(methods), squeeze=False)
-    for r in rows:
-        i, j = STATISTICS.index(r["statistic"]), methods.index(r["method"])
-        ax, table = axes[i, j], np.array(r["confusion"])
-        drawing = ax.imshow(table, cmap="Blues", vmin=0, vmax=r["of"] // KEYS)
-        for (y, x), count in np.ndenumerate(table):
-            ax.text(x, y, str(count), ha="center", va="center", color="white" if count > r["of"] / 5 else "black")
-        ax.set_title(f"{r['method']}\n{r['correct']} of {r['of']} [{r['low']:.0%}, {r['high']:.0%}]", fontsize=10)
-        ax.set(xticks=range(KEYS), yticks=range(KEYS), xticklabels="ABC", yticklabels="ABC", xlabel="key chosen")
-        if j == 0:
-            ax.set_ylabel(f"{r['statistic']}\nkey planted")
+    figure, axes = panels(2.6 * len(methods) + 0.8, 6.2, len(STATISTICS), len(methods))
+    for ax, row in zip(axes, rows, strict=True):  # a statistic after the other, and in it the methods
+        drawing = plot_confusion(ax, row)
+    for statistic, ax in zip(STATISTICS, axes[:: len(methods)], strict=True):
+        ax.set_ylabel(f"{statistic}\nkey planted")
     figure.colorbar(drawing, ax=axes, label="images", shrink=0.7).locator = MaxNLocator(integer=True)
     return figure
+
+
+def plot_confusion(ax: Axes, row: dict):
+    """One confusion matrix."""
+    drawing = ax.imshow(np.array(row["confusion"]), cmap="Blues", vmin=0, vmax=row["of"] // KEYS)
+    for (y, x), count in np.ndenumerate(np.array(row["confusion"])):
+        ax.text(x, y, str(count), ha="center", va="center", color="white" if count > row["of"] / 5 else "black")
+    interval = f"{row['correct']} of {row['of']} [{row['low']:.0%}, {row['high']:.0%}]"
+    ax.set_title(f"{row['method']}\n{interval}", fontsize=10)
+    ax.set(xticks=range(KEYS), yticks=range(KEYS), xticklabels="ABC", yticklabels="ABC", xlabel="key chosen")
+    return drawing
 
 
 def cost(model: LatentModel, source: str, contenders: dict[str, Inverter], images: Tensor) -> dict[str, dict]:
@@ -206,52 +190,28 @@ def worst_channel(model: LatentModel, radii: tuple[int, int]) -> int:
     return int(gain[:, radii[0] : radii[1] + 1].sum(1).argmin())
 
 
-@click.command()
-@experiment_options(100)
+@experiment(100, seed=20_000)
 @click.option("--its", default=50, show_default=True, help="Iterations of the gradient and of the paper's Adam.")
 @click.option("--only", multiple=True, help="Only methods whose name begins so; again for more.")
 @click.option("--channel", type=int, help="Latent channel of the mark; the one that comes back worst unless given.")
 @click.option("--radii", nargs=2, type=int, default=(6, 10), show_default=True, help="Its rings, both included.")
 @click.option("--strength", type=click.FloatRange(0, 1), default=0.12, show_default=True, help="1: the scheme's own.")
-@click.option("--steps", default=25, show_default=True, help="Of DDIM, both ways.")
-@click.option("--guidance", default=3.0, show_default=True, help="When drawing.")
-@click.option("--seed", default=20_000, show_default=True, help="Of keys, prompts and noise.")
 @click.option("--costs/--no-costs", default=True, show_default=True, help="Measure time and memory too.")
 def main(
-    source: str, images: Path | None, number: int, output: Path, its: int, only: tuple, channel: int | None,
-    radii: tuple[int, int], strength: float, steps: int, guidance: float, seed: int, costs: bool,
-) -> None:  # fmt: skip
+    bench: Bench, its: int, only: tuple, channel: int | None, radii: tuple[int, int], strength: float, costs: bool
+) -> None:
     """Three keys, N prompts: what each decoder inversion gets right."""
-    if images:
-        raise click.UsageError("--images: only drawn images carry keys")
-    model, cache = LatentModel.from_pretrained(source), output / "cache"
-    channel = worst_channel(model, radii) if channel is None else channel
-    schemes = make_schemes(model, Placement((channel,), radii), seed)
-    marks = [Weak(scheme, strength) for scheme in schemes]
-    settings = {
-        "channel": channel, "radii": radii, "strength": strength, "prompts": number, "steps": steps, "guidance": guidance, "seed": seed,
-    }  # fmt: skip
-    make = lambda: {"images": drawn(model, marks, number, seed, steps, guidance)}
-    seen = cached(cache, [model.identity, settings], make)["images"]
-    truth = np.repeat(np.arange(KEYS), number)
+    channel = worst_channel(bench.model, radii) if channel is None else channel
+    schemes = make_schemes(bench, Placement((channel,), radii))
+    seen, truth = drawn(bench, [Weak(s, strength) for s in schemes]), np.repeat(np.arange(KEYS), bench.number)
     contenders = {name: x for name, x in inverters(its).items() if not only or name.startswith(only)}
     fit = {}
     for name, inverter in tqdm(contenders.items(), "methods", disable=None):
-        latents = invert_all(model, inverter, seen, name=name, cache=cache).latents
-        noise = cached(cache, [model.identity, steps, latents], partial(recovered, model, latents, steps, name))[
-            "noise"
-        ]
-        fit[name] = fits(model, schemes, noise)
+        noise = bench.recover(bench.invert(inverter, seen, name).latents, name)
+        fit[name] = fits(bench.model, schemes, noise)
     rows = [score(name, s, truth, fit[name][s]) for s in STATISTICS for name in fit]
     pairs = compare(fit, truth)
     click.echo(summary(rows, pairs))
-    paid = cost(model, source, contenders, seen) if costs else {name: {} for name in contenders}
-    write_results(
-        output, "reproduce_classification", [r | paid[r["method"]] for r in rows], figure_of(rows),
-        pairs=pairs, settings=settings, model=model.identity, timed_images=min(TIMED, len(seen)), its=its,
-        first_seed=SEED + seed, threads=torch.get_num_threads(), torch=torch.__version__, device=str(model.device),
-    )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()
+    paid = cost(bench.model, bench.source, contenders, seen) if costs else {name: {} for name in contenders}
+    table = [row | paid[row["method"]] for row in rows]
+    bench.write(table, figure_of(rows), pairs=pairs, channel=channel, timed_images=min(TIMED, len(seen)))

@@ -1,8 +1,8 @@
-"""What someone who holds the model, but not the key, can do: learn the key, forge it, remove it.
+"""What an attacker who holds the model, but not the key, can do: learn the key, forge it, remove it.
 
-    python scripts/study_security.py -o build/security               # 64 images of a key; about 13 minutes of one core
-    python scripts/study_security.py -o build/security -n 2 --forged 1 --steps 4
-    python scripts/study_security.py -o build/security-jpeg --published jpeg:25   # the attacker has JPEG files only
+    python -m scripts.experiments security -o build/security          # 64 images of a key; 13 minutes of one core
+    python -m scripts.experiments security -o build/security -n 2 --forged 1 --steps 4
+    python -m scripts.experiments security -o build/security-jpeg --published jpeg:25    # attacker has JPEG files only
 
 The attacker recovers noise as the detector does: same model, same inversion. Without the model, or with one like it,
 less comes back; that is not studied here (see arXiv 2601.20310 and 2606.29807). Costs: 1.3 s to draw an image, 1 s to
@@ -28,9 +28,7 @@ which keeps the picture better. Similarity is the correlation of pixels, and the
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import click
 import numpy as np
@@ -39,21 +37,17 @@ from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
-from ringmark.errors import RingmarkError
 from ringmark.inversion.metrics import correlation
-from ringmark.inversion.models.loading import resolve
 from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.inversion.noise_recovery import rings
-from ringmark.watermark.attacks.chains import Chain, parse
-from ringmark.watermark.detect.detector import ALPHA, Detector, with_built_in
-from ringmark.watermark.embed import initial_noise
+from ringmark.watermark.attacks.chains import parse
+from ringmark.watermark.detect.detector import ALPHA
 from ringmark.watermark.figures import COLOURS, GREY, INK, MARK
 from ringmark.watermark.keys.key import Key
-from ringmark.watermark.schemes.tree_ring import Placement, TreeRing, make_key, recommend
+from ringmark.watermark.schemes.tree_ring import Placement, TreeRing
 from ringmark.watermark.statistics import cosine_test
-from ringmark.watermark.tasks.audit import prompts_for
-from scripts.experiments.common import SEED, experiment_options, mean_and_error, write_results
-from scripts.experiments.study_identification import attacked, drawn_from, noise_of, share
+from scripts.experiments.common import Bench, experiment, mark_in_turn, mean_and_error, share
+from scripts.experiments.plots import columns, intervals, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,11 +115,15 @@ def ring_z(noise: Tensor) -> Tensor:
     spectrum, m = torch.fft.fft2(noise.double(), norm="ortho"), len(noise)
     mean, ring = spectrum.mean(0), rings(*noise.shape[-2:]).flatten()
     count = torch.bincount(ring)
-    total = lambda power: torch.zeros(len(power), len(count)).double().index_add_(1, ring, power.flatten(1))
-    between = m * total(mean.abs().square())
-    within = total((spectrum - mean).abs().square().sum(0)) / (m - 1)
+    between = m * by_ring(mean.abs().square(), ring, len(count))
+    within = by_ring((spectrum - mean).abs().square().sum(0), ring, len(count)) / (m - 1)
     tail = stats.f.sf((between / within).numpy(), count.numpy(), count.numpy() * (m - 1))
     return torch.from_numpy(stats.norm.isf(np.clip(tail, 1e-300, 1 - 1e-15)))
+
+
+def by_ring(power: Tensor, ring: Tensor, number: int) -> Tensor:
+    """(C, h, w) summed over each of so many rings: (C, R)."""
+    return torch.zeros(len(power), number).double().index_add_(1, ring, power.flatten(1))
 
 
 def cells(scheme: TreeRing) -> tuple[Tensor, Tensor]:
@@ -147,63 +145,40 @@ def shown(noise: Tensor, m: int, where: Tensor) -> dict:
     return share(int(hits.sum()), hits.numel())
 
 
-class Attacker(NamedTuple):
-    """The model and how images are drawn and inverted; `judge` says which pass, `at` is the first seed."""
-
-    model: LatentModel
-    judge: Detector
-    steps: int
-    guidance: float
-    cache: Path
-    at: int
-
-    def draw(self, noise: Tensor, prompts: list[str], name: str, guidance: float | None = None) -> Tensor:
-        guidance = self.guidance if guidance is None else guidance
-        return drawn_from(self.model, noise, prompts, steps=self.steps, guidance=guidance, name=name, cache=self.cache)
-
-    def recover(self, images: Tensor, name: str) -> Tensor:
-        return noise_of(self.model, images, steps=self.steps, name=name, cache=self.cache).nan_to_num()
-
-    def fresh(self, offset: int, number: int) -> tuple[Tensor, list[str]]:
-        """New noise and prompts."""
-        first = self.at + offset
-        noise = initial_noise(list(range(first, first + number)), self.model.latent_shape)
-        return noise, prompts_for([], number, first)
+def recovered(bench: Bench, images: Tensor, name: str) -> Tensor:
+    return bench.noise_of(images, name).nan_to_num()
 
 
-def p_values(attacker: Attacker, key: Key, noise: Tensor) -> np.ndarray:
+def p_values(bench: Bench, key: Key, noise: Tensor) -> np.ndarray:
     """The detector's p-value of each noise, with this key alone."""
-    return attacker.judge.statistic(TreeRing(key), noise)[1]
+    return bench.test(TreeRing(key), noise)[1]
 
 
-def forge(attacker: Attacker, estimates: list[Key], number: int, m: int) -> Tensor:
+def forge(bench: Bench, estimates: list[Key], number: int, m: int) -> Tensor:
     """Noise recovered from `number` new images, each marked with one of the estimates, in turn."""
-    noise, prompts = attacker.fresh(FRESH + 1000 * m.bit_length(), number)
-    schemes = [TreeRing(e) for e in estimates]
-    marked = torch.cat([schemes[i % len(schemes)].embed(noise[i : i + 1]) for i in range(number)])
+    noise, prompts = bench.fresh(number, FRESH + 1000 * m.bit_length())
+    marked = mark_in_turn([TreeRing(e) for e in estimates], noise)
     name = f"forged from {m}"
-    return attacker.recover(attacker.draw(marked, prompts, name), name)
+    return recovered(bench, bench.draw(marked, prompts, name).images, name)
 
 
-def average(attacker: Attacker, key: Key, noise: Tensor, unmarked: Tensor, m: int, number: int, alpha: float) -> dict:
+def average(bench: Bench, key: Key, noise: Tensor, unmarked: Tensor, m: int, number: int, alpha: float) -> dict:
     """What m images of one key tell about it: a row."""
     scheme, estimates = TreeRing(key), [forged(key, some) for some in groups(noise, m)]
     alike, error = spread(likeness(key, estimates))
-    p = p_values(attacker, key, forge(attacker, estimates, number, m))
+    p = p_values(bench, key, forge(bench, estimates, number, m))
     possible, marked = cells(scheme)
     seen = {
         "ring shown": shown(noise, m, marked),
         "shown elsewhere": shown(noise, m, possible & ~marked),
         "unmarked shown": shown(unmarked, m, possible),
     }
-    return {
-        "images": m, "estimates": len(estimates),
-        "correlation": alike, "standard error": error,
-        "expected": expected_cosine(attacker.model, scheme, m),
-        **prefixed("forged passing", share((p <= alpha).sum(), number)),
-        "forged median p": float(np.median(p)), "forged largest p": float(p.max()),
-        **{k: v for name, found in seen.items() for k, v in prefixed(name, found).items()},
-    }  # fmt: skip
+    row = {"images": m, "estimates": len(estimates), "correlation": alike, "standard error": error}
+    row |= {"expected": expected_cosine(bench.model, scheme, m)} | prefixed(
+        "forged passing", share((p <= alpha).sum(), number)
+    )
+    row |= {"forged median p": float(np.median(p)), "forged largest p": float(p.max())}
+    return row | {k: v for name, found in seen.items() for k, v in prefixed(name, found).items()}
 
 
 def prefixed(name: str, found: dict) -> dict:
@@ -213,35 +188,30 @@ def prefixed(name: str, found: dict) -> dict:
 
 def limits(rows: list[dict]) -> dict:
     """From how many published images on a forged key passes at all, and in half of the forged images; None: never."""
-    least = lambda bound: next((r["images"] for r in rows if r["forged passing, share"] >= bound), None)
-    some = next((r["images"] for r in rows if r["forged passing, count"]), None)
-    return {"some forged images pass from": some, "half of them pass from": least(0.5), "all pass from": least(1.0)}
+    bounds = {"some forged images pass from": 1e-9, "half of them pass from": 0.5, "all pass from": 1.0}
+    passing = [(row["images"], row["forged passing, share"]) for row in rows]
+    return {name: next((m for m, value in passing if value >= bound), None) for name, bound in bounds.items()}
 
 
-def replaced(model: LatentModel, noise: Tensor, place: Placement, seed: int) -> Tensor:
+def replaced(bench: Bench, noise: Tensor, place: Placement) -> Tensor:
     """The noises with all bins of a placement drawn anew, other ones in each."""
-    make = partial(make_key, model.latent_shape, place, model=model.identity)
-    return torch.cat([
-        TreeRing(make(rng=np.random.default_rng([seed, i]))).embed(z[None]) for i, z in enumerate(noise)
-    ])  # fmt: skip
+    keys = [bench.key(place, seed=[bench.first, i]) for i in range(len(noise))]
+    return mark_in_turn([TreeRing(key) for key in keys], noise)
 
 
-def ways(
-    attacker: Attacker, place: Placement, noise: Tensor, prompts: list[str]
-) -> dict[str, tuple[Tensor, list[str], float]]:
+def ways(bench: Bench, place: Placement, noise: Tensor, prompts: list[str]) -> dict[str, tuple]:
     """Noise, prompts and guidance of the pictures drawn again."""
-    count, height, width = attacker.model.latent_shape
+    count, height, width = bench.model.latent_shape
     everything = Placement(tuple(range(count)), (LOWEST, min(height, width) // 2 - 1))
-    other, others = attacker.fresh(OTHERS, len(noise))
-    anew = partial(replaced, attacker.model, noise, seed=attacker.at)
-    guidance, nothing = attacker.guidance, [""] * len(noise)
+    other, others = bench.fresh(len(noise), OTHERS)
+    guidance, nothing, anew = bench.guidance, [""] * len(noise), replaced(bench, noise, place)
     return {
         "another prompt": (noise, others, guidance),
         "same prompt": (noise, prompts, guidance),
-        "same prompt, ring replaced": (anew(place), prompts, guidance),
+        "same prompt, ring replaced": (anew, prompts, guidance),
         "no prompt": (noise, nothing, 1.0),
-        "no prompt, ring replaced": (anew(place), nothing, 1.0),
-        f"no prompt, rings from {LOWEST} on replaced": (anew(everything), nothing, 1.0),
+        "no prompt, ring replaced": (anew, nothing, 1.0),
+        f"no prompt, rings from {LOWEST} on replaced": (replaced(bench, noise, everything), nothing, 1.0),
         "same prompt, other noise": (other, prompts, guidance),
     }
 
@@ -258,27 +228,19 @@ def compared(way: str, guidance: float, p: np.ndarray, images: Tensor, before: T
     }  # fmt: skip
 
 
-def draw_again(
-    attacker: Attacker, key: Key, seen: Tensor, noise: Tensor, prompts: list[str], alpha: float
-) -> list[dict]:
+def draw_again(bench: Bench, key: Key, seen: Tensor, noise: Tensor, prompts: list[str], alpha: float) -> list[dict]:
     """A row for the pictures as they were, and one for each way of drawing them again."""
-    rows = [compared("not at all", attacker.guidance, p_values(attacker, key, noise), seen, seen, alpha)]
-    place = TreeRing(key).placement
-    for way, (start, texts, guidance) in tqdm(
-        ways(attacker, place, noise, prompts).items(), "drawn again", disable=None
-    ):
-        images = attacker.draw(start, texts, way, guidance)
-        p = p_values(attacker, key, attacker.recover(images, way))
-        rows.append(compared(way, guidance, p, images, seen, alpha))
+    rows = [compared("not at all", bench.guidance, p_values(bench, key, noise), seen, seen, alpha)]
+    every = ways(bench, TreeRing(key).placement, noise, prompts)
+    for way, (start, texts, guidance) in tqdm(every.items(), "drawn again", disable=None):
+        images = bench.draw(start, texts, way, guidance).images
+        rows.append(compared(way, guidance, p_values(bench, key, recovered(bench, images, way)), images, seen, alpha))
     return rows
 
 
 def figure_of(rows: list[dict], z: Tensor | None, marked: Tensor) -> Figure:
     """The key against the number of images, where the ring is, and how soon that shows."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(14, 4), layout="constrained")
-    learnt, chart, soon = figure.subplots(1, 3)
+    figure, (learnt, chart, soon) = panels(14, 4, across=3)
     plot_learning(learnt, rows)
     if z is not None:
         plot_rings(chart, z, marked, rows[-1]["images"])
@@ -291,11 +253,10 @@ def figure_of(rows: list[dict], z: Tensor | None, marked: Tensor) -> Figure:
 
 def plot_learning(ax: Axes, rows: list[dict]) -> None:
     """Correlation of the estimate with the key, and the share of forged images that pass."""
-    m = [r["images"] for r in rows]
-    errors = [r["standard error"] or 0.0 for r in rows]
-    ax.errorbar(m, [r["correlation"] for r in rows], errors, fmt="o", ms=4, color=INK, label="estimate and key")
-    if rows[0]["expected"] is not None:
-        ax.plot(m, [r["expected"] for r in rows], color=INK, lw=1, ls="--", label="expected")
+    m, alike, error, expected = columns(rows, "images", "correlation", "standard error", "expected")
+    ax.errorbar(m, alike, np.nan_to_num(error), fmt="o", ms=4, color=INK, label="estimate and key")
+    if not np.isnan(expected).any():
+        ax.plot(m, expected, color=INK, lw=1, ls="--", label="expected")
     plot_share(ax, rows, "forged passing", MARK)
     ax.set(xlabel="images averaged", ylabel="correlation; share passing", ylim=(-0.03, 1.03))
     ax.legend(frameon=False, fontsize=8, loc="lower right")
@@ -303,12 +264,10 @@ def plot_learning(ax: Axes, rows: list[dict]) -> None:
 
 def plot_share(ax: Axes, rows: list[dict], name: str, colour: str) -> None:
     """A share with its interval against the number of images."""
-    x, y, low, high = (
-        np.array([r[c] for r in rows]) for c in ("images", *(f"{name}, {k}" for k in ("share", "low", "high")))
-    )
-    if len(x):
-        error = np.maximum(0, [y - low, high - y])
-        ax.errorbar(x * 1.04, y, error, fmt="s-", ms=3, lw=1.2, capsize=2, color=colour, label=name)
+    if rows:
+        (x,), style = columns(rows, "images"), {"fmt": "s-", "ms": 3, "lw": 1.2, "capsize": 2}
+        names = (f"{name}, {end}" for end in ("share", "low", "high"))
+        intervals(ax, x * 1.04, rows, *names, color=colour, label=name, **style)
         ax.set_xscale("log", base=2)
 
 
@@ -322,9 +281,13 @@ def plot_rings(ax: Axes, z: Tensor, marked: Tensor, m: int) -> None:
     ax.figure.colorbar(picture, ax=ax, extend="max")
 
 
+def cell(row: dict, name: str) -> str:
+    """A share as a fraction."""
+    return "-" if row[f"{name}, of"] is None else f"{row[f'{name}, count']}/{row[f'{name}, of']}"
+
+
 def summary(rows: list[dict], again: list[dict]) -> str:
     """Both tables in words."""
-    cell = lambda r, name: "-" if r[f"{name}, of"] is None else f"{r[f'{name}, count']}/{r[f'{name}, of']}"
     lines = [
         f"{r['images']:4} images: correlation {r['correlation']:.3f}, forged passing {cell(r, 'forged passing')} "
         f"(median p {r['forged median p']:.1e}), rings shown {cell(r, 'ring shown')}, elsewhere "
@@ -339,62 +302,26 @@ def summary(rows: list[dict], again: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def parsed(published: str | None) -> Chain | None:
-    """The attack of --published, if any."""
-    try:
-        return parse(published) if published else None
-    except RingmarkError as error:
-        raise click.UsageError(str(error)) from None
-
-
-@click.command()
-@experiment_options(64)
-@click.option("--forged", "number_forged", default=16, show_default=True, help="Images forged at each m; drawn again.")
+@experiment(64, seed=50_000)
+@click.option("--forged", default=16, show_default=True, help="Images forged at each m; drawn again.")
 @click.option("--published", help="Attack, as in ringmark attack, that published images have been through.")
 @click.option("--alpha", type=click.FloatRange(0, 1), default=ALPHA, show_default=True, help="At which a key is there.")
-@click.option("--steps", default=25, show_default=True, help="Of DDIM, both ways.")
-@click.option("--guidance", default=3.0, show_default=True, help="When drawing.")
-@click.option("--seed", default=50_000, show_default=True, help="Of the key, prompts and noise.")
-def main(
-    source: str, images: Path | None, number: int, output: Path, number_forged: int, published: str | None,
-    alpha: float, steps: int, guidance: float, seed: int,
-) -> None:  # fmt: skip
+def main(bench: Bench, forged: int, published: str | None, alpha: float) -> None:
     """Averaging, forgery and removal by one who holds the model."""
-    if images:
-        raise click.UsageError("--images: only drawn images carry keys")
-    chain = parsed(published)
-    model = LatentModel.from_pretrained(source)
-    judge, _ = with_built_in(Detector(model, [], steps=steps), Path(resolve(source)))
-    attacker = Attacker(model, judge, steps, guidance, output / "cache", SEED + seed)
-    place = recommend(model.recovery, model.latent_shape)
-    key = make_key(model.latent_shape, place, model=model.identity, rng=np.random.default_rng(seed))
-    noise, prompts = attacker.fresh(0, 2 * number)
+    chain = parse(published) if published else None
+    key, number, few = bench.key(seed=bench.seed), bench.number, min(bench.number, forged)
+    noise, prompts = bench.fresh(2 * number)
     start = torch.cat([TreeRing(key).embed(noise[:number]), noise[number:]])
-    seen = attacked(model, attacker.draw(start, prompts, "published"), chain, seed)
-    back = attacker.recover(seen, "published")
-    marked, unmarked = back[:number], back[number:]
-    rows = [
-        average(attacker, key, marked, unmarked, m, number_forged, alpha)
-        for m in tqdm(ladder(number), "averaged", disable=None)
-    ]
-    few = min(number, number_forged)
-    again = draw_again(attacker, key, seen[:few], marked[:few], prompts[:few], alpha)
+    seen = bench.attacked(bench.draw(start, prompts, "published").images, chain)
+    marked, unmarked = recovered(bench, seen, "published").split(number)
+    steps = tqdm(ladder(number), "averaged", disable=None)
+    rows = [average(bench, key, marked, unmarked, m, forged, alpha) for m in steps]
+    again = draw_again(bench, key, seen[:few], marked[:few], prompts[:few], alpha)
     click.echo(summary(rows, again))
-    facts = {
-        "model": model.identity,
-        "settings": {
-            "channels": list(place.channels), "radii": list(place.radii), "images": number, "forged": number_forged,
-            "published": published, "alpha": alpha, "shows": SHOWS, "steps": steps, "guidance": guidance, "seed": seed,
-            "first_seed": attacker.at, "calibration": judge.settings()["calibration"],
-        },
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "device": str(model.device),
-    }  # fmt: skip
-    most = rows[-1]["images"]
+    most, place = rows[-1]["images"], bench.placement
     z = ring_z(marked[:most]) if most > 1 else None
-    found = facts | {"limits": limits(rows), "ring_z": None if z is None else z.tolist()}
-    write_results(output, "study_security", rows, figure_of(rows, z, cells(TreeRing(key))[1]), **found)
-    write_results(output, "study_security_drawn_again", again, **facts)
-
-
-if __name__ == "__main__":
-    main()
+    facts = {"channels": list(place.channels), "radii": list(place.radii), "shows": SHOWS}
+    facts = {"settings": facts | {"calibration": bench.calibration}}
+    found = {"limits": limits(rows), "ring_z": None if z is None else z.tolist()}
+    bench.write(rows, figure_of(rows, z, cells(TreeRing(key))[1]), **facts, **found)
+    bench.write(again, name="security_drawn_again", **facts)

@@ -1,0 +1,175 @@
+"""Which key of many is in the picture, and is a wrong one ever named?
+
+    python -m scripts.experiments identification -o build/identification    # 64 + 64 images, 12 minutes of one core
+    python -m scripts.experiments identification -o build/small -n 2 --unmarked 2 --keys 2 --steps 4 --attack blur:4
+
+Every marked image carries a key of its own out of `max(--keys)`, in the default placement. For each K it is held
+against K keys, as a detector with a ring of K keys would do. Counted are
+
+- accuracy: the largest whitened cosine, and the smallest published distance as in arXiv 2305.20030 and 2404.14055,
+  belong to the key that is there; one of the K is always chosen;
+- the product's rule: keys with K p <= alpha are named, the best first. The right key is named, a wrong one, or none;
+- false accusations: of marked images, those for which any wrong key is named, beside the right one or alone; of
+  unmarked images, those for which any key is.
+
+The very same images serve for every K. All keys stand in a circle; image i carries key i, and its ring of K is that key
+and the K - 1 after it. So every image takes part at every K, no image is drawn for the sake of a small ring, and each
+larger ring holds the smaller: that a key is named less often among more keys is no luck of the draw. Keys are drawn
+alike, so which of them are the others is of no matter, but below the largest K images have different rings, and at the
+largest all have the same. An unmarked image is held against the ring that begins at its number. Keys are drawn as
+`ringmark keygen -n` draws them (none passes for another), but from --seed: such keys are for experiments only.
+
+p-values rest on the model's own calibration where it has one for these settings. Noise is recovered once for each
+image and attack, 1 s, and then scored against all keys at once; drawing costs 1.3 s.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ringmark.watermark.attacks.chains import Chain
+from ringmark.watermark.calibration import whitened_features
+from ringmark.watermark.detect.detector import ALPHA, Detector
+from ringmark.watermark.figures import COLOURS
+from ringmark.watermark.schemes.tree_ring import TreeRing
+from ringmark.watermark.statistics import cosine_p, published_distance
+from ringmark.watermark.tasks.keygen import draw_keys
+from scripts.experiments.common import Bench, attack_option, experiment, mark_in_turn, share
+from scripts.experiments.plots import intervals, legend_below, panels
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MARK, TEAL, AMBER, GREY = COLOURS
+SHOWN = dict(zip(  # outcome: style
+    ("cosine finds the key", "distance finds the key", "right key named", "falsely accused", "unmarked accused"),
+    ((INK, "-"), (AMBER, "--"), (TEAL, "-"), (MARK, "-"), (GREY, ":")),
+    strict=True,
+))  # fmt: skip
+
+
+def make_schemes(bench: Bench, number: int) -> list[TreeRing]:
+    """Keys of the default placement that can be told apart."""
+    rng = np.random.default_rng(bench.seed)
+    keys = draw_keys(bench.model, [], number, lambda: bench.key(seed=rng))[0]
+    return [TreeRing(key) for key in keys]
+
+
+def scores(detector: Detector, schemes: list[TreeRing], noise: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Whitened cosine, uncorrected p-value and published distance, each (N, K), of noise (N, C, h, w) and K keys.
+
+    Features are linear and alike for all keys of one pattern and placement, so the cosines are one matrix product
+    F Kᵀ of whitened rows of length 1; c and p are those of `Detector.statistic`, key by key.
+    """
+    nothing, first = torch.zeros(1, *detector.model.latent_shape), schemes[0]
+    features = whitened_features(first, noise, *detector.null)[0]
+    keys = np.stack([whitened_features(s, nothing, *detector.null)[1] for s in schemes])
+    cosine, bins = np.clip(_unit(features) @ _unit(keys).T, -1, 1), first.masked(noise)[0].numpy()
+    distance = [published_distance(bins, s.masked(nothing)[1].numpy()) for s in schemes]
+    return cosine, cosine_p(cosine, features.shape[1]), np.stack(distance, 1)
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    """Rows of length 1; those of nothing, of an inversion that failed, point nowhere."""
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)
+
+
+def members(images: int, keys: int, total: int) -> np.ndarray:
+    """(images, keys): of each image the numbers of its ring's keys, its own first, in a circle of `total` keys."""
+    return (np.arange(images)[:, None] + np.arange(keys)) % total
+
+
+def outcomes(cosine: np.ndarray, distance: np.ndarray, named: np.ndarray) -> dict[str, int]:
+    """How many marked images come out how: all (N, K), an image's own key first; `named` where K p ≤ alpha."""
+    right, any_named = (cosine.argmax(1) == 0) & (cosine[:, 0] != 0), named.any(1)
+    return {
+        "cosine finds the key": int(right.sum()),
+        "distance finds the key": int((distance.argmin(1) == 0).sum()),
+        "right key named": int((any_named & right).sum()),
+        "wrong key named": int((any_named & ~right).sum()),
+        "no key named": int((~any_named).sum()),
+        "falsely accused": int(named[:, 1:].any(1).sum()),
+    }
+
+
+def count(
+    condition: str, marked: tuple[np.ndarray, ...], unmarked: tuple[np.ndarray, ...], keys: int, alpha: float
+) -> list[dict]:
+    """A row an outcome, from cosines, p-values and distances (N, all keys) of marked and of unmarked images."""
+    ring = members(len(marked[0]), keys, marked[0].shape[1])
+    cosine, p, distance = (np.take_along_axis(x, ring, 1) for x in marked)
+    found = {name: share(n, len(ring)) for name, n in outcomes(cosine, distance, keys * p <= alpha).items()}
+    if len(unmarked[1]):
+        ring = members(len(unmarked[1]), keys, unmarked[1].shape[1])
+        accused = (keys * np.take_along_axis(unmarked[1], ring, 1) <= alpha).any(1)
+        found["unmarked accused"] = share(accused.sum(), len(ring))
+    return [{"attack": condition, "keys": keys, "outcome": name} | row for name, row in found.items()]
+
+
+def figure_of(rows: list[dict]) -> Figure:
+    """Shares against the number of keys, a panel for each attack."""
+    names = list(dict.fromkeys(r["attack"] for r in rows))
+    figure, axes = panels(1 + 3.2 * len(names), 4.4, across=len(names), sharey=True)
+    for ax, name in zip(axes, names, strict=True):
+        panel(ax, name, [r for r in rows if r["attack"] == name])
+    axes[0].set_ylabel("share of images, 95 % intervals")
+    legend_below(figure, 6, fontsize=8)
+    return figure
+
+
+def panel(ax: Axes, name: str, rows: list[dict]) -> None:
+    """One attack; lines stand a little apart, for most of them lie on one another."""
+    for i, (outcome, (colour, style)) in enumerate(SHOWN.items()):
+        members = [r for r in rows if r["outcome"] == outcome]
+        if members:
+            x, look = np.array([r["keys"] for r in members]) * 1.12 ** (i - 2), {"color": colour, "ls": style}
+            look |= {"fmt": "o", "ms": 3, "lw": 1.4, "capsize": 2, "label": outcome}
+            intervals(ax, x, members, "share", "low", "high", **look)
+    sizes = sorted({r["keys"] for r in rows})
+    ax.plot(sizes, [1 / k for k in sizes], color="black", lw=0.8, ls=":", label="chance")
+    ax.set(xscale="log", xlabel="keys in the ring", ylim=(-0.03, 1.03), title=name)
+    ax.set_xticks(sizes, map(str, sizes))
+    ax.minorticks_off()
+
+
+def summary(rows: list[dict]) -> str:
+    """Counts in words."""
+    return "\n".join(
+        f"{r['attack']:10} {r['keys']:5} keys  {r['outcome']:22} {r['count']:3} of {r['of']} "
+        f"[{r['low']:.3f}, {r['high']:.3f}]"
+        for r in rows
+    )
+
+
+@experiment(64, seed=40_000)
+@click.option("--unmarked", default=64, show_default=True, help="Images without a key beside them.")
+@click.option(
+    "--keys", "sizes", type=click.IntRange(2), multiple=True, default=(2, 16, 128, 1024), show_default=True,
+    help="Keys in the ring; again for more.",
+)  # fmt: skip
+@attack_option("jpeg:25", "blur:4", "noise:0.1")
+@click.option("--alpha", type=click.FloatRange(0, 1), default=ALPHA, show_default=True, help="Of the corrected p.")
+def main(bench: Bench, unmarked: int, sizes: tuple[int, ...], attacks: dict[str, Chain | None], alpha: float) -> None:
+    """N marked images, each with a key of its own, among K keys."""
+    schemes, number, rows = make_schemes(bench, max(sizes)), bench.number, []
+    noise, prompts = bench.fresh(number + unmarked)
+    start = torch.cat([mark_in_turn(schemes, noise[:number]), noise[number:]])
+    seen = bench.draw(start, prompts).images
+    for name, chain in tqdm(attacks.items(), "attacks", disable=None):
+        back = bench.noise_of(bench.attacked(seen, chain), name).nan_to_num()
+        found = scores(bench.detector, schemes, back)
+        marked, others = (tuple(x[part] for x in found) for part in (slice(number), slice(number, None)))
+        rows += [row for size in sorted(set(sizes)) for row in count(name, marked, others, size, alpha)]
+    click.echo(summary(rows))
+    place = schemes[0].placement
+    facts = {"channels": list(place.channels), "radii": list(place.radii), "calibration": bench.calibration}
+    facts |= {"keys_in_all": len(schemes), "keys_carried": min(number, len(schemes))}
+    bench.write(rows, figure_of(rows), settings=facts)
