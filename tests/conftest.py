@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
+import csv
+import json
 import os
-import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -40,13 +40,42 @@ settings.load_profile("ringmark")
 
 
 @pytest.fixture(scope="session")
-def scripts():
-    """The experiments and tools in scripts/ by name; processes of their own look for them where this one does."""
-    root = Path(__file__).resolve().parents[1]
-    sys.path.insert(0, str(root))
-    experiments = {path.stem for path in (root / "scripts" / "experiments").glob("*.py")}
-    yield lambda name: importlib.import_module(f"scripts.{'experiments.' * (name in experiments)}{name}")
-    sys.path.remove(str(root))
+def pocket():
+    """The embedded model, loaded once."""
+    from ringmark.inversion.models.pipeline import LatentModel
+
+    return LatentModel.from_pretrained("pocket")
+
+
+@pytest.fixture
+def bench(pocket, tmp_path):
+    """A run of an experiment on the embedded model, or on another: `bench(model=…, seed=…)`."""
+    from scripts.experiments.common import Bench
+
+    def make(model=pocket, **settings):
+        made = Bench("test", tmp_path, **settings)
+        vars(made)["model"] = model  # where the property keeps what it has loaded
+        return made
+
+    return make
+
+
+@pytest.fixture
+def experiment():
+    """Run an experiment as a command in this process; its results as read back from JSON."""
+    from click.testing import CliRunner
+
+    from scripts.experiments.__main__ import main
+
+    def run(name: str, out: Path, *options: object) -> dict:
+        done = CliRunner().invoke(main, [name, "-o", str(out), *map(str, options)], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        assert all((out / f"{name}.{suffix}").stat().st_size > 100 for suffix in ("csv", "png", "svg"))
+        found = json.loads((out / f"{name}.json").read_text())
+        assert len(list(csv.DictReader((out / f"{name}.csv").open()))) == len(found["rows"])
+        return found
+
+    return run
 
 
 @pytest.fixture(scope="session")

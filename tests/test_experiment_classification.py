@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 
 from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.schemes.tree_ring import Placement, TreeRing, make_key
 from ringmark.watermark.statistics import published_distance
+from scripts.experiments import classification as script
 
 SHAPE, PLACE = (4, 32, 32), Placement((3,), (6, 10))
-
-
-@pytest.fixture(scope="module")
-def script(scripts):
-    return scripts("reproduce_classification")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +20,7 @@ def scheme():
     return TreeRing(key)
 
 
-def test_a_weak_mark_is_between_none_and_the_schemes_own(script, scheme):
+def test_a_weak_mark_is_between_none_and_the_schemes_own(scheme):
     noise = initial_noise(list(range(40)), SHAPE)
     assert torch.allclose(script.Weak(scheme, 0.0).embed(noise), noise, atol=1e-5)
     assert torch.allclose(script.Weak(scheme, 1.0).embed(noise), scheme.embed(noise), atol=1e-5)
@@ -39,14 +32,14 @@ def test_a_weak_mark_is_between_none_and_the_schemes_own(script, scheme):
     assert torch.equal(marked[:, :3], noise[:, :3])
 
 
-def test_mcnemar_by_hand(script):
+def test_mcnemar_by_hand():
     one, other = np.array([1, 1, 1, 1, 1, 0, 1], bool), np.array([0, 0, 0, 0, 0, 1, 1], bool)
     assert script.mcnemar(one, other) == (5, 1, pytest.approx(2 * (1 + 6) / 2**6))
     assert script.mcnemar(other, one)[2] == script.mcnemar(one, other)[2]
     assert script.mcnemar(one, one) == (0, 0, 1.0)
 
 
-def test_confusion_and_interval(script):
+def test_confusion_and_interval():
     truth, chosen = np.array([0, 0, 1, 1, 2, 2]), np.array([0, 1, 1, 1, 2, 0])
     fit = 1.0 * (chosen == np.arange(3)[:, None])
     row = script.score("some", "any", truth, fit)
@@ -57,23 +50,19 @@ def test_confusion_and_interval(script):
     assert row["AUC low"] <= row["AUC"] <= row["AUC high"]
 
 
-def test_true_noise_is_always_recognised(script):
-    from ringmark.inversion.models.pipeline import LatentModel
-
-    model = LatentModel.from_pretrained("pocket")
-    schemes = script.make_schemes(model, PLACE, 5)
+def test_true_noise_is_always_recognised(pocket, bench):
+    schemes = script.make_schemes(bench(seed=5), PLACE)
     noise = torch.cat([script.Weak(s, 0.6).embed(initial_noise([k, k + 9], SHAPE)) for k, s in enumerate(schemes)])
-    for statistic, fit in script.fits(model, schemes, noise).items():
+    for statistic, fit in script.fits(pocket, schemes, noise).items():
         assert fit.argmax(0).tolist() == [0, 0, 1, 1, 2, 2], statistic
     nearest = [published_distance(*(x.numpy() for x in s.masked(noise))) for s in schemes]
     assert np.argmin(nearest, 0).tolist() == [0, 0, 1, 1, 2, 2]
 
 
-def test_small_setting(script, tmp_path):
-    options = ["-n", "1", "--its", "2", "--steps", "4", "--strength", "1", "--channel", "0", "--no-costs"]
-    done = CliRunner().invoke(script.main, [*options, "-o", str(tmp_path)], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    found = json.loads((tmp_path / "reproduce_classification.json").read_text())
+@pytest.mark.slow
+def test_small_setting(experiment, tmp_path):
+    options = ("-n", 1, "--its", 2, "--steps", 4, "--strength", 1, "--channel", 0, "--no-costs")
+    found = experiment("classification", tmp_path, *options)
     assert len(found["rows"]) == 2 * 4 and len(found["pairs"]) == 2 * 6
     for row in found["rows"]:
         table = np.array(row["confusion"])
@@ -84,4 +73,3 @@ def test_small_setting(script, tmp_path):
     for pair in found["pairs"]:
         gain = correct[pair["statistic"], pair["one"]] - correct[pair["statistic"], pair["other"]]
         assert pair["only one right"] - pair["only other right"] == gain
-    assert all((tmp_path / f"reproduce_classification.{kind}").stat().st_size for kind in ("csv", "png", "svg"))

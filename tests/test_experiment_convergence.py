@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from itertools import islice
 
 import pytest
@@ -13,15 +12,11 @@ from click.testing import CliRunner
 from ringmark.inversion.methods import Adam, Anderson, ForwardStep, InertialKM
 from ringmark.inversion.metrics import Walk, trace
 from ringmark.inversion.solve import norms, solve
+from scripts.experiments import convergence as script
 
 RATES = torch.tensor([0.4, 0.8, 1.6])
 ROOT = torch.tensor([[1.0, 2.0, 3.0], [-1.0, 0.5, 4.0]])
 START = ROOT + torch.tensor([[1.0, -2.0, 0.5], [0.3, 1.0, 2.0]])
-
-
-@pytest.fixture(scope="module")
-def script(scripts):
-    return scripts("reproduce_convergence")
 
 
 def linear(z, rows):
@@ -68,7 +63,7 @@ def test_a_path_that_overflows_has_no_minimum():
     assert walk.lowest.isnan().all()
 
 
-def test_shares_and_correlations(script):
+def test_shares_and_correlations():
     betas = torch.tensor([[1.0, 1.0, -1.0], [0.2, 1.0, 1.0], [9.0, 9.0, 9.0]])  # the last row is where the walk ends
     moving = torch.ones(2, 3, dtype=torch.bool)
     assert script.shares(betas, moving, 0.5) == pytest.approx({"steps": 4 / 6, "images": 1 / 3})
@@ -78,7 +73,7 @@ def test_shares_and_correlations(script):
     assert script.rank_correlation(x, torch.ones(4))["rho"] is None
 
 
-def test_what_theorems_ask_for(script):
+def test_what_theorems_ask_for():
     for name, walker in script.walkers(100).items():
         method = walker.method
         if isinstance(method, InertialKM):
@@ -89,35 +84,28 @@ def test_what_theorems_ask_for(script):
     assert set(steps) == set(script.TITLES)
 
 
-def test_the_small_setting(script, tmp_path):
+@pytest.mark.slow
+def test_the_small_setting(experiment, tmp_path, monkeypatch):
     methods = ("forward", "km", "km-none", "adam", "anderson")
-    command = ["-o", str(tmp_path), "-n", "2", "--steps", "4", "--at", "2", "--ddim", "2"]
-    command += [word for name in methods for word in ("--method", name)]
-    done = CliRunner().invoke(script.main, command, catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    first = (tmp_path / "reproduce_convergence.json").read_text()
-    found = json.loads(first)
-    rows = list(csv.DictReader((tmp_path / "reproduce_convergence.csv").open()))
+    options = ["-n", 2, "--walk", 4, "--at", 2, "--steps", 2]
+    options += [word for name in methods for word in ("--method", name)]
+    found = experiment("convergence", tmp_path, *options)
+    rows = list(csv.DictReader((tmp_path / "convergence.csv").open()))
     assert len(rows) == 2 * len(methods) and {r["method"] for r in rows} == set(methods)
-    said = {m["method"]: m for m in found["methods"]}
+    about = {m["method"]: m for m in found["methods"]}
     for name in ("forward", "km-none"):
-        assert said[name]["theorem 1"]["steps at which the inequality holds"] == 1
-    assert said["km"]["theorem 1"] is None and said["adam"]["above rho/2"] is None
+        assert about[name]["theorem 1"]["steps at which the inequality holds"] == 1
+    assert about["km"]["theorem 1"] is None and about["adam"]["above rho/2"] is None
     # From the encoder every method starts at the same residual; a plain step of 1 leaves the least of the paper's
-    left = {name: said[name]["residual left"]["median"] for name in methods}
+    left = {name: about[name]["residual left"]["median"] for name in methods}
     assert left["forward"] < left["km"] < left["adam"] < 1 and left["km"] < left["km-none"]
     assert found["momentum"][0]["momentum"] == "km" and found["momentum"][0]["residual ratio"]["median"] < 1
     for row in rows:
         assert 0 < float(row["distance_to_end"]) < float(row["first_distance_to_end"])
-    assert (tmp_path / "reproduce_convergence.png").stat().st_size > 10_000
-    script.Walk.along, kept = None, script.Walk.along  # a second run walks nothing
-    try:
-        CliRunner().invoke(script.main, command, catch_exceptions=False)
-    finally:
-        script.Walk.along = kept
-    assert (tmp_path / "reproduce_convergence.json").read_text() == first
+    monkeypatch.setattr(script.Walk, "along", None)  # a second run walks nothing
+    assert experiment("convergence", tmp_path, *options) == found
 
 
-def test_the_end_lies_beyond(script, tmp_path):
-    done = CliRunner().invoke(script.main, ["-o", str(tmp_path), "--steps", "5", "--at", "5"])
+def test_the_end_lies_beyond(tmp_path):
+    done = CliRunner().invoke(script.main, ["-o", str(tmp_path), "--walk", "5", "--at", "5"])
     assert done.exit_code == 2 and "--at" in done.output

@@ -16,16 +16,12 @@ from ringmark.inversion.decoder import Inverter
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.detector import Detector
 from ringmark.watermark.embed import initial_noise
+from scripts.experiments import false_positives as script
 
 
-@pytest.fixture(scope="module")
-def script(scripts):
-    return scripts("study_false_positives")
-
-
-@pytest.fixture(scope="module")
-def keys(script):
-    return script.families(MODEL, 2, 0)
+@pytest.fixture
+def keys(bench):
+    return script.families(bench(MODEL), 2)
 
 
 def test_the_families_are_those_the_text_names(keys):
@@ -35,7 +31,7 @@ def test_the_families_are_those_the_text_names(keys):
     assert [len({key.fingerprint for key in some}) for some in keys.values()] == [2, 2, 2, 1]
 
 
-def test_the_threshold_grows_with_the_side(script, keys):
+def test_the_threshold_grows_with_the_side(keys):
     """77 for latents of 64x64 is 38.5 for these, of 32x32: no distance of white noise, about 32 √(π/2) = 40, is far off."""
     noise = initial_noise(list(range(60)), MODEL.latent_shape)
     plain = Detector(MODEL, [], steps=2)
@@ -45,7 +41,7 @@ def test_the_threshold_grows_with_the_side(script, keys):
     assert (script.tested(looking, keys["rand"][0], 0.1 * noise[:5])["threshold 77"] == 0).all()  # nothing but the key
 
 
-def test_every_image_is_tested_on_the_null_of_the_other_half(script, keys):
+def test_every_image_is_tested_on_the_null_of_the_other_half(keys):
     noise = initial_noise(list(range(100)), MODEL.latent_shape)
     plain, key = Detector(MODEL, [], steps=2), keys["rand"][0]
     (found,) = script.by_halves(plain, noise, [key], noise)
@@ -56,7 +52,7 @@ def test_every_image_is_tested_on_the_null_of_the_other_half(script, keys):
     assert not np.array_equal(found["verdict"], script.by_halves(plain, noise, [key], noise.flip(-1))[0]["verdict"])
 
 
-def test_rates_by_hand(script):
+def test_rates_by_hand():
     p = np.array([0.0005, 0.004, 0.03, 0.5, 0.9])
     found = [{name: p for name in script.TESTS}, {name: np.ones(5) for name in script.TESTS}]
     rows = script.rows_of({}, found)
@@ -70,24 +66,27 @@ def test_rates_by_hand(script):
     assert low == 0 and high == pytest.approx(0.0183, abs=1e-4)
 
 
-def test_end_to_end_with_halves_and_an_attack(script, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_end_to_end_with_halves_and_an_attack(experiment, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "Detector", partial(Detector, inverter=Inverter.named("encoder")))  # the quick one
-    rng = np.random.default_rng(0)
-    (tmp_path / "photographs").mkdir()
+    rng, folder = np.random.default_rng(0), tmp_path / "photographs"
+    folder.mkdir()
     for i in range(38):
         pixels = rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((128, 128), Image.Resampling.BICUBIC).save(tmp_path / f"photographs/{i}.png")
-    run = [str(tmp_path / "photographs"), "-o", str(tmp_path / "out"), "--keys", "2", "--steps", "1"]
-    result = CliRunner().invoke(script.main, [*run, "--halves", "--attack", "flip"])
-    assert result.exit_code == 0, result.output
-    stored = json.loads((tmp_path / "out" / "study_false_positives.json").read_text())
+        Image.fromarray(pixels).resize((128, 128), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    options = ("--keys", 2, "--steps", 1, "--halves", "--attack", "flip")
+    stored = experiment("false_positives", tmp_path / "out", folder, *options)
     assert len(stored["rows"]) == 2 * 4 * 4 and len(stored["keys"]) == 2 * 4 * (3 * 2 + 1)
-    assert (tmp_path / "out" / "study_false_positives.png").stat().st_size > 5000
-    given = CliRunner().invoke(script.main, [*run, "--halves", "--calibration", "my.cal"])
+    assert stored["n"] == 38 and str(tmp_path) not in json.dumps(stored)
+
+
+def test_halves_make_their_own_calibration(tmp_path):
+    options = [str(tmp_path), "-o", str(tmp_path), "--halves", "--calibration", "my.cal"]
+    given = CliRunner().invoke(script.main, options)
     assert given.exit_code == 2 and "leave out one" in given.output
 
 
-def test_a_true_p_value_is_found_true_and_a_false_one_not(script, keys):
+def test_a_true_p_value_is_found_true_and_a_false_one_not(keys):
     noise = initial_noise(list(range(400)), MODEL.latent_shape)
     colour = torch.linspace(0.5, 1.5, 400)[:, None, None, None]  # images of different scales: the cosine forgives them
     plain = Detector(MODEL, [], steps=2)

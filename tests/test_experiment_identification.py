@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
-from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.watermark.detect.detector import Detector
 from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.statistics import published_distance
 from ringmark.watermark.tasks.keygen import cosine_bound
+from scripts.experiments import identification as script
+from scripts.experiments.common import share
 
 
-@pytest.fixture(scope="module")
-def script(scripts):
-    return scripts("study_identification")
+@pytest.fixture
+def schemes(bench):
+    return script.make_schemes(bench(seed=3), 5)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return LatentModel.from_pretrained("pocket")
-
-
-@pytest.fixture(scope="module")
-def schemes(script, model):
-    return script.make_schemes(model, 5, 3)
-
-
-def test_all_keys_at_once_are_scored_as_the_detector_scores_them_one_by_one(script, model, schemes):
-    noise = initial_noise(list(range(6)), model.latent_shape)
+def test_all_keys_at_once_are_scored_as_the_detector_scores_them_one_by_one(pocket, schemes):
+    noise = initial_noise(list(range(6)), pocket.latent_shape)
     noise = torch.cat([schemes[1].embed(noise[:3]) + 0.5 * noise[:3], noise[3:]])
-    detector = Detector(model, [], steps=1)
+    detector = Detector(pocket, [], steps=1)
     cosine, p, distance = script.scores(detector, schemes, noise)
     for k, scheme in enumerate(schemes):
         score, p_value = detector.statistic(scheme, noise)
@@ -43,23 +32,23 @@ def test_all_keys_at_once_are_scored_as_the_detector_scores_them_one_by_one(scri
     assert (cosine[:3].argmax(1) == 1).all() and (distance[:3].argmin(1) == 1).all()
 
 
-def test_keys_of_a_seed_are_the_same_and_can_be_told_apart(script, model, schemes):
-    again = script.make_schemes(model, 5, 3)
+def test_keys_of_a_seed_are_the_same_and_can_be_told_apart(pocket, bench, schemes):
+    again = script.make_schemes(bench(seed=3), 5)
     assert all(torch.equal(a.spectrum, b.spectrum) for a, b in zip(schemes, again, strict=True))
-    marks = torch.cat([s.embed(torch.zeros(1, *model.latent_shape)) for s in schemes])
-    cosine, _, _ = script.scores(Detector(model, [], steps=1), schemes, marks)
+    marks = torch.cat([s.embed(torch.zeros(1, *pocket.latent_shape)) for s in schemes])
+    cosine, _, _ = script.scores(Detector(pocket, [], steps=1), schemes, marks)
     assert np.allclose(np.diag(cosine), 1)
     assert cosine[~np.eye(5, dtype=bool)].max() < cosine_bound(len(schemes[0].feature_rings()[0]), 1e-3)
 
 
-def test_rings_begin_with_the_own_key_and_larger_ones_hold_the_smaller(script):
+def test_rings_begin_with_the_own_key_and_larger_ones_hold_the_smaller():
     assert script.members(4, 3, 8).tolist() == [[0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5]]
     assert script.members(3, 2, 2).tolist() == [[0, 1], [1, 0], [0, 1]]  # more images than keys: key i mod 2
     small, large = script.members(5, 4, 16), script.members(5, 16, 16)
     assert (large[:, :4] == small).all() and (np.sort(large) == np.arange(16)).all()
 
 
-def test_outcomes_by_hand(script):
+def test_outcomes_by_hand():
     cosine = np.array([[0.9, 0.1, 0.0], [0.8, 0.5, 0.0], [0.1, 0.7, 0.0], [0.2, 0.3, 0.1], [0.3, 0.2, 0.1]])
     found = script.outcomes(cosine, -cosine[:, [0, 2, 1]], cosine >= 0.5)
     assert found == {
@@ -73,7 +62,7 @@ def test_outcomes_by_hand(script):
     assert found["right key named"] + found["wrong key named"] + found["no key named"] == 5
 
 
-def test_p_is_corrected_for_the_ring_and_not_for_all_keys(script):
+def test_p_is_corrected_for_the_ring_and_not_for_all_keys():
     p = np.full((2, 4), 0.5)
     p[0, 0], p[1, 1], p[1, 0] = 4e-4, 1e-5, 1e-3  # image 1 carries key 1
     unmarked = np.full((3, 4), 0.5)
@@ -90,16 +79,15 @@ def test_p_is_corrected_for_the_ring_and_not_for_all_keys(script):
     assert rows[4, "unmarked accused"]["low"] < 1 / 3 < rows[4, "unmarked accused"]["high"]
 
 
-def test_clopper_pearson(script):
-    assert script.share(0, 64)["high"] == pytest.approx(1 - 0.025 ** (1 / 64)) and script.share(0, 64)["low"] == 0
-    assert script.share(64, 64)["low"] == pytest.approx(0.025 ** (1 / 64))
+def test_clopper_pearson():
+    assert share(0, 64)["high"] == pytest.approx(1 - 0.025 ** (1 / 64)) and share(0, 64)["low"] == 0
+    assert share(64, 64)["low"] == pytest.approx(0.025 ** (1 / 64))
 
 
-def test_small_setting(script, tmp_path):
-    options = ["-n", "2", "--unmarked", "1", "--keys", "2", "--keys", "16", "--steps", "4", "--attack", "blur:1"]
-    done = CliRunner().invoke(script.main, [*options, "-o", str(tmp_path)], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    found = json.loads((tmp_path / "study_identification.json").read_text())
+@pytest.mark.slow
+def test_small_setting(experiment, tmp_path):
+    options = ("-n", 2, "--unmarked", 1, "--keys", 2, "--keys", 16, "--steps", 4, "--attack", "blur:1")
+    found = experiment("identification", tmp_path, *options)
     rows = {(r["attack"], r["keys"], r["outcome"]): r for r in found["rows"]}
     assert len(rows) == 2 * 2 * 7 and found["settings"]["keys_in_all"] == 16
     for keys in (2, 16):
@@ -107,13 +95,12 @@ def test_small_setting(script, tmp_path):
         assert rows["clean", keys, "right key named"]["count"] == 2
     for attack in ("clean", "blur:1"):  # the more keys, the stricter the rule
         assert rows[attack, 2, "no key named"]["count"] <= rows[attack, 16, "no key named"]["count"]
-    assert all((tmp_path / f"study_identification.{kind}").stat().st_size for kind in ("csv", "png", "svg"))
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
-    CliRunner().invoke(script.main, [*options, "-o", str(tmp_path)], catch_exceptions=False)
+    experiment("identification", tmp_path, *options)
     assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
 
 
-def test_what_is_refused(script, tmp_path):
+def test_what_is_refused(tmp_path):
     for options, said in ((["--images", str(tmp_path)], "--images"), (["--attack", "melt:3"], "'melt'")):
         done = CliRunner().invoke(script.main, [*options, "-o", str(tmp_path)])
         assert done.exit_code == 2 and said in done.output

@@ -10,29 +10,25 @@ import pytest
 from click.testing import CliRunner
 
 from ringmark.watermark.evaluation.rates import roc
+from scripts.experiments import study_gain as script
 
 
-@pytest.fixture(scope="module")
-def script(scripts):
-    return scripts("study_gain")
-
-
-def scores(script, shift: float, seed: int = 0, n: int = 60, prompts: int = 60):
+def scores(shift: float, seed: int = 0, n: int = 60, prompts: int = 60):
     rng = np.random.default_rng(seed)
     named = [str(i % prompts) for i in range(n)]
     return script.Scores(rng.normal(shift, size=(2, n)), rng.normal(size=(2, n)), (named, named))
 
 
-def test_the_auc_is_that_of_the_roc(script):
+def test_the_auc_is_that_of_the_roc():
     rng = np.random.default_rng(0)
     marked, unmarked = rng.integers(0, 9, 40), rng.integers(0, 7, 30)  # with ties
     assert script.auc(marked, unmarked) == pytest.approx(roc(marked, unmarked).auc)
 
 
-def test_a_pair_has_a_narrower_interval_than_strangers(script):
-    one = scores(script, 1.0)
+def test_a_pair_has_a_narrower_interval_than_strangers():
+    one = scores(1.0)
     better = one._replace(marked=one.marked + 0.2)
-    paired, strange = script.gain(better, one, 300, 0), script.gain(scores(script, 1.2, 1), one, 300, 0)
+    paired, strange = script.gain(better, one, 300, 0), script.gain(scores(1.2, 1), one, 300, 0)
     width = lambda found: found["high"] - found["low"]
     assert 0 < paired["low"] < paired["gain"] < paired["high"] and width(paired) < width(strange) / 3
     assert script.gain(one, one, 50, 0) == pytest.approx(
@@ -40,15 +36,15 @@ def test_a_pair_has_a_narrower_interval_than_strangers(script):
     )
 
 
-def test_images_of_one_prompt_are_drawn_together(script):
+def test_images_of_one_prompt_are_drawn_together():
     drawn = script.resampled(["a", "b", "a", "c"], np.random.default_rng(3))
     counts = np.bincount(drawn, minlength=4)
     assert counts[0] == counts[2] and counts[0] + counts[1] + counts[3] == 3
-    few, many = (script.gain(scores(script, 1, prompts=p), scores(script, 0.5, 1, prompts=p), 300, 0) for p in (6, 60))
+    few, many = (script.gain(scores(1, prompts=p), scores(0.5, 1, prompts=p), 300, 0) for p in (6, 60))
     assert few["gain"] == many["gain"] and few["high"] - few["low"] != many["high"] - many["low"]
 
 
-def test_end_to_end(script, tmp_path):
+def test_end_to_end(tmp_path):
     with (tmp_path / "scores.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["key", "attack", "method", "image", "label", "prompt", "score", "published_distance"])

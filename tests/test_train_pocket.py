@@ -8,14 +8,10 @@ import pytest
 import torch
 
 from ringmark.data.scenes import scene
+from scripts import train_pocket as script
 
 
-@pytest.fixture(scope="module")
-def script(scripts):
-    return scripts("train_pocket")
-
-
-def start(script, path: Path):
+def start(path: Path):
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 1))
     run = script.Run(path, {"net": net}, lr=1e-2)
@@ -29,13 +25,13 @@ def start(script, path: Path):
     return run, loss
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(script, tmp_path):
-    whole, loss = start(script, tmp_path / "whole.safetensors")
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
+    whole, loss = start(tmp_path / "whole.safetensors")
     whole.train(loss, 10, lambda: None, every=3)
-    killed, loss = start(script, tmp_path / "killed.safetensors")
+    killed, loss = start(tmp_path / "killed.safetensors")
     with pytest.raises(KeyboardInterrupt):
         killed.train(lambda step: loss(step, dies_at=8), 10, lambda: None, every=3)
-    again, loss = start(script, tmp_path / "killed.safetensors")
+    again, loss = start(tmp_path / "killed.safetensors")
     assert again.step == 6
     again.train(loss, 10, lambda: None, every=3)
     for one, other in zip(whole.net.state_dict().values(), again.net.state_dict().values(), strict=True):
@@ -44,15 +40,15 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(script, tmp_path):
     assert again.step == 10 and again.seconds > 0 and not list(tmp_path.glob("*.tmp"))
 
 
-def test_pictures_are_drawn_with_averaged_weights_and_training_goes_on_with_its_own(script, tmp_path):
-    run, loss = start(script, tmp_path / "run.safetensors")
+def test_pictures_are_drawn_with_averaged_weights_and_training_goes_on_with_its_own(tmp_path):
+    run, loss = start(tmp_path / "run.safetensors")
     seen = []
     run.train(loss, 3, lambda: seen.append(run.net.state_dict()["net.0.weight"].clone()), every=1)
     assert torch.equal(seen[-1], run.ema["net.0.weight"])
     assert not torch.equal(run.net.state_dict()["net.0.weight"], run.ema["net.0.weight"])
 
 
-def test_every_word_of_a_caption_is_one_token(script):
+def test_every_word_of_a_caption_is_one_token():
     captions = [scene(i, 16).caption for i in range(300)]
     tokenizer = script.make_tokenizer(captions)
     for text in captions[::10]:
@@ -67,7 +63,7 @@ def test_every_word_of_a_caption_is_one_token(script):
     )
 
 
-def test_the_modules_fit_together(script):
+def test_the_modules_fit_together():
     tokenizer = script.make_tokenizer([scene(0, 16).caption])
     text = script.make_text_encoder(tokenizer)
     unet, vae = script.make_unet(text.config.hidden_size), script.make_autoencoder()

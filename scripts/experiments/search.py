@@ -21,7 +21,7 @@ from PIL import Image, ImageChops
 from torch import Tensor
 
 from ringmark.data.images import Sample, from_array, to_array
-from ringmark.watermark.attacks import distortions
+from ringmark.watermark.attacks import chains
 from ringmark.watermark.detect.detector import Detector
 from ringmark.watermark.detect.geometry import Search
 from ringmark.watermark.detect.search import SearchingDetector
@@ -42,7 +42,7 @@ def attacked(spec: str, image: Image.Image, seed: int) -> Image.Image:
     """One of ATTACKS; a shift is cyclic, so that nothing is lost but place."""
     if spec == "clean":
         return image
-    return ImageChops.offset(image, *SHIFT) if spec == "shift" else distortions.apply(spec, image, seed)
+    return ImageChops.offset(image, *SHIFT) if spec == "shift" else chains.apply(spec, image, seed)
 
 
 def without(detector: Detector, images: Tensor) -> dict[str, Tensor]:

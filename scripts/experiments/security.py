@@ -247,7 +247,8 @@ def figure_of(rows: list[dict], z: Tensor | None, marked: Tensor) -> Figure:
     for name, colour in (("ring shown", MARK), ("shown elsewhere", INK), ("unmarked shown", GREY)):
         plot_share(soon, [r for r in rows if r[f"{name}, of"]], name, colour)
     soon.set(xlabel="images averaged", ylabel=f"share of rings with z > {SHOWS:g}", ylim=(-0.03, 1.03))
-    soon.legend(frameon=False, fontsize=8)
+    if len(rows) > 1:
+        soon.legend(frameon=False, fontsize=8)
     return figure
 
 
