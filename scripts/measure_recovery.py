@@ -1,6 +1,6 @@
 """Measure how much of a model's initial noise comes back, per latent channel and ring, and store it with the model.
 
-    python scripts/measure_recovery.py            # pocket; about four minutes on two cores
+    python -m scripts.measure_recovery            # pocket; about four minutes on two cores
 
 Images are drawn from known noises, rounded to 8 bits, and inverted as verification does (empty prompt). keygen takes
 the default placement of the mark from the table, the detector the null variances.
@@ -19,10 +19,10 @@ from ringmark.data.images import from_array, to_array
 from ringmark.inversion.models.loading import resolve
 from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.inversion.noise_recovery import NoiseRecovery
-from ringmark.watermark.detect.detector import Detector
+from ringmark.inversion.recover import Recoverer
 from ringmark.watermark.embed import generate
 from ringmark.watermark.figures import recovery_figure, save_figure
-from ringmark.watermark.schemes.tree_ring import recommend
+from ringmark.watermark.schemes.fourier import recommend
 from ringmark.watermark.tasks.audit import prompts_for
 
 
@@ -37,21 +37,24 @@ def main(source: str, number: int, steps: int, guidance: float, seed: int, plot:
     """Measure noise recovery and store it in the model's folder."""
     folder = Path(resolve(source))
     model = LatentModel.from_pretrained(folder)
-    detector = Detector(model, [], steps=steps)
-    prompts = prompts_for([], number, seed)
-    drawn = generate(model, prompts, list(range(seed, seed + number)), steps=steps, guidance=guidance)
-    truth, recovered = [], []
-    drawn = iter(tqdm(drawn, "recover", number, disable=None))
-    while some := list(islice(drawn, 8)):
-        seen = [torch.from_numpy(to_array(from_array(one.image.numpy()))) for one in some]
-        truth += [one.noise for one in some]
-        recovered.append(detector.recover(torch.stack(seen)).noise)
-    recovery = NoiseRecovery.measure(torch.cat(recovered), torch.stack(truth))
+    recovery = measure(model, number, steps, guidance, seed)
     recovery.save(folder, images=number, steps=steps, guidance=guidance, seed=seed, model=model.identity["fingerprint"])
-    best = recommend(recovery, model.latent_shape)
-    click.echo(f"recommended mark: channels {list(best.channels)}, radii {best.radii[0]}-{best.radii[1]}")
+    click.echo(f"recommended mark: {recommend(recovery, model.latent_shape)}")
     if plot:
         save_figure(recovery_figure(recovery), plot)
+
+
+def measure(model: LatentModel, number: int, steps: int, guidance: float, seed: int) -> NoiseRecovery:
+    """What comes back of the noise of so many images, drawn for this and rounded to 8 bits."""
+    recoverer, prompts = Recoverer(model, steps=steps), prompts_for([], number, seed)
+    drawn = generate(model, prompts, list(range(seed, seed + number)), steps=steps, guidance=guidance)
+    drawn = iter(tqdm(drawn, "recover", number, disable=None))
+    truth, recovered = [], []
+    while group := list(islice(drawn, 8)):
+        images = [torch.from_numpy(to_array(from_array(one.image.numpy()))) for one in group]
+        truth += [one.noise for one in group]
+        recovered.append(recoverer(torch.stack(images)).noise)
+    return NoiseRecovery.measure(torch.cat(recovered), torch.stack(truth))
 
 
 if __name__ == "__main__":

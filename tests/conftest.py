@@ -23,13 +23,8 @@ collect_ignore = [
     "test_detect.py",
     "test_geometry.py",
     "test_keyring.py",
-    "test_reproduce_classification.py",
     "test_searching.py",
     "test_statistics.py",
-    "test_study_false_positives.py",
-    "test_study_identification.py",
-    "test_study_power.py",
-    "test_study_security.py",
     "test_tree_ring.py",
 ]
 

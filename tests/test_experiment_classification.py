@@ -7,16 +7,20 @@ import pytest
 import torch
 
 from ringmark.watermark.embed import initial_noise
-from ringmark.watermark.schemes.tree_ring import Placement, TreeRing, make_key
+from ringmark.watermark.schemes.base import make_key
+from ringmark.watermark.schemes.fourier import Placement
+from ringmark.watermark.schemes.tree_ring import TreeRing
 from ringmark.watermark.statistics import published_distance
 from scripts.experiments import classification as script
 
-SHAPE, PLACE = (4, 32, 32), Placement((3,), (6, 10))
+SHAPE, PLACE, NONE = (4, 32, 32), Placement((3,), (6, 10)), {"name": "none", "fingerprint": "0"}
 
 
 @pytest.fixture(scope="module")
 def scheme():
-    key = make_key(SHAPE, PLACE, model={"name": "none", "fingerprint": "0"}, rng=np.random.default_rng(3))
+    key = make_key(
+        "tree-ring", SHAPE, model=NONE, rng=np.random.default_rng(3), channels=PLACE.channels, radii=PLACE.radii
+    )
     return TreeRing(key)
 
 

@@ -10,18 +10,28 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from test_detect import MODEL
 
 from ringmark.inversion.decoder import Inverter
+from ringmark.inversion.recover import Recoverer
 from ringmark.watermark.calibration import Calibration
-from ringmark.watermark.detect.detector import Detector
 from ringmark.watermark.embed import initial_noise
 from scripts.experiments import false_positives as script
+
+SHAPE = (4, 32, 32)
 
 
 @pytest.fixture
 def keys(bench):
-    return script.families(bench(MODEL), 2)
+    return script.families(bench(), 2)
+
+
+@pytest.fixture
+def settings(pocket):
+    return Recoverer(pocket, steps=2).settings
+
+
+def calibration_of(noise, settings) -> Calibration:
+    return Calibration.measure(noise, settings.as_dict(), {"given": len(noise)})
 
 
 def test_the_families_are_those_the_text_names(keys):
@@ -31,25 +41,23 @@ def test_the_families_are_those_the_text_names(keys):
     assert [len({key.fingerprint for key in some}) for some in keys.values()] == [2, 2, 2, 1]
 
 
-def test_the_threshold_grows_with_the_side(keys):
+def test_the_threshold_grows_with_the_side(keys, settings):
     """77 for latents of 64x64 is 38.5 for these, of 32x32: no distance of white noise, about 32 √(π/2) = 40, is far off."""
-    noise = initial_noise(list(range(60)), MODEL.latent_shape)
-    plain = Detector(MODEL, [], steps=2)
-    looking = plain.with_calibration(Calibration.measure(noise, plain.settings(), {"drawn": 60}))
-    found = script.tested(looking, keys["rand"][0], 2 * noise[:5])
-    assert (found["threshold 77"] == 1).all()
-    assert (script.tested(looking, keys["rand"][0], 0.1 * noise[:5])["threshold 77"] == 0).all()  # nothing but the key
+    noise = initial_noise(list(range(60)), SHAPE)
+    calibration = calibration_of(noise, settings)
+    assert (script.tested(calibration, keys["rand"][0], 2 * noise[:5])["threshold 77"] == 1).all()
+    nothing_but_the_key = script.tested(calibration, keys["rand"][0], 0.1 * noise[:5])
+    assert (nothing_but_the_key["threshold 77"] == 0).all()
 
 
-def test_every_image_is_tested_on_the_null_of_the_other_half(keys):
-    noise = initial_noise(list(range(100)), MODEL.latent_shape)
-    plain, key = Detector(MODEL, [], steps=2), keys["rand"][0]
-    (found,) = script.by_halves(plain, noise, [key], noise)
-    odd = Calibration.measure(noise[1::2], plain.settings(), {"given": 50})
-    expected = script.tested(plain.with_calibration(odd), key, noise[::2])
+def test_every_image_is_tested_on_the_null_of_the_other_half(keys, settings):
+    noise, key = initial_noise(list(range(100)), SHAPE), keys["rand"][0]
+    (found,) = script.by_halves(settings, noise, [key], noise)
+    expected = script.tested(calibration_of(noise[1::2], settings), key, noise[::2])
     for name in script.TESTS:
         assert np.array_equal(found[name][::2], expected[name])
-    assert not np.array_equal(found["verdict"], script.by_halves(plain, noise, [key], noise.flip(-1))[0]["verdict"])
+    turned = script.by_halves(settings, noise, [key], noise.flip(-1))[0]
+    assert not np.array_equal(found["verdict"], turned["verdict"])
 
 
 def test_rates_by_hand():
@@ -68,7 +76,7 @@ def test_rates_by_hand():
 
 @pytest.mark.slow
 def test_end_to_end_with_halves_and_an_attack(experiment, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "Detector", partial(Detector, inverter=Inverter.named("encoder")))  # the quick one
+    monkeypatch.setattr(script, "Recoverer", partial(Recoverer, inverter=Inverter.named("encoder")))  # the quick one
     rng, folder = np.random.default_rng(0), tmp_path / "photographs"
     folder.mkdir()
     for i in range(38):
@@ -86,11 +94,10 @@ def test_halves_make_their_own_calibration(tmp_path):
     assert given.exit_code == 2 and "leave out one" in given.output
 
 
-def test_a_true_p_value_is_found_true_and_a_false_one_not(keys):
-    noise = initial_noise(list(range(400)), MODEL.latent_shape)
+def test_a_true_p_value_is_found_true_and_a_false_one_not(keys, settings):
+    noise = initial_noise(list(range(400)), SHAPE)
     colour = torch.linspace(0.5, 1.5, 400)[:, None, None, None]  # images of different scales: the cosine forgives them
-    plain = Detector(MODEL, [], steps=2)
-    found = script.by_halves(plain, noise * colour, keys["rand"], noise * colour)
+    found = script.by_halves(settings, noise * colour, keys["rand"], noise * colour)
     rows = {row["test"]: row for row in script.pooled({}, found, 0)}
     assert rows["verdict"]["KS p least"] > 0.01 and rows["verdict"]["0.05 held"] == 2
     assert rows["threshold 77"]["0.05 held"] == 0

@@ -7,12 +7,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from ringmark.watermark.detect.detector import Detector
 from ringmark.watermark.embed import initial_noise
-from ringmark.watermark.statistics import published_distance
-from ringmark.watermark.tasks.keygen import cosine_bound
+from ringmark.watermark.null import Null
+from ringmark.watermark.statistics import cosine_bound, published_distance
 from scripts.experiments import identification as script
-from scripts.experiments.common import share
+from scripts.experiments.common import score_and_p, share
 
 
 @pytest.fixture
@@ -20,13 +19,13 @@ def schemes(bench):
     return script.make_schemes(bench(seed=3), 5)
 
 
-def test_all_keys_at_once_are_scored_as_the_detector_scores_them_one_by_one(pocket, schemes):
+def test_all_keys_at_once_are_scored_as_one_by_one(pocket, schemes):
     noise = initial_noise(list(range(6)), pocket.latent_shape)
     noise = torch.cat([schemes[1].embed(noise[:3]) + 0.5 * noise[:3], noise[3:]])
-    detector = Detector(pocket, [], steps=1)
-    cosine, p, distance = script.scores(detector, schemes, noise)
+    null = Null.of_model(pocket)
+    cosine, p, distance = script.scores(null, schemes, noise)
     for k, scheme in enumerate(schemes):
-        score, p_value = detector.statistic(scheme, noise)
+        score, p_value = score_and_p(scheme, null, noise)
         assert np.allclose(cosine[:, k], score, atol=1e-12) and np.allclose(p[:, k], p_value, rtol=1e-6)
         assert np.allclose(distance[:, k], published_distance(*(x.numpy() for x in scheme.masked(noise))))
     assert (cosine[:3].argmax(1) == 1).all() and (distance[:3].argmin(1) == 1).all()
@@ -36,9 +35,9 @@ def test_keys_of_a_seed_are_the_same_and_can_be_told_apart(pocket, bench, scheme
     again = script.make_schemes(bench(seed=3), 5)
     assert all(torch.equal(a.spectrum, b.spectrum) for a, b in zip(schemes, again, strict=True))
     marks = torch.cat([s.embed(torch.zeros(1, *pocket.latent_shape)) for s in schemes])
-    cosine, _, _ = script.scores(Detector(pocket, [], steps=1), schemes, marks)
+    cosine, _, _ = script.scores(Null.of_model(pocket), schemes, marks)
     assert np.allclose(np.diag(cosine), 1)
-    assert cosine[~np.eye(5, dtype=bool)].max() < cosine_bound(len(schemes[0].feature_rings()[0]), 1e-3)
+    assert cosine[~np.eye(5, dtype=bool)].max() < cosine_bound(schemes[0].numbers, 1e-3)
 
 
 def test_rings_begin_with_the_own_key_and_larger_ones_hold_the_smaller():

@@ -13,16 +13,22 @@ from scipy import stats
 
 from ringmark.inversion.noise_recovery import NoiseRecovery
 from ringmark.watermark.embed import initial_noise
-from ringmark.watermark.schemes.tree_ring import Placement, TreeRing, make_key
-from ringmark.watermark.statistics import cosine_test
+from ringmark.watermark.null import Null
+from ringmark.watermark.schemes.base import make_key
+from ringmark.watermark.schemes.fourier import Placement
+from ringmark.watermark.schemes.tree_ring import TreeRing
 from scripts.experiments import security as script
+from scripts.experiments.common import score_and_p
 
 SHAPE, PLACE, ALPHA = (4, 32, 32), Placement((0, 2), (7, 9)), 1e-3
+NONE = {"name": "none", "fingerprint": "0"}
 
 
 @pytest.fixture(scope="module")
 def key():
-    return make_key(SHAPE, PLACE, model={"name": "none", "fingerprint": "0"}, rng=np.random.default_rng(3))
+    return make_key(
+        "tree-ring", SHAPE, model=NONE, rng=np.random.default_rng(3), channels=PLACE.channels, radii=PLACE.radii
+    )
 
 
 def recovered(key, number: int, a: float, v: float, seed: int = 0):
@@ -32,9 +38,9 @@ def recovered(key, number: int, a: float, v: float, seed: int = 0):
 
 
 def p_of(key, estimate) -> float:
-    """Of noise marked with the estimate, tested with the key, nothing lost."""
+    """Of noise marked with the estimate, score_and_p with the key, nothing lost."""
     noise = TreeRing(estimate).embed(initial_noise([9], SHAPE))
-    return float(cosine_test(*(x.numpy() for x in TreeRing(key).features(noise)))[1][0])
+    return float(score_and_p(TreeRing(key), Null.white(SHAPE), noise)[1][0])
 
 
 def test_a_key_forged_from_perfect_recovery_is_the_key(key):
@@ -110,7 +116,7 @@ def test_limits_by_hand():
 
 def test_only_the_ring_is_replaced(key, bench):
     noise = TreeRing(key).embed(initial_noise([1, 2, 3], SHAPE))
-    model = SimpleNamespace(latent_shape=SHAPE, identity={"name": "none", "fingerprint": "0"})
+    model = SimpleNamespace(latent_shape=SHAPE, identity=NONE)
     changed = script.replaced(bench(model, seed=7), noise, PLACE)
     before, after = (torch.fft.fft2(x.double(), norm="ortho") for x in (noise, changed))
     inside = torch.zeros(4, 32, 32, dtype=torch.bool)

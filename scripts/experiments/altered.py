@@ -23,7 +23,7 @@ from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
-from ringmark.inversion.decoder import INVERTERS, SLOWER, WITHIN, Inverter, fall, invert_decoder
+from ringmark.inversion.decoder import INVERTERS, SLOWER, WITHIN, Inverter, invert_decoder, remaining_share
 from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.watermark.attacks.chains import Chain
 from ringmark.watermark.figures import COLOURS
@@ -52,7 +52,7 @@ def falls(model: LatentModel, images: Tensor) -> dict[str, Tensor]:
     take = partial(invert_decoder, model.encode, model.decode, max_steps=WITHIN, tol=None)
     images = images.to(model.device)
     drawn = model.decode(model.encode(images)).clamp(-1, 1)
-    return {"slower": (fall(take(images)) / fall(take(drawn))).cpu()}
+    return {"slower": (remaining_share(take(images)) / remaining_share(take(drawn))).cpu()}
 
 
 def mean_of(cosines: np.ndarray) -> dict[str, float]:
@@ -107,4 +107,4 @@ def main(bench: Bench, attacks: dict[str, Chain | None]) -> None:
     for name, chain in tqdm(attacks.items(), "attacks", disable=None):
         rows += measure(bench, scheme, name, bench.attacked(seen, chain))
         click.echo(summary(rows[-len(WAYS) :]))
-    bench.write(rows, figure_of(rows), slower=SLOWER, within=WITHIN, calibration=bench.calibration)
+    bench.write(rows, figure_of(rows), slower=SLOWER, within=WITHIN, calibration=bench.calibration_used)

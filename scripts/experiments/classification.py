@@ -36,10 +36,12 @@ from ringmark.inversion.decoder import Inverter
 from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.evaluation.rates import Curve, confusion, roc
-from ringmark.watermark.schemes.tree_ring import Placement, TreeRing
+from ringmark.watermark.null import Null
+from ringmark.watermark.schemes.fourier import Placement
+from ringmark.watermark.schemes.tree_ring import TreeRing
 from ringmark.watermark.statistics import published_distance
 from ringmark.watermark.tasks.audit import prompts_for
-from scripts.experiments.common import Bench, experiment, untuned_scores
+from scripts.experiments.common import Bench, experiment, score_and_p
 from scripts.experiments.costs import peak_memory, seconds
 from scripts.experiments.plots import panels
 
@@ -92,7 +94,7 @@ def drawn(bench: Bench, schemes: list[Weak]) -> Tensor:
 def fits(model: LatentModel, schemes: list[TreeRing], noise: Tensor) -> dict[str, np.ndarray]:
     """For each statistic how well each key fits each image (KEYS, N), the larger the better."""
     distance = [-published_distance(*(x.numpy() for x in s.masked(noise))) for s in schemes]
-    cosine = [untuned_scores(model, s, noise) for s in schemes]
+    cosine = [score_and_p(s, Null.of_model(model), noise)[0] for s in schemes]
     return dict(zip(STATISTICS, (np.stack(distance), np.stack(cosine)), strict=True))
 
 

@@ -30,13 +30,16 @@ from ringmark.inversion.models.loading import resolve
 from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.inversion.recover import Recoverer
 from ringmark.watermark.attacks.chains import Chain, apply, expand, seed_of
-from ringmark.watermark.detect.detector import Detector, with_built_in
+from ringmark.watermark.calibration import Calibration
+from ringmark.watermark.detect.verifier import built_in_calibration
 from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.evaluation.cells import CLEAN
 from ringmark.watermark.evaluation.rates import rate
 from ringmark.watermark.figures import save_figure, write_table
 from ringmark.watermark.keys.key import Key
-from ringmark.watermark.schemes.tree_ring import Placement, TreeRing, make_key, recommend
+from ringmark.watermark.null import Null
+from ringmark.watermark.schemes.base import DEFAULT, Scheme, make_key
+from ringmark.watermark.schemes.fourier import Placement, recommend
 from ringmark.watermark.tasks.audit import prompts_for
 
 if TYPE_CHECKING:
@@ -94,25 +97,36 @@ class Bench:
         return LatentModel.from_pretrained(self.source, dtype=self.dtype and getattr(torch, self.dtype))
 
     @cached_property
-    def detector(self) -> Detector:
-        """Without keys, on the model's own calibration where it has one for these settings."""
-        return with_built_in(Detector(self.model, [], steps=self.steps), Path(resolve(self.source)))[0]
+    def recoverer(self) -> Recoverer:
+        """As the product recovers noise by default."""
+        return Recoverer(self.model, steps=self.steps)
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """The model's own, where it has one for these settings."""
+        return built_in_calibration(self.recoverer, [], Path(resolve(self.source)))[0]
 
     @property
-    def calibration(self) -> str | None:
-        """The fingerprint of the calibration in use."""
-        return self.detector.settings()["calibration"]
+    def calibration_used(self) -> str | None:
+        """Its fingerprint."""
+        return self.calibration.fingerprint if self.calibration else None
 
-    def test(self, scheme: TreeRing, noise: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    @property
+    def null(self) -> Null:
+        """The calibration's, or else what is known of the model."""
+        return self.calibration.null if self.calibration else Null.of_model(self.model)
+
+    def test(self, scheme: Scheme, noise: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Score and uncorrected p-value (N,) of recovered noise (N, C, h, w)."""
-        return self.detector.statistic(scheme, noise)
+        return score_and_p(scheme, self.null, noise)
 
     def key(
         self, place: Placement | None = None, *, seed: int | list[int] | np.random.Generator, **pattern: Any
     ) -> Key:
         """A key of the default placement, unless another is given. From a seed: an experiment's key is no secret."""
         place, rng = place or self.placement, np.random.default_rng(seed)
-        return make_key(self.model.latent_shape, place, model=self.model.identity, rng=rng, **pattern)
+        pattern |= {"channels": place.channels, "radii": place.radii}
+        return make_key(DEFAULT, self.model.latent_shape, model=self.model.identity, rng=rng, **pattern)
 
     @property
     def placement(self) -> Placement:
@@ -151,7 +165,7 @@ class Bench:
         drawn = self.batches(["draw", self.steps, guidance], make, noise, prompts, name=f"{name}: draw")
         return Pictures(**drawn, noise=noise, names=prompts)
 
-    def pictures(self, scheme: TreeRing | None = None) -> Pictures:
+    def pictures(self, scheme: Scheme | None = None) -> Pictures:
         """Photographs, if a folder is given; else drawn, the first half marked if there is a scheme."""
         if self.photographs:
             return photographs(self.model, self.photographs, self.number)
@@ -169,10 +183,8 @@ class Bench:
     def recover(self, latents: Tensor, name: str) -> Tensor:
         """The noise (N, C, h, w) that latents come from, by naive DDIM inversion with the empty prompt."""
 
-        recoverer = Recoverer(self.model, steps=self.steps)
-
         def make(some: Tensor) -> dict[str, Tensor]:
-            return {"noise": recoverer.noise(some)}
+            return {"noise": self.recoverer.noise(some)}
 
         return self.batches(["recover", self.steps], make, latents, name=f"{name}: noise")["noise"]
 
@@ -239,14 +251,16 @@ def eight_bit(images: Tensor) -> Tensor:
     return torch.stack([torch.from_numpy(to_array(from_array(x.clamp(-1, 1).numpy()))) for x in images])
 
 
-def mark_in_turn(schemes: Sequence[TreeRing], noise: Tensor) -> Tensor:
+def mark_in_turn(schemes: Sequence[Scheme], noise: Tensor) -> Tensor:
     """Noise (N, C, h, w), the first sample marked by the first scheme, and so on in a circle."""
     return torch.cat([schemes[i % len(schemes)].embed(z[None]) for i, z in enumerate(noise)])
 
 
-def untuned_scores(model: LatentModel, scheme: TreeRing, noise: Tensor) -> np.ndarray:
-    """Scores (N,) of recovered noise on the null that is measured with the model, without a calibration."""
-    return Detector(model, [], steps=1).statistic(scheme, noise)[0]
+def score_and_p(scheme: Scheme, null: Null, noise: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Score and uncorrected p-value (N,) of recovered noise (N, C, h, w) under a null."""
+    test = scheme.on(null)
+    scores = test.score(test.observe(noise))
+    return scores, 10 ** test.log10_p(scores)
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Decoder inversion against the paper's method and the gradient baseline: accuracy, time, memory, detection.
+"""Decoder inversion against the paper's method and the gradient baseline: accuracy, time, memory.
 
     python -m scripts.experiments decoder -o build/bench                  # 64 images; about an hour on two cores
     python -m scripts.experiments decoder -o build/bench -n 4 --its 10    # a minute
@@ -21,8 +21,10 @@ from ringmark.inversion.methods import Adam
 from ringmark.inversion.metrics import correlation, nmse_db
 from ringmark.watermark.evaluation.rates import roc
 from ringmark.watermark.figures import write_table
-from ringmark.watermark.schemes.tree_ring import Placement, TreeRing
-from scripts.experiments.common import Bench, Inverted, Pictures, experiment, mean_and_error, untuned_scores
+from ringmark.watermark.null import Null
+from ringmark.watermark.schemes.fourier import Placement
+from ringmark.watermark.schemes.tree_ring import TreeRing
+from scripts.experiments.common import Bench, Inverted, Pictures, experiment, mean_and_error, score_and_p
 from scripts.experiments.costs import peak_memory, seconds
 from scripts.experiments.plots import columns, panels
 
@@ -77,7 +79,7 @@ def worth(bench: Bench, latents: Tensor, seen: Pictures, scheme: TreeRing, name:
     """What latents are good for: correlation of true and recovered noise, and the AUC of the weak ring."""
     noise = bench.recover(latents, name)
     mean, error = mean_and_error(correlation(noise, seen.noise))
-    score, half = untuned_scores(bench.model, scheme, noise), len(noise) // 2
+    score, half = score_and_p(scheme, Null.of_model(bench.model), noise)[0], len(noise) // 2
     curve = roc(score[:half], score[half:])
     low, high = curve.auc_interval
     ring = {"weak ring AUC": curve.auc, "AUC low": low, "AUC high": high}

@@ -39,6 +39,7 @@ from tqdm import tqdm
 from ringmark.data.sources import find_images
 from ringmark.errors import RingmarkError
 from ringmark.inversion.models.loading import resolve
+from ringmark.inversion.recover import Recoverer, RecoverySettings
 from ringmark.watermark.attacks.chains import Chain
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.detector import Detector
@@ -46,8 +47,8 @@ from ringmark.watermark.evaluation.cells import CLEAN
 from ringmark.watermark.evaluation.rates import rate
 from ringmark.watermark.figures import COLOURS
 from ringmark.watermark.keys.key import Key
-from ringmark.watermark.schemes.tree_ring import Placement
-from ringmark.watermark.statistics import conformal_p, published_distance, published_p_value
+from ringmark.watermark.schemes.fourier import Placement
+from ringmark.watermark.statistics import conformal_p
 from ringmark.watermark.tasks.attack import attack_files, attacked_name
 from ringmark.watermark.tasks.recover import recover_files
 from scripts.experiments.common import SEED, Bench, attack_option, experiment
@@ -79,31 +80,25 @@ def families(bench: Bench, number: int) -> dict[str, list[Key]]:
     }
 
 
-def tested(detector: Detector, key: Key, noise: Tensor) -> Tests:
-    """Of each test its p-values (n,) on recovered noise (n, C, h, w); of the threshold 0 where it fires, else 1."""
-    looking = Detector(
-        detector.model, [key], inverter=detector.inverter, steps=detector.steps, calibration=detector.calibration
-    )
-    scheme = looking.schemes[key.fingerprint]
-    score, p = looking.statistic(scheme, noise)
-    published = [x.numpy() for x in scheme.masked(noise)]
-    fires = published_distance(*published) < LITERAL * min(detector.model.latent_shape[1:]) / 64
-    conformal = conformal_p(score, looking.reference_scores(key.fingerprint))
-    return dict(zip(TESTS, (p, conformal, published_p_value(*published), 1.0 - fires), strict=True))
+def tested(calibration: Calibration, key: Key, noise: Tensor) -> Tests:
+    """p-values (n,) of recovered noise (n, C, h, w) by test; of the threshold 0 where it fires, else 1."""
+    detector, name = Detector([key], null=calibration.null, calibration=calibration), key.fingerprint
+    score, log10_p = detector.statistic(name, noise)
+    published = detector.schemes[name].published(noise)
+    fires = published["published_distance"].values < LITERAL * min(calibration.latent_shape[1:]) / 64
+    conformal = conformal_p(score, detector.reference_scores(name))
+    return dict(zip(TESTS, (10**log10_p, conformal, published["published_p"].values, 1.0 - fires), strict=True))
 
 
-def by_halves(detector: Detector, clean: Tensor, keys: list[Key], noise: Tensor) -> list[Tests]:
+def by_halves(settings: RecoverySettings, clean: Tensor, keys: list[Key], noise: Tensor) -> list[Tests]:
     """Of each key its tests of every image's `noise`, on the null of those images of the other half that are `clean`."""
-    both = []
+    joined = [{name: np.empty(len(noise)) for name in TESTS} for _ in keys]
     for half in (0, 1):
         other = clean[1 - half :: 2]
-        made = detector.with_calibration(Calibration.measure(other, detector.settings(), {"given": len(other)}))
-        both.append([tested(made, key, noise[half::2]) for key in keys])
-    joined = [{name: np.empty(len(noise)) for name in TESTS} for _ in keys]
-    for half, found in enumerate(both):
-        for whole, part in zip(joined, found, strict=True):
-            for name in TESTS:
-                whole[name][half::2] = part[name]
+        calibration = Calibration.measure(other, settings.as_dict(), {"given": len(other)})
+        for whole, key in zip(joined, keys, strict=True):
+            for name, p in tested(calibration, key, noise[half::2]).items():
+                whole[name][half::2] = p
     return joined
 
 
@@ -187,14 +182,6 @@ def summary(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def detector_of(bench: Bench, calibration: Path | None, halves: bool) -> Detector:
-    """The default detector, on a calibration unless the images make their own."""
-    plain = Detector(bench.model, [], steps=bench.steps)
-    if halves:
-        return plain
-    return plain.with_calibration(Calibration.load(calibration or Path(resolve(bench.source)) / Calibration.FILE))
-
-
 def attacked_files(bench: Bench, folder: Path, attacks: dict[str, Chain | None]) -> dict[str, list[Path]]:
     """The images of a folder by attack; attacked ones are written."""
     images = find_images(folder)
@@ -207,9 +194,9 @@ def attacked_files(bench: Bench, folder: Path, attacks: dict[str, Chain | None])
     return places
 
 
-def recovered(detector: Detector, places: dict[str, list[Path]], cache: Path) -> dict[str, Tensor]:
+def recovered(recoverer: Recoverer, places: dict[str, list[Path]], cache: Path) -> dict[str, Tensor]:
     """Noise of all files by attack. Raises RingmarkError where some file cannot be used."""
-    found = {name: recover_files(detector, paths, cache, name=name) for name, paths in places.items()}
+    found = {name: recover_files(recoverer, paths, cache, name=name) for name, paths in places.items()}
     for name, files in found.items():
         if unusable := len(files.refused) + len(files.doubts):
             raise RingmarkError(f"{name}: {unusable} images cannot be used; move them")
@@ -231,17 +218,19 @@ def main(bench: Bench, folder: Path, calibration: Path | None, halves: bool, att
     """False-positive rates on the unmarked images of FOLDER."""
     if halves and calibration:
         raise click.UsageError("--halves makes its own calibrations; leave out one of the two")
-    detector, found = detector_of(bench, calibration, halves), {}
-    noise = recovered(detector, attacked_files(bench, folder, attacks), bench.cache)
+    recoverer = Recoverer(bench.model, steps=bench.steps)
+    made = None if halves else Calibration.load(calibration or Path(resolve(bench.source)) / Calibration.FILE)
+    if made:
+        made.check(recoverer.settings.as_dict())
+    noise, found = recovered(recoverer, attacked_files(bench, folder, attacks), bench.cache), {}
     for family, keys in families(bench, bench.number).items():
         for name in tqdm(noise, family, disable=None):
-            if halves:
-                found[name, family] = by_halves(detector, noise[CLEAN], keys, noise[name])
+            if made:
+                found[name, family] = [tested(made, key, noise[name]) for key in keys]
             else:
-                found[name, family] = [tested(detector, key, noise[name]) for key in keys]
+                found[name, family] = by_halves(recoverer.settings, noise[CLEAN], keys, noise[name])
     rows = [row for about, tests in sorted(found.items()) for row in pooled(_about(about), tests, bench.seed)]
     every = [row for about, tests in found.items() for row in rows_of(_about(about), tests)]
     click.echo(summary(rows))
-    used = "halves" if halves else detector.calibration.fingerprint
-    facts = {"n": len(noise[CLEAN]), "keys_each": bench.number, "calibration": used}
+    facts = {"n": len(noise[CLEAN]), "keys_each": bench.number, "calibration": made.fingerprint if made else "halves"}
     bench.write(rows, figure_of(found), keys=every, **facts)

@@ -34,11 +34,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ringmark.watermark.attacks.chains import Chain
-from ringmark.watermark.calibration import whitened_features
-from ringmark.watermark.detect.detector import ALPHA, Detector
 from ringmark.watermark.figures import COLOURS
+from ringmark.watermark.null import Null
 from ringmark.watermark.schemes.tree_ring import TreeRing
-from ringmark.watermark.statistics import cosine_p, published_distance
+from ringmark.watermark.statistics import ALPHA, cosine_p, published_distance
 from ringmark.watermark.tasks.keygen import draw_keys
 from scripts.experiments.common import Bench, attack_option, experiment, mark_in_turn, share
 from scripts.experiments.plots import intervals, legend_below, panels
@@ -62,17 +61,17 @@ def make_schemes(bench: Bench, number: int) -> list[TreeRing]:
     return [TreeRing(key) for key in keys]
 
 
-def scores(detector: Detector, schemes: list[TreeRing], noise: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def scores(null: Null, schemes: list[TreeRing], noise: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Whitened cosine, uncorrected p-value and published distance, each (N, K), of noise (N, C, h, w) and K keys.
 
-    Features are linear and alike for all keys of one pattern and placement, so the cosines are one matrix product
-    F Kᵀ of whitened rows of length 1; c and p are those of `Detector.statistic`, key by key.
+    Keys of one kind observe the same features, so the cosines are one matrix product F Kᵀ of rows of length 1; c and p
+    are those of each key's own test.
     """
-    nothing, first = torch.zeros(1, *detector.model.latent_shape), schemes[0]
-    features = whitened_features(first, noise, *detector.null)[0]
-    keys = np.stack([whitened_features(s, nothing, *detector.null)[1] for s in schemes])
+    tests, first = [scheme.on(null) for scheme in schemes], schemes[0]
+    features, keys = tests[0].observe(noise), np.stack([test.template for test in tests])
     cosine, bins = np.clip(_unit(features) @ _unit(keys).T, -1, 1), first.masked(noise)[0].numpy()
-    distance = [published_distance(bins, s.masked(nothing)[1].numpy()) for s in schemes]
+    nothing = torch.zeros(1, *first.latent_shape)
+    distance = [published_distance(bins, scheme.masked(nothing)[1].numpy()) for scheme in schemes]
     return cosine, cosine_p(cosine, features.shape[1]), np.stack(distance, 1)
 
 
@@ -165,11 +164,11 @@ def main(bench: Bench, unmarked: int, sizes: tuple[int, ...], attacks: dict[str,
     seen = bench.draw(start, prompts).images
     for name, chain in tqdm(attacks.items(), "attacks", disable=None):
         back = bench.noise_of(bench.attacked(seen, chain), name).nan_to_num()
-        found = scores(bench.detector, schemes, back)
+        found = scores(bench.null, schemes, back)
         marked, others = (tuple(x[part] for x in found) for part in (slice(number), slice(number, None)))
         rows += [row for size in sorted(set(sizes)) for row in count(name, marked, others, size, alpha)]
     click.echo(summary(rows))
     place = schemes[0].placement
-    facts = {"channels": list(place.channels), "radii": list(place.radii), "calibration": bench.calibration}
+    facts = {"channels": list(place.channels), "radii": list(place.radii), "calibration": bench.calibration_used}
     facts |= {"keys_in_all": len(schemes), "keys_carried": min(number, len(schemes))}
     bench.write(rows, figure_of(rows), settings=facts)

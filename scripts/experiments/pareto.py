@@ -1,4 +1,4 @@
-"""NMSE against time and memory: encoder, gradient descent, the paper's Adam and ours (arXiv 2409.18442).
+"""Accuracy against time and memory of each decoder inversion (arXiv 2409.18442).
 
     python -m scripts.experiments pareto -o build/bench                     # with the images and cache of `decoder`
     python -m scripts.experiments pareto -o build/small -n 2 --shortest 4   # under two minutes

@@ -21,11 +21,13 @@ from PIL import Image, ImageChops
 from torch import Tensor
 
 from ringmark.data.images import Sample, from_array, to_array
+from ringmark.inversion.models.pipeline import LatentModel
+from ringmark.inversion.recover import Recoverer
 from ringmark.watermark.attacks import chains
 from ringmark.watermark.detect.detector import Detector
-from ringmark.watermark.detect.geometry import Search
-from ringmark.watermark.detect.search import SearchingDetector
+from ringmark.watermark.detect.search import Search
 from ringmark.watermark.evaluation.rates import roc
+from ringmark.watermark.null import Null
 from scripts.experiments.common import SEED, Bench, experiment
 from scripts.experiments.plots import columns, intervals, legend_below, panels
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 SHIFT = (13, -22)  # px right and down; not whole latents
 ATTACKS = ("clean", "shift", "rotation:75", "crop:0.75", "rotation:-20+crop:0.75")
+TESTS = 2  # of each key, where pictures are searched
 WAYS = ("without", "search", "both")
 COLOURS = {"without": "#8d99ae", "search": "#1b3a5c", "both": "#d1495b"}
 
@@ -45,26 +48,26 @@ def attacked(spec: str, image: Image.Image, seed: int) -> Image.Image:
     return ImageChops.offset(image, *SHIFT) if spec == "shift" else chains.apply(spec, image, seed)
 
 
-def without(detector: Detector, images: Tensor) -> dict[str, Tensor]:
+def without(recoverer: Recoverer, detector: Detector, images: Tensor) -> dict[str, Tensor]:
     """Score, p-value and seconds (B,) of the ordinary detector."""
-    recovered = detector.recover(images)
-    (scheme,) = detector.schemes.values()
-    score, p = detector.statistic(scheme, torch.nan_to_num(recovered.noise))
-    return _columns(score=score, p=p, seconds=np.full(len(images), recovered.seconds), inversions=np.ones(len(images)))
+    recovered, (key,) = recoverer(images), detector.schemes
+    score, log10_p = detector.statistic(key, torch.nan_to_num(recovered.noise))
+    seconds, inversions = np.full(len(images), recovered.seconds), np.ones(len(images))
+    return _columns(score=score, p=10**log10_p, seconds=seconds, inversions=inversions)
 
 
-def searched(search: Search, detector: Detector, images: Tensor) -> dict[str, Tensor]:
+def searched(search: Search, model: LatentModel, detector: Detector, images: Tensor) -> dict[str, Tensor]:
     """The same of the search, with the angle and scale found (B,)."""
     samples = [Sample(str(i), from_array(x.numpy())) for i, x in enumerate(images)]
-    found = [one for (one,) in search(detector, samples)]
+    found = [one for (one,) in search(model, detector.schemes, detector.known, samples)]
     angle, scale = np.array([one.candidate for one in found]).T
-    values = {name: [getattr(one, name) for one in found] for name in ("score", "seconds", "inversions")}
-    return _columns(**values, p=[one.p_value for one in found], angle=angle, scale=scale)
+    values = {name: [getattr(one, name) for one in found] for name in ("score", "p_value", "seconds", "inversions")}
+    return _columns(p=values.pop("p_value"), **values, angle=angle, scale=scale)
 
 
 def both(one: dict[str, np.ndarray], other: dict[str, np.ndarray], alpha: float) -> dict[str, np.ndarray]:
     """As `--search` judges: columns (N,) from those of the ordinary detector and of the search."""
-    first, tests = np.minimum(1, SearchingDetector.TESTS * one["p"]), SearchingDetector.TESTS
+    first, tests = np.minimum(1, TESTS * one["p"]), TESTS
     again = first > alpha
     p = np.where(again, np.minimum(first, np.minimum(1, tests * other["p"])), first)
     cost = {name: one[name] + again * other[name] for name in ("seconds", "inversions")}
@@ -117,13 +120,12 @@ def figure_of(rows: list[dict], alpha: float) -> Figure:
     return figure
 
 
-def judged(
-    bench: Bench, detector: Detector, search: Search, images: Tensor, spec: str
-) -> dict[str, dict[str, np.ndarray]]:
+def judged(bench: Bench, detector: Detector, search: Search, images: Tensor, spec: str) -> dict[str, dict]:
     """Columns (N,) by way."""
+    settings = [bench.recoverer.settings, detector.settings()]
     ways = {
-        "without": (partial(without, detector), [detector.settings()]),
-        "search": (partial(searched, search, detector), [detector.settings(), search]),
+        "without": (partial(without, bench.recoverer, detector), settings),
+        "search": (partial(searched, search, bench.model, detector), [*settings, search]),
     }
     found = {}
     for way, (make, key) in ways.items():
@@ -139,7 +141,7 @@ def judged(
 @click.option("--attack", "specs", multiple=True, default=ATTACKS, show_default=True, help="What is done to images.")
 def main(bench: Bench, search_steps: int, dear: int, angle_step: float, specs: tuple[str, ...]) -> None:
     """A mark in turned, cropped and shifted images, without the search, by it alone and by both."""
-    detector, rows = Detector(bench.model, [bench.key(seed=SEED)], steps=bench.steps), []
+    detector, rows = Detector([bench.key(seed=SEED)], null=Null.of_model(bench.model)), []
     (scheme,) = detector.schemes.values()
     search = Search(angles=tuple(np.arange(-180, 180, angle_step).tolist()), steps=search_steps, dear=dear)
     seen, alpha = bench.pictures(scheme), detector.alpha

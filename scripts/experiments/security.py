@@ -1,4 +1,4 @@
-"""What an attacker who holds the model, but not the key, can do: learn the key, forge it, remove it.
+"""What an attacker who holds the model, but not the key, can learn, forge and remove.
 
     python -m scripts.experiments security -o build/security          # 64 images of a key; 13 minutes of one core
     python -m scripts.experiments security -o build/security -n 2 --forged 1 --steps 4
@@ -41,11 +41,11 @@ from ringmark.inversion.metrics import correlation
 from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.inversion.noise_recovery import rings
 from ringmark.watermark.attacks.chains import parse
-from ringmark.watermark.detect.detector import ALPHA
 from ringmark.watermark.figures import COLOURS, GREY, INK, MARK
 from ringmark.watermark.keys.key import Key
-from ringmark.watermark.schemes.tree_ring import Placement, TreeRing
-from ringmark.watermark.statistics import cosine_test
+from ringmark.watermark.schemes.fourier import Placement
+from ringmark.watermark.schemes.tree_ring import TreeRing
+from ringmark.watermark.statistics import ALPHA, cosine_scores
 from scripts.experiments.common import Bench, experiment, mark_in_turn, mean_and_error, share
 from scripts.experiments.plots import columns, intervals, panels
 
@@ -87,21 +87,19 @@ def groups(noise: Tensor, m: int) -> list[Tensor]:
 
 def likeness(key: Key, estimates: list[Key]) -> Tensor:
     """The cosine (len(estimates),) between the true key's features and each estimate's."""
-    nothing = torch.zeros(1, *key.metadata["latent_shape"])
-    found = np.stack([TreeRing(e).features(nothing)[1].numpy() for e in estimates])
-    return torch.from_numpy(cosine_test(found, TreeRing(key).features(nothing)[1].numpy())[0])
+    own, *found = (scheme.features(scheme.hermitian[None])[0].numpy() for scheme in map(TreeRing, [key, *estimates]))
+    return torch.from_numpy(cosine_scores(np.stack(found), own))
 
 
 def expected_cosine(model: LatentModel, scheme: TreeRing, m: int) -> float | None:
-    """Of an estimate from m images and the key: per channel mean(a) / √mean(a² + v / m), over its features; then the mean.
+    """Of an estimate from m images and the key: per channel mean(a) / √mean(a² + v / m), over its bins; then the mean.
 
     a and v are the model's measured attenuation and variance (`NoiseRecovery`); None where they were not measured.
     """
     if model.recovery is None:
         return None
-    channel, ring = scheme.feature_rings()
-    a, v = model.recovery.attenuation[channel, ring], model.recovery.variance[channel, ring]
-    a, v = (x.view(len(scheme.placement.channels), -1) for x in (a, v))
+    channels, ring = list(scheme.placement.channels), scheme.ring[scheme.inside]
+    a, v = (table[channels][:, ring] for table in (model.recovery.attenuation, model.recovery.variance))
     return float((a.mean(1) / (a.square() + v / m).mean(1).sqrt()).mean())
 
 
@@ -322,7 +320,7 @@ def main(bench: Bench, forged: int, published: str | None, alpha: float) -> None
     most, place = rows[-1]["images"], bench.placement
     z = ring_z(marked[:most]) if most > 1 else None
     facts = {"channels": list(place.channels), "radii": list(place.radii), "shows": SHOWS}
-    facts = {"settings": facts | {"calibration": bench.calibration}}
+    facts = {"settings": facts | {"calibration": bench.calibration_used}}
     found = {"limits": limits(rows), "ring_z": None if z is None else z.tolist()}
     bench.write(rows, figure_of(rows, z, cells(TreeRing(key))[1]), **facts, **found)
     bench.write(again, name="security_drawn_again", **facts)
