@@ -35,7 +35,7 @@ Map = Callable[[Tensor], Tensor]
 GREY_LEVEL = 2 / 255  # one step of an 8-bit image whose range is [-1, 1]
 
 
-WITHIN, SLOWER = 2, 2.0  # see scripts/experiments/study_altered.py
+WITHIN, SLOWER = 2, 2.0  # see scripts/experiments/altered.py
 COARSE = 0.5  # 1/8 would be left were E exact
 
 Tolerance = float | Tensor | Literal["auto"] | None

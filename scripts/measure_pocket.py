@@ -1,6 +1,6 @@
 """Measure the embedded model and write its card, data/pocket/README.md, with the figures as they came out.
 
-    python scripts/measure_pocket.py              # about ten minutes on two cores
+    python -m scripts.measure_pocket              # about ten minutes on two cores
 
 Reconstruction on held-out scenes; prompts obeyed, judged by a classifier that has seen rendered scenes only; a grid
 of samples to look at.
@@ -66,7 +66,7 @@ Prompts have the form *GROUND at SKY with RELIEF, WEATHER, ACCENT*. Grounds: {gr
 
 ## Measured
 
-Measured by `python scripts/measure_pocket.py`, with seeds fixed in the script. Intervals are 95 % Clopper-Pearson.
+Measured by `python -m scripts.measure_pocket`, with seeds fixed in the script. Intervals are 95 % Clopper-Pearson.
 
 | what | figure |
 |---|---|
@@ -82,7 +82,7 @@ of the model's samples (guidance 3, 25 DDIM steps) that it assigns to the prompt
 
 {trained}
 """
-TRAINED = "Trained by `python scripts/train_pocket.py{command}` on two cores: {times}. {remark}"
+TRAINED = "Trained by `python -m scripts.train_pocket{command}` on two cores: {times}. {remark}"
 
 
 @torch.inference_mode()

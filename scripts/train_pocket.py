@@ -1,7 +1,7 @@
 """Train data/pocket, the embedded latent diffusion model, from nothing.
 
-    python scripts/train_pocket.py                # everything; about five hours on two cores
-    python scripts/train_pocket.py --export-only  # write data/pocket from the checkpoints as they are
+    python -m scripts.train_pocket                # everything; about five hours on two cores
+    python -m scripts.train_pocket --export-only  # write data/pocket from the checkpoints as they are
 
 Stages: render scenes, autoencoder, latents, diffusion, export. Each goes on from its own checkpoint in --work after
 being stopped at any moment; a batch is a pure function of the seed and the step, so a resumed run sees what an

@@ -38,7 +38,7 @@ def recovered(key, number: int, a: float, v: float, seed: int = 0):
 
 
 def p_of(key, estimate) -> float:
-    """Of noise marked with the estimate, score_and_p with the key, nothing lost."""
+    """Of noise marked with the estimate, tested with the key, nothing lost."""
     noise = TreeRing(estimate).embed(initial_noise([9], SHAPE))
     return float(score_and_p(TreeRing(key), Null.white(SHAPE), noise)[1][0])
 

@@ -32,6 +32,24 @@ def test_every_experiment_describes_itself(name):
     assert described.exit_code == 0 and "Usage:" in described.output
 
 
+def documented() -> list[list[str]]:
+    """The experiments' command lines in the documentation, as words after the driver's name."""
+    pages = (Path(__file__).resolve().parents[1] / "docs").rglob("*.md")
+    return [
+        line.split()[3:]
+        for page in pages
+        for line in page.read_text(encoding="utf-8").splitlines()
+        if line.startswith("    python -m scripts.experiments ")
+    ]
+
+
+@pytest.mark.parametrize("words", documented(), ids=" ".join)
+def test_documented_commands_have_their_options(words):
+    command = main.get_command(None, words[0])
+    known = {option for parameter in command.params for option in parameter.opts}
+    assert {word for word in words if word.startswith("-")} <= known
+
+
 def test_an_unknown_experiment_is_refused(tmp_path):
     assert CliRunner().invoke(main, ["nonesuch", "-o", str(tmp_path)]).exit_code == 2
 
