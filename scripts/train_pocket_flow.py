@@ -1,0 +1,415 @@
+"""Train data/pocket_flow, the embedded rectified-flow model, on the autoencoder and text encoder of data/pocket.
+
+    python -m scripts.train_pocket_flow                # everything; hours on one core
+    python -m scripts.train_pocket_flow --export-only  # write data/pocket_flow from the checkpoints as they are
+
+Three stages, as InstaFlow has them (arXiv 2309.06380), each on its own checkpoint in --work:
+
+1. flow: a network that predicts the velocity v = ε − x0 at z_σ = (1 − σ) x0 + σ ε, warm-started from data/pocket.
+2. reflow: the same loss on the flow's own noise-latent pairs, drawn with guidance, which straightens its paths.
+3. onestep: on the same pairs, ε − v(ε, 1) is drawn to x0, while the rest of the path is kept as it is.
+
+A run that was stopped goes on as if it had not been: batches and pairs are pure functions of the seed and the step.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from ringmark.data.scenes import scene
+from ringmark.inversion.models.flow import RectifiedFlowPipeline
+from scripts.train_pocket import HELD_OUT, ROOT, Run, encode_scenes, generator, render_scenes, save_grid
+
+POCKET = ROOT / "data" / "pocket"
+UNCONDITIONAL = 0.1  # share of training captions replaced by the empty prompt
+STAGES = {"flow": 11, "pairs": 12, "reflow": 13, "onestep": 14}  # streams of randomness, apart from train_pocket's
+TRUSTED = (0.04, 0.85)  # σ at which pocket's ε says more of the velocity than one pair of ε and x0 does
+CHUNK = 32  # pairs drawn together
+
+
+# -- rectified flow -------------------------------------------------------------------------------------------------
+
+
+def make_flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
+
+
+def mixed_precision() -> torch.autocast:
+    """bfloat16 where the processor multiplies it in hardware."""
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.autocast("cpu", torch.bfloat16, enabled=fast)
+
+
+def predict(unet: nn.Module, z: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
+    """The network's prediction (B, C, h, w) in float32."""
+    with mixed_precision():
+        return unet(z, timesteps, states).sample.float()
+
+
+def velocity(unet: nn.Module, z: Tensor, sigma: Tensor, states: Tensor) -> Tensor:
+    """v(z, σ), an estimate of ε − x0; z (B, C, h, w), σ (B,) in [0, 1], states (B, tokens, width)."""
+    return predict(unet, z, 1000 * sigma, states)
+
+
+def column(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1, 1)
+
+
+def interpolate(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+    """z_σ = (1 − σ) x0 + σ ε for σ (B,)."""
+    return torch.lerp(x0, eps, column(sigma))
+
+
+def one_step(unet: nn.Module, eps: Tensor, states: Tensor) -> Tensor:
+    """x0 = ε − v(ε, 1): the whole path in a single Euler step."""
+    return eps - velocity(unet, eps, torch.ones(len(eps)), states)
+
+
+@torch.no_grad()
+def euler(unet: nn.Module, eps: Tensor, states: Tensor, empty: Tensor, steps: int, guidance: float = 1.0) -> Tensor:
+    """Latents after Euler steps of equal length from σ = 1 to 0, v = v_∅ + guidance (v_text − v_∅)."""
+    z = eps
+    for sigma in torch.linspace(1, 1 / steps, steps):
+        level = sigma.expand(len(z))
+        v = velocity(unet, z, level, states)
+        if guidance != 1:
+            blank = velocity(unet, z, level, empty.expand_as(states))
+            v = blank + guidance * (v - blank)
+        z = z - v / steps
+    return z
+
+
+def logit_normal(count: int, rng: torch.Generator) -> Tensor:
+    """σ (count,) with standard normal logit (arXiv 2403.03206)."""
+    return torch.randn(count, generator=rng).sigmoid()
+
+
+def both_ends(count: int, rng: torch.Generator, slope: float = 4.0) -> Tensor:
+    """σ (count,) with density ∝ e^{aσ} + e^{−aσ} on [0, 1]: straight paths are hardest at their ends (2405.20320)."""
+    near = (torch.rand(count, generator=rng) * math.expm1(slope)).log1p() / slope
+    return torch.where(torch.rand(count, generator=rng) < 0.5, near, 1 - near)
+
+
+def pseudo_huber(error: Tensor, scale: float = 0.1) -> Tensor:
+    """Mean over the batch of √(r² + c²) − c, r the root mean square of each sample's error."""
+    return ((error.square().mean((1, 2, 3)) + scale**2).sqrt() - scale).mean()
+
+
+# -- the model of which it starts -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pocket:
+    """The parts of data/pocket: frozen autoencoder, text encoder and ε-predicting network."""
+
+    vae: AutoencoderKL
+    text: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    unet: UNet2DConditionModel
+    alpha_bar: Tensor
+
+    @classmethod
+    def load(cls, folder: Path) -> Pocket:
+        from diffusers import StableDiffusionPipeline
+
+        pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+        for module in (pipe.vae, pipe.text_encoder, pipe.unet):
+            module.requires_grad_(False).eval()
+        return cls(pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.unet, pipe.scheduler.alphas_cumprod)
+
+    @torch.inference_mode()
+    def states(self, prompts: list[str]) -> Tensor:
+        """Text encoder's hidden states (N, tokens, width)."""
+        ids = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return torch.cat([self.text(part).last_hidden_state for part in ids.split(256)]).clone()
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """The (fractional) timestep at which pocket's noise-to-signal ratio is σ / (1 − σ)."""
+        ratio = ((1 - self.alpha_bar) / self.alpha_bar).log().div(2).numpy()
+        return torch.from_numpy(np.interp(sigma.logit(1e-6).numpy(), ratio, np.arange(len(ratio)))).float()
+
+    @torch.no_grad()
+    def velocity(self, z: Tensor, sigma: Tensor, states: Tensor) -> Tensor:
+        """(ε̂ − z) / (1 − σ), which is ε̂ − x̂0, of pocket's ε̂ at z scaled to unit variance."""
+        norm = (sigma**2 + (1 - sigma) ** 2).sqrt()
+        eps = predict(self.unet, z / column(norm), self.timestep(sigma), states)
+        return (eps - z) / column(1 - sigma)
+
+    def warm_start(self) -> UNet2DConditionModel:
+        """A copy of the network whose time embedding of 1000 σ is refitted to the old one of the matching timestep."""
+        unet = copy.deepcopy(self.unet).train().requires_grad_(True)
+        optimizer = torch.optim.Adam(unet.time_embedding.parameters(), lr=2e-3)
+        for step in range(400):
+            sigma = torch.rand(256, generator=generator(step, STAGES["flow"]))
+            wanted = self.unet.time_embedding(self.unet.time_proj(self.timestep(sigma)))
+            loss = (unet.time_embedding(unet.time_proj(1000 * sigma)) - wanted).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return unet
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Scaled latents of scenes and of their mirror images (2, N, C, h, w); states of captions and of the empty one."""
+
+    latents: Tensor
+    states: Tensor
+    empty: Tensor
+
+    def conditions(self, indices: Tensor, rng: torch.Generator) -> Tensor:
+        """States (B, tokens, width) of these captions, some replaced by the empty prompt's."""
+        dropped = torch.rand(len(indices), 1, 1, generator=rng) < UNCONDITIONAL
+        return torch.where(dropped, self.empty, self.states[indices].float())
+
+
+def load_corpus(work: Path, pocket: Pocket, scenes: int) -> Corpus:
+    pixels, captions = render_scenes(work, scenes)
+    latents = encode_scenes(work, pocket.vae, pixels, f"{scenes}-pocket")
+    return Corpus(
+        latents=latents * pocket.vae.config.scaling_factor,
+        states=pocket.states(captions).half(),
+        empty=pocket.states([""]),
+    )
+
+
+# -- the stages -----------------------------------------------------------------------------------------------------
+
+
+def flow_loss(unet: nn.Module, pocket: Pocket, corpus: Corpus, batch: int, step: int) -> Tensor:
+    """‖v(z_σ, σ) − (ε − x0)‖²; where pocket is to be trusted, its own velocity replaces the noisy target."""
+    rng = generator(step, STAGES["flow"])
+    i = torch.randint(corpus.latents.shape[1], (batch,), generator=rng)
+    side = torch.randint(2, (batch,), generator=rng)
+    x0, states = corpus.latents[side, i].float(), corpus.conditions(i, rng)
+    eps, sigma = torch.randn(x0.shape, generator=rng), logit_normal(batch, rng)
+    z, target = interpolate(x0, eps, sigma), eps - x0
+    known = (sigma > TRUSTED[0]) & (sigma < TRUSTED[1])
+    if known.any():
+        target[known] = pocket.velocity(z[known], sigma[known], states[known])
+    return (velocity(unet, z, sigma, states) - target).square().mean()
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Noise and the latents that the flow made of it (N, C, h, w) float16, and the index of the caption (N,)."""
+
+    noise: Tensor
+    latents: Tensor
+    captions: Tensor
+
+    def batch(self, corpus: Corpus, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """ε, x0 and text states of `count` pairs drawn with replacement."""
+        i = torch.randint(len(self.noise), (count,), generator=rng)
+        return self.noise[i].float(), self.latents[i].float(), corpus.conditions(self.captions[i].long(), rng)
+
+
+def draw_pairs(folder: Path, unet: nn.Module, corpus: Corpus, count: int, steps: int, guidance: float) -> Pairs:
+    """The first `count` noise-latent pairs of this flow, a file for every chunk, those drawn before not drawn again."""
+    folder.mkdir(exist_ok=True)
+    shape, chunks = corpus.latents.shape[2:], []
+    for first in tqdm(range(0, count, CHUNK), "pairs", mininterval=30):
+        path = folder / f"{first:06d}.safetensors"
+        if not path.exists():
+            rng = generator(first, STAGES["pairs"])
+            noise = torch.randn(CHUNK, *shape, generator=rng).half()
+            captions = torch.randint(len(corpus.states), (CHUNK,), generator=rng)
+            z = euler(unet, noise.float(), corpus.states[captions].float(), corpus.empty, steps, guidance)
+            save_file({"noise": noise, "latents": z.half(), "captions": captions.int()}, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+        chunks.append(load_file(path))
+    return Pairs(**{name: torch.cat([c[name] for c in chunks])[:count] for name in chunks[0]})
+
+
+def reflow_loss(unet: nn.Module, pairs: Pairs, corpus: Corpus, batch: int, step: int) -> Tensor:
+    """Pseudo-Huber loss of v(z_σ, σ) − (ε − x0) on the flow's own pairs."""
+    rng = generator(step, STAGES["reflow"])
+    eps, x0, states = pairs.batch(corpus, batch, rng)
+    sigma = both_ends(batch, rng)
+    return pseudo_huber(velocity(unet, interpolate(x0, eps, sigma), sigma, states) - (eps - x0))
+
+
+def one_step_loss(unet: nn.Module, pairs: Pairs, corpus: Corpus, batch: int, step: int) -> Tensor:
+    """Pseudo-Huber loss of velocity: at σ = 1, where it is that of ε − v(ε, 1) − x0, for three samples in four.
+
+    The others lie anywhere on the path, so that 4 and 25 steps still work. The error's differences between
+    neighbours count as well: they keep edges sharp.
+    """
+    rng = generator(step, STAGES["onestep"])
+    eps, x0, states = pairs.batch(corpus, batch, rng)
+    sigma = torch.where(torch.arange(batch) % 4 < 3, torch.ones(batch), both_ends(batch, rng))
+    error = velocity(unet, interpolate(x0, eps, sigma), sigma, states) - (eps - x0)
+    edges = pseudo_huber(error.diff(dim=-1)) + pseudo_huber(error.diff(dim=-2))
+    return pseudo_huber(error) + 0.25 * edges
+
+
+def picture_of(run: Run, pocket: Pocket, guidance: float, period: int, last: int) -> Callable[[], None]:
+    """Draws eight held-out captions with 1, 4 and 25 steps into a grid beside every fifth checkpoint and the last."""
+    states = pocket.states([scene(HELD_OUT + i).caption for i in range(8)])
+    noise = torch.randn(8, 4, 32, 32, generator=torch.Generator().manual_seed(1))
+
+    @torch.no_grad()
+    def picture() -> None:
+        if run.step % period and run.step != last:
+            return
+        unet, empty = run.net["unet"], pocket.states([""])
+        latents = [euler(unet, noise, states, empty, n, guidance if n > 1 else 1.0) for n in (1, 4, 25)]
+        images = [pocket.vae.decode(z / pocket.vae.config.scaling_factor).sample for z in latents]
+        path = run.path.with_name(f"{run.path.stem}-{run.step:05d}.png")
+        save_grid(torch.cat(images), 8, path)
+        tqdm.write(f"{run.path.stem} step {run.step}: {run.seconds / 60:.0f} minutes, {path}", file=sys.stderr)
+
+    return picture
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps of the three stages, pairs and how they are drawn, latents a step, steps between checkpoints."""
+
+    flow: int
+    reflow: int
+    onestep: int
+    pairs: int
+    pair_steps: int
+    guidance: float
+    batch: int
+    every: int
+
+
+def train(work: Path, pocket: Pocket, corpus: Corpus, plan: Plan) -> dict[str, Run]:
+    """All stages, each from where its checkpoint stands; the averaged weights of one are the start of the next."""
+    runs: dict[str, Run] = {}
+
+    def stage(name: str, unet: nn.Module, loss: Callable[[int], Tensor], steps: int, lr: float) -> None:
+        run = runs[name] = Run(work / f"{name}.safetensors", {"unet": unet}, lr=lr)
+        guidance = plan.guidance if name == "flow" else 1.0
+        run.train(loss, steps, picture_of(run, pocket, guidance, 5 * plan.every, steps), plan.every)
+        run.averaged()
+
+    unet = pocket.warm_start()
+    stage("flow", unet, lambda step: flow_loss(unet, pocket, corpus, plan.batch, step), plan.flow, 5e-4)
+    folder = work / f"pairs-{runs['flow'].step}-{plan.pair_steps}-{plan.guidance:g}"
+    pairs = draw_pairs(folder, unet, corpus, plan.pairs, plan.pair_steps, plan.guidance)
+    straight = copy.deepcopy(unet).train()
+    stage("reflow", straight, lambda step: reflow_loss(straight, pairs, corpus, plan.batch, step), plan.reflow, 4e-4)
+    final = copy.deepcopy(straight).train()
+    stage("onestep", final, lambda step: one_step_loss(final, pairs, corpus, plan.batch, step), plan.onestep, 4e-4)
+    return runs
+
+
+def load_runs(work: Path, pocket: Pocket) -> dict[str, Run]:
+    """The stages as their checkpoints stand, averaged weights in place."""
+    runs = {
+        name: Run(work / f"{name}.safetensors", {"unet": copy.deepcopy(pocket.unet)}, lr=0.0)
+        for name in ("flow", "reflow", "onestep")
+        if (work / f"{name}.safetensors").exists()
+    }
+    for run in runs.values():
+        run.averaged()
+    return runs
+
+
+# -- the folder that ships ------------------------------------------------------------------------------------------
+
+
+def export(pocket: Pocket, unet: UNet2DConditionModel, target: Path) -> None:
+    """An ordinary diffusers folder with float16 safetensors, read as float32."""
+    half = {"vae": pocket.vae, "text_encoder": pocket.text, "unet": unet}
+    pipe = RectifiedFlowPipeline(
+        **{name: copy.deepcopy(module).half() for name, module in half.items()},
+        tokenizer=pocket.tokenizer,
+        scheduler=make_flow_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(target, safe_serialization=True)
+    for file, old, new in (
+        ("text_encoder/config.json", '"float16"', '"float32"'),
+        ("model_index.json", "RectifiedFlowPipeline", "StableDiffusionPipeline"),
+    ):
+        path = target / file
+        path.write_text(path.read_text().replace(old, new))
+    for file in target.rglob("*.safetensors"):
+        file.chmod(0o644)
+
+
+def describe(runs: dict[str, Run], plan: Plan) -> dict[str, str]:
+    """What the model card says of the training: the command's options and the time that each stage took."""
+    options = [f"--{name}-steps {run.step}" for name, run in runs.items()]
+    options += [f"--pairs {plan.pairs}", f"--pair-steps {plan.pair_steps}", f"--guidance {plan.guidance:g}"]
+    times = [
+        f"{name} {run.step} steps of {plan.batch} latents in {run.seconds / 60:.0f} minutes"
+        for name, run in runs.items()
+    ]
+    return {"command": " " + " ".join(options), "times": "; ".join(times)}
+
+
+@click.command()
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    default=ROOT / "build" / "pocket_flow",
+    show_default=True,
+    help="Checkpoints, pairs and pictures.",
+)
+@click.option(
+    "--target",
+    type=click.Path(path_type=Path),
+    default=ROOT / "data" / "pocket_flow",
+    show_default=True,
+    help="Where the model goes.",
+)
+@click.option("--scenes", default=4000, show_default=True, help="Training scenes.")
+@click.option("--flow-steps", default=1000, show_default=True)
+@click.option("--reflow-steps", default=1000, show_default=True)
+@click.option("--onestep-steps", default=1500, show_default=True)
+@click.option("--pairs", default=3072, show_default=True, help="Noise-latent pairs for reflow and one step.")
+@click.option("--pair-steps", default=12, show_default=True, help="Euler steps that draw a pair.")
+@click.option("--guidance", default=2.5, show_default=True, help="Guidance of the pairs.")
+@click.option("--batch", default=16, show_default=True, help="Latents a step.")
+@click.option("--every", default=50, show_default=True, help="Steps between checkpoints.")
+@click.option("--export-only", is_flag=True, help="No more training: export the checkpoints as they are.")
+def main(
+    work: Path,
+    target: Path,
+    scenes: int,
+    flow_steps: int,
+    reflow_steps: int,
+    onestep_steps: int,
+    pairs: int,
+    pair_steps: int,
+    guidance: float,
+    batch: int,
+    every: int,
+    export_only: bool,
+) -> None:
+    """Train the embedded rectified-flow model and write it as a diffusers folder."""
+    work.mkdir(parents=True, exist_ok=True)
+    pocket = Pocket.load(POCKET)
+    plan = Plan(flow_steps, reflow_steps, onestep_steps, pairs, pair_steps, guidance, batch, every)
+    if export_only:
+        runs = load_runs(work, pocket)
+    else:
+        runs = train(work, pocket, load_corpus(work, pocket, scenes), plan)
+    export(pocket, runs["onestep"].net["unet"], target)
+    (target / "training.json").write_text(json.dumps(describe(runs, plan), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
