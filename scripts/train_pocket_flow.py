@@ -1,7 +1,7 @@
 """Train data/pocket_flow, the embedded rectified-flow model, on the autoencoder and text encoder of data/pocket.
 
     python -m scripts.train_pocket_flow                # everything; hours on one core
-    python -m scripts.train_pocket_flow --export-only  # write data/pocket_flow from the checkpoints as they are
+    python -m scripts.train_pocket_flow --export-only  # write data/pocket_flow from the last checkpoint
 
 Three stages, as InstaFlow has them (arXiv 2309.06380), each on its own checkpoint in --work:
 
@@ -18,6 +18,7 @@ import copy
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ringmark.data.files import write_atomic
 from ringmark.data.scenes import scene
 from ringmark.inversion.models.flow import RectifiedFlowPipeline
 from scripts.train_pocket import HELD_OUT, ROOT, Run, encode_scenes, generator, render_scenes, save_grid
@@ -100,7 +102,7 @@ def logit_normal(count: int, rng: torch.Generator) -> Tensor:
 
 
 def both_ends(count: int, rng: torch.Generator, slope: float = 4.0) -> Tensor:
-    """σ (count,) with density ∝ e^{aσ} + e^{−aσ} on [0, 1]: straight paths are hardest at their ends (2405.20320)."""
+    """σ (count,) with density ∝ e^{aσ} + e^{a(1−σ)}: straight paths are hardest at their ends (arXiv 2405.20320)."""
     near = (torch.rand(count, generator=rng) * math.expm1(slope)).log1p() / slope
     return torch.where(torch.rand(count, generator=rng) < 0.5, near, 1 - near)
 
@@ -191,6 +193,21 @@ def load_corpus(work: Path, pocket: Pocket, scenes: int) -> Corpus:
 # -- the stages -----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Scenes, steps of the three stages, pairs and how they are drawn, latents a step, steps between checkpoints."""
+
+    scenes: int
+    flow: int
+    reflow: int
+    onestep: int
+    pairs: int
+    pair_steps: int
+    guidance: float
+    batch: int
+    every: int
+
+
 def flow_loss(unet: nn.Module, pocket: Pocket, corpus: Corpus, batch: int, step: int) -> Tensor:
     """‖v(z_σ, σ) − (ε − x0)‖²; where pocket is to be trusted, its own velocity replaces the noisy target."""
     rng = generator(step, STAGES["flow"])
@@ -207,11 +224,12 @@ def flow_loss(unet: nn.Module, pocket: Pocket, corpus: Corpus, batch: int, step:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Noise and the latents that the flow made of it (N, C, h, w) float16, and the index of the caption (N,)."""
+    """Noise and the latents that the flow made of it (N, C, h, w) float16, index of the caption (N,), time taken."""
 
     noise: Tensor
     latents: Tensor
     captions: Tensor
+    seconds: float
 
     def batch(self, corpus: Corpus, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """ε, x0 and text states of `count` pairs drawn with replacement."""
@@ -219,21 +237,33 @@ class Pairs:
         return self.noise[i].float(), self.latents[i].float(), corpus.conditions(self.captions[i].long(), rng)
 
 
-def draw_pairs(folder: Path, unet: nn.Module, corpus: Corpus, count: int, steps: int, guidance: float) -> Pairs:
-    """The first `count` noise-latent pairs of this flow, a file for every chunk, those drawn before not drawn again."""
+def draw_pairs(folder: Path, unet: nn.Module, corpus: Corpus, plan: Plan) -> Pairs:
+    """The flow's first noise-latent pairs, a file for every chunk; those drawn before are not drawn again."""
+    folder = folder.with_name(f"{folder.name}-{plan.pair_steps}-{plan.guidance:g}")
     folder.mkdir(exist_ok=True)
     shape, chunks = corpus.latents.shape[2:], []
-    for first in tqdm(range(0, count, CHUNK), "pairs", mininterval=30):
+    for first in tqdm(range(0, plan.pairs, CHUNK), "pairs", mininterval=30):
         path = folder / f"{first:06d}.safetensors"
         if not path.exists():
+            started = time.monotonic()
             rng = generator(first, STAGES["pairs"])
             noise = torch.randn(CHUNK, *shape, generator=rng).half()
             captions = torch.randint(len(corpus.states), (CHUNK,), generator=rng)
-            z = euler(unet, noise.float(), corpus.states[captions].float(), corpus.empty, steps, guidance)
-            save_file({"noise": noise, "latents": z.half(), "captions": captions.int()}, path.with_suffix(".tmp"))
+            z = euler(
+                unet, noise.float(), corpus.states[captions].float(), corpus.empty, plan.pair_steps, plan.guidance
+            )
+            seconds = torch.tensor([time.monotonic() - started])
+            drawn = {"noise": noise, "latents": z.half(), "captions": captions.int(), "seconds": seconds}
+            save_file(drawn, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
         chunks.append(load_file(path))
-    return Pairs(**{name: torch.cat([c[name] for c in chunks])[:count] for name in chunks[0]})
+    parts = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    return Pairs(
+        noise=parts["noise"][: plan.pairs],
+        latents=parts["latents"][: plan.pairs],
+        captions=parts["captions"][: plan.pairs],
+        seconds=float(parts["seconds"].sum()),
+    )
 
 
 def reflow_loss(unet: nn.Module, pairs: Pairs, corpus: Corpus, batch: int, step: int) -> Tensor:
@@ -261,7 +291,8 @@ def one_step_loss(unet: nn.Module, pairs: Pairs, corpus: Corpus, batch: int, ste
 def picture_of(run: Run, pocket: Pocket, guidance: float, period: int, last: int) -> Callable[[], None]:
     """Draws eight held-out captions with 1, 4 and 25 steps into a grid beside every fifth checkpoint and the last."""
     states = pocket.states([scene(HELD_OUT + i).caption for i in range(8)])
-    noise = torch.randn(8, 4, 32, 32, generator=torch.Generator().manual_seed(1))
+    channels, side = pocket.unet.config.in_channels, pocket.unet.config.sample_size
+    noise = torch.randn(8, channels, side, side, generator=torch.Generator().manual_seed(1))
 
     @torch.no_grad()
     def picture() -> None:
@@ -277,21 +308,7 @@ def picture_of(run: Run, pocket: Pocket, guidance: float, period: int, last: int
     return picture
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Steps of the three stages, pairs and how they are drawn, latents a step, steps between checkpoints."""
-
-    flow: int
-    reflow: int
-    onestep: int
-    pairs: int
-    pair_steps: int
-    guidance: float
-    batch: int
-    every: int
-
-
-def train(work: Path, pocket: Pocket, corpus: Corpus, plan: Plan) -> dict[str, Run]:
+def train(work: Path, pocket: Pocket, corpus: Corpus, plan: Plan) -> tuple[dict[str, Run], Pairs]:
     """All stages, each from where its checkpoint stands; the averaged weights of one are the start of the next."""
     runs: dict[str, Run] = {}
 
@@ -301,27 +318,24 @@ def train(work: Path, pocket: Pocket, corpus: Corpus, plan: Plan) -> dict[str, R
         run.train(loss, steps, picture_of(run, pocket, guidance, 5 * plan.every, steps), plan.every)
         run.averaged()
 
-    unet = pocket.warm_start()
+    begun = (work / "flow.safetensors").exists()
+    unet = copy.deepcopy(pocket.unet).train().requires_grad_(True) if begun else pocket.warm_start()
     stage("flow", unet, lambda step: flow_loss(unet, pocket, corpus, plan.batch, step), plan.flow, 5e-4)
-    folder = work / f"pairs-{runs['flow'].step}-{plan.pair_steps}-{plan.guidance:g}"
-    pairs = draw_pairs(folder, unet, corpus, plan.pairs, plan.pair_steps, plan.guidance)
+    pairs = draw_pairs(work / f"pairs-{runs['flow'].step}", unet, corpus, plan)
     straight = copy.deepcopy(unet).train()
     stage("reflow", straight, lambda step: reflow_loss(straight, pairs, corpus, plan.batch, step), plan.reflow, 4e-4)
     final = copy.deepcopy(straight).train()
     stage("onestep", final, lambda step: one_step_loss(final, pairs, corpus, plan.batch, step), plan.onestep, 4e-4)
-    return runs
+    return runs, pairs
 
 
-def load_runs(work: Path, pocket: Pocket) -> dict[str, Run]:
-    """The stages as their checkpoints stand, averaged weights in place."""
-    runs = {
-        name: Run(work / f"{name}.safetensors", {"unet": copy.deepcopy(pocket.unet)}, lr=0.0)
-        for name in ("flow", "reflow", "onestep")
-        if (work / f"{name}.safetensors").exists()
-    }
-    for run in runs.values():
-        run.averaged()
-    return runs
+def latest(work: Path, pocket: Pocket) -> UNet2DConditionModel:
+    """The averaged weights of the last stage that has a checkpoint."""
+    names = [name for name in ("onestep", "reflow", "flow") if (work / f"{name}.safetensors").exists()]
+    if not names:
+        raise click.ClickException(f"{work}: no checkpoint")
+    run = Run(work / f"{names[0]}.safetensors", {"unet": copy.deepcopy(pocket.unet)}, lr=0.0)
+    return run.averaged()["unet"]
 
 
 # -- the folder that ships ------------------------------------------------------------------------------------------
@@ -349,14 +363,13 @@ def export(pocket: Pocket, unet: UNet2DConditionModel, target: Path) -> None:
         file.chmod(0o644)
 
 
-def describe(runs: dict[str, Run], plan: Plan) -> dict[str, str]:
+def describe(runs: dict[str, Run], pairs: Pairs, plan: Plan) -> dict[str, str]:
     """What the model card says of the training: the command's options and the time that each stage took."""
     options = [f"--{name}-steps {run.step}" for name, run in runs.items()]
-    options += [f"--pairs {plan.pairs}", f"--pair-steps {plan.pair_steps}", f"--guidance {plan.guidance:g}"]
-    times = [
-        f"{name} {run.step} steps of {plan.batch} latents in {run.seconds / 60:.0f} minutes"
-        for name, run in runs.items()
-    ]
+    options += [f"--scenes {plan.scenes} --batch {plan.batch}"]
+    options += [f"--pairs {plan.pairs} --pair-steps {plan.pair_steps} --guidance {plan.guidance:g}"]
+    times = [f"{name} {run.step} steps in {run.seconds / 60:.0f} minutes" for name, run in runs.items()]
+    times.insert(1, f"{plan.pairs} pairs in {pairs.seconds / 60:.0f} minutes")
     return {"command": " " + " ".join(options), "times": "; ".join(times)}
 
 
@@ -384,7 +397,7 @@ def describe(runs: dict[str, Run], plan: Plan) -> dict[str, str]:
 @click.option("--guidance", default=2.5, show_default=True, help="Guidance of the pairs.")
 @click.option("--batch", default=16, show_default=True, help="Latents a step.")
 @click.option("--every", default=50, show_default=True, help="Steps between checkpoints.")
-@click.option("--export-only", is_flag=True, help="No more training: export the checkpoints as they are.")
+@click.option("--export-only", is_flag=True, help="No more training: export the last checkpoint as it is.")
 def main(
     work: Path,
     target: Path,
@@ -402,13 +415,23 @@ def main(
     """Train the embedded rectified-flow model and write it as a diffusers folder."""
     work.mkdir(parents=True, exist_ok=True)
     pocket = Pocket.load(POCKET)
-    plan = Plan(flow_steps, reflow_steps, onestep_steps, pairs, pair_steps, guidance, batch, every)
     if export_only:
-        runs = load_runs(work, pocket)
-    else:
-        runs = train(work, pocket, load_corpus(work, pocket, scenes), plan)
+        export(pocket, latest(work, pocket), target)
+        return
+    plan = Plan(
+        scenes=scenes,
+        flow=flow_steps,
+        reflow=reflow_steps,
+        onestep=onestep_steps,
+        pairs=pairs,
+        pair_steps=pair_steps,
+        guidance=guidance,
+        batch=batch,
+        every=every,
+    )
+    runs, drawn = train(work, pocket, load_corpus(work, pocket, scenes), plan)
     export(pocket, runs["onestep"].net["unet"], target)
-    (target / "training.json").write_text(json.dumps(describe(runs, plan), indent=1) + "\n")
+    write_atomic(target / "training.json", json.dumps(describe(runs, drawn, plan), indent=1) + "\n")
 
 
 if __name__ == "__main__":

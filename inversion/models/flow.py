@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
-from torch import Tensor
 
 __all__ = ["RectifiedFlowPipeline", "uniform_sigmas"]
 
 
 def uniform_sigmas(steps: int) -> list[float]:
     """1, 1 − 1/N, …, 1/N: the levels of N equal Euler steps; the scheduler itself appends σ = 0."""
-    return np.linspace(1, 1 / steps, steps).tolist()
+    return [1 - i / steps for i in range(steps)]
 
 
-class RectifiedFlowPipeline(StableDiffusionPipeline):
+class RectifiedFlowPipeline(StableDiffusionPipeline):  # type: ignore[misc]  # diffusers is not typed
     """`StableDiffusionPipeline` with `FlowMatchEulerDiscreteScheduler`, which it does not quite accept as it is.
 
     The network predicts v = ε − x0 at z_σ = (1 − σ) x0 + σ ε, timestep 1000 σ. The scheduler lacks the
@@ -24,12 +22,14 @@ class RectifiedFlowPipeline(StableDiffusionPipeline):
     on σ = 0.001; steps here are of equal length.
     """
 
-    def __call__(self, *args: Any, num_inference_steps: int = 25, sigmas: list[float] | None = None, **kwargs: Any):
+    def __call__(
+        self, *args: Any, num_inference_steps: int = 25, sigmas: list[float] | None = None, **kwargs: Any
+    ) -> Any:
         if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
             sigmas = uniform_sigmas(num_inference_steps) if sigmas is None else sigmas
         return super().__call__(*args, num_inference_steps=num_inference_steps, sigmas=sigmas, **kwargs)
 
-    def prepare_latents(self, *args: Any, **kwargs: Any) -> Tensor:
+    def prepare_latents(self, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self.scheduler, "init_noise_sigma"):
             self.scheduler.init_noise_sigma = 1.0
         return super().prepare_latents(*args, **kwargs)
