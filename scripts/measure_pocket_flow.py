@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from ringmark.data.files import write_atomic
 from ringmark.data.images import from_array, save_png
 from ringmark.data.scene_classifier import ATTRIBUTES, CELLS, features, train_classifiers
-from ringmark.data.scenes import caption, draw_attributes
+from ringmark.data.scenes import Attributes, caption, draw_attributes
 from ringmark.inversion.models.flow import RectifiedFlowPipeline
 from scripts.train_pocket import HELD_OUT, ROOT
 
@@ -105,7 +106,7 @@ def draw(pipe: RectifiedFlowPipeline, prompts: Sequence[str], seed: int, steps: 
         )
         latents.append(drawn.images)
     z = torch.cat(latents)
-    images = [pipe.vae.decode(part / pipe.vae.config.scaling_factor).sample for part in z.split(BATCH)]
+    images = [pipe.vae.decode(part / pipe.vae.config.scaling_factor).sample for part in torch.split(z, BATCH)]
     return z, [np.asarray(from_array(image.numpy())) for image in torch.cat(images)]
 
 
@@ -121,7 +122,7 @@ def bend(pipe: RectifiedFlowPipeline, prompts: Sequence[str], seed: int, steps: 
     return float(((v - chord).square().sum((2, 3, 4)) / chord.square().sum((1, 2, 3))).mean())
 
 
-def obedience(pictures: list[np.ndarray], asked: list, trees: dict) -> dict[str, int]:
+def obedience(pictures: list[np.ndarray], asked: list[Attributes], trees: dict[str, Any]) -> dict[str, int]:
     """For each attribute, on how many of the pictures the classifier sees what the prompt asked for."""
     x = np.stack([features(p) for p in pictures])
     return {name: int((trees[name].predict(x) == [getattr(a, name) for a in asked]).sum()) for name in ATTRIBUTES}

@@ -60,7 +60,8 @@ def mixed_precision() -> torch.autocast:
 def predict(unet: nn.Module, z: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
     """The network's prediction (B, C, h, w) in float32."""
     with mixed_precision():
-        return unet(z, timesteps, states).sample.float()
+        prediction: Tensor = unet(z, timesteps, states).sample
+    return prediction.float()
 
 
 def velocity(unet: nn.Module, z: Tensor, sigma: Tensor, states: Tensor) -> Tensor:
@@ -359,8 +360,8 @@ def export(pocket: Pocket, unet: UNet2DConditionModel, target: Path) -> None:
     ):
         path = target / file
         path.write_text(path.read_text().replace(old, new))
-    for file in target.rglob("*.safetensors"):
-        file.chmod(0o644)
+    for weights in target.rglob("*.safetensors"):
+        weights.chmod(0o644)
 
 
 def describe(runs: dict[str, Run], pairs: Pairs, plan: Plan) -> dict[str, str]:
