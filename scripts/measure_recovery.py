@@ -23,7 +23,7 @@ from ringmark.inversion.recover import Recoverer
 from ringmark.watermark.embed import generate
 from ringmark.watermark.figures import recovery_figure, save_figure
 from ringmark.watermark.schemes.fourier import recommend
-from ringmark.watermark.tasks.audit import prompts_for
+from ringmark.watermark.tasks.draw import prompts_for
 
 
 @click.command()

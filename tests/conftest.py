@@ -18,7 +18,6 @@ from hypothesis import settings
 collect_ignore = [
     "test_calibrate.py",
     "test_calibration.py",
-    "test_cli.py",
     "test_comparison.py",
     "test_detect.py",
     "test_geometry.py",
@@ -119,3 +118,15 @@ def tiny_parts():
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
         ),
     }
+
+
+@pytest.fixture(scope="session")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a key, two marked and two unmarked images, drawn in a few steps."""
+    from shell import run
+
+    folder = tmp_path_factory.mktemp("house")
+    run("keygen", "-o", folder / "my.key")
+    run("generate", "--key", folder / "my.key", "-n", 2, "-o", folder / "images/marked", "--steps", 4)
+    run("generate", "--no-mark", "-n", 2, "--seed", 2, "-o", folder / "images/unmarked", "--steps", 4)
+    return folder

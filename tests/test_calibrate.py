@@ -25,8 +25,8 @@ from ringmark.watermark.detect.detector import Detector
 from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.schemes.tree_ring import Placement
-from ringmark.watermark.tasks.audit import draw
 from ringmark.watermark.tasks.calibrate import KNOWN, Unmarked, calibrate, placement
+from ringmark.watermark.tasks.draw import draw
 
 WAY = ["--method", "encoder", "--steps", "2"]
 

@@ -66,7 +66,9 @@ def unknown_options(words: list[str]) -> list[str]:
         name = words.pop(0)
         assert name in command.commands, f"no command {name}"
         command = command.commands[name]
-    known = {"-h", "--help", "--version"} | {o for p in command.params for o in (*p.opts, *p.secondary_opts)}
+    known = {"-h", "--help", "--version"} | {
+        o for p in command.get_params(click.Context(command)) for o in (*p.opts, *p.secondary_opts)
+    }
     return [word for word in words if re.match(r"-{1,2}[a-z]", word) and word.partition("=")[0] not in known]
 
 

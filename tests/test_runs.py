@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ringmark.data.results import Results
-from ringmark.data.scenes import scene
 from ringmark.errors import EvaluationError
-from ringmark.watermark.tasks.audit import UNSEEN_SCENES, curves, curves_of_files, prompts_for
+from ringmark.watermark.tasks.audit import curves, curves_of_files
 
 
 def record(name: str, score: float, **more) -> dict:
@@ -25,11 +24,6 @@ def labels(path, **named: int):
     path.parent.mkdir(exist_ok=True)
     path.write_text("path,label\n" + "".join(f"{name}.png,{label}\n" for name, label in named.items()))
     return path
-
-
-def test_prompts_are_taken_in_turn_or_are_captions_of_scenes_nobody_trained_on():
-    assert prompts_for(["a", "b"], 3, 0) == ["a", "b", "a"]
-    assert prompts_for([], 2, 5) == [scene(UNSEEN_SCENES + 5).caption, scene(UNSEEN_SCENES + 6).caption]
 
 
 def test_what_shows_nothing_is_the_least_marked_of_all():

@@ -40,7 +40,7 @@ from ringmark.watermark.null import Null
 from ringmark.watermark.schemes.fourier import Placement
 from ringmark.watermark.schemes.tree_ring import TreeRing
 from ringmark.watermark.statistics import published_distance
-from ringmark.watermark.tasks.audit import prompts_for
+from ringmark.watermark.tasks.draw import prompts_for
 from scripts.experiments.common import Bench, experiment, score_and_p
 from scripts.experiments.costs import peak_memory, seconds
 from scripts.experiments.plots import panels

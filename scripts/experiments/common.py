@@ -40,7 +40,7 @@ from ringmark.watermark.keys.key import Key
 from ringmark.watermark.null import Null
 from ringmark.watermark.schemes.base import DEFAULT, Scheme, make_key
 from ringmark.watermark.schemes.fourier import Placement, recommend
-from ringmark.watermark.tasks.audit import prompts_for
+from ringmark.watermark.tasks.draw import prompts_for
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,7 +16,7 @@ __all__ = ["REMEDIES", "explained", "explained_system_error"]
 REMEDIES: dict[str, str] = {
     # Pictures and labels
     "image.missing": "check the name",
-    "image.folder": "name a file in it",
+    "image.folder": "name a file in it, or look at all of them with: ringmark audit {quoted}",
     "image.denied": "change its permissions",
     "image.unreadable": "check the name",
     "image.special": "copy it to a regular file",
@@ -71,6 +71,8 @@ REMEDIES: dict[str, str] = {
     "results.damaged": "remove line {line}, or choose another file",
     "results.incomplete": "remove line {line}, or audit into another file",
     "results.id": "give each record the name of its image",
+    "results.foreign-image": "choose another folder, or replace it with --force",
+    "results.other-prompt": "choose another folder with -o, or other seeds with --seed",
     # Models
     "model.device": "choose another device with --device",
     "model.not-one": 'give "pocket", a diffusers folder or a hub id',

@@ -1,120 +1,50 @@
-"""Runs over folders: draw images into one, audit one, curves of audits. Each goes on where it was stopped."""
+"""Audit a folder: which of its images carry a key. An audit that was stopped goes on where it was."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from ringmark.data.files import one_line
-from ringmark.data.images import Sample, from_array, read_sample, save_png
+from ringmark.data.images import Sample, read_sample
 from ringmark.data.labels import match_labels
 from ringmark.data.results import Results, read_records
-from ringmark.data.scenes import scene
-from ringmark.data.sources import list_images, stamp_of
-from ringmark.errors import EvaluationError, ImageError, StoreError
-from ringmark.inversion.models.pipeline import LatentModel
+from ringmark.data.sources import Listing, list_images, stamp_of
+from ringmark.errors import EvaluationError, ImageError
+from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.verdict import Judged
-from ringmark.watermark.detect.verifier import Verifier, check_fit
-from ringmark.watermark.embed import generate
+from ringmark.watermark.detect.verifier import Verifier
 from ringmark.watermark.evaluation.rates import Curve, roc, tied_below
-from ringmark.watermark.figures import write_table
-from ringmark.watermark.keys.key import Key
-from ringmark.watermark.schemes.base import scheme_of
+from ringmark.watermark.statistics import ALPHA
+from ringmark.watermark.tasks.load import Keys, Model, StrPath, load_verifier
 
-DRAWN = "drawn.jsonl"  # in a folder of drawn images: of what model, with what key, and each one's seed and prompt
+__all__ = ["Audit", "audit", "audit_folder", "curves", "curves_of_files"]
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
 NEEDED = ("present",)  # in each record of an audit
-UNSEEN_SCENES = 2_000_000  # seeds that scripts/train_pocket.py neither trains on nor tests with
-
-__all__ = [
-    "DRAWN",
-    "Audit",
-    "audit",
-    "curves",
-    "curves_of_files",
-    "draw",
-    "prompts_for",
-]
-
-
-def prompts_for(given: list[str], number: int, seed: int) -> list[str]:
-    """`number` prompts: those given, in turn, or else captions of procedural scenes that no model was trained on."""
-    if given:
-        return [given[i % len(given)] for i in range(number)]
-    return [scene(UNSEEN_SCENES + seed + i).caption for i in range(number)]
-
-
-def draw(
-    model: LatentModel,
-    folder: Path,
-    prompts: list[str],
-    first_seed: int,
-    *,
-    key: Key | None,
-    steps: int,
-    guidance: float,
-    batch: int = 8,
-) -> list[Path]:
-    """Draw an image for each prompt into `folder` as PNG, with labels.csv beside them (path, label, prompt, seed).
-
-    Images are named by their seeds. A folder begun with other settings is refused (StoreError), and so is a key of
-    another model (KeyFileError).
-    """
-    if key:
-        check_fit(key, model)
-    made_with = {"model": model.identity, "dtype": str(model.dtype), "steps": steps, "guidance": guidance}
-    settings = made_with | {"key": key.fingerprint if key else None}
-    seeds = [first_seed + i for i in range(len(prompts))]
-    names = {seed: f"{seed:07d}.png" for seed in seeds}
-    with Results(folder / DRAWN, settings) as store:
-        _same_prompts(store.path, {names[seed]: prompt for seed, prompt in zip(seeds, prompts, strict=True)})
-        missing = [
-            i for i, seed in enumerate(seeds) if names[seed] not in store.done or not (folder / names[seed]).exists()
-        ]
-        with tqdm(
-            total=len(seeds), initial=len(seeds) - len(missing), desc=f"draw {folder.name}", unit="image", disable=None
-        ) as bar:
-            todo = [prompts[i] for i in missing], [seeds[i] for i in missing]
-            scheme = scheme_of(key) if key else None
-            for drawn in generate(model, *todo, scheme=scheme, steps=steps, guidance=guidance, batch=batch):
-                save_png(from_array(drawn.image.numpy()), folder / names[drawn.seed])
-                store.append(
-                    {"sample_id": names[drawn.seed], "prompt": drawn.prompt, "seed": drawn.seed, "label": bool(key)}
-                )
-                bar.update()
-    _write_labels(folder)
-    return [folder / names[seed] for seed in seeds]
-
-
-def _same_prompts(path: Path, wanted: dict[str, str]) -> None:
-    """Raises StoreError where a picture of the folder was drawn with another prompt than is now wanted."""
-    for record in read_records(path)[1]:
-        name, old = record["sample_id"], record["prompt"]
-        if wanted.get(name, old) != old:
-            raise StoreError(
-                f"{path}: {name} was drawn with prompt {old!r}, not {wanted[name]!r}; choose another -o or --seed"
-            )
-
-
-def _write_labels(folder: Path) -> None:
-    _, records = read_records(folder / DRAWN)
-    rows = [
-        {"path": r["sample_id"], "label": int(r["label"]), "prompt": r["prompt"], "seed": r["seed"]} for r in records
-    ]
-    write_table(folder / "labels.csv", rows)
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit found: how many images carry a key, carry none, are inconclusive, could not be read.
+    """Counts of an audit: images that carry a key, carry none, are inconclusive, could not be read.
 
-    `errors` says why, of each; `skipped` files have no image's name and were not opened.
+    `by_key` counts images by the fingerprint of a key that they carry, `errors` has a line for each unreadable file,
+    and `skipped` counts by suffix the files that do not have an image's name and were not opened. `outside` has a line
+    for each link that leads out of the folder and was not followed.
     """
 
     images: int
@@ -124,66 +54,148 @@ class Audit:
     unreadable: int
     by_key: dict[str, int]
     errors: list[str]
-    skipped: int
+    skipped: dict[str, int]
+    outside: list[str]
 
     @classmethod
-    def of(cls, records: list[dict], skipped: int) -> Audit:
-        """From an audit's records."""
+    def of(cls, records: list[Record], listing: Listing) -> Audit:
+        """From the records of the files in a listing."""
         errors = [r["error"] for r in records if "error" in r]
-        said = [r["present"] for r in records if "error" not in r]
-        keys: dict[str, int] = {}
-        for r in records:
-            for name in r.get("carries", ()):
-                keys[name] = keys.get(name, 0) + 1
-        said_of = [said.count(outcome) for outcome in (True, False, None)]
-        return cls(len(records), *said_of, len(errors), keys, errors, skipped)
+        outcomes = Counter(r["present"] for r in records if "error" not in r)
+        return cls(
+            images=len(records),
+            present=outcomes[True],
+            absent=outcomes[False],
+            inconclusive=outcomes[None],
+            unreadable=len(errors),
+            by_key=dict(Counter(name for r in records for name in r.get("carries", ()))),
+            errors=errors,
+            skipped=listing.skipped,
+            outside=list(map(str, listing.outside)),
+        )
 
 
-def audit(verifier: Verifier, folder: Path, results: Path, *, batch: int = 8) -> Audit:
+def audit(
+    folder: StrPath,
+    keys: Keys,
+    results: StrPath,
+    *,
+    model: Model = "pocket",
+    device: str = "auto",
+    dtype: str = "auto",
+    method: str = "guarded",
+    max_steps: int | None = None,
+    steps: int = 25,
+    alpha: float = ALPHA,
+    calibration: StrPath | Calibration | None = None,
+    search: bool = False,
+    follow_links: bool = False,
+    batch: int = 8,
+) -> Audit:
+    """Look for keys in every image of a folder, recursively, and record each verdict in a file.
+
+    Args:
+        folder: The folder.
+        keys: One key or several, each a `Key`, a key file or a folder of keys.
+        results: The file of records, one JSON line an image. An audit that was stopped goes on from it, and files
+            that have not changed since they were recorded are not read again.
+        follow_links: Also follow links that lead out of the folder.
+        model, device, dtype, method, max_steps, steps, alpha, calibration, search, batch: As in `verify`.
+
+    Raises:
+        ImageError: There is no such folder, or no image in it. Images that cannot be read are recorded instead.
+        StoreError: `results` is another file or was made with other settings.
+        KeyFileError, CalibrationError, ModelError, SchemeError: Keys, calibration and model do not go together.
+
+    Example:
+        >>> found = ringmark.audit("pictures", ["my.key", "old.key"], "results.jsonl")
+        >>> found.present, found.by_key
+    """
+    verifier, _ = load_verifier(
+        keys,
+        model=model,
+        device=device,
+        dtype=dtype,
+        method=method,
+        max_steps=max_steps,
+        steps=steps,
+        alpha=alpha,
+        calibration=calibration,
+        search=search,
+    )
+    return audit_folder(verifier, Path(folder), Path(results), follow_links=follow_links, batch=batch)
+
+
+def audit_folder(
+    verifier: Verifier, folder: Path, results: Path, *, follow_links: bool = False, batch: int = 8
+) -> Audit:
     """One record a file of `folder`, recursively, appended to `results`; files recorded as they are now are not read.
 
-    A record holds the verdict of the best key, `carries`, the keys that fit, `keys`, p and score for each, and the
-    file's `size` and `mtime_ns`. What cannot be read, or listed, gets a record with `error` and is tried again by the
-    next run, which records it again only if something has changed.
+    A record holds the verdict of the best key, `carries`, the keys that are present, `keys`, p and score of each, and
+    the file's `size` and `mtime_ns`. What cannot be read, or listed, gets a record with `error` and is tried again by
+    the next run, which records it again only if something has changed.
     """
-    found = list_images(folder)
-    name_of = lambda path: str(path.relative_to(folder))
-    stamps = {name_of(path): stamp_of(path) for path in (*found.images, *(e.path for e in found.unlisted))}
+    listing = list_images(folder, follow_links=follow_links)
     # Relative, so that a tree that was moved with its results goes on.
     settings = verifier.settings() | {"folder": os.path.relpath(folder, results.parent)}
     with Results(results, settings, fields=NEEDED) as store:
-        known = {r["sample_id"]: r for r in read_records(results)[1]}
-        fresh = {n for n, stamp in stamps.items() if n in store.done and stamp.items() <= known[n].items()}
-        with tqdm(total=len(stamps), initial=len(fresh), desc="audit", unit="image", disable=None) as bar:
-
-            def keep(name: str, record: dict) -> None:
-                record = {"sample_id": name} | record | stamps[name]
-                if record != known.get(name):  # or a file that stays unreadable would be recorded by every run
-                    store.append(record)
-                bar.update()
-
-            refuse = lambda error: keep(name_of(error.path), {"error": str(error)})
-            for error in found.unlisted:
-                refuse(error)
-            todo = [path for path in found.images if name_of(path) not in fresh]
-            for judged in verifier.scan(_readable(verifier, folder, todo, refuse), batch):
-                keep(judged.sample.id, _record(judged))
-    return Audit.of([r for r in read_records(results)[1] if r["sample_id"] in stamps], sum(found.skipped.values()))
+        run = _Run(store, folder, listing)
+        run.audit(verifier, batch)
+    records = [r for r in read_records(results)[1] if r["sample_id"] in run.stamps]
+    return Audit.of(records, listing)
 
 
-def _record(judged: Judged) -> dict:
+class _Run:
+    """One run over a folder: what is there, what of it is recorded as it is now, and a bar of the progress."""
+
+    def __init__(self, store: Results, folder: Path, listing: Listing) -> None:
+        self.store, self.folder, self.listing = store, folder, listing
+        files = (*listing.images, *(error.path for error in listing.unlisted))
+        self.stamps = {self.name_of(path): stamp_of(path) for path in files}
+        self.known = {r["sample_id"]: r for r in read_records(store.path)[1]}
+        self.fresh = {name for name in self.stamps if self._is_fresh(name)}
+
+    def name_of(self, path: Path) -> str:
+        return str(path.relative_to(self.folder))
+
+    def _is_fresh(self, name: str) -> bool:
+        return name in self.store.done and self.stamps[name].items() <= self.known[name].items()
+
+    def audit(self, verifier: Verifier, batch: int) -> None:
+        """Records what is not fresh."""
+        started, todo = time.perf_counter(), [p for p in self.listing.images if self.name_of(p) not in self.fresh]
+        logger.info("audit of %s: %d images, %d recorded already", self.folder, len(self.stamps), len(self.fresh))
+        with tqdm(
+            total=len(self.stamps), initial=len(self.fresh), desc="audit", unit="image", disable=None
+        ) as self.bar:
+            for error in self.listing.unlisted:
+                self._refuse(error)
+            for judged in verifier.scan(self._readable(verifier.image_size, todo), batch):
+                self._record(judged.sample.id, _record(judged))
+        logger.info("audited %d images in %.1f s", len(todo), time.perf_counter() - started)
+
+    def _readable(self, size: tuple[int, int], paths: list[Path]) -> Iterator[Sample]:
+        for path in paths:
+            try:
+                yield read_sample(path, size, id=self.name_of(path))
+            except ImageError as error:
+                self._refuse(error)
+
+    def _refuse(self, error: ImageError) -> None:
+        logger.info("%s", error)
+        self._record(self.name_of(error.path), {"error": str(error), "code": error.code})
+
+    def _record(self, name: str, record: Record) -> None:
+        record = {"sample_id": name} | record | self.stamps[name]
+        if record != self.known.get(name):  # or a file that stays unreadable would be recorded by every run
+            self.store.append(record)
+        self.bar.update()
+
+
+def _record(judged: Judged) -> Record:
+    """The record of an image."""
     per_key = {v.key: {"p_value": v.p_value, "score": v.score, **v.statistics} for v in judged.verdicts}
     return judged.best.record() | {"carries": [v.key for v in judged.present], "keys": per_key}
-
-
-def _readable(
-    verifier: Verifier, folder: Path, paths: list[Path], refuse: Callable[[ImageError], None]
-) -> Iterator[Sample]:
-    for path in paths:
-        try:
-            yield read_sample(path, verifier.image_size, id=str(path.relative_to(folder)))
-        except ImageError as error:
-            refuse(error)
 
 
 def curves(

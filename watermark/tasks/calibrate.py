@@ -21,7 +21,7 @@ from ringmark.watermark.calibration import Calibration, check_number
 from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.schemes.fourier import Placement, recommend
 from ringmark.watermark.statistics import ALPHA, needed_references
-from ringmark.watermark.tasks.audit import DRAWN
+from ringmark.watermark.tasks.draw import DRAWN
 from ringmark.watermark.tasks.recover import RecoveredFiles, recover_files
 
 __all__ = ["KNOWN", "Calibrated", "Unmarked", "calibrate", "recovery_of"]

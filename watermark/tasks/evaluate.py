@@ -40,7 +40,7 @@ from ringmark.watermark.null import Array
 from ringmark.watermark.schemes.base import DEFAULT, make_key, scheme_of
 from ringmark.watermark.statistics import conformal_p
 from ringmark.watermark.tasks.attack import attack_files, attacked_name
-from ringmark.watermark.tasks.audit import DRAWN, draw, prompts_for
+from ringmark.watermark.tasks.draw import DRAWN, draw, prompts_for
 from ringmark.watermark.tasks.recover import RecoveredFiles, recover_files
 
 __all__ = ["Comparison", "compare", "scores_of"]

@@ -1,15 +1,44 @@
-"""What the tasks start from: the model, by name."""
+"""What the tasks start from: a model by name, and a verifier for keys, on the calibration that fits."""
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Iterable
 from functools import cache
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
 
 import torch
 
-from ringmark.errors import ModelError
+from ringmark.errors import CalibrationError, ModelError
+from ringmark.inversion.models.loading import resolve
 from ringmark.inversion.models.pipeline import LatentModel
+from ringmark.inversion.recover import Recoverer
+from ringmark.watermark.calibration import Calibration
+from ringmark.watermark.detect.search import Search
+from ringmark.watermark.detect.verifier import Verifier
+from ringmark.watermark.keys.folder import load_ring
+from ringmark.watermark.keys.key import Key
+from ringmark.watermark.statistics import ALPHA
 
-__all__ = ["load_model"]
+__all__ = ["Keys", "Model", "Setup", "StrPath", "load_keys", "load_model", "load_verifier"]
+
+logger = logging.getLogger(__name__)
+
+StrPath: TypeAlias = "str | PathLike[str]"
+Keys: TypeAlias = "Key | StrPath | Iterable[Key | StrPath]"
+"""One key or several, each a Key, a key file or a folder of keys."""
+Model: TypeAlias = "str | LatentModel"
+"""A loaded model, or the name of one: "pocket", a diffusers folder or a hub id."""
+
+
+class Setup(NamedTuple):
+    """A verifier, and why the model's own calibration does not check its p-values ("": it does, or there is none)."""
+
+    verifier: Verifier
+    unchecked: str
 
 
 @cache
@@ -20,14 +49,71 @@ def load_model(source: str = "pocket", device: str = "auto", dtype: str = "auto"
     ModelError for a device that cannot be used and for a model that cannot be loaded.
     """
     if device != "auto":
-        check_device(device)
-    return LatentModel.from_pretrained(source, device=device, dtype=None if dtype == "auto" else getattr(torch, dtype))
+        _check_device(device)
+    started = time.perf_counter()
+    model = LatentModel.from_pretrained(source, device=device, dtype=None if dtype == "auto" else getattr(torch, dtype))
+    seconds = time.perf_counter() - started
+    logger.info("loaded model %s on %s in %s (%.1f s)", model.name, model.device, model.dtype, seconds)
+    return model
 
 
-def check_device(device: str) -> None:
+def _check_device(device: str) -> None:
     """Raises ModelError unless a tensor can be put on this device."""
     try:
         torch.empty(1, device=device)
     except (AssertionError, RuntimeError) as error:  # torch asserts that it was built with CUDA
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError("model.device", f"cannot be used ({reason})", subject=f"device {device}") from error
+
+
+def load_keys(keys: Keys) -> list[Key]:
+    """The keys, each once. Raises KeyFileError."""
+    given = [keys] if isinstance(keys, (Key, str, PathLike)) else list(keys)
+    paths = [Path(key) for key in given if not isinstance(key, Key)]
+    loaded = [key for key in given if isinstance(key, Key)]
+    return list({key.fingerprint: key for key in (*loaded, *(load_ring(paths).values() if paths else ()))}.values())
+
+
+def load_verifier(
+    keys: Keys,
+    *,
+    model: Model = "pocket",
+    device: str = "auto",
+    dtype: str = "auto",
+    method: str = "guarded",
+    max_steps: int | None = None,
+    steps: int = 25,
+    alpha: float = ALPHA,
+    calibration: StrPath | Calibration | None = None,
+    search: bool = False,
+) -> Setup:
+    """A verifier for these keys, on this calibration or on the model's own where that fits.
+
+    A `model` that is loaded already is used as it is, whatever `device` and `dtype` say. Keys and calibration are read
+    first: a mistake there does not cost the loading of a model. Raises KeyFileError, CalibrationError, ModelError and,
+    for a key that cannot be searched for, SchemeError.
+    """
+    loaded = load_keys(keys)
+    given = Calibration.load(Path(calibration)) if isinstance(calibration, (str, PathLike)) else calibration
+    if given:
+        given.check_level(alpha)
+    latent_model = load_model(model, device, dtype) if isinstance(model, str) else model
+    recoverer = Recoverer.named(latent_model, method, max_steps, steps)
+    used, unchecked = (given, "") if given else _built_in(recoverer, loaded, model)
+    finder = Search() if search else None
+    return Setup(Verifier(recoverer, loaded, alpha=alpha, calibration=used, search=finder), unchecked)
+
+
+def _built_in(recoverer: Recoverer, keys: list[Key], model: Model) -> tuple[Calibration | None, str]:
+    """The model's own calibration; where that does not fit, None and why."""
+    source = model if isinstance(model, str) else model.name
+    has_folder = isinstance(model, str) or source == "pocket"
+    calibration = Calibration.built_in(Path(resolve(source))) if has_folder else None
+    if calibration is None:
+        return None, ""
+    try:
+        Verifier(recoverer, keys, calibration=calibration)
+    except CalibrationError as error:
+        logger.info("calibration of the model not used: %s", error)
+        return None, error.fact
+    return calibration, ""

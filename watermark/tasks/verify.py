@@ -1,110 +1,147 @@
-"""Single images: verify, explain, invert; and facts about a model."""
+"""Single pictures: which keys they carry, and what a verdict rests on."""
 
 from __future__ import annotations
 
-import json
-import platform
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
+from os import PathLike
 from pathlib import Path
+from typing import Any, TypeAlias
 
-import torch
+from PIL import Image
 from tqdm import tqdm
 
-from ringmark.data.files import one_line, write_atomic
-from ringmark.data.images import Sample, read_sample, to_array
-from ringmark.errors import ImageError, StoreError
-from ringmark.inversion.models.pipeline import LatentModel
-from ringmark.inversion.recover import Recoverer
+from ringmark.data.images import Sample, fit, read_sample
+from ringmark.errors import ImageError, one_line
+from ringmark.watermark.calibration import Calibration
+from ringmark.watermark.detect.verdict import Judged, Verdict
 from ringmark.watermark.detect.verifier import Verifier
 from ringmark.watermark.figures import explain, save_figure
-from ringmark.watermark.schemes.fourier import recommend
+from ringmark.watermark.statistics import ALPHA
+from ringmark.watermark.tasks.load import Keys, Model, StrPath, load_verifier
 
-__all__ = ["Line", "facts", "invert_file", "verify_files"]
+__all__ = ["Outcome", "Picture", "explain_first", "verify", "verify_files"]
+
+logger = logging.getLogger(__name__)
+
+Picture: TypeAlias = "StrPath | Image.Image"
+
+
+def verify(
+    pictures: Picture | Iterable[Picture],
+    keys: Keys,
+    *,
+    model: Model = "pocket",
+    device: str = "auto",
+    dtype: str = "auto",
+    method: str = "guarded",
+    max_steps: int | None = None,
+    steps: int = 25,
+    alpha: float = ALPHA,
+    calibration: StrPath | Calibration | None = None,
+    search: bool = False,
+    batch: int = 8,
+) -> list[Verdict]:
+    """Whether pictures carry a key: one Verdict a picture, in order; of several keys that of the best.
+
+    Args:
+        pictures: One picture or several, each a file or a PIL image.
+        keys: One key or several, each a `Key`, a key file or a folder of keys.
+        model: A loaded `LatentModel`, or "pocket", a diffusers folder or a hub id.
+        device: Of a model given by name: "auto", "cpu", "cuda", …
+        dtype: Of a model given by name: "auto", "float32", "float16" or "bfloat16".
+        method: The decoder inversion: a name of `ringmark.inversion.decoder.INVERTERS`.
+        max_steps: Most steps of the decoder inversion, at least 0; None is the method's own number.
+        steps: DDIM steps, at least 1.
+        alpha: Significance level in (0, 1). A key is present at p ≤ alpha, corrected for the number of keys.
+        calibration: A `Calibration` or its file; None is the model's own, where it fits these settings.
+        search: Also search for rotation, scaling, cropping and shifts.
+        batch: Pictures processed at a time.
+
+    Raises:
+        ImageError: A picture cannot be read. For many files of which some may be damaged, see `audit`.
+        KeyFileError, CalibrationError, ModelError, SchemeError: Keys, calibration and model do not go together.
+
+    Example:
+        >>> [verdict] = ringmark.verify("picture.png", "my.key")
+        >>> verdict.present, verdict.p_value
+    """
+    verifier, _ = load_verifier(
+        keys,
+        model=model,
+        device=device,
+        dtype=dtype,
+        method=method,
+        max_steps=max_steps,
+        steps=steps,
+        alpha=alpha,
+        calibration=calibration,
+        search=search,
+    )
+    given = [pictures] if isinstance(pictures, (str, PathLike, Image.Image)) else pictures
+    samples = (_sample(picture, i, verifier.image_size) for i, picture in enumerate(given))
+    return [judged.best for judged in verifier.scan(samples, batch)]
+
+
+def _sample(picture: Picture, number: int, size: tuple[int, int]) -> Sample:
+    """The picture at `size` (H, W); one that is no file is called by its number."""
+    if not isinstance(picture, Image.Image):
+        return read_sample(picture, size)
+    image, note = fit(picture.convert("RGB"), size)
+    return Sample(f"image {number}", image, notes=(note,) if note else ())
 
 
 @dataclass(frozen=True)
-class Line:
-    """What is said of one file: a sentence, a record, and the exit code that it alone would give."""
+class Outcome:
+    """The verdicts on one file, or the error for which there are none."""
 
-    text: str
-    record: dict
-    exit_code: int
+    path: Path
+    judged: Judged | None = None
+    error: ImageError | None = None
 
     @property
-    def unreadable(self) -> bool:
-        return "error" in self.record
+    def present(self) -> bool | None:
+        """Whether the file carries a key; None is inconclusive."""
+        return self.judged.best.present if self.judged else None
+
+    def sentence(self) -> str:
+        """In words, in one line."""
+        return f"{one_line(self.path)}: {self.judged.sentence()}" if self.judged else one_line(self.error)
+
+    def record(self) -> dict[str, Any]:
+        """As plain values: the verdict of the best key, and `carries`, all keys that are present; or the `error`."""
+        name = {"sample_id": str(self.path)}
+        if not self.judged:
+            return name | {"error": str(self.error), "code": self.error.code if self.error else ""}
+        return self.judged.best.record() | name | {"carries": [v.key for v in self.judged.present]}
 
 
-def verify_files(
-    verifier: Verifier, paths: list[Path], *, batch: int = 8, explain_to: Path | None = None
-) -> list[Line]:
-    """A line for each file, in the order given; with several keys, it names all that fit, its record is of the best.
-
-    What the first readable image's verdict rests on is drawn into `explain_to`. Raises StoreError where that is an image.
-    """
-    if explain_to and explain_to.resolve() in {path.resolve() for path in paths}:
-        raise StoreError(f"{one_line(explain_to)}: is one of the images; name another file for --explain")
-    lines: dict[int, Line] = {}
+def verify_files(verifier: Verifier, paths: list[Path], *, batch: int = 8) -> list[Outcome]:
+    """The outcome of each file, in the order given. A file that cannot be read does not stop the others."""
+    outcomes: dict[int, Outcome] = {}
 
     def readable() -> Iterator[Sample]:
         for i, path in enumerate(paths):
             try:
                 yield read_sample(path, verifier.image_size, id=str(i))
             except ImageError as error:
-                lines[i] = Line(str(error), {"sample_id": str(path), "error": str(error)}, 2)
+                outcomes[i] = Outcome(path, error=error)
 
-    found = verifier.scan(readable(), batch)
-    for judged in tqdm(found, "verify", len(paths), unit="image", disable=None, leave=False, delay=2):
-        i, best = int(judged.sample.id), judged.best
-        record = best.record() | {"sample_id": str(paths[i]), "carries": [v.key for v in judged.present]}
-        lines[i] = Line(
-            f"{one_line(paths[i])}: {judged.sentence()}", record, {True: 0, False: 1, None: 3}[best.present]
-        )
-        if explain_to:
-            save_figure(explain(verifier.detector, judged, paths[i].name), explain_to, 0o600)
-            explain_to = None
-    return [lines[i] for i in range(len(paths))]
+    judged_files = verifier.scan(readable(), batch)
+    for judged in tqdm(judged_files, "verify", len(paths), unit="image", disable=None, leave=False, delay=2):
+        i = int(judged.sample.id)
+        outcomes[i] = Outcome(paths[i], judged)
+        logger.info("%s", outcomes[i].sentence())
+    return [outcomes[i] for i in range(len(paths))]
 
 
-def invert_file(recoverer: Recoverer, path: Path, output: Path) -> dict:
-    """Write `latents` and `noise` (C, h, w) and the residuals along the way; return what the solver did."""
-    from safetensors.torch import save
+def explain_first(verifier: Verifier, outcomes: list[Outcome], output: Path) -> None:
+    """Draw what the verdict on the first readable file rests on.
 
-    sample = read_sample(path, recoverer.model.image_size)
-    recovered = recoverer(torch.from_numpy(to_array(sample.image))[None])
-    solution = recovered.solution
-    done = {
-        "image": str(path),
-        "status": solution.status[0].value if len(solution.residuals) else "encoder only",
-        "evaluations": int(solution.steps[0]),
-        "residual": float(solution.at_value(solution.residuals)[0]) if len(solution.residuals) else None,
-        "residuals": solution.residuals[:, 0].tolist(),
-        "pixel_residuals": solution.merits[:, 0].tolist(),
-        "seconds": recovered.seconds,
-        "notes": list(sample.notes),
-        **recoverer.settings.as_dict(),
-    }
-    tensors = {"latents": solution.value[0].cpu().contiguous(), "noise": recovered.noise[0].contiguous()}
-    # Of a marked image it is a rough copy of the key.
-    write_atomic(output, save(tensors, {"ringmark": json.dumps(done)}), 0o600)
-    return done
-
-
-def facts(model: LatentModel) -> dict:
-    """What a model and this installation are."""
-    best = recommend(model.recovery, model.latent_shape)
-    return {
-        "model": model.name,
-        "fingerprint": model.identity["fingerprint"],
-        "image size": "{}x{}".format(*model.image_size),
-        "latent shape": "x".join(map(str, model.latent_shape)),
-        "prediction": model.prediction,
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "noise recovery": "measured" if model.recovery else "not measured",
-        "default mark": f"channels {list(best.channels)}, radii {best.radii[0]}-{best.radii[1]}",
-        **{name: version(name) for name in ("ringmark", "torch", "diffusers", "transformers")},
-        "python": platform.python_version(),
-    }
+    The figure shows the key, so that only the owner may read it. Nothing is drawn where no file could be read.
+    """
+    for outcome in outcomes:
+        if outcome.judged:
+            save_figure(explain(verifier.detector, outcome.judged, outcome.path.name), output, 0o600)
+            return

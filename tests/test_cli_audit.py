@@ -1,0 +1,98 @@
+"""`ringmark audit`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from shell import QUICK, pictures, refused, run
+
+
+def test_audit_records_everything_and_goes_on(house: Path, tmp_path: Path) -> None:
+    folder, results = tmp_path / "folder", tmp_path / "results.jsonl"
+    (folder / "deep").mkdir(parents=True)
+    for i, path in enumerate(pictures(house)):
+        (folder / ("deep" if i % 2 else ".") / f"{path.parent.name}-{path.name}").write_bytes(path.read_bytes())
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    run("keygen", "-o", tmp_path / "other.key")
+    args = [
+        "audit",
+        folder,
+        "--key",
+        house / "my.key",
+        "--key",
+        tmp_path / "other.key",
+        "-o",
+        results,
+        *QUICK,
+        "--json",
+    ]
+    found = json.loads(run(*args).stdout)
+    assert (found["images"], found["present"], found["absent"], found["unreadable"]) == (5, 2, 2, 1)
+    assert list(found["by_key"].values()) == [2]
+    lines = results.read_text().splitlines()
+    results.write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])
+    assert json.loads(run(*args).stdout) == found
+    records = {r["sample_id"]: r for r in map(json.loads, results.read_text().splitlines()[1:])}
+    assert "error" in records["broken.png"] and len(records) == 5
+    assert "max_steps was 1, is 2" in refused(*args[:-2], 2)
+
+
+@pytest.fixture
+def album(house: Path, tmp_path: Path) -> list[object]:
+    """The audit of a small album; it ends with the name of its results."""
+    folder = tmp_path / "here" / "album"
+    folder.mkdir(parents=True)
+    (folder / "a.png").write_bytes(pictures(house, "marked")[0].read_bytes())
+    (folder / "broken.png").write_bytes(b"broken")
+    (folder / "notes.txt").touch()
+    return ["audit", folder, "--key", house / "my.key", *QUICK, "-o", tmp_path / "here" / "results.jsonl"]
+
+
+def test_an_audit_says_what_it_did_not_read(album: list[object]) -> None:
+    result = run(*album)
+    assert "1 unreadable; 1 other files skipped" in result.stdout
+    assert result.stderr.strip().endswith("AVIF") and "broken.png: is not an image" in result.stderr
+    result = run(*album, "--json")
+    found = json.loads(result.stdout)
+    assert found["skipped"] == 1 and "broken.png" in found["errors"][0] and not result.stderr
+
+
+def test_an_audit_looks_again_at_what_has_changed_only(album: list[object], house: Path) -> None:
+    picture, results = album[1] / "a.png", album[-1]
+    assert "1 carry a key" in run(*album).stdout
+    before = results.read_bytes()
+    run(*album)
+    assert results.read_bytes() == before
+    picture.write_bytes(pictures(house, "unmarked")[0].read_bytes())
+    assert "0 carry a key" in run(*album).stdout
+    (album[1] / "broken.png").write_bytes(b"broken otherwise")
+    run(*album)
+    assert len(results.read_text().splitlines()) == 1 + 2 + 1 + 1
+
+
+def test_an_audit_belongs_to_its_folder_even_if_both_are_moved(album: list[object], tmp_path: Path) -> None:
+    run(*album)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "b.png").write_bytes(b"broken")
+    assert "folder was" in refused("audit", tmp_path / "other", *album[2:])
+    before = album[-1].read_bytes()
+    (tmp_path / "here").rename(tmp_path / "there")
+    run("audit", tmp_path / "there" / "album", *album[2:-1], tmp_path / "there" / "results.jsonl")
+    assert (tmp_path / "there" / "results.jsonl").read_bytes().count(b"\n") <= before.count(b"\n") + 1
+
+
+def test_an_audit_goes_on_past_a_folder_that_cannot_be_listed(album: list[object], monkeypatch) -> None:
+    closed, scandir = album[1] / "closed", os.scandir
+    closed.mkdir()
+
+    def forbid(path):
+        if Path(path) == closed:
+            raise PermissionError(13, "no", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbid)
+    result = run(*album)
+    assert "3 images: 1 carry a key" in result.stdout and "closed: cannot be listed" in result.stderr

@@ -1,0 +1,46 @@
+"""`ringmark generate`."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from shell import refused, run
+
+from ringmark.watermark.schemes.base import make_key
+
+
+def test_generate_is_deterministic_and_goes_on(house: Path, tmp_path: Path) -> None:
+    args = ["generate", "--no-mark", "-n", 2, "--seed", 2, "-o", tmp_path / "again", "--steps", 4]
+    run(*args)
+    first = tmp_path / "again/0000002.png"
+    assert first.read_bytes() == (house / "images/unmarked/0000002.png").read_bytes()
+    first.unlink()
+    stamp = (tmp_path / "again/0000003.png").stat().st_mtime_ns
+    run(*args)
+    assert first.exists() and (tmp_path / "again/0000003.png").stat().st_mtime_ns == stamp
+    rows = list(csv.DictReader((tmp_path / "again/labels.csv").open()))
+    assert [(r["path"], r["label"]) for r in rows] == [("0000002.png", "0"), ("0000003.png", "0")]
+    assert "steps was 4, is 5" in refused(*args[:-1], 5)
+
+
+def test_generate_refuses_other_prompts_for_the_same_pictures(tmp_path: Path) -> None:
+    args = ["generate", "--no-mark", "-o", tmp_path / "drawn", "--steps", 2]
+    run(*args, "--prompt", "lake at sunset")
+    message = refused(*args, "--prompt", "desert at noon")
+    assert "lake at sunset" in message and "desert at noon" in message and "--seed" in message
+    run(*args, "--prompt", "desert at noon", "--seed", 1)
+    assert len(list((tmp_path / "drawn").glob("*.png"))) == 2
+
+
+def test_generate_needs_a_key_or_no_mark(house: Path) -> None:
+    assert "--no-mark" in refused("generate", "-o", house / "none")
+    assert "--no-mark" in refused("generate", "-o", house / "none", "--key", house / "my.key", "--no-mark")
+
+
+def test_a_key_of_another_model_marks_nothing(tmp_path: Path) -> None:
+    for name, shape in (("other", (4, 32, 32)), ("larger", (4, 64, 64))):
+        key = make_key("tree-ring", shape, model={"name": name, "fingerprint": "0"}, channels=(0,), radii=(3, 6))
+        key.save(tmp_path / f"{name}.key")
+        said = refused("generate", "--key", tmp_path / f"{name}.key", "-n", 1, "-o", tmp_path / "out")
+        assert key.fingerprint[:8] in said and name in said and not (tmp_path / "out").exists()

@@ -1,0 +1,116 @@
+"""`ringmark verify`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from shell import QUICK, pictures, refused, run
+
+
+def test_verify_says_a_line_an_image(house: Path) -> None:
+    paths = pictures(house)
+    result = run("verify", *paths, "--key", house / "my.key", *QUICK, code=1)
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(paths)
+    for path, line in zip(paths, lines, strict=True):
+        assert re.fullmatch(re.escape(str(path)) + r": (carries|does not carry) key [0-9a-f]{8}, p = \S+", line)
+    assert [("carries" in line) for line in lines] == [p.parent.name == "marked" for p in paths]
+
+
+def test_verify_exit_codes_and_json(house: Path, tmp_path: Path) -> None:
+    marked = pictures(house, "marked")
+    records = json.loads(run("verify", *marked, "--key", house / "my.key", *QUICK, "--json").stdout)
+    assert [r["present"] for r in records] == [True, True]
+    assert all(0 <= r["p_value"] <= 1e-3 and r["seconds"] > 0 for r in records)
+    Image.new("RGB", (128, 128), (90, 120, 30)).save(tmp_path / "flat.png")
+    flat = run("verify", tmp_path / "flat.png", "--key", house / "my.key", *QUICK, code=3)
+    assert "inconclusive" in flat.stdout and "flat" in flat.stdout
+    missing = run("verify", marked[0], tmp_path / "none.png", "--key", house / "my.key", *QUICK, code=2)
+    assert "carries" in missing.stdout and "none.png" in missing.stderr
+
+
+def test_verify_explains(house: Path, tmp_path: Path) -> None:
+    run(
+        "verify", pictures(house, "marked")[0], "--key", house / "my.key", *QUICK, "--explain", tmp_path / "new/why.png"
+    )
+    with Image.open(tmp_path / "new/why.png") as image:
+        assert image.width > 1000 and np.asarray(image.convert("L")).std() > 10
+    assert "secret" in run("verify", "--help").stdout
+
+
+def test_strange_names_are_printed_on_one_line(house: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a\n$x.png"
+    path.write_bytes(pictures(house, "marked")[0].read_bytes())
+    result = run("verify", path, "--key", house / "my.key", *QUICK, "--explain", tmp_path / "why.SVG")
+    assert r"a\n$x.png: carries" in result.stdout and len(result.stdout.splitlines()) == 1
+    assert (tmp_path / "why.SVG").read_text().startswith("<?xml")
+
+
+def test_encoder_only_takes_no_steps(house: Path) -> None:
+    (record,) = json.loads(
+        run(
+            "verify",
+            pictures(house, "marked")[0],
+            "--key",
+            house / "my.key",
+            "--method",
+            "encoder",
+            "--steps",
+            4,
+            "--json",
+        ).stdout
+    )
+    assert record["residual"] is None and record["p_value"] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"", "empty"), (b"hello", "not an image"), (b"\x89PNG\r\n\x1a\n" + b"0" * 64, "damaged")],
+)
+def test_verify_refuses_what_is_no_image(house: Path, tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "strange.png"
+    path.write_bytes(content)
+    message = run("verify", path, "--key", house / "my.key", *QUICK, code=2).stderr
+    assert len(message.strip().splitlines()) == 1 and str(path) in message and said in message
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "I;16", "CMYK", "RGBA", "LA"])
+def test_verify_takes_every_kind_of_picture(house: Path, tmp_path: Path, mode: str) -> None:
+    rng = np.random.default_rng(0)
+    grey = Image.fromarray(rng.integers(0, 255, (150, 200), dtype=np.uint8))
+    path = tmp_path / ("picture.tif" if mode == "CMYK" else "picture.png")
+    image = (
+        Image.fromarray(rng.integers(0, 65535, (150, 200), dtype=np.uint16)) if mode == "I;16" else grey.convert(mode)
+    )
+    image.save(path)
+    line = run("verify", path, "--key", house / "my.key", *QUICK, code=1).stdout
+    assert "does not carry" in line and "resized 200x150" in line
+
+
+def test_wrong_corrupt_and_missing_keys(house: Path, tmp_path: Path) -> None:
+    picture = pictures(house)[0]
+    assert "no such key" in refused("verify", picture, "--key", tmp_path / "none.key")
+    damaged = bytearray((house / "my.key").read_bytes())
+    damaged[-5] ^= 1
+    (tmp_path / "damaged.key").write_bytes(damaged)
+    assert "damaged" in refused("verify", picture, "--key", tmp_path / "damaged.key")
+    assert "not a ringmark key" in refused("verify", picture, "--key", picture)
+
+
+def test_a_turned_picture_is_searched(house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ringmark.watermark.detect import search as searching
+    from ringmark.watermark.detect.geometry import Search
+
+    few = Search(angles=(0, 30), scales=(1.0,), dear=1, steps=4)
+    monkeypatch.setattr(searching.SearchingDetector.__init__, "__defaults__", (few,))
+    run("attack", pictures(house, "marked")[0], tmp_path / "turned.png", "--attack", "rotation:30")
+    asked = ["verify", tmp_path / "turned.png", "--key", house / "my.key", *QUICK]
+    assert "does not carry" in run(*asked, code=1).output
+    assert "turned by 30°" in run(*asked, "--search").output
+    run("keygen", "-o", tmp_path / "zeros.key", "--pattern", "zeros")
+    assert "leave it or --search out" in refused(*asked[:2], "--key", tmp_path / "zeros.key", "--search", *QUICK)

@@ -1,0 +1,153 @@
+"""Look for keys in images: named ones, or all of a folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from ringmark.watermark.cli.options import (
+    EXIT_ABSENT,
+    EXIT_INCONCLUSIVE,
+    EXIT_USAGE,
+    FIGURE,
+    PATH,
+    DetectionOptions,
+    InversionOptions,
+    ModelOptions,
+    batch_option,
+    counted,
+    detection_options,
+    force_option,
+    inversion_options,
+    json_option,
+    links_option,
+    model_options,
+    say,
+    warn,
+)
+from ringmark.watermark.cli.remedies import explained
+
+UNCHECKED = "note: p-values are not checked against unmarked images: the model's calibration does not apply"
+
+
+@click.command()
+@click.argument("images", metavar="IMAGE...", type=PATH, nargs=-1, required=True)
+@detection_options
+@inversion_options
+@batch_option
+@click.option(
+    "--explain",
+    type=FIGURE,
+    help="Draw what the verdict on the first image rests on into this PNG or SVG. It shows the key: keep it secret.",
+)
+@force_option
+@model_options
+@json_option
+@click.pass_context
+def verify(
+    ctx: click.Context,
+    images: tuple[Path, ...],
+    detection: DetectionOptions,
+    inversion: InversionOptions,
+    batch: int,
+    explain: Path | None,
+    force: bool,
+    model: ModelOptions,
+    as_json: bool,
+) -> None:
+    """Tell whether images carry a key.
+
+    Prints a line for each image. Exit code 0: all of them carry a key; 1: some do not; 2: usage error, or a file that
+    cannot be read; 3: inconclusive.
+
+    \b
+    Example:
+      ringmark verify picture.png --key my.key --explain why.png
+    """
+    from ringmark.data.files import refuse_existing, refuse_foreign
+    from ringmark.watermark.tasks.verify import explain_first, verify_files
+
+    if explain and explain.resolve() in {path.resolve() for path in images}:
+        refuse_existing(explain)
+    elif explain:
+        refuse_foreign(explain, force)
+    verifier, unchecked = detection.prepare(model, inversion)
+    outcomes = verify_files(verifier, list(images), batch=batch)
+    if as_json:
+        click.echo(json.dumps([outcome.record() for outcome in outcomes], indent=1))
+    else:
+        for outcome in outcomes:
+            click.echo(explained(outcome.error) if outcome.error else outcome.sentence(), err=bool(outcome.error))
+        if unchecked and any(outcome.present for outcome in outcomes):
+            warn([f"{UNCHECKED} ({unchecked})"])
+    if explain:
+        explain_first(verifier, outcomes, explain)
+    exit_code = {True: 0, False: EXIT_ABSENT, None: EXIT_INCONCLUSIVE}
+    codes = [EXIT_USAGE if outcome.error else exit_code[outcome.present] for outcome in outcomes]
+    ctx.exit(max(codes, key=[0, EXIT_ABSENT, EXIT_INCONCLUSIVE, EXIT_USAGE].index))
+
+
+def skipped(files: dict[str, int]) -> str:
+    """'3 other files skipped (2 .heic, 1 without suffix); ', or nothing where there are none."""
+    if not files:
+        return ""
+    kinds = ", ".join(f"{number} {suffix or 'without suffix'}" for suffix, number in sorted(files.items()))
+    return f"{counted(sum(files.values()), 'other file')} skipped ({kinds}); "
+
+
+@click.command()
+@click.argument("folder", type=PATH)
+@click.option(
+    "-o",
+    "--output",
+    type=PATH,
+    required=True,
+    help="The file of results, one JSON line an image. An audit that was stopped goes on from it.",
+)
+@detection_options
+@inversion_options
+@links_option
+@batch_option
+@model_options
+@json_option
+def audit(
+    folder: Path,
+    output: Path,
+    detection: DetectionOptions,
+    inversion: InversionOptions,
+    follow_links: bool,
+    batch: int,
+    model: ModelOptions,
+    as_json: bool,
+) -> None:
+    """Look for keys in every image of a folder, recursively.
+
+    Files that have changed since they were recorded are examined again. Exit code 0: every image has a record, whatever
+    it says; 2: usage error, or no such folder; 130: interrupted.
+
+    \b
+    Example:
+      ringmark audit pictures --key my.key --key old.key -o results.jsonl
+    """
+    from ringmark.data.sources import check_folder
+    from ringmark.watermark.tasks.audit import audit_folder
+
+    check_folder(folder)
+    verifier, unchecked = detection.prepare(model, inversion)
+    found = audit_folder(verifier, folder, output, follow_links=follow_links, batch=batch)
+    keys = "".join(f"\n  key {name[:8]}: {count}" for name, count in found.by_key.items())
+    text = (
+        f"{counted(found.images, 'image')}: {found.present} with a key, {found.absent} without, "
+        f"{found.inconclusive} inconclusive, {found.unreadable} unreadable; "
+        f"{skipped(found.skipped)}records in {output}{keys}"
+    )
+    if not as_json:
+        warn(found.errors)
+        if found.outside:
+            warn([f"{counted(len(found.outside), 'link')} out of the folder not followed; add --follow-links to do so"])
+    say(asdict(found), text, as_json)
+    if unchecked and found.present and not as_json:
+        warn([f"{UNCHECKED} ({unchecked})"])

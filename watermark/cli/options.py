@@ -1,0 +1,234 @@
+"""Options that several commands share, as decorators. A group of options reaches its command as one typed value."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from functools import reduce, wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from ringmark.inversion.models.pipeline import LatentModel
+    from ringmark.watermark.tasks.load import Setup
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+EXIT_ABSENT, EXIT_USAGE, EXIT_INCONCLUSIVE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 3, 130, 141
+
+MAX_GUIDANCE = 100  # far beyond use; larger values overflow in the sampler
+
+
+class FilePath(click.Path):
+    """A path that is not empty and that ends in one of `suffixes`, if there are any."""
+
+    def __init__(self, *suffixes: str) -> None:
+        super().__init__(path_type=Path)
+        self.suffixes = suffixes
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if not os.fspath(value):
+            self.fail("the name is empty; name a file or folder", param, ctx)
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if self.suffixes and path.suffix.lower() not in self.suffixes:
+            self.fail(f"{path}: the name must end in {' or '.join(self.suffixes)}", param, ctx)
+        return path
+
+
+class Finite(click.FloatRange):
+    """A range of finite numbers. NaN compares as neither inside nor outside of a range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
+
+
+PATH, FIGURE = FilePath(), FilePath(".png", ".svg")
+SEED = click.IntRange(0, 2**62)  # torch and NumPy take 63 bits; each further image adds 1
+
+
+def options(*decorators: Decorator) -> Decorator:
+    """Several decorators as one."""
+    return lambda command: reduce(lambda inner, decorate: decorate(inner), reversed(decorators), command)
+
+
+def grouped(name: str, group: type, *decorators: Decorator) -> Decorator:
+    """Options whose values reach the command as one argument `name`, an instance of the dataclass `group`."""
+    members = [field.name for field in fields(group)]
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(command)
+        def call(*args: Any, **values: Any) -> Any:
+            values[name] = group(**{member: values.pop(member) for member in members})
+            return command(*args, **values)
+
+        return options(*decorators)(call)
+
+    return decorate
+
+
+def names(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """'a,b' and 'c' as a, b and c."""
+    return tuple(name.strip() for value in values for name in value.split(","))
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """--model, --device and --dtype."""
+
+    source: str
+    device: str
+    dtype: str
+
+    def load(self) -> LatentModel:
+        """The model."""
+        from ringmark.watermark.tasks import load
+
+        return load.load_model(self.source, self.device, self.dtype)
+
+
+@dataclass(frozen=True)
+class InversionOptions:
+    """--method, --max-steps and --steps."""
+
+    method: str
+    max_steps: int | None
+    steps: int
+
+
+@dataclass(frozen=True)
+class DetectionOptions:
+    """--key, --alpha, --calibration and --search."""
+
+    key_paths: tuple[Path, ...]
+    alpha: float
+    calibration: Path | None
+    search: bool
+
+    def prepare(self, model: ModelOptions, inversion: InversionOptions) -> Setup:
+        """The verifier. The keys and the calibration are read before the model is loaded."""
+        from ringmark.watermark.tasks.load import load_verifier
+
+        return load_verifier(
+            self.key_paths,
+            model=model.source,
+            device=model.device,
+            dtype=model.dtype,
+            method=inversion.method,
+            max_steps=inversion.max_steps,
+            steps=inversion.steps,
+            alpha=self.alpha,
+            calibration=self.calibration,
+            search=self.search,
+        )
+
+
+max_steps_option = click.option(
+    "--max-steps", type=click.IntRange(0), help="Most steps of the decoder inversion.  [default: the method's own]"
+)
+steps_option = click.option("--steps", type=click.IntRange(1), default=25, show_default=True, help="DDIM steps.")
+batch_option = click.option(
+    "--batch", type=click.IntRange(1), default=8, show_default=True, help="Images processed at a time."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+force_option = click.option("--force", is_flag=True, help="Replace existing files.")
+seed_option = click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the first image's noise.")
+guidance_option = click.option(
+    "--guidance",
+    type=Finite(1, MAX_GUIDANCE),
+    default=3.0,
+    show_default=True,
+    help="Scale of classifier-free guidance; 1 turns it off.",
+)
+links_option = click.option("--follow-links", is_flag=True, help="Follow links that lead out of the folder.")
+
+model_options = grouped(
+    "model",
+    ModelOptions,
+    click.option(
+        "--model",
+        "source",
+        default="pocket",
+        show_default=True,
+        help='"pocket" (the small model that ships with ringmark), a diffusers folder or a hub id.',
+    ),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …"),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+        default="auto",
+        show_default=True,
+        help="auto is float16 on CUDA and float32 on a CPU.",
+    ),
+)
+
+METHODS = ("encoder", "forward", "km", "adam", "anderson", "guarded", "gradient", "gradient-lean")
+"""As in inversion.decoder.INVERTERS, which takes torch to import."""
+
+inversion_options = grouped(
+    "inversion",
+    InversionOptions,
+    click.option(
+        "--method",
+        type=click.Choice(METHODS),
+        default="guarded",
+        show_default=True,
+        help="Decoder inversion. guarded is robust to altered images; anderson is the most accurate on unaltered "
+        "ones; encoder skips the inversion; gradient is the slow baseline, gradient-lean the same in less memory.",
+    ),
+    max_steps_option,
+    steps_option,
+)
+
+KEYS_HELP = "A key file or a folder of keys; may be repeated."
+calibration_option = click.option(
+    "--calibration",
+    type=PATH,
+    help="File written by ringmark calibrate: p-values rest on it and are checked against its unmarked images.  "
+    "[default: the model's own, if it has one for these settings]",
+)
+detection_options = grouped(
+    "detection",
+    DetectionOptions,
+    click.option("--key", "key_paths", type=PATH, multiple=True, required=True, help=KEYS_HELP),
+    click.option(
+        "--alpha",
+        type=Finite(0, 1, min_open=True, max_open=True),
+        default=1e-3,
+        show_default=True,
+        help="Significance level: a key is present at p ≤ ALPHA, corrected for the number of keys.",
+    ),
+    calibration_option,
+    click.option(
+        "--search",
+        is_flag=True,
+        help="Also search for rotation, scaling, cropping and shifts. Takes several times as long for each image in "
+        "which no key is found directly.",
+    ),
+)
+
+
+def say(result: object, text: str, as_json: bool) -> None:
+    """Print a result: `text` for people, or `result` as JSON for programs."""
+    from ringmark.errors import one_line
+
+    click.echo(json.dumps(result, indent=1, default=str) if as_json else "\n".join(map(one_line, text.split("\n"))))
+
+
+def warn(lines: Iterable[str]) -> None:
+    """Print lines on stderr."""
+    for line in lines:
+        click.echo(line, err=True)
+
+
+def counted(number: int, noun: str) -> str:
+    """'1 image', '2 images'."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,126 @@
+"""Draw marked or unmarked images into a folder; a run that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ringmark.data.images import from_array, save_png
+from ringmark.data.results import Results, read_records
+from ringmark.data.scenes import scene
+from ringmark.errors import StoreError
+from ringmark.inversion.models.pipeline import LatentModel
+from ringmark.watermark.detect.verifier import check_fit
+from ringmark.watermark.embed import generate
+from ringmark.watermark.figures import write_table
+from ringmark.watermark.keys.key import Key
+from ringmark.watermark.schemes.base import scheme_of
+
+__all__ = ["DRAWN", "LABELS", "UNSEEN_SCENES", "draw", "prompts_for"]
+
+logger = logging.getLogger(__name__)
+
+DRAWN = "drawn.jsonl"  # in a folder of drawn images: of what model, with what key, and each one's seed and prompt
+LABELS = "labels.csv"
+UNSEEN_SCENES = 2_000_000  # seeds that scripts/train_pocket.py neither trains on nor tests with
+
+
+def prompts_for(given: list[str], number: int, seed: int) -> list[str]:
+    """`number` prompts: those given, in turn, or else captions of procedural scenes that no model was trained on."""
+    if given:
+        return [given[i % len(given)] for i in range(number)]
+    return [scene(UNSEEN_SCENES + seed + i).caption for i in range(number)]
+
+
+def draw(
+    model: LatentModel,
+    folder: Path,
+    prompts: list[str],
+    first_seed: int,
+    *,
+    key: Key | None,
+    steps: int,
+    guidance: float,
+    batch: int = 8,
+    force: bool = False,
+) -> list[Path]:
+    """Draw an image for each prompt into `folder` as PNG, with labels.csv beside them (path, label, prompt, seed).
+
+    Images are named by their seeds, which count up from `first_seed`; those that are there already are kept. Raises
+    StoreError for a folder begun with other settings or prompts and, without `force`, for files in the way that were
+    not drawn here, KeyFileError for a key of another model.
+    """
+    if key:
+        check_fit(key, model)
+    made_with = {"model": model.identity, "dtype": str(model.dtype), "steps": steps, "guidance": guidance}
+    settings = made_with | {"key": key.fingerprint if key else None}
+    wanted = {f"{seed:07d}.png": (seed, prompt) for seed, prompt in enumerate(prompts, first_seed)}
+    if not force:
+        _refuse_foreign(folder, list(wanted))
+    with Results(folder / DRAWN, settings) as store:
+        _refuse_other_prompts(store.path, {name: prompt for name, (_, prompt) in wanted.items()})
+        missing = [name for name in wanted if name not in store.done or not (folder / name).exists()]
+        logger.info("draw %d of %d images into %s", len(missing), len(wanted), folder)
+        with tqdm(
+            total=len(wanted),
+            initial=len(wanted) - len(missing),
+            desc=f"draw {folder.name}",
+            unit="image",
+            disable=None,
+        ) as bar:
+            for name, record, pixels in _drawn(
+                model, {name: wanted[name] for name in missing}, key, steps=steps, guidance=guidance, batch=batch
+            ):
+                # Recorded first: a file of this name without a record is never ours.
+                store.append(record)
+                save_png(from_array(pixels), folder / name)
+                bar.update()
+    _write_labels(folder)
+    return [folder / name for name in wanted]
+
+
+def _drawn(
+    model: LatentModel, wanted: dict[str, tuple[int, str]], key: Key | None, **settings: Any
+) -> Iterator[tuple[str, dict[str, Any], Any]]:
+    """Name, record and pixels (3, H, W) of each image, drawn batch by batch."""
+    seeds, prompts = [seed for seed, _ in wanted.values()], [prompt for _, prompt in wanted.values()]
+    images = generate(model, prompts, seeds, scheme=scheme_of(key) if key else None, **settings)
+    for name, drawn in zip(wanted, images, strict=True):
+        record = {"sample_id": name, "prompt": drawn.prompt, "seed": drawn.seed, "label": bool(key)}
+        yield name, record, drawn.image.numpy()
+
+
+def _refuse_foreign(folder: Path, names: list[str]) -> None:
+    """Raises StoreError for a file in the way that no earlier run recorded, and for a link in place of one."""
+    recorded = set()
+    if (folder / DRAWN).is_file():
+        recorded = {record["sample_id"] for record in read_records(folder / DRAWN)[1]}
+    for name in (*names, LABELS):
+        path = folder / name
+        ours = name in recorded or (name == LABELS and recorded)
+        if path.is_symlink() or (os.path.lexists(path) and not ours):
+            raise StoreError("results.foreign-image", "exists and was not drawn by an earlier run", subject=path)
+
+
+def _refuse_other_prompts(path: Path, wanted: dict[str, str]) -> None:
+    """Raises StoreError where an image of the folder was drawn with another prompt than is now wanted."""
+    for record in read_records(path)[1]:
+        name, old = record["sample_id"], record["prompt"]
+        if wanted.get(name, old) != old:
+            raise StoreError(
+                "results.other-prompt", f"{name} was drawn with prompt {old!r}, not {wanted[name]!r}", subject=path
+            )
+
+
+def _write_labels(folder: Path) -> None:
+    """labels.csv, from the record of what was drawn."""
+    _, records = read_records(folder / DRAWN)
+    rows = [
+        {"path": r["sample_id"], "label": int(r["label"]), "prompt": r["prompt"], "seed": r["seed"]} for r in records
+    ]
+    write_table(folder / LABELS, rows)

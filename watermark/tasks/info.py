@@ -1,0 +1,29 @@
+"""Facts about a model and this installation."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+
+from ringmark.inversion.models.pipeline import LatentModel
+from ringmark.watermark.schemes.fourier import recommend
+
+__all__ = ["facts"]
+
+
+def facts(model: LatentModel) -> dict[str, str]:
+    """What a model and this installation are, by name."""
+    best = recommend(model.recovery, model.latent_shape)
+    return {
+        "model": model.name,
+        "fingerprint": model.identity["fingerprint"],
+        "image size": "{}x{}".format(*model.image_size),
+        "latent shape": "x".join(map(str, model.latent_shape)),
+        "prediction": model.prediction,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "noise recovery": "measured" if model.recovery else "not measured",
+        "default mark": f"channels {list(best.channels)}, radii {best.radii[0]}-{best.radii[1]}",
+        **{name: version(name) for name in ("ringmark", "torch", "diffusers", "transformers")},
+        "python": platform.python_version(),
+    }
