@@ -18,6 +18,8 @@ from sphinx import addnodes
 from sphinx.util.nodes import nested_parse_with_titles
 
 CODE = re.compile(r"``?([^`]+)``?|(?<![\w-])(--[a-z][\w-]+)")
+SECTIONS = {"Args:": "Arguments", "Attributes:": "Attributes", "Example:": "Example", "Examples:": "Examples"}
+SECTIONS |= {"Raises:": "Raises", "Returns:": "Returns", "Yields:": "Yields"}
 LONGEST_VALUE = 80
 BULLET = re.compile(r"(?:[-*•]|\d+\.) ")
 
@@ -49,17 +51,38 @@ def blocks(lines: list[str]) -> Iterator[list[str]]:
         yield block
 
 
+def fields(block: list[str]) -> Iterator[str]:
+    """ "name: description" under a heading as bullets; what is indented further goes on."""
+    indent = min(len(line) - len(line.lstrip()) for line in block)
+    for line in block:
+        name, colon, text = line.strip().partition(":")
+        if line[indent] == " ":
+            yield f"  {escaped(line.strip())}"
+        elif colon:
+            yield f"- ``{name}``: {escaped(text.strip())}"
+        else:
+            yield f"- {escaped(line.strip())}"
+
+
 def as_rst(lines: list[str]) -> list[str]:
-    """Plain prose as reStructuredText: paragraphs, lists, and indented blocks as they are."""
+    """Plain prose as reStructuredText: paragraphs, lists, sections of fields, and indented blocks as they are."""
     rst: list[str] = []
     listed = False
+    section = ""
     for block in blocks(lines):
-        if block[0].startswith(" ") and listed:  # the rest of a bullet
+        indented = block[0].startswith(" ")
+        if block == [block[0]] and block[0] in SECTIONS:
+            section = block[0]
+            rst += [f"**{SECTIONS[section]}**", ""]
+        elif indented and section and "Example" not in section:
+            rst += [*fields(block), ""]
+        elif indented and listed:  # the rest of a bullet
             rst[-1:] = [*(f"  {escaped(line.strip())}" for line in block), ""]
-        elif block[0].startswith(" "):
-            rst += [".. code-block:: text", "", *(f"    {line.strip()}" for line in block), ""]
+        elif indented:
+            language = "pycon" if block[0].lstrip().startswith(">>>") else "text"
+            rst += [f".. code-block:: {language}", "", *(f"    {line.strip()}" for line in block), ""]
         else:
-            listed = bool(BULLET.match(block[0]))
+            listed, section = bool(BULLET.match(block[0])), ""
             rst += [*(f"- {escaped(line[2:])}" if BULLET.match(line) else escaped(line) for line in block), ""]
     return rst
 
