@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["Damaged", "Jpeg", "Png", "kind_of", "webp_size"]
+__all__ = ["Damaged", "Jpeg", "Png", "TooMany", "kind_of", "png_size", "webp_size"]
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 MAX_INFLATION = 1032  # of zlib: bytes that a byte can become
@@ -24,6 +25,10 @@ PAD = bytes.fromhex("3a91c55e2db7746a8d139bd264e95a35")
 
 class Damaged(ValueError):
     """A file that is damaged or cut off, with the reason."""
+
+
+class TooMany(ValueError):
+    """A file of more parts than any sound picture has."""
 
 
 def kind_of(head: bytes) -> str | None:
@@ -54,37 +59,36 @@ def kind_of(head: bytes) -> str | None:
 class Png:
     """A PNG taken apart: sizes, how many frames, the colour profile, and what its pixels are made of.
 
-    `pixels` is a PNG without other metadata than orientation. `raw_bytes` is what its data must inflate to.
+    `data` holds all IDAT chunks, which must inflate to `raw_bytes`; `header` the signature and the other chunks that
+    matter: size, palette, transparency, orientation.
     """
 
     width: int
     height: int
     frames: int
-    data: bytes  # all IDAT chunks
+    data: bytes
     raw_bytes: int
-    header: bytes  # all other chunks that are needed, with signature
+    header: bytes
     profile: bytes | None
 
     @classmethod
-    def parse(cls, content: bytes) -> Png:
-        """Read the chunks; raises Damaged for a checksum that does not fit, missing chunks, and data that is too short.
+    def parse(cls, content: bytes, max_chunks: int) -> Png:
+        """Read the chunks.
 
-        Text, colour management but for the profile, and later frames are left out, however large they are.
+        Raises Damaged for a checksum that does not fit, for a chunk that is cut off and for data that is too short, and
+        TooMany for more than `max_chunks`. Text, later frames and all of colour management but the profile are left
+        out, however large they are.
         """
         width, height, layout = _png_header(content)
         kept, data, frames, profile = [PNG_MAGIC], [], 1, None
-        at, end = 8, len(content)
-        while at + 8 <= end:
-            length, kind = int.from_bytes(content[at : at + 4], "big"), content[at + 4 : at + 8]
-            start, at = at + 8, at + 12 + length
-            if kind == b"IEND":
-                break
-            if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT"):
-                body = _checked_chunk(content, start, length)
-                data.append(body) if kind == b"IDAT" else kept.append(content[start - 8 : at])
-            elif kind == b"acTL" and at <= end:
+        for kind, start, length in _chunks(content, max_chunks):
+            if kind == b"IDAT":
+                data.append(_checked_chunk(content, start, length))
+            elif kind in (b"IHDR", b"PLTE", b"tRNS"):
+                kept.append(_chunk(kind, _checked_chunk(content, start, length)))
+            elif kind == b"acTL":
                 frames = int.from_bytes(content[start : start + 4], "big")
-            elif kind == b"iCCP" and at <= end:
+            elif kind == b"iCCP":
                 profile = _png_profile(content[start : start + length])
             elif length <= MAX_METADATA and _has_orientation(kind, content[start : start + length]):
                 kept.append(_chunk(kind, content[start : start + length]))
@@ -123,6 +127,20 @@ def _png_header(content: bytes) -> tuple[int, int, bytes]:
 def png_size(content: bytes) -> tuple[int, int]:
     """Width and height that the header gives."""
     return _png_header(content)[:2]
+
+
+def _chunks(content: bytes, max_chunks: int) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, start and length of each chunk before IEND."""
+    at, chunks = 8, 0
+    while at + 8 <= len(content):
+        length, kind = int.from_bytes(content[at : at + 4], "big"), content[at + 4 : at + 8]
+        if kind == b"IEND":
+            return
+        chunks += 1
+        if chunks > max_chunks:
+            raise TooMany(f"more than {max_chunks} chunks")
+        yield kind, at + 8, length
+        at += 12 + length
 
 
 def _checked_chunk(content: bytes, start: int, length: int) -> bytes:
@@ -172,18 +190,21 @@ def _raw_bytes(width: int, height: int, layout: bytes) -> int:
 
 @dataclass(frozen=True)
 class Jpeg:
-    """The outline of a JPEG: sizes, its first kind of frame (a SOF marker), segments, and where pixel data lies."""
+    """The outline of a JPEG: sizes, its first kind of frame (a SOF marker), restarts, and where pixel data lies."""
 
     width: int
     height: int
     frame: int
-    segments: int
+    restarts: bool
     scans: tuple[tuple[int, int], ...]  # start and end of the pixel data of each
 
     @classmethod
-    def parse(cls, content: bytes) -> Jpeg:
-        """Walk over the segments up to the end of the image. Raises Damaged if there is no size, scan or end."""
-        sizes, scans, segments, at = [], [], 0, 2
+    def parse(cls, content: bytes, max_segments: int) -> Jpeg:
+        """Walk over the segments up to the end of the image.
+
+        Raises Damaged if there is no size, scan or end, and TooMany for more than `max_segments`.
+        """
+        sizes, scans, restarts, segments, at = [], [], False, 0, 2
         while (at := content.find(b"\xff", at)) >= 0 and at + 4 <= len(content):
             marker = content[at + 1]
             if marker == 0xD9:
@@ -195,9 +216,13 @@ class Jpeg:
                 at += 2
                 continue
             start, segments = at + 2, segments + 1
+            if segments > max_segments:
+                raise TooMany(f"more than {max_segments} segments")
             at = start + int.from_bytes(content[start : start + 2], "big")
             if marker in JPEG_SIZES:
                 sizes.append((marker, content[start + 3 : start + 7]))
+            elif marker == 0xDD:
+                restarts = True
             elif marker == 0xDA:
                 found = JPEG_MARKER.search(content, at)
                 if not found:
@@ -207,7 +232,7 @@ class Jpeg:
         if not sizes or not scans or content[at : at + 2] != b"\xff\xd9":
             raise Damaged("no end of the image" if sizes and scans else "no pixels")
         frame, size = sizes[0]
-        return cls(int.from_bytes(size[2:], "big"), int.from_bytes(size[:2], "big"), frame, segments, tuple(scans))
+        return cls(int.from_bytes(size[2:], "big"), int.from_bytes(size[:2], "big"), frame, restarts, tuple(scans))
 
     @property
     def checkable(self) -> bool:
@@ -224,9 +249,14 @@ class Jpeg:
         for start, end in self.scans:
             while end > start and content[end - 1] == 0xFF:  # fill bytes belong to the marker
                 end -= 1
-            pieces += [content[done:start], JPEG_RESTART.sub(lambda run: PAD + run[0], content[start:end]), PAD]
+            run = content[start:end]
+            pieces += [content[done:start], JPEG_RESTART.sub(_pad_before, run) if self.restarts else run, PAD]
             done = end
         return b"".join([*pieces, content[done:]])
+
+
+def _pad_before(marker: re.Match[bytes]) -> bytes:
+    return PAD + marker[0]
 
 
 # -- WebP -------------------------------------------------------------------------------------------------------------

@@ -14,24 +14,28 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageChops, ImageFile, ImageOps, UnidentifiedImageError
 
-from ringmark.data.containers import Damaged, Jpeg, Png, kind_of, png_size, webp_size
+from ringmark.data.containers import Damaged, Jpeg, Png, TooMany, kind_of, png_size, webp_size
 from ringmark.errors import ImageError, one_line
+
+if TYPE_CHECKING:
+    from PIL.ImageCms import ImageCmsTransform
 
 __all__ = ["FORMATS", "MAX_PIXELS", "MAX_SIDE", "Decoded", "decode", "is_cheap"]
 
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 65_535  # rows cost memory beyond their pixels
 MAX_SCANS = 200  # of a progressive JPEG; encoders write about ten
+MAX_PARTS = 200_000  # chunks or segments of a file
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 CHEAP_BYTES = 16 << 20
 CHEAP_PIXELS = 16_000_000
-CHEAP_SEGMENTS = 2000
+CHEAP_PARTS = 20_000
 CHEAP_WORK = 200_000_000  # pixels times scans
 MAX_READS = 100_000  # of a file, in search of a second frame
 
@@ -78,7 +82,7 @@ def decode(path: str | os.PathLike[str], file: BinaryIO, *, limited: bool = Fals
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):  # whose message is the address of an object
+    if isinstance(error, UnidentifiedImageError):  # whose message is the address of an object
         return "its header cannot be read"
     return one_line(error).strip() or type(error).__name__
 
@@ -103,10 +107,21 @@ class _Reader:
         self.warned: list[str] = []
         self.profile: bytes | None = None
         self.several = False
+        self._max_parts = MAX_PARTS if limited else CHEAP_PARTS
 
     def read(self, file: BinaryIO) -> Decoded | None:
-        image = {"PNG": self._png, "JPEG": self._jpeg, "WEBP": self._webp}.get(self.kind, self._other)(file)
-        return None if image is None else self._finish(image)
+        read = {"PNG": self._png, "JPEG": self._jpeg, "WEBP": self._webp}.get(self.kind, self._other)
+        try:
+            image = read(file)
+        except TooMany as error:
+            if self.limited:
+                raise ImageError("image.too-costly", f"has {error}", self.path) from error
+            return None
+        if image is None:
+            return None
+        if isinstance(file, _CountedReads):
+            file.left = MAX_READS
+        return self._finish(image)
 
     def _check_size(self, width: int, height: int) -> None:
         if not 0 < width * height:
@@ -121,7 +136,7 @@ class _Reader:
         content = file.read()
         size = png_size(content)
         self._check_size(*size)
-        png = Png.parse(content)
+        png = Png.parse(content, self._max_parts)
         if self._is_expensive(size[0] * size[1]):
             return None
         self.several, self.profile = png.frames > 1, png.profile
@@ -133,19 +148,26 @@ class _Reader:
 
     def _jpeg(self, file: BinaryIO) -> Image.Image | None:
         content = file.read()
-        jpeg = Jpeg.parse(content)
+        jpeg = Jpeg.parse(content, self._max_parts)
         self._check_size(jpeg.width, jpeg.height)
         pixels = jpeg.width * jpeg.height
         if len(jpeg.scans) > MAX_SCANS:
             raise ImageError("image.too-costly", f"has {len(jpeg.scans)} scans; {MAX_SCANS} are read", self.path)
-        if self._is_expensive(pixels, pixels * len(jpeg.scans)) or (
-            not self.limited and jpeg.segments > CHEAP_SEGMENTS
-        ):
+        if self._is_expensive(pixels, pixels * len(jpeg.scans)):
             return None
-        padded = _digest(self._load(io.BytesIO(jpeg.padded(content)))) if jpeg.checkable else None
+        if not jpeg.checkable:
+            return self._load(io.BytesIO(content))
+        return self._load_twice(content, jpeg.padded(content), large=pixels > CHEAP_PIXELS)
+
+    def _load_twice(self, content: bytes, padded: bytes, *, large: bool) -> Image.Image:
+        """A JPEG, refused unless it is the same with padding after its data (see `Jpeg.padded`)."""
+        other: Image.Image | None = self._load(io.BytesIO(padded))
+        assert other
+        digest = _digest(other) if large else b""
+        other = None if large else other  # two large ones would take too much memory
         self.warned = []
         image = self._load(io.BytesIO(content))
-        if padded is not None and padded != _digest(image):
+        if not (_is_same(image, other) if other else _digest(image) == digest):
             raise Damaged("its data ends before its last pixel")
         return image
 
@@ -207,8 +229,6 @@ class _Reader:
 
     def _has_more(self, image: Image.Image) -> bool:
         """Whether there is a second frame, as far as that can be told quickly."""
-        if isinstance(reads := getattr(image, "fp", None), _CountedReads):
-            reads.left = MAX_READS
         try:
             return bool(getattr(image, "is_animated", False))
         except Exception:
@@ -255,6 +275,10 @@ def bands(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
     rows = max(1, BAND_BYTES // (8 * image.width))
     for top in range(0, image.height, rows):
         yield 0, top, image.width, min(image.height, top + rows)
+
+
+def _is_same(one: Image.Image, other: Image.Image) -> bool:
+    return one.size == other.size and ImageChops.difference(one, other).getbbox(alpha_only=False) is None
 
 
 def _digest(image: Image.Image) -> bytes:
@@ -321,10 +345,10 @@ def _to_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, str | Non
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), image.mode, mode, intent)
         if _changes_nothing(transform, image.mode):
             return image, None
-        info, image = image.info, ImageCms.applyTransform(image, transform)
-        image.info = info
+        converted = _applied(image, transform)
+        converted.info = image.info
         name = one_line(ImageCms.getProfileDescription(source).strip())[:60]
-        return image, f"colours converted to sRGB from {name or 'its profile'}"
+        return converted, f"colours converted to sRGB from {name or 'its profile'}"
     except (ImportError, OSError, ValueError, TypeError, ImageCms.PyCMSError):
         return image, "colour profile ignored: it is damaged or does not fit"
 
@@ -336,14 +360,20 @@ def _for_profile(image: Image.Image) -> Image.Image:
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
-def _changes_nothing(transform: object, mode: str) -> bool:
-    """Whether no colour of a grid moves by more than a level or two, which is rounding."""
+def _applied(image: Image.Image, transform: ImageCmsTransform) -> Image.Image:
     from PIL import ImageCms
 
+    converted = ImageCms.applyTransform(image, transform)
+    assert converted is not None  # as when it works in place
+    return converted
+
+
+def _changes_nothing(transform: ImageCmsTransform, mode: str) -> bool:
+    """Whether no colour of a grid moves by more than a level or two, which is rounding."""
     if mode == "CMYK":
         return False
     levels = np.linspace(0, 255, 9 if mode != "L" else 256).round().astype(np.uint8)
     grid = levels[None] if mode == "L" else np.stack(np.meshgrid(*[levels] * 3), -1).reshape(1, -1, 3)
     probe = Image.fromarray(grid).convert(mode)
-    moved = np.asarray(ImageCms.applyTransform(probe, transform).convert("RGB")).astype(int)
+    moved = np.asarray(_applied(probe, transform).convert("RGB")).astype(int)
     return bool(np.abs(moved - np.asarray(probe.convert("RGB"))).max() <= 2)

@@ -61,7 +61,7 @@ class _Process:
                 timer.cancel()
 
     def _running(self, path: str | os.PathLike[str]) -> subprocess.Popen[bytes]:
-        """The child; a new one if there is none, it has ended, or it is the child of the process we were forked from."""
+        """The child; a new one if there is none, if it has ended, or if we were forked from its parent."""
         if self._child and self._owner == os.getpid() and self._child.poll() is None:
             return self._child
         script = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); " + (

@@ -105,8 +105,8 @@ def fit(image: Image.Image, size: tuple[int, int]) -> tuple[Image.Image, str | N
     scale = max(width / w, height / h)
     cropped = f"centre-cropped to {width}x{height}"
     if scale == 1:  # whole pixels: a crop must not blur
-        left, top = (w - width) // 2, (h - height) // 2
-        return image.crop((left, top, left + width, top + height)), f"{w}x{h} {cropped}"
+        x, y = (w - width) // 2, (h - height) // 2
+        return image.crop((x, y, x + width, y + height)), f"{w}x{h} {cropped}"
     left, top = max(0.0, (w - width / scale) / 2), max(0.0, (h - height / scale) / 2)
     fitted = image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, w - left, h - top))
     covering = (max(width, round(w * scale)), max(height, round(h * scale)))
@@ -135,9 +135,9 @@ def from_array(array: np.ndarray) -> Image.Image:
 def save_png(image: Image.Image, path: str | os.PathLike[str], *, signed: bool = True, **text: object) -> None:
     """Write a PNG whole or not at all, parent folders created; `text` goes to its text chunks, read back as `.text`.
 
-    If `signed`, another chunk names ringmark as the Software, by which `is_ours` knows the file again. Raises ValueError
-    for a text name that PNG cannot hold (79 Latin-1 characters at most), OSError when the image's mode has no PNG form
-    or the file cannot be written.
+    If `signed`, another chunk names ringmark as the Software, by which `is_ours` knows the file again. Raises
+    ValueError for a text name that PNG cannot hold (79 Latin-1 characters at most), OSError when the image's mode has
+    no PNG form or the file cannot be written.
     """
     chunks = PngImagePlugin.PngInfo()
     text = {"Software": MARK, **text} if signed else text

@@ -45,9 +45,9 @@ def read_labels(path: PathLike) -> dict[str, bool]:
     """Which images are marked, by the path that the file gives.
 
     The file is a table with a header (a column of PATH_COLUMNS and "label"; between them commas, semicolons or tabs),
-    a JSON object {path: label}, or JSON objects with these names, in an array or one a line; in UTF-8, or in UTF-16 with
-    its mark. A label is 1, true, yes or marked, or 0, false, no or unmarked, in either case, or the number 1 or 0. Other
-    columns are ignored, and so are repetitions that agree.
+    a JSON object {path: label}, or JSON objects with these names, in an array or one a line; in UTF-8, or in UTF-16
+    with its byte order mark. A label is 1, true, yes or marked, or 0, false, no or unmarked, in either case, or the
+    number 1 or 0. Other columns are ignored, and so are repetitions that agree.
 
     Raises ImageError with the code labels.empty, .encoding, .header, .damaged, .value or .contradiction and the line
     (in JSON: the entry), or one of CODES.
@@ -172,7 +172,9 @@ def match_labels(
     Raises EvaluationError if no label fits any record (labels.unmatched), or if two files label one record differently
     (labels.contradiction), and ImageError like `read_labels`.
     """
-    index, labels, unmatched = _Index(ids), {}, []
+    index = _Index(ids)
+    labels: dict[str, bool] = {}
+    unmatched: list[str] = []
     for file in label_files:
         for path, label in read_labels(file).items():
             sample_id = index.find(path, Path(file).resolve().parent, folders)

@@ -1,4 +1,4 @@
-"""Which sky and ground a picture shows, said by trees that have seen rendered scenes only, and which a prompt asks for."""
+"""Which sky and ground a picture shows, by trees trained on rendered scenes only; and which a prompt asks for."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def asked(prompt: str) -> dict[str, str] | None:
 
 
 def features(pixels: np.ndarray) -> np.ndarray:
-    """Simple colour and texture features of a uint8 picture (H, W, 3): per cell of a grid, means, deviations, gradients."""
+    """Means, deviations and gradients of a uint8 picture (H, W, 3), in each cell of a grid."""
     x = pixels.astype(np.float32) / 255
     grey = x.mean(-1)
     gradients = np.stack([np.abs(np.diff(grey, axis=a, append=grey.take([-1], a))) for a in (0, 1)], -1)
@@ -40,7 +40,7 @@ def features(pixels: np.ndarray) -> np.ndarray:
 def train_classifiers(
     n_train: int, n_test: int, size: int = SIZE
 ) -> tuple[dict[str, ExtraTreesClassifier], dict[str, float]]:
-    """One classifier an attribute, for pictures of `size`, and their accuracies on rendered scenes they have not seen."""
+    """A classifier for each attribute, for pictures of `size`, and its accuracy on rendered scenes it has not seen."""
     from sklearn.ensemble import ExtraTreesClassifier
 
     scenes = [scene(FIRST + i, size) for i in tqdm(range(n_train + n_test), "scenes", disable=None)]

@@ -7,6 +7,7 @@ generator, so a seed names a scene for ever.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,13 +30,16 @@ __all__ = [
 SIZE = 128
 
 
+Colour = tuple[float, float, float] | np.ndarray
+
+
 class Sky(NamedTuple):
     """Colours at the horizon and zenith, of the clouds and of the light that falls on the land."""
 
-    horizon: tuple[float, float, float]
-    zenith: tuple[float, float, float]
-    cloud: tuple[float, float, float]
-    light: tuple[float, float, float]
+    horizon: Colour
+    zenith: Colour
+    cloud: Colour
+    light: Colour
     haze: float  # how much of the horizon's colour lies over distant relief
     weathers: tuple[str, ...]  # what may be added to the caption; "" is clear
 
@@ -127,7 +131,7 @@ def fractal(rng: np.random.Generator, shape: tuple[int, ...], beta: float) -> np
     k.flat[0] = np.inf
     spectrum = np.fft.fftn(rng.normal(size=shape)) * k**-beta
     field = np.fft.ifftn(spectrum).real
-    return field / field.std()
+    return np.asarray(field / field.std())
 
 
 class _Painter:
@@ -135,9 +139,9 @@ class _Painter:
 
     def __init__(self, attributes: Attributes, rng: np.random.Generator, size: int) -> None:
         self.a, self.rng, self.n = attributes, rng, size
-        self.sky = Sky(
-            *(self._vary(c) if isinstance(c, tuple) and not isinstance(c[0], str) else c for c in SKIES[attributes.sky])
-        )
+        sky = SKIES[attributes.sky]
+        horizon, zenith, cloud, light = (self._vary(colour) for colour in sky[:4])
+        self.sky = Sky(horizon, zenith, cloud, light, sky.haze, sky.weathers)
         self.y, self.x = (np.mgrid[:size, :size] + 0.5) / size
         self.horizon = rng.uniform(0.48, 0.66)
         self.sun = np.array([rng.uniform(0.08, 0.92), rng.uniform(0.08, self.horizon - 0.10)])
@@ -154,11 +158,11 @@ class _Painter:
         self._paint_weather()
         vignette = 1 - 0.10 * ((self.x - 0.5) ** 2 + (self.y - 0.5) ** 2)[..., None]
         grain = self.rng.normal(0, 0.004, (self.n, self.n, 1))
-        return np.uint8(np.clip(self.image * vignette + grain, 0, 1) * 255 + 0.5)
+        return np.asarray(np.clip(self.image * vignette + grain, 0, 1) * 255 + 0.5).astype(np.uint8)
 
     # -- small helpers --------------------------------------------------------------------------------------------
 
-    def _vary(self, colour, spread: float = 0.03) -> np.ndarray:
+    def _vary(self, colour: Colour, spread: float = 0.03) -> np.ndarray:
         return np.clip(np.asarray(colour, float) + self.rng.normal(0, spread, 3), 0, 1)
 
     def _field(self, beta: float) -> np.ndarray:
@@ -167,13 +171,13 @@ class _Painter:
     def _skyline(self, beta: float) -> np.ndarray:
         return fractal(self.rng, (2 * self.n,), beta)[: self.n]
 
-    def _over(self, colour, alpha: np.ndarray) -> None:
+    def _over(self, colour: Colour, alpha: np.ndarray) -> None:
         """Lay a colour (RGB or an image) over the canvas with coverage alpha (H, W) in [0, 1]."""
         self.image += (np.asarray(colour) - self.image) * np.clip(alpha, 0, 1)[..., None]
 
-    def _below(self, height) -> np.ndarray:
+    def _below(self, height: float | np.ndarray) -> np.ndarray:
         """Antialiased coverage of everything below a skyline at y = height."""
-        return np.clip((self.y - height) * self.n, 0, 1)
+        return np.asarray(np.clip((self.y - height) * self.n, 0, 1))
 
     def _perspective(self, field: np.ndarray, scale: float, stretch: float = 1.0) -> np.ndarray:
         """A periodic field laid on the ground plane; stretch > 1 lengthens it across the view."""
@@ -181,9 +185,9 @@ class _Painter:
         u, v = (self.x - 0.5) * distance / stretch, distance
         return map_coordinates(field, [v * scale * self.n, u * scale * self.n], order=1, mode="grid-wrap")
 
-    def _lit(self, colour, shade: np.ndarray) -> np.ndarray:
+    def _lit(self, colour: Colour, shade: np.ndarray) -> np.ndarray:
         """A surface of this colour under the sky's light; shade 1 is full light."""
-        return np.asarray(colour) * self.sky.light * np.clip(shade, 0.15, 1.6)[..., None]
+        return np.asarray(np.asarray(colour) * self.sky.light * np.clip(shade, 0.15, 1.6)[..., None])
 
     # -- sky ------------------------------------------------------------------------------------------------------
 
@@ -242,7 +246,9 @@ class _Painter:
 
     # -- relief ---------------------------------------------------------------------------------------------------
 
-    def _ridge(self, height: np.ndarray, colour, distance: float, roughness: float, snow: float | None = None) -> None:
+    def _ridge(
+        self, height: np.ndarray, colour: Colour, distance: float, roughness: float, snow: float | None = None
+    ) -> None:
         """One range with its skyline at y = height; distance 0…1 fades it into the haze."""
         rock = self._field(1.5)
         slope = np.gradient(gaussian_filter(rock, 0.7), axis=1) * np.sign(self.sun[0] - 0.5)
@@ -256,9 +262,17 @@ class _Painter:
 
     def _peaks(self) -> np.ndarray:
         """A skyline of pointed summits: folded noise has creases where it crosses zero."""
-        return 1.1 - 2.0 * np.abs(self._skyline(1.9)) + 0.22 * self._skyline(1.25)
+        return np.asarray(1.1 - 2.0 * np.abs(self._skyline(1.9)) + 0.22 * self._skyline(1.25))
 
-    def _range(self, skyline, colour, rise: float, relief: float, roughness: float, snow: float | None = None) -> None:
+    def _range(
+        self,
+        skyline: Callable[[], np.ndarray],
+        colour: Colour,
+        rise: float,
+        relief: float,
+        roughness: float,
+        snow: float | None = None,
+    ) -> None:
         """Two or three ridges, one behind the other, each with a skyline of its own drawn by `skyline()`."""
         layers = int(self.rng.integers(2, 4))
         for i in range(layers):
@@ -312,7 +326,7 @@ class _Painter:
     def _above_ground(self) -> np.ndarray:
         return 1 - self._below(self.horizon)
 
-    def _land(self, colour, shade: np.ndarray) -> None:
+    def _land(self, colour: Colour, shade: np.ndarray) -> None:
         surface = self._lit(self._vary(colour), shade * (0.80 + 0.25 * self.depth))
         surface += (np.asarray(self.sky.horizon) - surface) * (self.sky.haze * 0.7 * (1 - self.depth) ** 4)[..., None]
         self._over(surface, self._below(self.horizon))

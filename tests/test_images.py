@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
+import subprocess
+import sys
+import tracemalloc
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,9 +16,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFile, features
+from PIL import Image, ImageCms, ImageFile, PngImagePlugin, TiffImagePlugin, features
 
-from ringmark.data import decode
+from ringmark.data import decode, decoder_process
 from ringmark.data.files import is_ours, one_line
 from ringmark.data.images import Sample, fit, from_array, read_image, read_sample, save_png, to_array
 from ringmark.errors import ImageError
@@ -332,6 +337,285 @@ def test_reading_in_threads_and_with_pillow_as_it_was(photo):
     with ThreadPoolExecutor(8) as pool:
         assert all(np.array_equal(image, PHOTO) for image, _ in pool.map(read_image, [photo] * 64))
     assert (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES) == before
+
+
+# -- damage and bombs -------------------------------------------------------------------------------------------------
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def interlaced(content: bytes) -> bytes:
+    """The same PNG, whose header says that it is interlaced."""
+    header = content[12:28] + b"\1"
+    return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
+
+
+def smooth(side: int = 64) -> Image.Image:
+    return Image.fromarray(np.stack([RAMP, RAMP.T, 255 - RAMP], -1)).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def refused_as(path, content: bytes) -> str:
+    path.write_bytes(content)
+    return refusal(path).code
+
+
+@pytest.mark.parametrize("exif", [False, True])
+def test_a_png_with_one_damaged_byte_of_pixels_is_refused(tmp_path, exif):
+    content = bytearray(encoded(Image.fromarray(PHOTO), "PNG", **({"exif": Image.Exif()} if exif else {})))
+    start = content.index(b"IDAT") + 4
+    content[start + 500] ^= 1
+    assert refused_as(tmp_path / "x.png", content) == "image.damaged"
+    length = int.from_bytes(content[start - 8 : start - 4], "big")
+    crc = zlib.crc32(content[start - 4 : start + length])
+    content[start + length : start + length + 4] = crc.to_bytes(4, "big")
+    try:  # now only the compressed stream itself can tell
+        read_image(tmp_path / "x.png")
+    except ImageError as error:
+        assert error.code == "image.damaged"
+
+
+@pytest.mark.parametrize("rows", [0, 1, 15])
+@pytest.mark.parametrize("adam7", [False, True])
+def test_a_png_with_too_few_rows_is_refused(tmp_path, rows, adam7):
+    row = b"\0" + bytes(16)
+    data = zlib.compress(row * rows, 0)
+    content = png(16, 16, (b"IDAT", data))
+    assert refused_as(tmp_path / "x.png", interlaced(content) if adam7 else content) == "image.damaged"
+
+
+def test_interlaced_and_black_pngs_are_read(tmp_path):
+    path = tmp_path / "x.png"
+    rows = [b"\0\1", b"\0\2", b"\0\3\4", b"\0\5", b"\0\6", b"\0\7\x08\x09"]  # passes 1, 4, 5, 6, 6 and 7
+    path.write_bytes(interlaced(png(3, 3, (b"IDAT", zlib.compress(b"".join(rows))))))
+    assert pixels(path)[..., 0].tolist() == [[1, 5, 2], [7, 8, 9], [3, 6, 4]]
+    for mode in ("1", "L", "RGB", "RGBA", "P", "I;16"):
+        Image.new(mode, (5, 7)).save(path)
+        assert read_image(path)[0].size == (5, 7)
+
+
+def test_a_header_without_data_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("a pixel was decoded"))
+    content = png(7999, 8000, (b"IDAT", zlib.compress(bytes(4000))))
+    assert refused_as(tmp_path / "x.png", content) == "image.damaged"
+
+
+JPEGS = {
+    "baseline": {"quality": 90},
+    "progressive": {"quality": 90, "progressive": True},
+    "restarts": {"quality": 90, "restart_marker_blocks": 3},
+    "grey": {"quality": 60},
+    "full": {"quality": 95, "subsampling": 0},
+}
+
+
+@pytest.mark.parametrize("name", JPEGS)
+def test_a_jpeg_that_ends_early_is_refused_whatever_follows(tmp_path, name):
+    image = smooth(80).convert("L") if name == "grey" else smooth(80)
+    content, path = encoded(image, "JPEG", **JPEGS[name]), tmp_path / "x.jpg"
+    path.write_bytes(content)
+    assert read_image(path)[1] == ()
+    start = content.index(b"\xff\xda") + 20
+    for cut in [*range(start, len(content) - 12, max(1, (len(content) - start) // 12)), len(content) - 8]:
+        assert refused_as(path, content[:cut]) == "image.damaged"
+        assert refused_as(path, content[:cut].rstrip(b"\xff") + b"\xff\xd9") == "image.damaged", cut
+
+
+@pytest.mark.parametrize("name", JPEGS)
+@pytest.mark.parametrize("tail", [b"\xff\xff\xff\xd9", b"\0\0\xff\xd9", b"\xff\xd9 and more", b"\xff\xd9\xff\xda\xff"])
+def test_a_jpeg_may_end_in_other_ways(tmp_path, name, tail):
+    content, path = encoded(smooth(80), "JPEG", **JPEGS[name]), tmp_path / "x.jpg"
+    path.write_bytes(content[:-2] + tail)
+    assert read_image(path)[0].size == (80, 80)
+
+
+def test_a_flat_grey_jpeg_is_read(tmp_path):
+    for colour in ("#808080", "black", "white"):
+        (tmp_path / "x.jpg").write_bytes(encoded(Image.new("RGB", (64, 64), colour), "JPEG"))
+        assert read_image(tmp_path / "x.jpg")[0].getpixel((63, 63)) == Image.new("RGB", (1, 1), colour).getpixel((0, 0))
+
+
+def test_large_metadata_of_a_png_is_ignored(tmp_path):
+    path, text = tmp_path / "x.png", "long " * 500_000
+    for zipped in (False, True):
+        info = PngImagePlugin.PngInfo()
+        info.add_text("graph", text, zip=zipped)
+        info.add_itxt("graph", text, zip=zipped)
+        Image.fromarray(PHOTO).save(path, pnginfo=info)
+        assert np.array_equal(pixels(path), PHOTO)
+    Image.fromarray(PHOTO).save(path, icc_profile=bytes(1_500_000))
+    assert np.array_equal(pixels(path, "colour profile ignored: it is damaged or does not fit"), PHOTO)
+
+
+def test_compressed_metadata_is_never_inflated(tmp_path):
+    path, squeeze = tmp_path / "x.png", zlib.compressobj(9)
+    bomb = b"".join(squeeze.compress(bytes(1 << 20)) for _ in range(64)) + squeeze.flush()
+    chunks = [(b"zTXt", b"a\0\0" + bomb), (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + bomb), (b"iCCP", b"a\0\0" + bomb)]
+    path.write_bytes(png(16, 16, *chunks * 5, (b"IDAT", zlib.compress((b"\0" + bytes(range(16))) * 16))))
+    tracemalloc.start()
+    assert pixels(path, "colour profile ignored: it is damaged or does not fit")[3, 5, 0] == 5
+    assert tracemalloc.get_traced_memory()[1] < 30 << 20
+    tracemalloc.stop()
+
+
+def test_a_strip_of_many_rows_is_refused_before_it_is_decoded(tmp_path):
+    strip = png(1, 64_000_000, (b"IDAT", zlib.compress(bytes(1000))))
+    assert refused_as(tmp_path / "x.png", strip) == "image.too-large"
+    assert refused_as(tmp_path / "x.pgm", b"P5 1 64000000 255\n") == "image.too-large"
+
+
+def test_huge_screens_are_refused_from_their_headers(tmp_path):
+    frame = b"\x2c" + struct.pack("<HHHH", 0, 0, 1, 1) + b"\0\x02\x02\x44\x01\0;"
+    gif = b"GIF89a" + struct.pack("<HH", 65535, 65535) + b"\x81\0\0" + bytes(12) + frame
+    webp = b"RIFF\x1e\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + b"\xfe\x3f\0" * 2 + b"VP8L\0\0\0\0"
+    assert refused_as(tmp_path / "x.gif", gif) == refused_as(tmp_path / "x.webp", webp) == "image.too-large"
+
+
+def test_scans_and_segments_of_a_jpeg_are_bounded(tmp_path):
+    content = encoded(Image.new("L", (64, 64), 99), "JPEG", progressive=True)
+    scan = content[content.rindex(b"\xff\xda") : -2]
+    assert refused_as(tmp_path / "x.jpg", content[:-2] + scan * 5000 + b"\xff\xd9") == "image.too-costly"
+    comments = content[:2] + b"\xff\xfe\0\2" * 300_000 + content[2:]
+    assert refused_as(tmp_path / "x.jpg", comments) == "image.too-costly"
+    assert refused_as(tmp_path / "x.png", png(1, 1, *[(b"tEXt", b"")] * 300_000)) == "image.too-costly"
+
+
+def many_pages(pages: int) -> bytes:
+    """A TIFF whose page descriptions form a chain of this length."""
+    tiff = encoded(Image.new("L", (16, 16), 7), "TIFF")
+    (first,) = struct.unpack("<I", tiff[4:8])
+    (tags,) = struct.unpack("<H", tiff[first : first + 2])
+    page, start = tiff[first : first + 2 + 12 * tags], len(tiff)
+    chain = (page + struct.pack("<I", start + (k + 1) * (len(page) + 4) if k + 1 < pages else 0) for k in range(pages))
+    return tiff[:4] + struct.pack("<I", start) + tiff[8:] + b"".join(chain)
+
+
+def test_pages_are_not_counted(tmp_path, monkeypatch):
+    path = tmp_path / "x.tif"
+    path.write_bytes(many_pages(20_000))
+    assert (pixels(path, "first frame of several") == 7).all()
+    monkeypatch.setattr(TiffImagePlugin.TiffImageFile, "n_frames", property(lambda _: pytest.fail("counted")))
+    with open(path, "rb") as file:
+        image, notes = decode.decode(path, decode.counted(file), limited=True)
+    assert notes == ("first frame of several",) and (np.asarray(image) == 7).all()
+
+
+def test_a_damaged_later_frame_does_not_matter(tmp_path):
+    path = tmp_path / "x.gif"
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    gif = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    second = gif.index(b"\x2c", gif.index(b"\x2c") + 1)
+    for later in (gif[: second + 5], gif[: second + 12] + b"\xff" * 50, gif[:second] + b"\x99" * 50):
+        path.write_bytes(later)
+        assert (np.asarray(read_image(path)[0]) == (255, 0, 0)).all()
+
+
+def test_what_costs_too_much_is_given_up_and_the_next_file_is_read(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(decoder_process, "WAIT_SECONDS", 0.5)
+    endless = b"P6 #" + b"a" * 60_000_000 + b"\n1 1 255\nabc"
+    assert refused_as(tmp_path / "x.ppm", endless) == "image.too-costly"
+    assert "x.ppm" in caplog.text
+    monkeypatch.undo()
+    (tmp_path / "y.ppm").write_bytes(b"P6 1 1 255\nabc")
+    assert pixels(tmp_path / "y.ppm").tolist() == [[list(b"abc")]]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no limit of memory")
+def test_memory_of_the_other_process_is_limited(tmp_path):
+    n, size = 300, 5_000_000
+    tags = b"".join(struct.pack("<HHII", 1000 + k, 7, size, 8) for k in range(n))
+    path = tmp_path / "x.tif"
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8 + size) + bytes(size) + struct.pack("<H", n) + tags + bytes(4))
+    assert refusal(path).code in ("image.damaged", "image.too-costly")
+
+
+def test_a_forked_process_has_a_decoder_of_its_own(tmp_path):
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork")
+    path = tmp_path / "x.bmp"
+    Image.fromarray(PHOTO).save(path)
+    assert np.array_equal(pixels(path), PHOTO)
+    script = f"""
+import os
+from ringmark.data.images import read_image
+first = read_image({str(path)!r})[0].tobytes()
+child = os.fork()
+same = all(read_image({str(path)!r})[0].tobytes() == first for _ in range(20))
+if not child:
+    os._exit(not same)
+assert same and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_nothing_reaches_stderr(tmp_path, capfd):
+    path = tmp_path / "x.tif"
+    Image.fromarray(PHOTO).save(path, compression="tiff_lzw")
+    content = bytearray(path.read_bytes())
+    content[30:60] = b"\xaa" * 30
+    path.write_bytes(content)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            read_image(path)
+        except ImageError:
+            pass
+        exif = encoded(smooth(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0" + b"\x12\x01\3\0\1\0\0\0")
+        path.write_bytes(exif)
+        notes = read_image(path)[1]
+    assert any(note.startswith("metadata: ") for note in notes) and not caught
+    assert capfd.readouterr() == ("", "")
+
+
+def test_warnings_of_others_are_passed_on(photo, monkeypatch):
+    opened = Image.open
+
+    def open_loudly(*args, **options):
+        warnings.warn("mine", UserWarning, stacklevel=1)
+        return opened(*args, **options)
+
+    monkeypatch.setattr(Image, "open", open_loudly)
+    with pytest.warns(UserWarning, match="mine"):
+        assert read_image(photo)[1] == ()
+
+
+# -- colours ----------------------------------------------------------------------------------------------------------
+
+
+def swapped_profile() -> bytes:
+    """An RGB profile whose red and green primaries have changed places."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    tags = {bytes(profile[132 + 12 * k : 136 + 12 * k]): 132 + 12 * k for k in range(profile[131])}
+    red, green = (slice(tags[name] + 4, tags[name] + 12) for name in (b"rXYZ", b"gXYZ"))
+    profile[red], profile[green] = profile[green], profile[red]
+    return bytes(profile)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
+def test_colours_are_converted_to_srgb(tmp_path, suffix):
+    path = tmp_path / f"x.{suffix}"
+    options = {"lossless": True} if suffix == "webp" else {}
+    for mode, colour in (("RGB", (200, 90, 30)), ("RGBA", (200, 90, 30, 255)))[: 1 if suffix == "jpg" else 2]:
+        Image.new(mode, (16, 16), colour).save(path, icc_profile=swapped_profile(), **options)
+        image, (note,) = read_image(path)
+        assert note.startswith("colours converted to sRGB from sRGB") and image.info == {}
+        assert np.abs(np.asarray(image)[8, 8].astype(int) - (90, 200, 30)).max() <= 6
+        srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+        Image.new(mode, (16, 16), colour).save(path, icc_profile=srgb, **options)
+        assert np.abs(pixels(path)[8, 8].astype(int) - colour[:3]).max() <= 3
+
+
+@pytest.mark.parametrize("profile", [b"", b"profile", swapped_profile()[:300]])
+def test_a_profile_that_does_not_fit_is_ignored(tmp_path, profile):
+    path = tmp_path / "x.png"
+    Image.fromarray(RAMP).save(path, icc_profile=profile or None)
+    note = ["colour profile ignored: it is damaged or does not fit"] if profile else []
+    assert np.array_equal(pixels(path, *note)[..., 0], RAMP)
+    Image.fromarray(RAMP).save(path, icc_profile=swapped_profile())
+    assert np.array_equal(pixels(path, "colour profile ignored: it is damaged or does not fit")[..., 0], RAMP)
 
 
 # -- sizes and arrays -------------------------------------------------------------------------------------------------
