@@ -18,7 +18,6 @@ from hypothesis import settings
 collect_ignore = [
     "test_calibrate.py",
     "test_calibration.py",
-    "test_comparison.py",
     "test_detect.py",
     "test_geometry.py",
     "test_keyring.py",

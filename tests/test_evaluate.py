@@ -1,318 +1,300 @@
-"""Curves and intervals against what is worked by hand, and against their own promise to cover."""
+"""Evaluations: what the tables say is what the scores say, and nothing is computed twice."""
 
 from __future__ import annotations
 
+import csv
 import json
-import warnings
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy import stats
+import torch
+from PIL import Image
 
-from ringmark.errors import EvaluationError
-from ringmark.watermark.evaluation.rates import (
-    auc_interval,
-    bootstrap_interval,
-    confusion,
-    delong_variance,
-    roc,
-    split_operating_point,
-    tpr_at,
-)
+from ringmark.data.results import Results
+from ringmark.errors import AttackError, CalibrationError, EvaluationError, ImageError, RingmarkError, StoreError
+from ringmark.inversion.models.pipeline import LatentModel
+from ringmark.inversion.recover import Recoverer
+from ringmark.watermark.calibration import Calibration
+from ringmark.watermark.detect.verifier import Verifier
+from ringmark.watermark.evaluation import cells
+from ringmark.watermark.evaluation.cells import CLEAN, DISTANCE, Evaluation
+from ringmark.watermark.evaluation.plots import write_plots
+from ringmark.watermark.evaluation.rates import roc
+from ringmark.watermark.evaluation.report import summary
+from ringmark.watermark.keys.key import Key
+from ringmark.watermark.schemes.base import make_key, scheme_of
+from ringmark.watermark.tasks import evaluate as task
+from ringmark.watermark.tasks import quality
+from ringmark.watermark.tasks.evaluate import Plan, evaluate, scores_of
 
 
-@pytest.fixture(autouse=True)
-def no_warnings():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+@pytest.fixture(scope="module")
+def model(tiny_parts):
+    return LatentModel(**tiny_parts, name="tiny", recovery=None)
+
+
+@pytest.fixture(scope="module")
+def keys(model, tmp_path_factory):
+    """Files with a rand, a ring and a zeros key."""
+    folder, paths = tmp_path_factory.mktemp("keys"), {}
+    for i, pattern in enumerate(("rand", "ring", "zeros")):
+        placed = {"pattern": pattern, "channels": (0, 1), "radii": (1, 3)}
+        rng = np.random.default_rng(i)
+        key = make_key("tree-ring", model.latent_shape, model=model.identity, rng=rng, **placed)
+        key.save(folder / f"{pattern}.key")
+        paths[pattern] = folder / f"{pattern}.key"
+    return paths
+
+
+@pytest.fixture(scope="module")
+def plan(keys, tmp_path_factory):
+    return Plan(
+        output=tmp_path_factory.mktemp("evaluation"),
+        keys=(keys["rand"], keys["zeros"]),
+        marked=None,
+        unmarked=None,
+        number=5,
+        attacks=("blur:1", "blur:3"),
+        methods=("encoder", "forward"),
+        seed=0,
+        guidance=1.0,
+        max_steps=1,
+        steps=2,
+        batch=3,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """A classifier of prompts that has hardly learnt anything, few draws of the bootstrap, no plots."""
+    with pytest.MonkeyPatch.context() as patch:
+        train, bootstrap = quality.train_classifiers, cells.bootstrap_interval
+        patch.setattr(quality, "train_classifiers", lambda *_: train(20, 5, quality.SCENE_SIZE))
+        patch.setattr(cells, "bootstrap_interval", partial(bootstrap, draws=50))
+        patch.setattr(quality, "frechet_test", partial(quality.frechet_test, draws=20))
+        patch.setattr(task, "write_plots", lambda *_: None)
         yield
 
 
-def clopper_pearson(k: int, n: int) -> tuple[float, float]:
-    low = stats.beta.ppf(0.025, k, n - k + 1) if k else 0.0
-    return low, stats.beta.ppf(0.975, k + 1, n - k) if k < n else 1.0
+@pytest.fixture(scope="module")
+def found(model, plan, quick) -> Evaluation:
+    return evaluate(model, plan)
 
 
-def test_a_list_worked_by_hand():
-    curve = roc([0.9, 0.8, 0.4], [0.5, 0.4, 0.1], name="by hand")
-    assert curve.auc == pytest.approx((3 + 3 + 1 + 0.5) / 9)  # of nine pairs one is a tie
-    assert curve.tpr_at == pytest.approx(2 / 3) and curve.tpr_at_interval == pytest.approx(clopper_pearson(2, 3))
-    assert curve.fpr.tolist() == pytest.approx([0, 0, 0, 1 / 3, 2 / 3, 1])
-    assert curve.tpr.tolist() == pytest.approx([0, 1 / 3, 2 / 3, 2 / 3, 1, 1])
-    assert (curve.name, curve.positives, curve.negatives) == ("by hand", 3, 3)
+def rows_of(path) -> list[dict]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
-scores = st.lists(st.integers(0, 6), min_size=1, max_size=12)
+def test_the_table_says_what_the_scores_say(found, plan):
+    columns = {"whitened cosine": "score", "power ratio": "score", "matched filter": "matched_filter"}
+    columns |= {DISTANCE: "published_distance", "published p": "published_p"}
+    table, scores = rows_of(plan.output / "evaluation.csv"), rows_of(plan.output / "scores.csv")
+    assert len(scores) == 2 * 5 * 2 * 3 * 2 and len(table) == (4 + 3) * 3 * 2
+    assert {row["statistic"] for row in table} == set(columns)
+    for row in table:
+        sign = -1 if columns[row["statistic"]] in ("published_distance", "published_p") else 1
+        some = [s for s in scores if all(s[n] == row[n] for n in ("key", "attack", "method"))]
+        marked, unmarked = (
+            np.array([sign * float(s[columns[row["statistic"]]]) for s in some if s["label"] == label])
+            for label in "10"
+        )
+        curve = roc(marked, unmarked)
+        assert float(row["auc"]) == curve.auc
+        assert (float(row["auc_low"]), float(row["auc_high"])) == curve.auc_interval
+        assert (int(row["marked"]), int(row["unmarked"])) == (5, 5)
+        assert row["tpr_0.01"] == row["split_0.01_threshold"] == ""  # five unmarked images are too few
+    own = next(row for row in table if row["statistic"] == "whitened cosine")
+    p = [
+        float(s["p"]) for s in scores if all(s[n] == own[n] for n in ("key", "attack", "method")) and s["label"] == "0"
+    ]
+    assert float(own["p_0.01_fpr"]) == np.mean(np.array(p) <= 0.01)
 
 
-@given(scores, scores)
-@settings(max_examples=8, deadline=None)
-def test_auc_is_the_share_of_pairs_in_order_ties_counted_half(marked, unmarked):
-    pairs = np.subtract.outer(marked, unmarked)
-    curve = roc(marked, unmarked)
-    assert curve.auc == pytest.approx(((pairs > 0) + 0.5 * (pairs == 0)).mean())
-    assert roc(unmarked, marked).auc == pytest.approx(1 - curve.auc)
-    assert np.trapezoid(curve.tpr, curve.fpr) == pytest.approx(curve.auc)
+def test_everything_is_written(found, plan):
+    record = json.loads((plan.output / "evaluation.json").read_text())
+    assert record == json.loads(json.dumps(found.record()))
+    assert record["settings"]["images"] == task.INDEPENDENT and record["refused"] == []
+    report = (plan.output / "evaluation.md").read_text()
+    assert all(word in report for word in ("independent", "## AUC", "blur:3", "Too few unmarked", "Fréchet", "sky"))
+    write_plots(replace(found, cells=[c for c in found.cells if c.scheme == "rand"]), plan.output)
+    for name in ("clean", "blur-1", "blur-3"):
+        for file in (f"roc-{name}.png", f"roc-{name}.svg", f"histograms-{name}.png"):
+            assert (plan.output / file).stat().st_size > 5000
+    assert (plan.output / "strengths.png").stat().st_size > 5000
+    assert len(summary(found).splitlines()) == 2 + 2 * 3 * 2
+    for row in record["quality"]:
+        assert 0 <= row["sky_marked"] <= 1 and 0 < row["frechet_p"] <= 1
 
 
-@given(scores, scores, st.sampled_from([0.0, 0.01, 0.2, 0.5, 1.0]))
-@settings(max_examples=8, deadline=None)
-def test_curves_rise_and_tpr_is_the_best_threshold_allowed(marked, unmarked, limit):
-    curve = roc(marked, unmarked, fpr_limit=limit)
-    for rate in (curve.fpr, curve.tpr):
-        assert rate[0] == 0 and rate[-1] == 1 and (np.diff(rate) >= 0).all()
-    thresholds = [t for t in [*marked, *unmarked, 99] if np.mean(np.array(unmarked) >= t) <= limit]
-    assert curve.tpr_at == pytest.approx(max(np.mean(np.array(marked) >= t) for t in thresholds))
-    assert curve.auc_interval[0] <= curve.auc_interval[1] and curve.fpr_limit == limit
+def test_one_more_attack_method_or_key_costs_no_more_than_itself(found, model, plan, keys, monkeypatch):
+    called = []
+    latents, noise = Recoverer.latents, Recoverer.noise
+
+    def counted(name, function):
+        return lambda self, x: (called.append((name, len(x))), function(self, x))[1]
+
+    monkeypatch.setattr(Recoverer, "latents", counted("decoder", latents))
+    monkeypatch.setattr(Recoverer, "noise", counted("noise", noise))
+    again = evaluate(model, plan)
+    assert called == [] and again.record() == found.record()
+
+    def images_of(work: str) -> list[int]:
+        return [n for name, n in called if name == work]
+
+    evaluate(model, replace(plan, attacks=(*plan.attacks, "flip")))
+    assert images_of("decoder") == [3, 2] * 3 * 2  # unmarked images and two keys', by two methods
+    assert 5 * 3 <= sum(images_of("noise")) <= 5 * 3 * 2  # less where both methods find the same latents
+    called.clear()
+    evaluate(model, replace(plan, keys=(*plan.keys, keys["ring"]), attacks=("flip",)))
+    assert images_of("decoder") == [3, 2] * 2 * 2  # the new key's, clean and flipped, by two methods
+    with pytest.raises(StoreError, match="number was 5, is 6"):
+        evaluate(model, replace(plan, number=6))
 
 
-def test_separable_classes():
-    marked, unmarked = np.arange(100, 140), np.arange(60)
-    curve = roc(marked, unmarked)
-    assert curve.auc == 1 and curve.tpr_at == 1
-    # Forty independent pairs, all in order.
-    assert curve.auc_interval == pytest.approx(clopper_pearson(40, 40))
-    assert curve.auc_interval == pytest.approx((0.025 ** (1 / 40), 1))
-    assert curve.tpr_at_interval == pytest.approx(clopper_pearson(40, 40))
+def test_a_stopped_run_goes_on(found, model, plan, tmp_path, monkeypatch):
+    quick, recover = replace(plan, output=tmp_path, attacks=("flip",), methods=("encoder",)), task.recover_files
+    calls = []
+
+    def stop_at_the_fifth(*args, **options):
+        calls.append(args)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return recover(*args, **options)
+
+    monkeypatch.setattr(task, "recover_files", stop_at_the_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, quick)
+    resumed = evaluate(model, quick)
+    clean = [cell for cell in found.cells if (cell.attack, cell.method) == (CLEAN, "encoder")]
+    assert [cell.attack for cell in resumed.cells] == [CLEAN] * 7 + ["flip"] * 7
+    for ours, theirs in zip(resumed.cells, clean, strict=False):
+        np.testing.assert_array_equal(ours.marked, theirs.marked)
 
 
-def test_reversed_classes():
-    curve = roc(np.arange(60), np.arange(100, 140))
-    assert curve.auc == 0 and curve.tpr_at == 0
-    assert curve.auc_interval == pytest.approx(clopper_pearson(0, 40))
-    assert curve.tpr_at_interval == pytest.approx(clopper_pearson(0, 60))
+@pytest.mark.parametrize("pattern", ["rand", "ring", "zeros"])
+def test_every_statistic_is_larger_for_marked_noise(model, keys, pattern):
+    key = Key.load(keys[pattern])
+    scheme, judge = scheme_of(key), Verifier(Recoverer.named(model, "guarded", steps=2), [key]).detector
+    noise = torch.randn(40, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    (marked, p), (unmarked, q) = (scores_of(judge, key.fingerprint, x) for x in (scheme.embed(noise[:20]), noise[20:]))
+    assert next(iter(marked)) == scheme.score_name and ("matched filter" in marked) == (pattern != "zeros")
+    assert p.max() < q.min()
+    for name in marked:
+        if name != "published p" or pattern != "zeros":  # which has no key for its test
+            assert roc(marked[name], unmarked[name]).auc == 1, name
 
 
-def test_one_image_of_each_kind_proves_little():
-    assert roc([1], [0]).auc_interval == pytest.approx((0.025, 1))
-
-
-def test_scores_that_are_all_the_same():
-    curve = roc(np.ones(8), np.ones(9))
-    assert curve.auc == 0.5 and curve.tpr_at == 0
-    # Their spread is 0, but they say nothing: the interval is that of the largest variance there can be.
-    assert curve.auc_interval[0] < 0.25 and sum(curve.auc_interval) == pytest.approx(1)
-
-
-def test_tpr_at_one_percent_of_two_hundred():
-    # Above these scores are 0, 1, 2, 2 and 3 of 200 unmarked ones: 1 % is two of them.
-    curve = roc([250, 198.5, 197.5, 197.25, 196.5], np.arange(200))
-    assert curve.tpr_at == pytest.approx(4 / 5) and curve.tpr_at_interval == pytest.approx(clopper_pearson(4, 5))
-    exact = stats.binomtest(4, 5).proportion_ci(method="exact")
-    assert curve.tpr_at_interval == (exact.low, exact.high)
-    assert roc([250, 198.5, 197.5], np.arange(200), fpr_limit=0.0099).tpr_at == pytest.approx(2 / 3)
-    assert roc([197], np.arange(200), fpr_limit=0.01).tpr_at == 0  # a tie with the third is a false positive too
-
-
-@pytest.mark.parametrize("negatives", [100, 300, 700, 1000])
-def test_a_limit_that_is_met_exactly_is_met(negatives):
-    allowed = negatives // 100
-    assert roc([negatives - allowed - 0.5], np.arange(negatives), fpr_limit=0.01).tpr_at == 1
-    assert roc([negatives - allowed - 1.5], np.arange(negatives), fpr_limit=0.01).tpr_at == 0
-
-
-@pytest.mark.parametrize("marked, unmarked", [([], [1.0]), ([1.0], []), ([], [])])
-def test_both_classes_are_needed(marked, unmarked):
-    with pytest.raises(EvaluationError, match=f"not {len(marked)} and {len(unmarked)}"):
-        roc(marked, unmarked)
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_every_score_must_be_a_number(bad):
-    for classes in (([1, bad], [0, 0.5]), ([1, 2], [0, bad])):
-        with pytest.raises(EvaluationError, match="not numbers"):
-            roc(*classes)
-
-
-@pytest.mark.parametrize("shift", [0.3, 1.5])
-def test_the_bootstrap_covers_the_truth(shift):
-    truth, covered = stats.norm.cdf(shift / 2**0.5), 0
-    for seed in range(100):
-        rng = np.random.default_rng(seed)
-        low, high = bootstrap_interval(rng.normal(shift, 1, 40), rng.normal(0, 1, 50), draws=100, seed=seed)
-        covered += low <= truth <= high
-    assert covered >= 85  # of 500 repetitions 91 to 94 % do
-
-
-def test_the_interval_holds_the_estimate_narrows_and_repeats():
+def folder_of(path, names, flat=(), labels=None):
     rng = np.random.default_rng(0)
-    widths = []
-    for n in (20, 150):
-        marked, unmarked = rng.normal(1, 1, n), rng.normal(0, 1, n)
-        curve = roc(marked, unmarked, seed=3)
-        low, high = curve.auc_interval
-        assert low < curve.auc < high and curve.auc_interval == roc(marked, unmarked, seed=3).auc_interval
-        wide = auc_interval(marked, unmarked, level=0.99)
-        assert wide[0] < low and high < wide[1]
-        widths.append(high - low)
-    assert widths[1] < widths[0] / 2
+    path.mkdir()
+    for name in names:
+        pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels * 0 if name in flat else pixels).save(path / name)
+    if labels is not None:
+        rows = "".join(f"{name},{labels},a picture\n" for name in names)
+        (path / "labels.csv").write_text("Path, label ,Prompt\n" + rows)
+    return path
 
 
-def test_a_monotone_change_of_score_changes_nothing():
-    rng = np.random.default_rng(1)
-    marked, unmarked = rng.normal(1, 1, 60), rng.normal(0, 1, 60)
-    assert roc(marked, unmarked).summary() == roc(np.exp(marked), np.exp(unmarked)).summary()
+def test_folders_of_others_pictures(model, plan, keys, tmp_path):
+    marked = folder_of(tmp_path / "m", ["a.png", "b.jpg", "c.png", "d.png"], flat=("c.png",), labels=1)
+    (marked / "d.png").write_text("no image")
+    unmarked = folder_of(tmp_path / "u", ["a.png", "e.png"])
+    given = replace(
+        plan, keys=(keys["rand"],), marked=marked, unmarked=unmarked, attacks=("flip",), methods=("encoder",)
+    )
+    given = replace(given, output=tmp_path / "out")
+    found = evaluate(model, given)
+    assert len(found.refused) == 1 and str(marked / "d.png") in found.refused[0]
+    for some in found.cells:
+        assert (len(some.marked), len(some.unmarked)) == (3, 2)
+        assert some.marked[2] < min(*some.marked[:2], *some.unmarked)  # nothing can be said of one flat colour
+        assert some.groups == (["a picture"] * 3, ["unmarked/a.png", "unmarked/e.png"])
+    doubtful = [r for r in found.images if r["doubt"]]
+    assert len(doubtful) == 2 and all((r["p"], r["score"]) == (1.0, None) for r in doubtful)
+    assert found.record()["settings"]["images"] == task.GIVEN and "sky_marked" not in found.quality[0]
 
 
-def test_a_summary_is_json_without_the_curve():
-    summary = json.loads(json.dumps(roc([2, 3], [1, 2]).summary()))
-    assert summary["auc"] == 0.875 and not {"fpr", "tpr"} & set(summary)
+def test_a_calibration_is_used_where_it_fits_and_refused_where_it_fits_nowhere(model, plan, keys, tmp_path):
+    noise = np.random.default_rng(0).normal(size=(20, *model.latent_shape))
+    settings = Recoverer.named(model, "encoder", 1, 2).settings.as_dict()
+    made = Calibration.measure(noise, settings, {"drawn": 20})
+    made.save(tmp_path / "own.safetensors")
+    small = replace(
+        plan,
+        number=2,
+        keys=(keys["rand"],),
+        attacks=(),
+        output=tmp_path / "out",
+        calibration=tmp_path / "own.safetensors",
+    )
+    found = evaluate(model, small)
+    assert found.settings["calibrations"] == {"encoder": made.fingerprint, "forward": None}
+    assert "max_steps was 0, is 1" in found.settings["calibration_unfit"].pop("forward")
+    assert found.settings["calibration_unfit"] == {}
+    assert {cell.method for cell in found.cells if cell.statistic == task.CONFORMAL} == {"encoder"}
+    with pytest.raises(CalibrationError, match=r"own.safetensors.*method"):
+        evaluate(model, replace(small, methods=("forward",), output=tmp_path / "none"))
+    with pytest.raises(CalibrationError, match=r"missing.safetensors"):
+        replace(small, calibration=tmp_path / "missing.safetensors")
 
 
-def textbook_variance(marked, unmarked) -> float:
-    """DeLong, DeLong and Clarke-Pearson (1988): from every pair, ties half."""
-    psi = np.sign(np.subtract.outer(marked, unmarked)) / 2 + 0.5
-    return np.var(psi.mean(1), ddof=1) / len(marked) + np.var(psi.mean(0), ddof=1) / len(unmarked)
+def test_what_is_refused(model, plan, keys, tmp_path):
+    one, two = (keys["rand"],), (keys["rand"], keys["ring"])
+    folder = folder_of(tmp_path / "m", ["a.png", "b.png"], labels=0)
+    for changes, code in (
+        ({"marked": folder, "keys": ()}, "evaluation.keys"),
+        ({"marked": folder, "keys": two}, "evaluation.keys"),
+        ({"keys": one * 2}, "evaluation.same-key"),
+        ({"keys": (*one, one[0].parent)}, "evaluation.same-key"),
+        ({"methods": ("encoder", "encoder")}, "evaluation.methods"),
+        ({"unmarked": folder, "output": folder / "out"}, "evaluation.output"),
+        ({"keys": one, "marked": folder, "unmarked": folder.parent}, "evaluation.overlap"),
+    ):
+        with pytest.raises(EvaluationError) as error:
+            replace(plan, **changes)
+        assert error.value.code == code and "--" not in str(error.value)
+    with pytest.raises(RingmarkError, match="magic"):
+        replace(plan, methods=("magic",))
+    with pytest.raises(AttackError, match="magic"):
+        replace(plan, attacks=("magic",))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "evaluation.md").write_text("# My evaluation\n")
+    with pytest.raises(StoreError) as refused:
+        replace(plan, output=tmp_path / "theirs")
+    assert refused.value.code == "file.foreign"
 
 
-def test_delongs_variance_by_hand():
-    # Against 1 and 3, the scores 2 and 4 come out at 1/2 and 1; against 2 and 4, 1 and 3 at 1 and 1/2: 1/8 twice.
-    assert delong_variance([2, 4], [1, 3]) == pytest.approx(1 / 16 + 1 / 16)
-    low, high = auc_interval([2, 4], [1, 3])
-    half = 1.959963985 * 8**-0.5 / (3 / 16)
-    assert (low, high) == pytest.approx(tuple(1 / (1 + np.exp(-(np.log(3) + s * half))) for s in (-1, 1)))
+def test_labels_that_do_not_fit_are_refused(plan, keys, tmp_path):
+    folder = folder_of(tmp_path / "m", ["a.png", "b.png"], labels=0)
+    swapped = {"keys": (keys["rand"],), "marked": folder, "output": tmp_path / "out"}
+    with pytest.raises(EvaluationError, match=r"says that 2 of 2 images are unmarked, first a.png") as error:
+        replace(plan, **swapped)
+    assert (error.value.code, error.value.details) == ("evaluation.labels", {"kind": "unmarked"})
+    (folder / "labels.csv").write_text("path,label\nelsewhere.png,1\n")
+    with pytest.raises(EvaluationError, match=r"no label of 1 fits an image") as error:
+        replace(plan, **swapped)
+    assert (error.value.code, error.value.details) == ("evaluation.unlabelled", {"example": "a.png"})
+    (folder / "labels.csv").unlink()
+    for carried, text in ((None, "no key"), ("0123456789abcdef", "key 01234567")):
+        Results(folder / "drawn.jsonl", {"key": carried}).close()
+        with pytest.raises(EvaluationError, match=f"m: was drawn with {text}, not") as error:
+            replace(plan, **swapped)
+        assert error.value.code == "evaluation.carried"
+        (folder / "drawn.jsonl").unlink()
 
 
-@given(st.lists(st.integers(0, 6), min_size=2, max_size=12), st.lists(st.integers(0, 6), min_size=2, max_size=12))
-@settings(max_examples=50, deadline=None)
-def test_midranks_give_the_textbooks_variance(marked, unmarked):
-    variance = delong_variance(marked, unmarked)
-    assert variance == pytest.approx(textbook_variance(marked, unmarked))
-    assert variance == pytest.approx(delong_variance(-np.array(unmarked), -np.array(marked)))
-
-
-@given(scores, scores, st.sampled_from([0.5, 0.95, 0.999]))
-@settings(max_examples=100, deadline=None)
-def test_any_interval_holds_the_auc_within_0_and_1(marked, unmarked, level):
-    auc = roc(marked, unmarked).auc
-    low, high = auc_interval(marked, unmarked, level=level)
-    assert 0 <= low <= auc <= high <= 1 and low < high
-    mirrored = auc_interval(unmarked, marked, level=level)
-    assert (low, high) == pytest.approx((1 - mirrored[1], 1 - mirrored[0]))
-    low, high = bootstrap_interval(marked, unmarked, level=level, draws=20)
-    assert 0 <= low <= high <= 1
-
-
-@pytest.mark.parametrize("m, n", [(1, 1), (1, 50), (8, 3), (200, 100)])
-def test_separate_classes_have_the_exact_interval_of_as_many_pairs(m, n):
-    expected = (clopper_pearson(min(m, n), min(m, n))[0], 1.0)
-    for interval in (auc_interval, bootstrap_interval):
-        assert interval(np.arange(m) + 1000, np.arange(n)) == pytest.approx(expected)
-        assert interval(np.arange(n), np.arange(m) + 1000) == pytest.approx((0, 1 - expected[0]))
-
-
-@pytest.mark.parametrize("shift", [0.5, 1.5, 2.5])
-def test_delongs_interval_covers_the_truth(shift):
-    truth, covered = stats.norm.cdf(shift / 2**0.5), 0
-    for seed in range(400):
-        rng = np.random.default_rng(seed)
-        low, high = auc_interval(rng.normal(shift, 1, 40), rng.normal(0, 1, 60))
-        covered += low <= truth <= high
-    assert stats.binom.ppf(0.001, 400, 0.95) <= covered <= stats.binom.ppf(0.999, 400, 0.95)
-
-
-@pytest.mark.parametrize("shift", [0.5, 1.5])
-def test_delong_and_bootstrap_agree(shift):
-    rng = np.random.default_rng(5)
-    marked, unmarked = rng.normal(shift, 1, 200), rng.normal(0, 1, 300)
-    exact, drawn = auc_interval(marked, unmarked), bootstrap_interval(marked, unmarked)
-    assert np.allclose(exact, drawn, atol=0.1 * (exact[1] - exact[0]))
-
-
-def test_groups_of_one_change_nothing():
-    rng = np.random.default_rng(6)
-    marked, unmarked = rng.normal(1, 1, 30), rng.normal(0, 1, 40)
-    alone = bootstrap_interval(marked, unmarked, draws=200, groups=(range(30), range(30, 70)))
-    assert alone == bootstrap_interval(marked, unmarked, draws=200)
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_images_of_one_prompt_count_as_one(shared):
-    rng, copies = np.random.default_rng(7), 4
-    marked, unmarked = rng.normal(1, 1, 60), rng.normal(0, 1, 60)
-    width = lambda interval: interval[1] - interval[0]
-    once = width(bootstrap_interval(marked, unmarked, groups=(range(60), range(60)) if shared else None))
-    many = [np.repeat(x, copies) for x in (marked, unmarked)]
-    prompts = [np.repeat(np.arange(60) + (0 if shared else 100 * i), copies) for i in range(2)]
-    assert width(bootstrap_interval(*many, groups=prompts)) == pytest.approx(once, rel=0.1)
-    assert width(bootstrap_interval(*many)) < 0.6 * once
-    curve = roc(*many, groups=prompts)
-    assert width(curve.auc_interval) == pytest.approx(once, rel=0.1)
-
-
-def test_pairs_that_rise_together_are_known_better_together():
-    rng = np.random.default_rng(8)
-    prompt = rng.normal(0, 3, 100)
-    marked, unmarked = prompt + rng.normal(1, 0.1, 100), prompt + rng.normal(0, 0.1, 100)
-    paired = bootstrap_interval(marked, unmarked, groups=(range(100), range(100)))
-    apart = bootstrap_interval(marked, unmarked)
-    assert paired[1] - paired[0] < 0.5 * (apart[1] - apart[0])
-
-
-def test_separate_groups_are_counted_as_groups():
-    groups = (np.repeat([0, 1, 2], 10), np.repeat([3, 4], 20))
-    assert bootstrap_interval(np.arange(30) + 99, np.arange(40), groups=groups)[0] == pytest.approx(0.025 ** (1 / 2))
-
-
-@given(scores, scores, st.sampled_from([0.0, 0.01, 0.2, 0.5, 1.0]))
-@settings(max_examples=30, deadline=None)
-def test_the_point_of_a_curve(marked, unmarked, limit):
-    point, curve = tpr_at(marked, unmarked, limit), roc(marked, unmarked, fpr_limit=limit)
-    assert (point.tpr, point.tpr_interval) == (curve.tpr_at, curve.tpr_at_interval)
-    assert point.fpr == np.mean(np.array(unmarked) >= point.threshold) <= limit
-    assert point.tpr == np.mean(np.array(marked) >= point.threshold)
-    assert point.tpr_interval == pytest.approx(clopper_pearson(round(point.tpr * len(marked)), len(marked)))
-    assert (point.positives, point.negatives, point.fpr_limit) == (len(marked), len(unmarked), limit)
-
-
-def test_a_split_keeps_choosing_and_scoring_apart():
-    # Of the unmarked halves one has the larger scores: a threshold chosen there is reached by its own images only.
-    unmarked = np.arange(400.0)
-    point = split_operating_point([500.0, 100], unmarked, 0.05, seed=1)
-    choosing, scored = np.split(np.random.default_rng(1).permutation(unmarked), 2)
-    assert (1 + (choosing >= point.threshold).sum()) / 201 <= 0.05 < (2 + (choosing >= point.threshold).sum()) / 201
-    assert point.fpr == np.mean(scored >= point.threshold) and point.negatives == 200
-    assert point.tpr == 0.5 and point.positives == 2
-    assert point == split_operating_point([500.0, 100], unmarked, 0.05, seed=1)
-
-
-@pytest.mark.parametrize("limit", [0.2, 0.05, 0.01])
-def test_a_threshold_chosen_on_one_half_holds_on_the_other(limit):
-    rng = np.random.default_rng(9)
-    points = [split_operating_point(rng.normal(3, 1, 5), rng.normal(size=199), limit, seed) for seed in range(400)]
-    rates = np.array([p.fpr for p in points])
-    assert rates.mean() <= limit + 3 * rates.std() / 20
-    flattered = np.array([tpr_at([3.0], rng.normal(size=199), limit).fpr for _ in range(5)])
-    assert (flattered <= limit).all()
-
-
-def test_too_few_to_choose_a_threshold():
-    with pytest.raises(EvaluationError, match="at least 197; add images"):
-        split_operating_point([1, 2], np.arange(196), 0.01, 0)
-    assert split_operating_point([1000, 2000], np.arange(197), 0.01, 0).tpr == 1
-    with pytest.raises(EvaluationError, match="not 0 and 3"):
-        split_operating_point([], [1, 2, 3], 0.5, 0)
-    with pytest.raises(EvaluationError, match="at least 2;"):
-        split_operating_point([1], [1], 1.0, 0)
-    with pytest.raises(EvaluationError, match="not numbers"):
-        tpr_at([np.nan], [1, 2], 0.1)
-
-
-def test_confusion_by_hand():
-    found = confusion([0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 2, 0], 4)
-    assert found.table.tolist() == [[1, 1, 0, 0], [0, 2, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
-    assert (found.right, found.number, found.accuracy) == (4, 6, 4 / 6)
-    # Clopper–Pearson's ends are those where 4 of 6 or more, or fewer, have probability 2.5 %.
-    low, high = found.interval
-    assert stats.binom.sf(3, 6, low) == pytest.approx(0.025) and stats.binom.cdf(4, 6, high) == pytest.approx(0.025)
-    assert confusion([1, 0], [1, 0], 2).interval[1] == 1
-
-
-@pytest.mark.parametrize(
-    ("truth", "chosen"), [([], []), ([0], [0, 1]), ([0], [3]), ([-1], [0]), ([0.0], [0.0]), ([[0]], [[0]])]
-)
-def test_confusion_refuses(truth, chosen):
-    with pytest.raises(EvaluationError):
-        confusion(truth, chosen, 3)
+def test_images_that_cannot_be_used_are_refused(model, plan, keys, tmp_path):
+    (tmp_path / "empty folder").mkdir()
+    with pytest.raises(ImageError, match="no images"):
+        replace(plan, keys=(keys["rand"],), marked=tmp_path / "empty folder")
+    (tmp_path / "m").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "m" / name).write_text("no image")
+    given = replace(plan, unmarked=tmp_path / "m", attacks=(), methods=("encoder",), output=tmp_path / "empty")
+    with pytest.raises(EvaluationError, match=r"no image can be used, of 2; last: .*b.png") as error:
+        evaluate(model, given)
+    assert error.value.code == "evaluation.images"

@@ -1,95 +1,129 @@
-"""Pictures of results. matplotlib is imported where something is drawn."""
+"""Figures. A display holds the numbers, its `plot(ax)` draws them. matplotlib is imported where something is drawn."""
 
 from __future__ import annotations
 
-import csv
 import io
+import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ringmark.data.files import one_line, write_atomic
+from ringmark.data.files import one_line, refuse_foreign, write_atomic
 from ringmark.errors import SchemeError
 from ringmark.inversion.noise_recovery import NoiseRecovery
 from ringmark.watermark.detect.detector import Detector
 from ringmark.watermark.detect.verdict import Judged, Verdict, p_text
 from ringmark.watermark.evaluation.rates import Curve, pointwise_band
+from ringmark.watermark.evaluation.tables import write_table
 from ringmark.watermark.keys.key import Key
-from ringmark.watermark.schemes.base import scheme_of
+from ringmark.watermark.schemes.base import Panel, scheme_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = [
+    "COLOURS",
+    "GREY",
+    "INK",
+    "MARK",
+    "ExplainDisplay",
+    "PValueDisplay",
+    "Panel",
+    "RecoveryDisplay",
+    "RocDisplay",
+    "ScoreDisplay",
+    "SpectrumDisplay",
+    "drawable",
     "explain",
     "key_figure",
-    "markdown",
-    "plot_roc",
     "recovery_figure",
     "roc_figure",
     "save_figure",
-    "table",
     "write_table",
 ]
 
+Array = np.ndarray[Any, np.dtype[Any]]
+
 INK, MARK, GREY = "#1b3a5c", "#d1495b", "#9aa5b1"
 COLOURS = (INK, MARK, "#2a9d8f", "#e9a23b", GREY)
+STYLES = ("-", "--", "-.", ":")
+FONT = "DejaVu Sans"  # comes with matplotlib, wherever it is installed
+SECRET = "This picture shows the key. Keep it as secret as the key."
+NAME_LENGTH, LINE_LENGTH = 100, 110  # characters that fit across the explain picture
+MOST = 1e4  # of −log₁₀ p that is drawn; p may be 0
+BELOW_LEGEND = 0.68  # share of an axis' height that legends leave free
 
 
-def plot_roc(curves: Sequence[Curve], ax: Axes) -> None:
-    """ROC curves and their bands over a logarithmic FPR axis, which starts at what the number of negatives can resolve."""
-    floor = min(0.5 / c.negatives for c in curves)
-    for curve, colour, style in zip(curves, COLOURS * 4, ["-", "--", "-.", ":"] * 5, strict=False):
-        draw_curve(ax, curve, floor, curve.name, color=colour, ls=style, lw=1.8)
-    chance = np.geomspace(floor, 1, 100)
-    ax.plot(chance, chance, color=GREY, lw=0.8, ls=":", label="chance")
-    ax.axvline(curves[0].fpr_limit, color=GREY, lw=0.8)
-    ax.set(xscale="log", xlim=(floor, 1), ylim=(0, 1.02), xlabel="false-positive rate", ylabel="true-positive rate")
-    ax.legend(loc="lower right", fontsize=8, frameon=False)
+def save_figure(figure: Figure, path: Path, mode: int = 0o644, *, force: bool = False) -> None:
+    """Write a figure, whole or not at all, in the format of the suffix (PNG, SVG); parent folders are created.
 
-
-def draw_curve(ax: Axes, curve: Curve, floor: float, name: str, *, color: str, ls: str = "-", lw: float = 1.5) -> None:
-    """A curve over FPRs of at least `floor`, with its pointwise band, and its AUC in the legend."""
-    fpr, (low, high) = np.maximum(curve.fpr, floor), curve.auc_interval
-    ax.fill_between(fpr, *pointwise_band(curve), step="post", color=color, alpha=0.15, lw=0)
-    label = f"{name}: AUC {curve.auc:.3f} [{low:.3f}, {high:.3f}]"
-    ax.step(fpr, curve.tpr, where="post", color=color, ls=ls, lw=lw, label=label)
-
-
-def recovery_figure(recovery: NoiseRecovery) -> Figure:
-    """Correlation of true and recovered noise against ring radius, a line a latent channel: a / √(a² + v)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    ax = figure.subplots()
-    for channel, values in enumerate(recovery.attenuation / recovery.null.sqrt()):
-        ax.plot(values.numpy(), ".-", color=COLOURS[channel % len(COLOURS)], lw=1.2, label=f"channel {channel}")
-    ax.axhline(0, color=GREY, lw=0.8)
-    ax.set(xlabel="ring radius", ylabel="correlation of true and recovered noise", ylim=(-0.2, 1))
-    ax.legend(fontsize=8, frameon=False)
-    return figure
-
-
-def key_figure(key: Key) -> Figure:
-    """A key's spectrum, a panel a latent channel. Whoever sees the figure has the key.
-
-    Raises SchemeError for a scheme whose keys cannot be drawn.
+    The umask limits `mode`. The file's metadata name ringmark as its maker. Raises StoreError, without `force`, where
+    a file would be replaced that ringmark did not write.
     """
-    from matplotlib.figure import Figure
+    refuse_foreign(path, force)
+    picture, kind = io.BytesIO(), path.suffix.lower().removeprefix(".")
+    metadata = {"Date": None, "Creator": "ringmark"} if kind == "svg" else {"Software": "ringmark"}
+    figure.savefig(picture, format=kind, dpi=150, metadata=metadata)
+    write_atomic(path, picture.getvalue(), mode)
 
-    panels = scheme_of(key).key_panels()
-    if not panels:
-        raise SchemeError("scheme.no-picture", "keys of this scheme cannot be drawn", subject=f"key {key.fingerprint}")
-    figure = Figure(figsize=(3.2 * len(panels), 3.6), layout="constrained")
-    for ax, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        ax.imshow(panel.values, cmap="RdBu_r", vmin=-2.5, vmax=2.5, extent=_frequency_extent(*panel.values.shape))
-        ax.set_title(panel.title, fontsize=10)
-        ax.set_xlabel("frequency, periods an image side")
-    figure.suptitle(f"key {key.fingerprint}: as secret as the key", fontsize=10, parse_math=False)
-    return figure
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+
+def drawable(text: str, length: int | None = None) -> str:
+    """The text in one line, with characters that FONT lacks escaped; its middle is left out beyond `length` ≥ 30."""
+    from matplotlib.font_manager import findfont
+    from matplotlib.ft2font import FT2Font
+
+    font = FT2Font(findfont(FONT))
+    pieces = [c if font.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in one_line(text)]
+    if length is None or sum(map(len, pieces)) <= length:
+        return "".join(pieces)
+    head, tail = _begin(pieces, length // 2), _begin(pieces[::-1], (length - 1) // 2)
+    return "".join([*head, "…", *tail[::-1]])
+
+
+def _begin(pieces: list[str], length: int) -> list[str]:
+    """As many of the first pieces as fit into `length` characters."""
+    ends = np.cumsum([len(piece) for piece in pieces])
+    return pieces[: int(np.searchsorted(ends, length, "right"))]
+
+
+# -- ROC curves -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RocDisplay:
+    """ROC curves over a logarithmic FPR axis, with their pointwise 95 % bands."""
+
+    curves: Sequence[Curve]
+
+    @property
+    def floor(self) -> float:
+        """The lowest FPR shown: half of what the unmarked images can resolve."""
+        return min(0.5 / curve.negatives for curve in self.curves)
+
+    def plot(self, ax: Axes) -> None:
+        """A vertical line shows the FPR limit where there are enough unmarked images for it."""
+        for i, curve in enumerate(self.curves):
+            self._plot_curve(ax, curve, COLOURS[i % len(COLOURS)], STYLES[i % len(STYLES)])
+        chance = np.geomspace(self.floor, 1, 100)
+        ax.plot(chance, chance, color=GREY, lw=0.8, ls=":", label="chance")
+        if all(curve.point for curve in self.curves):
+            ax.axvline(self.curves[0].fpr_limit, color=GREY, lw=0.8)
+        ax.set(xscale="log", xlim=(self.floor, 1), ylim=(0, 1.02))
+        ax.set(xlabel="false-positive rate", ylabel="true-positive rate")
+        ax.legend(loc="lower right", fontsize=8, framealpha=0.8, edgecolor="none")
+
+    def _plot_curve(self, ax: Axes, curve: Curve, colour: str, style: str) -> None:
+        fpr, (low, high) = np.maximum(curve.fpr, self.floor), curve.auc_interval
+        ax.fill_between(fpr, *pointwise_band(curve), step="post", color=colour, alpha=0.15, lw=0)
+        label = f"{curve.name}: AUC {curve.auc:.3f} [{low:.3f}, {high:.3f}]"
+        ax.step(fpr, curve.tpr, where="post", color=colour, ls=style, lw=1.6, label=label)
 
 
 def roc_figure(curves: Sequence[Curve], title: str = "") -> Figure:
@@ -98,106 +132,265 @@ def roc_figure(curves: Sequence[Curve], title: str = "") -> Figure:
 
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     ax = figure.subplots()
-    plot_roc(curves, ax)
+    RocDisplay(curves).plot(ax)
     ax.set_title(title or f"{curves[0].positives} marked, {curves[0].negatives} unmarked images", fontsize=10)
     return figure
 
 
-def save_figure(figure: Figure, path: Path, mode: int = 0o644) -> None:
-    """Write a figure, whole or not at all, in the format that the suffix names; parent folders are made.
-
-    `mode` is the new file's, cut by the umask.
-    """
-    picture, kind = io.BytesIO(), path.suffix.lower().removeprefix(".")
-    figure.savefig(picture, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-    write_atomic(path, picture.getvalue(), mode)
+# -- noise recovery ---------------------------------------------------------------------------------------------------
 
 
-def table(curves: Sequence[Curve], seconds: Sequence[float] | None = None) -> str:
-    """The curves' numbers as a Markdown table, with 95 % intervals."""
-    limit = f"TPR at {curves[0].fpr_limit:.3g} FPR"
-    rows = [["", "AUC", limit, "marked + unmarked", *(["s an image"] if seconds else [])]]
-    for i, c in enumerate(curves):
-        interval = lambda pair: "[{:.3f}, {:.3f}]".format(*pair)
-        cells = [
-            c.name,
-            f"{c.auc:.3f} {interval(c.auc_interval)}",
-            f"{c.tpr_at:.3f} {interval(c.tpr_at_interval)}",
-            f"{c.positives} + {c.negatives}",
-        ]
-        rows.append(cells + ([f"{seconds[i]:.2f}"] if seconds else []))
-    return markdown(rows)
+@dataclass(frozen=True)
+class RecoveryDisplay:
+    """Correlation (C, R) of true and recovered noise by latent channel and ring radius."""
+
+    correlation: Array
+
+    @classmethod
+    def of(cls, recovery: NoiseRecovery) -> RecoveryDisplay:
+        """a / √(a² + v) of attenuation a and variance v."""
+        return cls((recovery.attenuation / recovery.null.sqrt()).numpy())
+
+    def plot(self, ax: Axes) -> None:
+        """A line per channel."""
+        for channel, values in enumerate(self.correlation):
+            ax.plot(values, ".-", color=COLOURS[channel % len(COLOURS)], lw=1.2, label=f"channel {channel}")
+        ax.axhline(0, color=GREY, lw=0.8)
+        ax.set(xlabel="ring radius", ylabel="correlation of true and recovered noise", ylim=(-0.2, 1))
+        ax.legend(fontsize=8, frameon=False)
 
 
-def markdown(rows: list[list[str]]) -> str:
-    """A Markdown table, columns aligned; the first row is its head."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
-
-
-def write_table(path: Path, rows: list[dict]) -> None:
-    """Rows with the same keys as a CSV file with a header."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(path, text.getvalue())
-
-
-def explain(detector: Detector, judged: Judged, name: str) -> Figure:
-    """What the best key's verdict rests on: image, recovered spectrum with the ring, key, and the score on its null.
-
-    Whoever sees the figure sees the key.
-    """
+def recovery_figure(recovery: NoiseRecovery) -> Figure:
+    """How well noise is recovered, by ring."""
     from matplotlib.figure import Figure
 
-    verdict = judged.best
-    figure = Figure(figsize=(13, 3.7), layout="constrained")
-    axes = figure.subplots(1, 4)
-    axes[0].imshow(np.asarray(judged.sample.image))
-    axes[0].set_title("image")
-    for ax, panel in zip(axes[1:], detector.schemes[verdict.key].panels(judged.noise[None]), strict=False):
-        extent, low = _frequency_extent(*panel.values.shape), panel.radii[0]
-        alpha = np.where(panel.inside, 1, 0.25)
-        ax.imshow(panel.values, cmap="RdBu_r", vmin=-2.5, vmax=2.5, extent=extent, alpha=alpha)
-        for radius in (low - 0.5, panel.radii[1] + 0.5):
-            ax.add_patch(_circle(radius))
-        ax.set_title(panel.title)
-        ax.set_xlabel("frequency, periods an image side")
-    _plot_null(axes[3], detector, verdict)
-    axes[0].set_axis_off()
-    figure.suptitle(f"{one_line(name)}: {verdict.sentence()}", fontsize=11, parse_math=False)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    RecoveryDisplay.of(recovery).plot(figure.subplots())
     return figure
 
 
-def _frequency_extent(height: int, width: int) -> tuple[float, float, float, float]:
-    return (-width / 2 - 0.5, width / 2 - 0.5, height / 2 - 0.5, -height / 2 - 0.5)
+# -- spectra of keys and noise ----------------------------------------------------------------------------------------
 
 
-def _circle(radius: float):
-    from matplotlib.patches import Circle
+@dataclass(frozen=True)
+class SpectrumDisplay:
+    """A spectrum, faded outside the mark; colours end at ±2.5 `scale`."""
 
-    return Circle((0, 0), radius, fill=False, color=INK, lw=1, ls="--")
+    panel: Panel
+
+    @property
+    def scale(self) -> float:
+        """The root mean square of all values or of those of the mark, whichever is larger; 1 for zeros."""
+        values, inside = self.panel.values, self.panel.inside
+        return float(max(np.sqrt(np.square(v).mean()) for v in (values, values[inside]))) or 1.0
+
+    def plot(self, ax: Axes) -> None:
+        """Dashed circles bound the mark."""
+        from matplotlib.ticker import MaxNLocator
+
+        height, width = self.panel.values.shape
+        extent = (-width / 2 - 0.5, width / 2 - 0.5, height / 2 - 0.5, -height / 2 - 0.5)
+        opacity = np.where(self.panel.inside, 1, 0.25)
+        limit = 2.5 * self.scale
+        ax.imshow(self.panel.values, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent, alpha=opacity)
+        for radius in (self.panel.radii[0] - 0.5, self.panel.radii[1] + 0.5):
+            self._plot_circle(ax, radius)
+        empty = "" if self.panel.values[self.panel.inside].any() else ", all zero"
+        ax.set_title(f"{self.panel.title}{empty}", fontsize=10)
+        ax.set_xlabel("frequency, periods per image side", fontsize=9)
+        ax.tick_params(labelsize=8)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(MaxNLocator(5, integer=True))
+
+    @staticmethod
+    def _plot_circle(ax: Axes, radius: float) -> None:
+        from matplotlib.patches import Circle
+
+        if radius > 0:
+            ax.add_patch(Circle((0, 0), radius, fill=False, color=INK, lw=1, ls="--"))
 
 
-def _plot_null(ax: Axes, detector: Detector, verdict: Verdict) -> None:
-    """The score's density on unmarked images, those of a calibration, and where this image stands."""
-    scheme = detector.schemes[verdict.key]
-    ax.set_title("score on its null")
-    reach = min(0.999, max(0.3, abs(verdict.score) * 1.15))  # a cosine's density ends at 1
-    grid = np.linspace(-reach, reach, 1001)
-    density = None if verdict.by_search else detector.density(verdict.key, grid)
-    if density is None:
-        text = f"{scheme.score_name} = {verdict.score:.2f}\n{p_text(verdict.p_value)}"
-        ax.text(0.5, 0.5, text, ha="center", va="center", transform=ax.transAxes)
-        ax.set_axis_off()
-        return
-    ax.fill_between(grid, density, color=GREY, alpha=0.5, label="unmarked")
-    if (scores := detector.reference_scores(verdict.key)) is not None:
-        ax.hist(scores, "auto", density=True, histtype="step", color=INK, label=f"{len(scores)} unmarked images")
-    if (limit := detector.threshold(verdict.key)) is not None:
-        ax.axvline(limit, color=INK, lw=1, ls="--", label=f"p = {detector.alpha:g}")
-    ax.axvline(verdict.score, color=MARK, lw=2, label="this image")
-    ax.set(xlabel=scheme.score_name, yticks=[], ylim=(0, 1.5 * ax.get_ylim()[1]))  # room for the legend
-    ax.legend(fontsize=8, frameon=False, loc="upper left")
+def key_figure(key: Key) -> Figure:
+    """A key's spectrum, a panel per latent channel. Whoever sees the figure has the key.
+
+    Raises SchemeError, scheme.no-picture, for a scheme whose keys cannot be drawn.
+    """
+    from matplotlib.figure import Figure
+
+    panels = scheme_of(key).key_panels()
+    if not panels:
+        raise SchemeError("scheme.no-picture", "keys of this scheme cannot be drawn", subject=f"key {key.fingerprint}")
+    figure = Figure(figsize=(3.2 * max(2, len(panels)), 4), layout="constrained")
+    for ax, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        SpectrumDisplay(panel).plot(ax)
+    figure.suptitle(f"key {key.fingerprint}", fontsize=11, parse_math=False)
+    figure.supxlabel(SECRET, fontsize=9, color=MARK)
+    return figure
+
+
+# -- what a verdict rests on ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ScoreDisplay:
+    """Where an image's score lies among those of unmarked images.
+
+    `density` (N,) of unmarked images at the scores `x` (N,), if it is known; `references` (n,), the scores of a
+    calibration's unmarked images, if there are any; `limit`, the score at which p equals `alpha`, if it is known.
+    """
+
+    name: str
+    score: float
+    alpha: float
+    x: Array
+    density: Array | None = None
+    references: Array | None = None
+    limit: float | None = None
+
+    def plot(self, ax: Axes) -> None:
+        """The density is filled, the references are a histogram, the score and the limit vertical lines."""
+        if self.density is not None:
+            ax.fill_between(self.x, self.density, color=GREY, alpha=0.5, label="unmarked, theory")
+        if self.references is not None:
+            label = f"{len(self.references)} unmarked images"
+            ax.hist(self.references, "auto", density=True, histtype="step", color=INK, label=label)
+        if self.limit is not None:
+            ax.axvline(self.limit, ymax=BELOW_LEGEND, color=INK, lw=1, ls="--", label=f"p = {self.alpha:g}")
+        ax.axvline(self.score, ymax=BELOW_LEGEND, color=MARK, lw=2, label=f"this image: {self.score:.3g}")
+        ax.set_title("score among unmarked images", fontsize=10)
+        ax.set_xlabel(self.name, fontsize=9)
+        ax.tick_params(labelsize=8)
+        ax.locator_params(axis="x", nbins=5)
+        ax.set(yticks=[], ylim=(0, ax.get_ylim()[1] / BELOW_LEGEND))
+        ax.legend(fontsize=8, frameon=False, loc="upper left")
+
+
+@dataclass(frozen=True)
+class PValueDisplay:
+    """Where an image's p-value lies: for scores whose distribution on unmarked images cannot be drawn."""
+
+    name: str
+    score: float
+    log10_p: float
+    alpha: float
+
+    def plot(self, ax: Axes) -> None:
+        """Evidence grows to the right; the region of marked images is shaded."""
+        from matplotlib.ticker import MaxNLocator
+
+        at, limit = min(-self.log10_p, MOST), -np.log10(self.alpha)
+        end = 1.15 * max(at, limit, 1)
+        label = f"key present: p ≤ {self.alpha:g}"
+        ax.axvspan(limit, end, ymax=BELOW_LEGEND, color=MARK, alpha=0.15, lw=0, label=label)
+        ax.axvline(limit, ymax=BELOW_LEGEND, color=INK, lw=1, ls="--")
+        ax.axvline(at, ymax=BELOW_LEGEND, color=MARK, lw=2, label=f"this image: {p_text(10**self.log10_p)}")
+        ax.set(xlim=(-0.05 * end, end), yticks=[], ylim=(0, 1))
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.set_title(f"{self.name}\n{self.score:.3g}", fontsize=10)
+        ax.set_xlabel("−log10 p", fontsize=9)
+        ax.tick_params(labelsize=8)
+        ax.legend(fontsize=8, frameon=False, loc="upper left")
+
+
+@dataclass(frozen=True)
+class ExplainDisplay:
+    """What a verdict rests on: the image (H, W, 3), the recovered spectrum and the key, and the score.
+
+    `name` is the image's, `verdict` the sentence, `present` its outcome.
+    """
+
+    name: str
+    verdict: str
+    present: bool | None
+    image: Array
+    panels: Sequence[Panel]
+    evidence: ScoreDisplay | PValueDisplay
+
+    WIDTH = 13.0
+    LINE, PANELS, MARGIN = 0.27, 3.4, 0.12  # inches
+
+    @property
+    def lines(self) -> list[str]:
+        """The verdict in lines that fit."""
+        return textwrap.wrap(drawable(self.verdict), LINE_LENGTH)
+
+    def figure(self) -> Figure:
+        """The name and the whole verdict above, the panels in a row, a warning below."""
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+        header = (1 + len(self.lines)) * self.LINE + 2 * self.MARGIN
+        footer = self.LINE + self.MARGIN
+        height = header + self.PANELS + footer
+        layout = ConstrainedLayoutEngine(rect=(0, footer / height, 1, self.PANELS / height))
+        figure = Figure(figsize=(self.WIDTH, height), layout=layout)
+        self._plot_panels(figure)
+        self._write(figure, height)
+        return figure
+
+    def _plot_panels(self, figure: Figure) -> None:
+        first, *middle, last = figure.subplots(1, 2 + len(self.panels))
+        first.imshow(self.image)
+        first.set_axis_off()
+        first.set_title("image", fontsize=10)
+        for ax, panel in zip(middle, self.panels, strict=True):
+            SpectrumDisplay(panel).plot(ax)
+        self.evidence.plot(last)
+
+    def _write(self, figure: Figure, height: float) -> None:
+        colour = {True: MARK, False: INK, None: "black"}[self.present]
+        name = drawable(self.name, NAME_LENGTH)
+        rows = [(name, {"color": "black"}), *((line, {"color": colour, "weight": "bold"}) for line in self.lines)]
+        for i, (text, style) in enumerate(rows):
+            y = 1 - (self.MARGIN + (i + 0.5) * self.LINE) / height
+            self._line(figure, y, text, **style)
+        self._line(figure, (self.MARGIN + 0.5 * self.LINE) / height, SECRET, color=MARK)
+
+    @staticmethod
+    def _line(figure: Figure, y: float, text: str, **style: Any) -> None:
+        figure.text(0.5, y, text, ha="center", va="center", fontsize=11, family=FONT, parse_math=False, **style)
+
+
+def explain(detector: Detector, judged: Judged, name: str) -> Figure:
+    """What the best key's verdict rests on. Whoever sees the figure sees the key."""
+    verdict = judged.best
+    return ExplainDisplay(
+        name=name,
+        verdict=judged.sentence(),
+        present=verdict.present,
+        image=np.asarray(judged.sample.image),
+        panels=_panels(detector, judged),
+        evidence=_evidence(detector, verdict),
+    ).figure()
+
+
+def _panels(detector: Detector, judged: Judged) -> list[Panel]:
+    """The recovered spectrum and the key; none for a scheme that cannot be drawn."""
+    verdict = judged.best
+    panels = detector.schemes[verdict.key].panels(judged.noise[None].nan_to_num(0.0, 0.0, 0.0))
+    titles = [", picture not turned back" if verdict.by_search else "", f" {verdict.key[:8]}"]
+    return [
+        panel._replace(title=f"{panel.title}{title}".replace(", ", "\n", 1))
+        for panel, title in zip(panels, titles, strict=False)
+    ]
+
+
+def _evidence(detector: Detector, verdict: Verdict) -> ScoreDisplay | PValueDisplay:
+    """The score among unmarked images where its null or references are known; else the p-value."""
+    name = detector.schemes[verdict.key].score_name
+    reach = 1.15 * max(0.3, abs(verdict.score), detector.threshold(verdict.key) or 0)
+    x = np.linspace(-reach, reach, 1001)
+    density = detector.density(verdict.key, x)
+    references = detector.reference_scores(verdict.key)
+    if verdict.by_search or not np.isfinite(verdict.score) or (density is None and references is None):
+        title = f"largest {name} of the search" if verdict.by_search else name
+        return PValueDisplay(name=title, score=verdict.score, log10_p=verdict.log10_p, alpha=detector.alpha)
+    return ScoreDisplay(
+        name=name,
+        score=verdict.score,
+        alpha=detector.alpha,
+        x=x,
+        density=density,
+        references=references,
+        limit=detector.threshold(verdict.key),
+    )

@@ -99,9 +99,11 @@ def cosine_bound(features: int, alpha: float) -> float:
 
 
 def cosine_density(cosine: Array, features: int) -> Array:
-    """Density at c in (−1, 1) of the whitened cosine under a spherical null: that of t times dt/dc."""
+    """Density of the whitened cosine c under a spherical null: that of t times dt/dc; 0 outside of (−1, 1)."""
     nu = features - 1
-    return np.asarray(stats.t.pdf(_student(cosine, nu), nu) * np.sqrt(nu) * (1 - np.square(cosine)) ** -1.5)
+    inside = np.abs(cosine) < 1
+    c = np.where(inside, cosine, 0)
+    return np.where(inside, stats.t.pdf(_student(c, nu), nu) * np.sqrt(nu) * (1 - np.square(c)) ** -1.5, 0)
 
 
 def maximum_p(score: Array, features: int, tests: int) -> Array:

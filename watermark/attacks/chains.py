@@ -26,7 +26,7 @@ _WAVES = {
     "strong": "rotation:45 crop:0.5 erase:0.25 brighten:2 contrast:2 blur:20 noise:0.1 jpeg:10",
 }
 # Shares of the schedule to which noise is added: once, twice and four times over, at the ends and the middle of the
-# ranges of WAVES's regenerations, 40-200, 20-100 and 10-50 of 1000 timesteps; and one and four passes of the autoencoder.
+# ranges of WAVES's regenerations, 40-200, 20-100 and 10-50 of 1000 timesteps; one and four passes of the autoencoder.
 _REGENERATIONS = (
     *("diffuse:0.04", "diffuse:0.12", "diffuse:0.2"),
     *("+".join([f"diffuse:{share}"] * 2) for share in (0.02, 0.06, 0.1)),

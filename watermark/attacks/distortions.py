@@ -150,7 +150,7 @@ def screenshot(image: Image.Image, scale: float, rng: np.random.Generator) -> Im
 
 
 def vae(image: Image.Image, passes: float, rng: np.random.Generator, model: LatentModel) -> Image.Image:
-    """Through the autoencoder, D(E(x)) rounded to 8 bit, this many times; at the model's own size, then brought back."""
+    """Through the autoencoder, D(E(x)) rounded to 8 bit, this many times, at the model's own size."""
     return _at_size(image, model, lambda x: _regenerate(x, model, int(passes), lambda z: z))
 
 
@@ -259,8 +259,8 @@ def _regenerate(
 class Attack:
     """A function and the strengths that it takes: `low` to `high`, in `unit`.
 
-    An attack without a unit takes no strength. `kind` is "any", "whole" or "odd". With `needs_model`, the function takes
-    a LatentModel after the generator.
+    An attack without a unit takes no strength. `kind` is "any", "whole" or "odd". With `needs_model`, the function
+    takes a LatentModel after the generator.
     """
 
     function: Callable[..., Image.Image]

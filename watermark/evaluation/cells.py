@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
+from ringmark.watermark.evaluation.gain import Gain
 from ringmark.watermark.evaluation.rates import (
+    GROUPS,
+    Array,
     Curve,
+    Groups,
+    Interval,
     OperatingPoint,
     bootstrap_interval,
     roc,
@@ -17,20 +23,24 @@ from ringmark.watermark.evaluation.rates import (
 )
 from ringmark.watermark.statistics import needed_references
 
-__all__ = ["CLEAN", "DISTANCE", "FPRS", "Cell", "Evaluation"]
+__all__ = ["CLEAN", "DISTANCE", "FPRS", "Cell", "Evaluation", "Row"]
 
-CLEAN = "clean"  # the attack that is none
+CLEAN = "clean"  # the attack that leaves images as they are
 DISTANCE = "published distance"
 FPRS = (0.01, 0.001)
-GROUPS = 5  # of each kind: drawing from fewer says nothing of how others would differ
+NAMES = ("key", "scheme", "attack", "method", "statistic")
+
+Row = dict[str, Any]
+"""Plain values by the name of a column."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Scores of marked (m,) and unmarked images (n,), larger if marked, and `groups`, what they are not independent in.
+    """Scores of marked (m,) and unmarked images (n,), larger if marked.
 
-    `p`, of both, is there for the detector's own statistic only; `by_default` says that it is this one. `seconds` is
-    the median time an image, `megabytes` the memory of a batch, NaN where it cannot be measured.
+    `groups` holds the groups within which images may depend. `scheme` is the scheme's label. `p`, the p-values of both,
+    belong to the detector's own statistic only; `is_default` tells it from the others. `seconds` is the median time per
+    image, `megabytes` the memory of a batch, NaN where it cannot be measured.
     """
 
     key: str
@@ -38,79 +48,96 @@ class Cell:
     attack: str
     method: str
     statistic: str
-    marked: np.ndarray
-    unmarked: np.ndarray
-    groups: tuple[list, list]
-    p: tuple[np.ndarray, np.ndarray] | None
+    marked: Array
+    unmarked: Array
+    groups: Groups
+    p: tuple[Array, Array] | None
     seconds: float
     megabytes: float
 
     @property
-    def by_default(self) -> bool:
+    def is_default(self) -> bool:
+        """Whether the scores are those of the detector's own statistic."""
         return self.p is not None
 
     @cached_property
     def curve(self) -> Curve:
-        """Raises EvaluationError like `roc`."""
+        """Raises EvaluationError as `roc` does."""
         return roc(self.marked, self.unmarked, name=f"{self.method}, {self.statistic}")
 
     @cached_property
-    def row(self) -> dict:
-        """The numbers by name; None is "too few unmarked images" for a rate, "not measured" else.
+    def row(self) -> Row:
+        """The numbers by name; None means "too few unmarked images" for a rate, "not measured" otherwise.
 
         Intervals are 95 %: AUC DeLong's, `bootstrap` clustered by `groups` where there are GROUPS of them, rates
         Clopper–Pearson's. `tpr_F` is read off the ROC at FPR F; `split_F` has its threshold from one half of the
         unmarked images and its FPR from the other; `p_F` calls p ≤ F marked.
         """
-        names = ("key", "scheme", "attack", "method", "statistic")
-        found = {name: getattr(self, name) for name in names} | {"auc": self.curve.auc}
-        found |= _interval("auc", self.curve.auc_interval)
-        several = min(len(set(groups)) for groups in self.groups) >= GROUPS
-        resampled = bootstrap_interval(self.marked, self.unmarked, groups=self.groups) if several else None
-        found |= _interval("bootstrap", resampled)
-        n = len(self.unmarked)
+        row: Row = {name: getattr(self, name) for name in NAMES} | {"auc": self.curve.auc}
+        row |= _interval("auc", self.curve.auc_interval) | _interval("bootstrap", self._bootstrap())
         for fpr in FPRS:
-            enough = n >= needed_references(fpr)
-            found |= _rates(f"tpr_{fpr:g}", tpr_at(self.marked, self.unmarked, fpr) if enough else None, ("tpr",))
-            enough = (n + 1) // 2 >= needed_references(fpr)
-            split = split_operating_point(self.marked, self.unmarked, fpr, seed=0) if enough else None
-            found |= {f"split_{fpr:g}_threshold": split and split.threshold} | _rates(f"split_{fpr:g}", split)
+            row |= _rates(f"tpr_{fpr:g}", self._read_off(fpr), ("tpr",))
+            split = self._split(fpr)
+            row |= {f"split_{fpr:g}_threshold": split and split.threshold} | _rates(f"split_{fpr:g}", split)
         for alpha in FPRS:
-            point = self.p and OperatingPoint.of(-self.p[0], -self.p[1], alpha, -alpha)
-            found |= _rates(f"p_{alpha:g}", point)
-        found |= {"seconds": self.seconds, "megabytes": None if np.isnan(self.megabytes) else self.megabytes}
-        return found | {"marked": len(self.marked), "unmarked": n}
+            row |= _rates(f"p_{alpha:g}", self._by_p(alpha))
+        row |= {"seconds": self.seconds, "megabytes": None if np.isnan(self.megabytes) else self.megabytes}
+        return row | {"marked": len(self.marked), "unmarked": len(self.unmarked)}
+
+    def _bootstrap(self) -> Interval | None:
+        if min(len(set(groups)) for groups in self.groups) < GROUPS:
+            return None
+        return bootstrap_interval(self.marked, self.unmarked, groups=self.groups)
+
+    def _read_off(self, fpr: float) -> OperatingPoint | None:
+        enough = len(self.unmarked) >= needed_references(fpr)
+        return tpr_at(self.marked, self.unmarked, fpr) if enough else None
+
+    def _split(self, fpr: float) -> OperatingPoint | None:
+        enough = (len(self.unmarked) + 1) // 2 >= needed_references(fpr)
+        return split_operating_point(self.marked, self.unmarked, fpr, seed=0) if enough else None
+
+    def _by_p(self, alpha: float) -> OperatingPoint | None:
+        return OperatingPoint.of(-self.p[0], -self.p[1], alpha, -alpha) if self.p else None
 
 
-def _interval(name: str, pair: tuple[float, float] | None) -> dict:
+def _interval(name: str, pair: Interval | None) -> Row:
     low, high = pair or (None, None)
     return {f"{name}_low": low, f"{name}_high": high}
 
 
-def _rates(name: str, point: OperatingPoint | None, rates: tuple[str, ...] = ("tpr", "fpr")) -> dict:
-    """Each rate and its interval; one rate alone goes by the name."""
-    found = {}
+def _rates(name: str, point: OperatingPoint | None, rates: tuple[str, ...] = ("tpr", "fpr")) -> Row:
+    """Each rate and its interval; a single rate goes by the name alone."""
+    row: Row = {}
     for rate in rates:
-        full = f"{name}_{rate}" if len(rates) > 1 else name
-        found[full] = point and getattr(point, rate)
-        found |= _interval(full, point and getattr(point, f"{rate}_interval"))
-    return found
+        column = f"{name}_{rate}" if len(rates) > 1 else name
+        row[column] = getattr(point, rate) if point else None
+        row |= _interval(column, getattr(point, f"{rate}_interval") if point else None)
+    return row
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found: `settings`, cells, a record an image, key, attack and method, the mark's cost in quality.
+    """The outcome of an evaluation.
 
-    `refused` says in a line each which files could not be used.
+    `images` holds a record per image, key, attack and method; `quality`, what the mark costs the images, a row per key;
+    `refused`, a line for each file that could not be used; `gains`, the paired differences of mean AUC.
     """
 
-    settings: dict
+    settings: dict[str, Any]
     cells: list[Cell]
-    images: list[dict]
-    quality: list[dict]
+    images: list[Row]
+    quality: list[Row]
     refused: list[str]
+    gains: list[Gain] = field(default_factory=list)
 
-    def record(self) -> dict:
+    def record(self) -> dict[str, Any]:
         """As plain values, without the images."""
-        rows = [cell.row for cell in self.cells]
-        return {"settings": self.settings, "rows": rows, "quality": self.quality, "refused": self.refused}
+        return {
+            "ringmark": 1,
+            "settings": self.settings,
+            "rows": [cell.row for cell in self.cells],
+            "gains": [asdict(gain) for gain in self.gains],
+            "quality": self.quality,
+            "refused": self.refused,
+        }

@@ -1,4 +1,4 @@
-"""What a mark costs the pictures. Marked and unmarked ones show different things, so distributions are compared."""
+"""What a mark costs the images. Marked and unmarked ones show different things, so distributions are compared."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ringmark.watermark.evaluation.rates import Array
+
 __all__ = ["Frechet", "frechet_distance", "frechet_test", "simple_features"]
 
-EDGES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of Nyquist: the bands below, between and, in the corners, beyond these
-DARK = 1e-6  # of full scale squared: below rounding to 8 bits, so that a flat picture has logarithms too
+EDGES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of Nyquist: bounds of the bands; the last band is the corners beyond it
+DARK = 1e-6  # of full scale squared: below rounding to 8 bits, so that a flat image has logarithms too
 
 
 @dataclass(frozen=True)
 class Frechet:
-    """A distance d² of two sets of pictures, and what it is where labels are drawn by lot: its mean and 95 % point.
+    """A distance d² of two sets of images, and its mean and 95 % point under random labels.
 
-    `p` is the share of such draws, this one counted, with at least this distance.
+    `p` is the share of random labellings, this one included, with at least this distance.
     """
 
     distance: float
@@ -26,10 +28,10 @@ class Frechet:
     p: float
 
 
-def simple_features(pixels: np.ndarray) -> np.ndarray:
-    """Of a uint8 picture (H, W, 3) twelve numbers: mean and deviation of each colour, log energies of grey in six bands.
+def simple_features(pixels: Array) -> Array:
+    """Twelve numbers of a uint8 image (H, W, 3): mean and deviation of each colour, log energies of grey in six bands.
 
-    Bands are octaves of the radial frequency up to Nyquist of the shorter side, and what lies beyond.
+    Bands are octaves of the radial frequency up to Nyquist of the shorter side, and the corners beyond it.
     """
     x = pixels.astype(float) / 255
     grey = x.mean(-1)
@@ -41,7 +43,7 @@ def simple_features(pixels: np.ndarray) -> np.ndarray:
     return np.concatenate([x.mean((0, 1)), x.std((0, 1)), np.log(energy + DARK)])
 
 
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+def frechet_distance(a: Array, b: Array) -> float:
     """d² = |μ_a − μ_b|² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½) of features (n, d) and (m, d), n, m ≥ 2 (arXiv 1706.08500)."""
     first, second = np.cov(a.T), np.cov(b.T)
     root = np.sqrt(np.linalg.eigvals(first @ second).real.clip(0)).sum()
@@ -49,13 +51,11 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(max(0.0, mean + np.trace(first) + np.trace(second) - 2 * root))
 
 
-def frechet_test(
-    marked: Sequence[np.ndarray], unmarked: Sequence[np.ndarray], *, draws: int = 500, seed: int = 0
-) -> Frechet:
-    """Fréchet distance of features (d,) of pictures, divided by the deviations of all, against labels drawn by lot.
+def frechet_test(marked: Sequence[Array], unmarked: Sequence[Array], *, draws: int = 500, seed: int = 0) -> Frechet:
+    """Fréchet distance of features (d,), standardised over all images, against a permutation test.
 
-    d² of few pictures is far from 0 without any difference; the draws have the same numbers of pictures, so they share
-    that bias. Pictures are independent. Needs two of each kind.
+    d² of few images is far from 0 without any difference; the permutations have the same numbers of images, so they
+    share that bias. Images are independent. Needs two of each kind.
     """
     both = np.stack([*marked, *unmarked])
     spread = both.std(0)

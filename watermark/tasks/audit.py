@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
 import time
 from collections import Counter
@@ -13,23 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from ringmark.data.files import one_line
 from ringmark.data.images import Sample, read_sample
-from ringmark.data.labels import match_labels
 from ringmark.data.results import Results, read_records
 from ringmark.data.sources import Listing, list_images, stamp_of
-from ringmark.errors import EvaluationError, ImageError
+from ringmark.errors import ImageError
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.verdict import Judged
 from ringmark.watermark.detect.verifier import Verifier
-from ringmark.watermark.evaluation.rates import Curve, roc, tied_below
 from ringmark.watermark.statistics import ALPHA
 from ringmark.watermark.tasks.load import Keys, Model, StrPath, load_verifier
 
-__all__ = ["Audit", "audit", "audit_folder", "curves", "curves_of_files"]
+__all__ = ["Audit", "audit", "audit_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -196,76 +190,3 @@ def _record(judged: Judged) -> Record:
     """The record of an image."""
     per_key = {v.key: {"p_value": v.p_value, "score": v.score, **v.statistics} for v in judged.verdicts}
     return judged.best.record() | {"carries": [v.key for v in judged.present], "keys": per_key}
-
-
-def curves(
-    records: list[dict],
-    labels: dict[str, bool],
-    *,
-    name: str,
-    statistics: tuple[str, ...] = ("score", "published_distance"),
-    fpr_limit: float = 0.01,
-) -> list[Curve]:
-    """An ROC for each statistic of the best key: the score, and the published distance with its sign turned.
-
-    An image that shows nothing is the least marked of all. Raises EvaluationError for a record without a number.
-    """
-    judged = [r for r in records if r["sample_id"] in labels and "error" not in r]
-    truth = np.array([labels[r["sample_id"]] for r in judged], bool)
-    blank = np.array([not r.get("shows", True) for r in judged], bool)
-    out = []
-    for statistic in statistics:
-        scores = np.array([_number(r, statistic) for r in judged]) * (-1 if statistic == "published_distance" else 1)
-        values = tied_below(scores, blank)
-        out.append(roc(values[truth], values[~truth], name=f"{name} {statistic}".strip(), fpr_limit=fpr_limit))
-    return out
-
-
-def _number(record: dict, statistic: str) -> float:
-    """0 for an image that shows nothing, whatever stands there."""
-    value = record.get(statistic)
-    if not record.get("shows", True):
-        return 0.0
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise EvaluationError(
-            f"record of {one_line(record['sample_id'])}: its {statistic} is {json.dumps(value)}, not a number; audit that image anew, or give results that ringmark audit wrote"
-        )
-    return float(value)
-
-
-def curves_of_files(results: list[Path], label_files: list[Path], fpr_limit: float) -> tuple[list[Curve], str]:
-    """The curves of several audits taken together, and a sentence on how labels and records met."""
-    records, folders = _records_of(results)
-    labels, unmatched = match_labels({r["sample_id"] for r in records}, label_files, folders=folders)
-    said = f"{len(labels)} of {len(records)} records labelled; {_unmatched(unmatched)}"
-    return curves(records, labels, name="", fpr_limit=fpr_limit), said
-
-
-def _unmatched(paths: list[str]) -> str:
-    """How many labels fit no record, and the first of them."""
-    shown = ", ".join(map(one_line, paths[:3])) + (", …" if len(paths) > 3 else "")
-    return f"{len(paths)} labels fit no record" + (f" ({shown})" if paths else "")
-
-
-def _records_of(results: list[Path]) -> tuple[list[dict], list[Path]]:
-    """All records, and the folders that were audited; a file given twice counts once.
-
-    Raises EvaluationError where two files have records of one id, or were made with other settings.
-    """
-    records, origin, made, folders = [], {}, None, []
-    for path in {p.resolve(): p for p in results}.values():
-        settings, found = read_records(path)
-        folders.append(path.parent / str(settings.pop("folder", ".")))
-        made = settings if made is None else made
-        if other := sorted(n for n in settings.keys() | made.keys() if settings.get(n) != made.get(n)):
-            raise EvaluationError(
-                f"{path}: was made with other settings than {results[0]} ({', '.join(other)}), so scores do not compare; draw a curve for each"
-            )
-        for record in found:
-            first = origin.setdefault(record["sample_id"], path)
-            if first != path:
-                raise EvaluationError(
-                    f"{path}: has a record of {record['sample_id']}, and so has {first}; give only one of the two, or audit a folder that holds both"
-                )
-            records.append(record)
-    return records, folders

@@ -17,7 +17,7 @@ from ringmark.errors import StoreError
 from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.watermark.detect.verifier import check_fit
 from ringmark.watermark.embed import generate
-from ringmark.watermark.figures import write_table
+from ringmark.watermark.evaluation.tables import write_table
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.schemes.base import scheme_of
 

@@ -1,28 +1,26 @@
-"""Decoder inversions, keys and attacks compared on marked and unmarked images; what was computed once is kept."""
+"""Decoder inversions, keys and attacks compared on marked and unmarked images; finished work is kept and reused."""
 
 from __future__ import annotations
 
 import csv
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import product
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ringmark.data.cache import cached
-from ringmark.data.images import read_sample
+from ringmark.data.files import refuse_foreign
 from ringmark.data.labels import read_labels
 from ringmark.data.results import Results, read_records
-from ringmark.data.scene_classifier import ATTRIBUTES, asked, features, train_classifiers
 from ringmark.data.sources import check_folder, find_images
-from ringmark.errors import CalibrationError, EvaluationError, ImageError
+from ringmark.errors import CalibrationError, EvaluationError
 from ringmark.inversion.memory import peak_during, release_memory
 from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.inversion.recover import Recoverer, check_method
@@ -30,67 +28,88 @@ from ringmark.watermark.attacks.chains import Chain, expand
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.detector import Detector
 from ringmark.watermark.detect.verifier import Verifier, fitting_calibration
-from ringmark.watermark.evaluation.cells import CLEAN, DISTANCE, Cell, Evaluation
-from ringmark.watermark.evaluation.quality import frechet_test, simple_features
-from ringmark.watermark.evaluation.rates import rate, tied_below
-from ringmark.watermark.evaluation.report import write_plots, write_tables
+from ringmark.watermark.evaluation.cells import CLEAN, DISTANCE, Cell, Evaluation, Row
+from ringmark.watermark.evaluation.gain import compare_ways
+from ringmark.watermark.evaluation.plots import write_plots
+from ringmark.watermark.evaluation.rates import Array, tied_below
+from ringmark.watermark.evaluation.report import TABLES, write_tables
 from ringmark.watermark.keys.folder import describe, load_ring
 from ringmark.watermark.keys.key import Key
-from ringmark.watermark.null import Array
-from ringmark.watermark.schemes.base import DEFAULT, make_key, scheme_of
+from ringmark.watermark.schemes.base import DEFAULT, make_key
 from ringmark.watermark.statistics import conformal_p
 from ringmark.watermark.tasks.attack import attack_files, attacked_name
 from ringmark.watermark.tasks.draw import DRAWN, draw, prompts_for
+from ringmark.watermark.tasks.quality import ImageSet, quality_rows
 from ringmark.watermark.tasks.recover import RecoveredFiles, recover_files
 
-__all__ = ["Comparison", "compare", "scores_of"]
+__all__ = ["Plan", "evaluate", "scores_of"]
 
-SCENES = 1000  # that the classifier of prompts learns from: 98 % of grounds and all skies of 200 others
-SCENE_SIZE = 64  # px: larger ones are told apart no better
 UNMARKED, MATCHED, CONFORMAL, PUBLISHED_P = "unmarked", "matched filter", "conformal p", "published p"
-GIVEN = "images of the folders given are taken as they are; marked and unmarked ones are compared as independent"
-INDEPENDENT = "marked and unmarked images are independent: other seeds, other draws of each attack, prompts drawn apart, some of which recur; all keys mark the same noises for the same prompts"
+GIVEN = "the images of given folders are taken as they are; marked and unmarked ones are compared as independent"
+INDEPENDENT = (
+    "marked and unmarked images are independent: other seeds, other random draws of each attack, prompts drawn apart, "
+    "some of which recur; all keys mark the same noises for the same prompts"
+)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A plan: images, drawn unless folders are given, what is done to them, and the methods that look for the keys.
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to evaluate: images (drawn unless folders are given), attacks, and the methods that look for the keys.
 
-    Marked and unmarked images are independent: other seeds, prompts drawn apart. All keys mark the same noises, for the same
-    prompts. Raises what can be said against it before a model is loaded: EvaluationError, AttackError, RingmarkError,
-    ImageError or KeyFileError.
+    `number` images of each kind are drawn from `seed`, with `guidance` and `steps`. Marked and unmarked images are
+    independent; all keys mark the same noises for the same prompts. Without `keys` a new one is made, kept in `output`.
+
+    Problems that can be found without a model are raised at once. EvaluationError: evaluation.keys where marked images
+    are given without the one key that they carry, evaluation.same-key, evaluation.methods for a method named twice,
+    evaluation.output for an output within the images, evaluation.overlap of the two folders, evaluation.carried for
+    images drawn with another key, and for labels evaluation.unlabelled and evaluation.labels. AttackError,
+    RingmarkError, ImageError, CalibrationError and KeyFileError for the parts; StoreError where an output would replace
+    a file that ringmark did not write.
     """
 
     output: Path
-    keys: tuple[Path, ...]
-    marked: Path | None
-    unmarked: Path | None
-    number: int
-    attacks: tuple[str, ...]
-    methods: tuple[str, ...]
-    seed: int
-    guidance: float
-    max_steps: int | None
-    steps: int
-    batch: int
+    keys: tuple[Path, ...] = ()
+    marked: Path | None = None
+    unmarked: Path | None = None
+    number: int = 32
+    attacks: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ("encoder", "guarded")
+    seed: int = 0
+    guidance: float = 3.0
+    max_steps: int | None = None
+    steps: int = 25
+    batch: int = 8
     calibration: Path | None = None
 
     def __post_init__(self) -> None:
         if self.marked and len(self.given_keys) != 1:
-            raise EvaluationError(
-                f"--marked needs the one --key that these images carry, not {len(self.given_keys)} keys"
-            )
+            fact = f"marked images need the one key that they carry; there are {len(self.given_keys)} keys"
+            raise EvaluationError("evaluation.keys", fact)
+        self._check_methods()
+        self._check_folders()
+        _ = self.chains, self.given_keys, self.given_calibration
+        self._check_labels()
+        for name in TABLES:
+            refuse_foreign(self.output / name)
+
+    def _check_methods(self) -> None:
         for method in self.methods:
             check_method(method)
         if len(set(self.methods)) < len(self.methods):
-            raise EvaluationError(f"methods {', '.join(self.methods)}: one is named twice; name each once")
-        for folder in filter(None, (self.marked, self.unmarked)):
+            raise EvaluationError("evaluation.methods", "a method is named twice", subject=", ".join(self.methods))
+
+    def _check_folders(self) -> None:
+        folders = [folder for folder in (self.marked, self.unmarked) if folder]
+        for folder in folders:
             check_folder(folder)
             if self.output.resolve().is_relative_to(folder.resolve()):
-                raise EvaluationError(f"{self.output}: lies in {folder}, whose images are evaluated; choose another -o")
-        if self.marked and self.unmarked and _overlap(self.marked.resolve(), self.unmarked.resolve()):
-            raise EvaluationError(f"{self.marked} and {self.unmarked}: one lies in the other; keep marked images apart")
-        _ = self.chains, self.given_keys, self.given_calibration
+                fact = f"lies in {folder}, whose images are evaluated"
+                raise EvaluationError("evaluation.output", fact, subject=self.output)
+        for one, other in combinations(folders, 2):
+            if _overlap(one.resolve(), other.resolve()):
+                raise EvaluationError("evaluation.overlap", "one lies in the other", subject=f"{one} and {other}")
+
+    def _check_labels(self) -> None:
         for folder, marked in ((self.marked, True), (self.unmarked, False)):
             if folder:
                 _prompts(folder / "labels.csv", _names(folder, find_images(folder)), marked)
@@ -104,71 +123,76 @@ class Comparison:
 
     @cached_property
     def given_keys(self) -> list[Key]:
-        """Raises KeyFileError, and EvaluationError for a key given twice."""
-        keys, first = [], {}
-        for path in self.keys:
-            for file, key in load_ring([path]).items():
-                if key.fingerprint in first:
-                    raise EvaluationError(f"{file}: holds the same key as {first[key.fingerprint]}; give each key once")
-                first[key.fingerprint] = file
-                keys.append(key)
+        """Raises KeyFileError, and EvaluationError, evaluation.same-key, for a key given twice."""
+        keys: list[Key] = []
+        first: dict[str, Path] = {}
+        for file, key in (pair for path in self.keys for pair in load_ring([path]).items()):
+            if key.fingerprint in first:
+                fact = f"holds the same key as {first[key.fingerprint]}"
+                raise EvaluationError("evaluation.same-key", fact, subject=file)
+            first[key.fingerprint] = file
+            keys.append(key)
         return keys
 
     @cached_property
     def given_calibration(self) -> Calibration | None:
         """Raises CalibrationError."""
-        return self.calibration and Calibration.load(self.calibration)
+        return Calibration.load(self.calibration) if self.calibration else None
 
-    def settings(self, model: LatentModel) -> dict:
-        """What the images depend on; keys, attacks, methods and calibrations may change in a folder."""
-        folders = {
-            name: folder and os.path.relpath(folder, self.output)
-            for name, folder in (("marked", self.marked), ("unmarked", self.unmarked))
-        }
+    @property
+    def cache(self) -> Path:
+        """The folder of recovered noises and other results that take long."""
+        return self.output / "cache"
+
+    def settings(self, model: LatentModel) -> dict[str, Any]:
+        """What the images depend on. Keys, attacks, methods and calibrations may change in a folder."""
         return {
             "model": model.identity,
-            **folders,
-            **{n: getattr(self, n) for n in ("number", "seed", "guidance", "steps")},
+            "marked": self._relative(self.marked),
+            "unmarked": self._relative(self.unmarked),
+            "number": self.number,
+            "seed": self.seed,
+            "guidance": self.guidance,
+            "steps": self.steps,
         }
 
+    def _relative(self, folder: Path | None) -> str | None:
+        return os.path.relpath(folder, self.output) if folder else None
 
-def compare(model: LatentModel, plan: Comparison, folder: Path | None = None) -> Evaluation:
-    """Everything that the plan names, kept and written in plan.output, where one more attack costs one attack.
 
-    The plan's calibration, or one in the model's `folder`, is used by those methods whose settings it fits. Raises
-    StoreError if plan.output was begun with other images, EvaluationError where labels contradict the plan or a kind
-    has no image that can be used, KeyFileError for a key of another model, and CalibrationError where the plan's
-    calibration fits no method.
+def evaluate(model: LatentModel, plan: Plan, folder: Path | None = None) -> Evaluation:
+    """Carry out the plan, and write tables and plots into plan.output, where one more attack costs one attack.
+
+    The plan's calibration, or one in the model's `folder`, is used by the methods whose settings it fits. Raises
+    StoreError if plan.output was begun with other images, EvaluationError, evaluation.images, where a kind has no image
+    that can be used, KeyFileError for a key of another model, and CalibrationError where the plan's calibration fits no
+    method.
     """
     keys = plan.given_keys or [_own_key(model, plan)]
     verifiers, unfit = _verifiers(model, keys, plan, folder)
     Results(plan.output / "plan.jsonl", plan.settings(model)).close()  # refuses another plan's images
-    memory = {name: _megabytes(verifier.recoverer, plan) for name, verifier in verifiers.items()}
-    sets = [_images(model, plan, key) for key in (None, *keys)]
-    cells, records, refused = [], [], []
-    for chain in (None, *plan.chains):
-        places = [_paths(model, plan, images, chain, refused) for images in sets]
-        for method, verifier in verifiers.items():
-            name = f"{chain or CLEAN}, {method}"
-            unmarked, *marked = (
-                _recover(verifier.recoverer, plan, *pair, name, refused) for pair in zip(sets, places, strict=True)
-            )
-            for key, own in zip(keys, marked, strict=True):
-                both = [_score(verifier.detector, key.fingerprint, recovered) for recovered in (own, unmarked)]
-                about = {"key": key.fingerprint[:8], "attack": str(chain or CLEAN), "method": method}
-                cells += _cells(about, key, *both, memory[method])
-                records += [
-                    about | record
-                    for scored, label in zip(both, (1, 0), strict=True)
-                    for record in scored.records(label)
-                ]
-    quality = _quality(model, plan, sets)
-    found = Evaluation(
-        _facts(model, plan, keys, verifiers, unfit), cells, records, quality, list(dict.fromkeys(refused))
+    megabytes = {name: _megabytes(verifier.recoverer, plan) for name, verifier in verifiers.items()}
+    run = _Run(
+        model=model,
+        plan=plan,
+        keys=keys,
+        verifiers=verifiers,
+        megabytes=megabytes,
+        sets=[_images(model, plan, key) for key in (None, *keys)],
     )
-    write_tables(found, plan.output)
-    write_plots(found, plan.output)
-    return found
+    for chain in (None, *plan.chains):
+        run.under(chain)
+    evaluation = Evaluation(
+        settings=_facts(model, plan, run, unfit),
+        cells=run.cells,
+        images=run.records,
+        quality=quality_rows(run.sets, model.image_size, plan.cache),
+        refused=list(dict.fromkeys(run.refused)),
+        gains=compare_ways(run.records, list(map(str, plan.chains)) or [CLEAN]),
+    )
+    write_tables(evaluation, plan.output)
+    write_plots(evaluation, plan.output)
+    return evaluation
 
 
 def scores_of(detector: Detector, key: str, noise: Tensor) -> tuple[dict[str, Array], Array]:
@@ -178,24 +202,17 @@ def scores_of(detector: Detector, key: str, noise: Tensor) -> tuple[dict[str, Ar
     """
     scheme = detector.schemes[key]
     score, log10_p = detector.statistic(key, noise)
-    found = {scheme.score_name: score}
+    scores = {scheme.score_name: score}
     if (matched := detector.matched_filter(key, noise)) is not None:
-        found[MATCHED] = matched
+        scores[MATCHED] = matched
     if (references := detector.reference_scores(key)) is not None:
-        found[CONFORMAL] = -conformal_p(score, references)
-    for name, (values, larger) in scheme.published(noise).items():
-        found[name.replace("_", " ")] = values if larger else -values
-    return found, 10**log10_p
+        scores[CONFORMAL] = -conformal_p(score, references)
+    for name, statistic in scheme.published(noise).items():
+        scores[name.replace("_", " ")] = statistic.values if statistic.larger_if_marked else -statistic.values
+    return scores, 10**log10_p
 
 
-@dataclass(frozen=True)
-class _Images:
-    """Unmarked images or a key's: `names` are paths below `folder`, `prompts` theirs as far as they are known."""
-
-    name: str
-    folder: Path
-    names: list[str]
-    prompts: dict[str, str]
+# -- recovering and scoring -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -206,65 +223,196 @@ class _Recovered:
     prompts: list[str]
     files: RecoveredFiles
 
-
-@dataclass(frozen=True)
-class _Scored:
-    """The statistics (n,) of images, their p-values, and `doubts`, why nothing can be said of image i."""
-
-    seen: _Recovered
-    values: dict[str, np.ndarray]
-    p: np.ndarray
-
-    @property
-    def doubtful(self) -> np.ndarray:
-        return np.isin(np.arange(len(self.p)), list(self.seen.files.doubts))
-
     @property
     def groups(self) -> list[str]:
         """The prompts; an image without one is a group of its own."""
-        return [prompt or name for prompt, name in zip(self.seen.prompts, self.seen.names, strict=True)]
-
-    def records(self, label: int) -> Iterator[dict]:
-        """A row of scores.csv an image; scores are left out where there is a doubt."""
-        columns = {"score": next(iter(self.values)), "matched_filter": MATCHED, "published_distance": DISTANCE}
-        columns |= {"conformal_p": CONFORMAL, "published_p": PUBLISHED_P}
-        nothing = np.full(len(self.p), np.nan)
-        scores = {column: self.values.get(name, nothing) for column, name in columns.items()}
-        scores |= {column: -scores[column] for column in ("conformal_p", "published_distance", "published_p")}
-        for i, (name, prompt) in enumerate(zip(self.seen.names, self.seen.prompts, strict=True)):
-            doubt = self.seen.files.doubts.get(i, "")
-            known = {"image": name, "label": label, "prompt": prompt, "seconds": float(self.seen.files.seconds[i])}
-            said = {c: None if doubt or np.isnan(values[i]) else float(values[i]) for c, values in scores.items()}
-            yield known | {"doubt": doubt, "p": float(self.p[i])} | said
+        return [prompt or name for prompt, name in zip(self.prompts, self.names, strict=True)]
 
 
-def _overlap(one: Path, other: Path) -> bool:
-    return one.is_relative_to(other) or other.is_relative_to(one)
+@dataclass(frozen=True)
+class _Scored:
+    """The statistics (n,) of images and the p-values (n,) of the detector's own one, which comes first."""
+
+    recovered: _Recovered
+    values: dict[str, Array]
+    p: Array
+
+    @property
+    def doubtful(self) -> Array:
+        """(n,): images of which nothing can be said."""
+        return np.isin(np.arange(len(self.p)), list(self.recovered.files.doubts))
+
+    def records(self, label: int) -> Iterator[Row]:
+        """A row of scores.csv per image; scores are left out where there is a doubt."""
+        columns = self._columns()
+        seconds, doubts = self.recovered.files.seconds, self.recovered.files.doubts
+        for i, (name, prompt) in enumerate(zip(self.recovered.names, self.recovered.prompts, strict=True)):
+            doubt = doubts.get(i, "")
+            row = {"image": name, "label": label, "prompt": prompt, "seconds": float(seconds[i]), "doubt": doubt}
+            scores = {c: None if doubt or np.isnan(v[i]) else float(v[i]) for c, v in columns.items()}
+            yield row | {"p": float(self.p[i])} | scores
+
+    def _columns(self) -> dict[str, Array]:
+        """Columns of scores.csv, those of distances and p-values with their own sign."""
+        unknown = np.full(len(self.p), np.nan)
+        return {
+            "score": next(iter(self.values.values())),
+            "matched_filter": self.values.get(MATCHED, unknown),
+            "published_distance": -self.values.get(DISTANCE, unknown),
+            "conformal_p": -self.values.get(CONFORMAL, unknown),
+            "published_p": -self.values.get(PUBLISHED_P, unknown),
+        }
+
+
+@dataclass(frozen=True)
+class _Run:
+    """An evaluation in progress; `sets` are the unmarked images and those of each key."""
+
+    model: LatentModel
+    plan: Plan
+    keys: list[Key]
+    verifiers: dict[str, Verifier]
+    megabytes: dict[str, float]
+    sets: list[ImageSet]
+    cells: list[Cell] = field(default_factory=list)
+    records: list[Row] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+    def under(self, chain: Chain | None) -> None:
+        """Attack all images and score them by every method."""
+        places = [self._paths(images, chain) for images in self.sets]
+        for method, verifier in self.verifiers.items():
+            name = f"{chain or CLEAN}, {method}"
+            unmarked, *marked = (
+                self._recover(verifier.recoverer, images, paths, name)
+                for images, paths in zip(self.sets, places, strict=True)
+            )
+            for key, recovered in zip(self.keys, marked, strict=True):
+                about = {"key": key.fingerprint[:8], "attack": str(chain or CLEAN), "method": method}
+                self._score(verifier.detector, key.fingerprint, about, recovered, unmarked)
+
+    def _score(
+        self, detector: Detector, key: str, about: dict[str, str], marked: _Recovered, unmarked: _Recovered
+    ) -> None:
+        scored = [_scored(detector, key, recovered) for recovered in (marked, unmarked)]
+        about_cells = about | {"scheme": detector.schemes[key].label}
+        self.cells.extend(_cells(about_cells, scored[0], scored[1], self.megabytes[about["method"]]))
+        for images, kind in zip(scored, (1, 0), strict=True):
+            self.records.extend(about | record for record in images.records(kind))
+
+    def _paths(self, images: ImageSet, chain: Chain | None) -> dict[str, Path]:
+        """Where the images are after an attack, by name."""
+        if chain is None:
+            return {name: images.folder / name for name in images.names}
+        place = self.plan.output / "attacked" / chain.slug / images.name
+        # Marked and unmarked files of one name must not get the same random draws.
+        seed = self.plan.seed + (images.name != UNMARKED)
+        self.refused.extend(attack_files(images.folder, place, [chain], seed=seed, model=self.model).errors)
+        paths = {name: place / attacked_name(name) for name in images.names}
+        return {name: path for name, path in paths.items() if path.exists()}
+
+    def _recover(self, recoverer: Recoverer, images: ImageSet, paths: dict[str, Path], name: str) -> _Recovered:
+        title = f"{name}, {images.name}"
+        files = recover_files(recoverer, paths.values(), self.plan.cache, batch=self.plan.batch, name=title)
+        self.refused.extend(map(str, files.refused))
+        if not files.ids:
+            fact = f"no image can be used, of {len(images.names)}; last: {[name, *self.refused][-1]}"
+            raise EvaluationError("evaluation.images", fact, subject=images.folder)
+        by_path = {str(path): name for name, path in paths.items()}
+        names = [by_path[name] for name in files.ids]
+        return _Recovered(
+            names=[f"{images.name}/{name}" for name in names],
+            prompts=[images.prompts.get(name, "") for name in names],
+            files=files,
+        )
+
+
+def _scored(detector: Detector, key: str, recovered: _Recovered) -> _Scored:
+    values, p = scores_of(detector, key, torch.nan_to_num(recovered.files.noise, 0.0, 0.0, 0.0))
+    p[list(recovered.files.doubts)] = 1.0
+    return _Scored(recovered, values, p)
+
+
+def _cells(about: dict[str, str], marked: _Scored, unmarked: _Scored, megabytes: float) -> Iterator[Cell]:
+    """A cell for each statistic."""
+    seconds = torch.cat([marked.recovered.files.seconds, unmarked.recovered.files.seconds])
+    doubtful = np.concatenate([marked.doubtful, unmarked.doubtful])
+    default = next(iter(marked.values))
+    for statistic, values in marked.values.items():
+        scores = tied_below(np.concatenate([values, unmarked.values[statistic]]), doubtful)
+        yield Cell(
+            **about,
+            statistic=statistic,
+            marked=scores[: len(values)],
+            unmarked=scores[len(values) :],
+            groups=(marked.recovered.groups, unmarked.recovered.groups),
+            p=(marked.p, unmarked.p) if statistic == default else None,
+            seconds=float(seconds.median()),
+            megabytes=megabytes,
+        )
+
+
+# -- models and methods -----------------------------------------------------------------------------------------------
 
 
 def _verifiers(
-    model: LatentModel, keys: list[Key], plan: Comparison, folder: Path | None
+    model: LatentModel, keys: list[Key], plan: Plan, folder: Path | None
 ) -> tuple[dict[str, Verifier], dict[str, str]]:
-    """By method; and of those that the calibration at hand does not fit, why."""
+    """Verifiers by method; and why the calibration at hand does not fit some of them."""
     recoverers = {name: Recoverer.named(model, name, plan.max_steps, plan.steps) for name in plan.methods}
     calibration = plan.given_calibration or (Calibration.built_in(folder) if folder else None)
     if calibration is None:
         return {name: Verifier(recoverer, keys) for name, recoverer in recoverers.items()}, {}
     fitted = {name: fitting_calibration(one, keys, calibration) for name, one in recoverers.items()}
-    unfit = {name: why for name, (_, why) in fitted.items() if why}
+    unfit = {name: reason for name, (_, reason) in fitted.items() if reason}
     if plan.calibration and len(unfit) == len(recoverers):
-        raise CalibrationError("; ".join(dict.fromkeys(unfit.values())))
+        facts = "; ".join(dict.fromkeys(reason.removeprefix(f"{plan.calibration}: ") for reason in unfit.values()))
+        raise CalibrationError("evaluation.calibration", facts, subject=plan.calibration)
     return {name: Verifier(recoverers[name], keys, calibration=found) for name, (found, _) in fitted.items()}, unfit
 
 
-def _own_key(model: LatentModel, plan: Comparison) -> Key:
+def _own_key(model: LatentModel, plan: Plan) -> Key:
     path = plan.output / "evaluation.key"
     if not path.exists():
         make_key(DEFAULT, model.latent_shape, model=model.identity, recovery=model.recovery).save(path)
     return Key.load(path)
 
 
-def _images(model: LatentModel, plan: Comparison, key: Key | None) -> _Images:
+def _megabytes(recoverer: Recoverer, plan: Plan) -> float:
+    """Memory of a batch on top of that of the model, for the encoder and two steps: later steps need no more."""
+    model, inverter = recoverer.model, recoverer.inverter
+    settings = [model.identity, str(model.dtype), str(model.device), repr(inverter)]
+    short = Recoverer(model, replace(inverter, max_steps=min(2, inverter.max_steps)), steps=2)
+    images = torch.rand(plan.batch, 3, *model.image_size) * 2 - 1
+
+    def measure() -> dict[str, Tensor]:
+        short(images[:1])  # libraries allocate some memory once, whatever the method
+        release_memory()  # memory that another method has freed would hide this one's
+        return {"megabytes": torch.tensor(peak_during(model.device, lambda: short(images))[1])}
+
+    return float(cached(plan.cache, ["megabytes", plan.batch, *settings], measure)["megabytes"])
+
+
+def _facts(model: LatentModel, plan: Plan, run: _Run, unfit: dict[str, str]) -> dict[str, Any]:
+    """The settings for the report."""
+    detectors = {name: verifier.detector for name, verifier in run.verifiers.items()}
+    return plan.settings(model) | {
+        "methods": plan.methods,
+        "max_steps": plan.max_steps,
+        "batch": plan.batch,
+        "dtype": str(model.dtype),
+        "attacks": [CLEAN, *map(str, plan.chains)],
+        "keys": [describe(key) for key in run.keys],
+        "calibrations": {name: detector.settings()["calibration"] for name, detector in detectors.items()},
+        "calibration_unfit": unfit,
+        "images": GIVEN if plan.marked or plan.unmarked else INDEPENDENT,
+    }
+
+
+# -- images and labels ------------------------------------------------------------------------------------------------
+
+
+def _images(model: LatentModel, plan: Plan, key: Key | None) -> ImageSet:
     """The marked images of a key, or the unmarked ones: drawn, unless a folder is given."""
     name, folder = (key.fingerprint[:8], plan.marked) if key else (UNMARKED, plan.unmarked)
     if folder:
@@ -274,37 +422,46 @@ def _images(model: LatentModel, plan: Comparison, key: Key | None) -> _Images:
         prompts = prompts_for([], plan.number, first)
         files = draw(model, folder, prompts, first, key=key, steps=plan.steps, guidance=plan.guidance, batch=plan.batch)
     names = _names(folder, files)
-    return _Images(name, folder, names, _prompts(folder / "labels.csv", names, key is not None))
+    prompts_by_name = _prompts(folder / "labels.csv", names, key is not None)
+    return ImageSet(name=name, folder=folder, names=names, prompts=prompts_by_name)
 
 
 def _names(folder: Path, files: list[Path]) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in files]
 
 
+def _overlap(one: Path, other: Path) -> bool:
+    return one.is_relative_to(other) or other.is_relative_to(one)
+
+
 def _check_carried(folder: Path, key: Key) -> None:
-    """Raises EvaluationError where `ringmark generate` noted that these images carry another key."""
+    """Raises EvaluationError where the folder's journal says that these images carry another key."""
     if not (folder / DRAWN).is_file():
         return
     carried = read_records(folder / DRAWN)[0].get("key")
     if carried != key.fingerprint:
-        raise EvaluationError(
-            f"{folder}: was drawn with {f'key {carried[:8]}' if carried else 'no key'}, not {key.fingerprint[:8]}; give its own key"
-        )
+        fact = f"was drawn with {f'key {carried[:8]}' if carried else 'no key'}, not {key.fingerprint[:8]}"
+        raise EvaluationError("evaluation.carried", fact, subject=folder)
 
 
 def _prompts(file: Path, names: list[str], marked: bool) -> dict[str, str]:
-    """The prompts that a folder's labels.csv holds, if there is one. Raises EvaluationError where its labels differ."""
+    """The prompts in a folder's labels.csv, if there is one. Raises EvaluationError where its labels differ."""
     if not file.exists():
         return {}
     labels = read_labels(file)
     if not labels.keys() & set(names):
-        raise EvaluationError(f"{file}: none of its {len(labels)} labels fits an image; paths must be like {names[0]}")
+        fact = f"no label of {len(labels)} fits an image"
+        raise EvaluationError("evaluation.unlabelled", fact, subject=file, example=names[0])
     wrong = [name for name in names if labels.get(name, marked) != marked]
     if wrong:
-        kinds = ("unmarked", "marked") if marked else ("marked", "unmarked")
-        raise EvaluationError(
-            f"{file}: says that {len(wrong)} of {len(names)} images are {kinds[0]}, first {wrong[0]}; give {kinds[1]} images as --{kinds[1]}"
-        )
+        kind = "unmarked" if marked else "marked"
+        fact = f"says that {len(wrong)} of {len(names)} images are {kind}, first {wrong[0]}"
+        raise EvaluationError("evaluation.labels", fact, subject=file, kind=kind)
+    return _prompt_column(file)
+
+
+def _prompt_column(file: Path) -> dict[str, str]:
+    """Path → prompt, where the file is a CSV that has prompts."""
     with file.open(encoding="utf-8-sig", newline="") as text:
         header, *rows = csv.reader(text)
     columns = [name.strip().lower() for name in header]
@@ -312,141 +469,3 @@ def _prompts(file: Path, names: list[str], marked: bool) -> dict[str, str]:
         return {}
     path, prompt = columns.index("path"), columns.index("prompt")
     return {row[path]: row[prompt] for row in rows if len(row) > max(path, prompt)}
-
-
-def _paths(
-    model: LatentModel, plan: Comparison, images: _Images, chain: Chain | None, refused: list[str]
-) -> dict[str, Path]:
-    """Where the images are, by name, after an attack."""
-    if chain is None:
-        return {name: images.folder / name for name in images.names}
-    place = plan.output / "attacked" / chain.slug / images.name
-    seed = plan.seed + (images.name != UNMARKED)  # or files of one name would be attacked alike, marked and not
-    refused += attack_files(images.folder, place, [chain], seed=seed, model=model).errors
-    places = {name: place / attacked_name(name) for name in images.names}
-    return {name: path for name, path in places.items() if path.exists()}
-
-
-def _recover(
-    recoverer: Recoverer, plan: Comparison, images: _Images, paths: dict[str, Path], name: str, refused: list[str]
-) -> _Recovered:
-    files = recover_files(
-        recoverer, paths.values(), plan.output / "cache", batch=plan.batch, name=f"{name}, {images.name}"
-    )
-    refused += map(str, files.refused)
-    if not files.ids:
-        raise EvaluationError(
-            f"{images.folder}: no image can be used, of {len(images.names)}; last: {[name, *refused][-1]}"
-        )
-    named = {str(path): name for name, path in paths.items()}
-    names = [named[name] for name in files.ids]
-    return _Recovered([f"{images.name}/{n}" for n in names], [images.prompts.get(n, "") for n in names], files)
-
-
-def _score(detector: Detector, key: str, seen: _Recovered) -> _Scored:
-    values, p = scores_of(detector, key, torch.nan_to_num(seen.files.noise, 0.0, 0.0, 0.0))
-    p[list(seen.files.doubts)] = 1.0
-    return _Scored(seen, values, p)
-
-
-def _cells(about: dict, key: Key, marked: _Scored, unmarked: _Scored, megabytes: float) -> Iterator[Cell]:
-    """A cell for each statistic."""
-    scheme = scheme_of(key)
-    seconds = float(torch.cat([marked.seen.files.seconds, unmarked.seen.files.seconds]).median())
-    doubtful = np.concatenate([marked.doubtful, unmarked.doubtful])
-    for statistic in marked.values:
-        scores = tied_below(np.concatenate([marked.values[statistic], unmarked.values[statistic]]), doubtful)
-        own, others = np.split(scores, [len(marked.p)])
-        yield Cell(
-            **about,
-            scheme=scheme.label,
-            statistic=statistic,
-            marked=own,
-            unmarked=others,
-            groups=(marked.groups, unmarked.groups),
-            p=(marked.p, unmarked.p) if statistic == scheme.score_name else None,
-            seconds=seconds,
-            megabytes=megabytes,
-        )
-
-
-def _megabytes(recoverer: Recoverer, plan: Comparison) -> float:
-    """Memory of a batch above that of the model, the embedding and two steps: no method's grows after them."""
-    model, inverter = recoverer.model, recoverer.inverter
-    settings = [model.identity, str(model.dtype), str(model.device), repr(inverter)]
-    short = Recoverer(model, replace(inverter, max_steps=min(2, inverter.max_steps)), steps=2)
-    images = torch.rand(plan.batch, 3, *model.image_size) * 2 - 1
-
-    def measure() -> dict[str, Tensor]:
-        short(images[:1])  # what the libraries allocate once is not the method's
-        release_memory()  # or what another method has freed would count as there before
-        return {"megabytes": torch.tensor(peak_during(model.device, lambda: short(images))[1])}
-
-    return float(cached(plan.output / "cache", ["megabytes", plan.batch, *settings], measure)["megabytes"])
-
-
-def _quality(model: LatentModel, plan: Comparison, sets: list[_Images]) -> list[dict]:
-    """What each key's mark costs its clean images: a distance to the unmarked ones, and how prompts are obeyed."""
-    looks = [_looks(model, images) for images in sets]
-    if min(map(len, looks)) < 2:
-        return []
-    hits = _obedience(plan, sets, looks)
-    rows = []
-    for i, images in enumerate(sets[1:], 1):
-        distance = frechet_test([x for x, _ in looks[i].values()], [x for x, _ in looks[0].values()])
-        row = {"key": images.name} | {f"frechet_{name}": value for name, value in asdict(distance).items()}
-        for (name, shown), j in product(hits.items(), (i, 0)):
-            kind = f"{name}_{'marked' if j else 'unmarked'}"
-            share, (low, high) = rate(int(shown[j].sum()), len(shown[j]))
-            row |= {kind: share, f"{kind}_low": low, f"{kind}_high": high}
-        rows.append(row)
-    return rows
-
-
-def _looks(model: LatentModel, images: _Images) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """For each readable image its simple features, and those that the classifier of prompts wants."""
-    found = {}
-    for name in images.names:
-        try:
-            picture = read_sample(images.folder / name, model.image_size).image
-        except ImageError:  # which `recover_files` has named
-            continue
-        small = picture.resize((SCENE_SIZE, SCENE_SIZE), Image.Resampling.BOX)
-        found[name] = simple_features(np.asarray(picture)), features(np.asarray(small))
-    return found
-
-
-def _obedience(plan: Comparison, sets: list[_Images], looks: list[dict]) -> dict[str, list[Tensor]]:
-    """For sky and ground, for each set, whether each image (n,) shows what its prompt asks for.
-
-    Nothing unless all prompts are captions of procedural scenes, which alone the classifier knows.
-    """
-    wanted = [[asked(images.prompts.get(name, "")) for name in seen] for images, seen in zip(sets, looks, strict=True)]
-    if any(None in some for some in wanted):
-        return {}
-    inputs = [torch.from_numpy(np.stack([x for _, x in seen.values()])) for seen in looks]
-
-    def classify() -> dict[str, Tensor]:
-        trees, _ = train_classifiers(SCENES, 200, SCENE_SIZE)
-        return {
-            f"{name} {i}": torch.from_numpy(trees[name].predict(x.numpy()) == [w[name] for w in wanted[i]])
-            for name, (i, x) in product(ATTRIBUTES, enumerate(inputs))
-        }
-
-    hits = cached(plan.output / "cache", ["obedience", SCENES, SCENE_SIZE, wanted, *inputs], classify)
-    return {name: [hits[f"{name} {i}"] for i in range(len(sets))] for name in ATTRIBUTES}
-
-
-def _facts(
-    model: LatentModel, plan: Comparison, keys: list[Key], verifiers: dict[str, Verifier], unfit: dict[str, str]
-) -> dict[str, Any]:
-    """The settings as the report tells them."""
-    facts = {
-        "dtype": str(model.dtype),
-        "attacks": [CLEAN, *map(str, plan.chains)],
-        "keys": [describe(key) for key in keys],
-        "calibrations": {name: verifier.detector.settings()["calibration"] for name, verifier in verifiers.items()},
-        "calibration_unfit": unfit,
-        "images": GIVEN if plan.marked or plan.unmarked else INDEPENDENT,
-    }
-    return plan.settings(model) | {name: getattr(plan, name) for name in ("methods", "max_steps", "batch")} | facts

@@ -136,12 +136,14 @@ def verify_files(verifier: Verifier, paths: list[Path], *, batch: int = 8) -> li
     return [outcomes[i] for i in range(len(paths))]
 
 
-def explain_first(verifier: Verifier, outcomes: list[Outcome], output: Path) -> None:
+def explain_first(verifier: Verifier, outcomes: list[Outcome], output: Path, *, force: bool = False) -> None:
     """Draw what the verdict on the first readable file rests on.
 
-    The figure shows the key, so that only the owner may read it. Nothing is drawn where no file could be read.
+    The figure shows the key, so that only the owner may read it. Nothing is drawn where no file could be read. Raises
+    StoreError, without `force`, where a file would be replaced that ringmark did not write.
     """
     for outcome in outcomes:
         if outcome.judged:
-            save_figure(explain(verifier.detector, outcome.judged, outcome.path.name), output, 0o600)
+            figure = explain(verifier.detector, outcome.judged, outcome.path.name)
+            save_figure(figure, output, 0o600, force=force)
             return

@@ -73,4 +73,4 @@ def calibrate(
     if plot and calibrated.calibration.recovery:
         from ringmark.watermark.figures import recovery_figure, save_figure
 
-        save_figure(recovery_figure(calibrated.calibration.recovery), plot)
+        save_figure(recovery_figure(calibrated.calibration.recovery), plot, force=force)

@@ -193,7 +193,7 @@ def keys_show(path: Path, plot: Path | None, force: bool, as_json: bool) -> None
     if plot:
         from ringmark.watermark.figures import key_figure, save_figure
 
-        save_figure(key_figure(key), plot, 0o600)
+        save_figure(key_figure(key), plot, 0o600, force=force)
     description = describe(key)
     say(description, "\n".join(f"{name:14}{value}" for name, value in description.items()), as_json)
 

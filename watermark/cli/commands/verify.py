@@ -84,7 +84,7 @@ def verify(
         if unchecked and any(outcome.present for outcome in outcomes):
             warn([f"{UNCHECKED} ({unchecked})"])
     if explain:
-        explain_first(verifier, outcomes, explain)
+        explain_first(verifier, outcomes, explain, force=force)
     exit_code = {True: 0, False: EXIT_ABSENT, None: EXIT_INCONCLUSIVE}
     codes = [EXIT_USAGE if outcome.error else exit_code[outcome.present] for outcome in outcomes]
     ctx.exit(max(codes, key=[0, EXIT_ABSENT, EXIT_INCONCLUSIVE, EXIT_USAGE].index))

@@ -1,0 +1,219 @@
+"""Whether one way of marking and looking is better than another: the paired difference of their mean AUCs.
+
+All keys of an evaluation mark the same noises for the same prompts, and all meet the same unmarked images under the
+same attacks, so most of what chance does to one AUC it does to the other. The interval is that of a bootstrap that
+draws prompts, marked and unmarked apart, and takes the very same ones for both ways and for all attacks. With Ψ (m, n)
+the share of attacks under which a marked image scores above an unmarked one, a mean AUC is wᵀ Ψ v / (Σw Σv), where w
+and v count how often each image was drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ringmark.watermark.evaluation.rates import GROUPS, Array, Groups, Interval
+
+__all__ = ["COLUMNS", "Gain", "Scores", "Way", "compare_ways", "paired_gain", "resampled", "ways_of"]
+
+SEED = 700_000  # of the bootstrap of published measurements
+COLUMNS = {"score": 1, "published_distance": -1}
+"""Columns of an evaluation's records that are compared, and the sign that makes them larger for marked images."""
+
+
+class Way(NamedTuple):
+    """A key, a decoder inversion and a column of scores.csv."""
+
+    key: str
+    method: str
+    column: str
+
+    def __str__(self) -> str:
+        return ", ".join(self)
+
+
+class Scores(NamedTuple):
+    """Scores of marked (attacks, m) and unmarked images (attacks, n), larger if marked, and the prompts of both."""
+
+    marked: Array
+    unmarked: Array
+    prompts: Groups
+
+    def in_order(self) -> Array:
+        """Ψ (m, n): for each pair the share of attacks under which marked > unmarked, ties half."""
+        order = np.zeros((self.marked.shape[1], self.unmarked.shape[1]))
+        for marked, unmarked in zip(self.marked, self.unmarked, strict=True):
+            order += (np.greater.outer(marked, unmarked) + 0.5 * np.equal.outer(marked, unmarked)) / len(self.marked)
+        return order
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The mean AUC of one way (`of`) less that of another (`over`) on the same images.
+
+    `of_auc` and `over_auc` are means over `attacks`; `gain` is their difference and (`low`, `high`) its 95 % interval.
+    There is no interval (None) where fewer than GROUPS prompts could be resampled, or where both ways separate marked
+    from unmarked images perfectly, so that every draw has a gain of 0.
+    """
+
+    of: Way
+    over: Way
+    of_auc: float
+    over_auc: float
+    gain: float
+    low: float | None
+    high: float | None
+    attacks: tuple[str, ...]
+    marked: int
+    unmarked: int
+
+
+def compare_ways(
+    images: Sequence[Mapping[str, Any]], attacks: Sequence[str], *, draws: int = 2000, seed: int = SEED
+) -> list[Gain]:
+    """The gain of each way over each that comes before it, from the records of an evaluation (the rows of scores.csv).
+
+    Only images that all ways scored under all `attacks` count. Empty for a single key and method, and where no marked
+    or no unmarked image is left.
+    """
+    ways = ways_of(images)
+    if len({(way.key, way.method) for way in ways}) < 2:
+        return []
+    tables = [_table(images, way) for way in ways]
+    common = _common(tables, attacks)
+    if len({image.label for image in common}) < 2:
+        return []
+    scores = [_scores(table, attacks, common) for table in tables]
+    return _all_pairs(ways, scores, tuple(attacks), draws, seed)
+
+
+def ways_of(images: Iterable[Mapping[str, Any]]) -> list[Way]:
+    """The ways that an evaluation compares, in its order: a key's scheme need not have a published distance."""
+    known = {
+        Way(record["key"], record["method"], column): None
+        for record in images
+        for column in COLUMNS
+        if record[column] is not None
+    }
+    order = list(dict.fromkeys(way[:2] for way in known))
+    return sorted(known, key=lambda way: (order.index(way[:2]), list(COLUMNS).index(way.column)))
+
+
+def paired_gain(of: Scores, over: Scores, *, draws: int = 2000, seed: int = SEED) -> tuple[float, Interval]:
+    """The gain in mean AUC and its 95 % interval by the paired bootstrap over prompts; Scores of the same images."""
+    first, second = of.in_order(), over.in_order()
+    times = resampled(of.prompts, draws, seed)
+    low, high = np.quantile(_weighted(first - second, *times), [0.025, 0.975])
+    return float((first - second).mean()), (float(low), float(high))
+
+
+def resampled(prompts: Groups, draws: int, seed: int) -> tuple[Array, Array]:
+    """How often each marked (draws, m) and each unmarked image (draws, n) is drawn.
+
+    A draw takes as many prompts as there are, with replacement, each with all of its images, marked and unmarked apart.
+    """
+    kinds = [np.unique(np.array(list(map(str, kind))), return_inverse=True)[1] for kind in prompts]
+    numbers = [int(kind.max()) + 1 for kind in kinds]
+    rng = np.random.default_rng(seed)
+    drawn = [[np.bincount(rng.choice(n, n), minlength=n) for n in numbers] for _ in range(draws)]
+    marked, unmarked = (np.array(counts)[:, kind] for counts, kind in zip(zip(*drawn, strict=True), kinds, strict=True))
+    return marked, unmarked
+
+
+def _weighted(in_order: Array, marked: Array, unmarked: Array) -> Array:
+    """(draws,): means of a matrix (m, n) where rows and columns count as often as they were drawn."""
+    totals = ((marked @ in_order) * unmarked).sum(1)
+    means: Array = totals / (marked.sum(1) * unmarked.sum(1))
+    return means
+
+
+def _all_pairs(
+    ways: Sequence[Way], scores: Sequence[Scores], attacks: tuple[str, ...], draws: int, seed: int
+) -> list[Gain]:
+    prompts = scores[0].prompts
+    in_order = [way.in_order() for way in scores]
+    enough = min(len(set(kind)) for kind in prompts) >= GROUPS
+    times = resampled(prompts, draws, seed) if enough else None
+    means = [times and _weighted(matrix, *times) for matrix in in_order]
+    gains = []
+    for i, j in combinations(range(len(ways)), 2):
+        of_auc, over_auc = float(in_order[j].mean()), float(in_order[i].mean())
+        separate = of_auc == over_auc == 1
+        low, high = (None, None) if separate else _interval(means[j], means[i])
+        gains.append(
+            Gain(
+                of=ways[j],
+                over=ways[i],
+                of_auc=of_auc,
+                over_auc=over_auc,
+                gain=of_auc - over_auc,
+                low=low,
+                high=high,
+                attacks=attacks,
+                marked=len(prompts[0]),
+                unmarked=len(prompts[1]),
+            )
+        )
+    return gains
+
+
+def _interval(of: Array | None, over: Array | None) -> tuple[float | None, float | None]:
+    if of is None or over is None:
+        return None, None
+    low, high = np.quantile(of - over, [0.025, 0.975])
+    return float(low), float(high)
+
+
+class _Image(NamedTuple):
+    """An image of an evaluation: `name` below its folder, which is the same for all keys."""
+
+    label: int
+    name: str
+
+
+class _Entry(NamedTuple):
+    score: float
+    prompt: str
+
+
+Table = dict[str, dict[_Image, _Entry]]
+"""By attack, what is known of each image."""
+
+
+def _table(images: Iterable[Mapping[str, Any]], way: Way) -> Table:
+    """The entries of one way; an image of which nothing can be said is the least marked of all."""
+    sign = COLUMNS[way.column]
+    table: Table = {}
+    for record in images:
+        if (record["key"], record["method"]) == (way.key, way.method):
+            image = _Image(record["label"], record["image"].partition("/")[2])
+            value = record[way.column]
+            entry = _Entry(-np.inf if value is None else sign * value, record["prompt"] or image.name)
+            table.setdefault(record["attack"], {})[image] = entry
+    return table
+
+
+def _common(tables: Sequence[Table], attacks: Sequence[str]) -> list[_Image]:
+    """The images that every way scored under every attack, with the same prompt, in order."""
+    rows = [table.get(attack, {}) for table in tables for attack in attacks]
+
+    def everywhere(image: _Image, prompt: str) -> bool:
+        return all(image in row and row[image].prompt == prompt for row in rows)
+
+    return [image for image, entry in rows[0].items() if everywhere(image, entry.prompt)] if rows else []
+
+
+def _scores(table: Table, attacks: Sequence[str], common: Sequence[_Image]) -> Scores:
+    marked, unmarked = ([image for image in common if image.label == label] for label in (1, 0))
+
+    def rows(images: Sequence[_Image]) -> Array:
+        return np.array([[table[attack][image].score for image in images] for attack in attacks])
+
+    def prompts(images: Sequence[_Image]) -> list[str]:
+        return [table[attacks[0]][image].prompt for image in images]
+
+    return Scores(rows(marked), rows(unmarked), (prompts(marked), prompts(unmarked)))

@@ -1,0 +1,42 @@
+"""Tables as Markdown and CSV, by pandas, which is imported where a table is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ringmark.data.files import write_atomic
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+__all__ = ["interval_text", "markdown", "write_table"]
+
+
+def markdown(table: DataFrame | Sequence[Mapping[str, object]]) -> str:
+    """A Markdown table with aligned columns; rows have the columns of the first. None and NaN leave a cell empty."""
+    import pandas
+
+    frame = pandas.DataFrame(table, dtype=object)
+    text: str = frame.where(frame.notna(), "").astype(str).to_markdown(index=False, disable_numparse=True)
+    return text
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows with the same columns as a CSV file with a header. None and NaN leave a cell empty.
+
+    What UTF-8 cannot hold (names of files in another encoding) is escaped.
+    """
+    import pandas
+
+    text = pandas.DataFrame(list(rows), dtype=object).to_csv(index=False, lineterminator="\n")
+    write_atomic(path, text.encode("utf-8", "backslashreplace"))
+
+
+def interval_text(row: Mapping[str, Any], name: str) -> str:
+    """A number of a row with its interval, "0.843 [0.810, 0.871]"; the number alone without one; empty without it."""
+    if row[name] is None:
+        return ""
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    return f"{row[name]:.3f}" if low is None else f"{row[name]:.3f} [{low:.3f}, {high:.3f}]"

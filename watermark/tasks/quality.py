@@ -1,0 +1,111 @@
+"""What a mark costs the images: their distance to unmarked ones, and how well they follow their prompts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ringmark.data.cache import cached
+from ringmark.data.images import read_sample
+from ringmark.data.scene_classifier import ATTRIBUTES, asked, features, train_classifiers
+from ringmark.errors import ImageError
+from ringmark.watermark.evaluation.cells import Row
+from ringmark.watermark.evaluation.quality import frechet_test, simple_features
+from ringmark.watermark.evaluation.rates import Array, rate
+
+__all__ = ["SCENES", "SCENE_SIZE", "ImageSet", "quality_rows"]
+
+SCENES = 1000  # training scenes of the classifier: 98 % of grounds and all skies of 200 others
+SCENE_SIZE = 64  # px; larger images are classified no better
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Unmarked images or those of one key: `names` are paths below `folder`, `prompts` theirs as far as known."""
+
+    name: str
+    folder: Path
+    names: list[str]
+    prompts: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Features of an image: those of the Fréchet distance, and those of the scene classifier."""
+
+    simple: Array
+    scene: Array
+
+
+def quality_rows(sets: list[ImageSet], image_size: tuple[int, int], cache: Path) -> list[Row]:
+    """A row for each set of marked images, which follow the unmarked one: distance and shares that follow the prompt.
+
+    Empty where a set has fewer than two images.
+    """
+    looks = [_looks(images, image_size) for images in sets]
+    if min(map(len, looks)) < 2:
+        return []
+    hits = _obedience(sets, looks, cache)
+    return [_row(sets[i].name, looks[i], looks[0], _of_set(hits, i)) for i in range(1, len(sets))]
+
+
+def _of_set(hits: dict[str, list[Tensor]], i: int) -> dict[str, Tensor]:
+    pairs = product(hits, (("marked", i), ("unmarked", 0)))
+    return {f"{name}_{kind}": hits[name][j] for name, (kind, j) in pairs}
+
+
+def _row(key: str, marked: dict[str, _Look], unmarked: dict[str, _Look], hits: dict[str, Tensor]) -> Row:
+    distance = frechet_test([look.simple for look in marked.values()], [look.simple for look in unmarked.values()])
+    row: Row = {"key": key} | {f"frechet_{name}": value for name, value in asdict(distance).items()}
+    for name, hit in hits.items():
+        share, (low, high) = rate(int(hit.sum()), len(hit))
+        row |= {name: share, f"{name}_low": low, f"{name}_high": high}
+    return row
+
+
+def _looks(images: ImageSet, image_size: tuple[int, int]) -> dict[str, _Look]:
+    """Features of each readable image."""
+    looks = {}
+    for name in images.names:
+        try:
+            image = read_sample(images.folder / name, image_size).image
+        except ImageError:  # named by `recover_files`
+            continue
+        small = image.resize((SCENE_SIZE, SCENE_SIZE), Image.Resampling.BOX)
+        looks[name] = _Look(simple=simple_features(np.asarray(image)), scene=features(np.asarray(small)))
+    return looks
+
+
+def _obedience(sets: list[ImageSet], looks: list[dict[str, _Look]], cache: Path) -> dict[str, list[Tensor]]:
+    """For each attribute and set, whether each image (n,) shows what its prompt asks for.
+
+    Empty unless all prompts are captions of procedural scenes, the only ones that the classifier knows.
+    """
+    wanted = [_asked(images, seen) for images, seen in zip(sets, looks, strict=True)]
+    known = [prompts for prompts in wanted if prompts is not None]
+    if len(known) < len(sets):
+        return {}
+    inputs = [torch.from_numpy(np.stack([look.scene for look in seen.values()])) for seen in looks]
+
+    def classify() -> dict[str, Tensor]:
+        trees, _ = train_classifiers(SCENES, 200, SCENE_SIZE)
+        return {
+            f"{name} {i}": torch.from_numpy(trees[name].predict(x.numpy()) == [w[name] for w in known[i]])
+            for name, (i, x) in product(ATTRIBUTES, enumerate(inputs))
+        }
+
+    hits = cached(cache, ["obedience", SCENES, SCENE_SIZE, known, *inputs], classify)
+    return {name: [hits[f"{name} {i}"] for i in range(len(sets))] for name in ATTRIBUTES}
+
+
+def _asked(images: ImageSet, seen: dict[str, _Look]) -> list[dict[str, str]] | None:
+    """What the prompts of the images ask for; None if a prompt is not a caption of a scene."""
+    wanted = [asked(images.prompts.get(name, "")) for name in seen]
+    known = [prompt for prompt in wanted if prompt is not None]
+    return known if len(known) == len(wanted) else None

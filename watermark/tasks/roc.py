@@ -1,0 +1,179 @@
+"""ROC curves from audits of labelled images."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ringmark.data.labels import match_labels
+from ringmark.data.results import read_records
+from ringmark.data.settings import differences
+from ringmark.errors import EvaluationError
+from ringmark.watermark.evaluation.rates import Curve, check_fpr, roc, tied_below
+from ringmark.watermark.evaluation.tables import interval_text, markdown
+
+__all__ = ["STATISTICS", "RocReport", "curves", "roc_of_files"]
+
+STATISTICS = {"score": 1, "published_distance": -1}
+"""Statistics of a record, and the sign that makes them larger for marked images."""
+
+Record = Mapping[str, Any]
+NAMED = 20  # items of a list that are named; a message may not grow with the folder
+
+
+@dataclass(frozen=True)
+class RocReport:
+    """The curves of labelled audits and what they leave out.
+
+    `curves` are by statistic, of `records` records. `unlabelled` records have no label, `unread` ones a label but no
+    score, because the audit could not read the file; `unmatched` labels have no record.
+    """
+
+    curves: dict[str, Curve]
+    records: int
+    labelled: int
+    unlabelled: list[str]
+    unread: list[str]
+    unmatched: list[str]
+
+    def record(self) -> list[dict[str, Any]]:
+        """A curve each as plain values: its summary and `points`, thresholds in the statistic's own sign.
+
+        With `larger_if_marked`, values of at least the threshold are called marked; otherwise those of at most.
+        """
+        return [_curve_record(curve, STATISTICS[name]) for name, curve in self.curves.items()]
+
+    def table(self) -> str:
+        """The curves' numbers as Markdown, and how many unmarked images a rate needs that they cannot tell."""
+        text = markdown([_row(curve.summary(), STATISTICS[name]) for name, curve in self.curves.items()])
+        first = self.curves["score"]
+        if first.point:
+            return text
+        return (
+            f"{text}\n\nNo TPR and threshold at {first.fpr_limit:.3g} FPR: that needs at least {first.needed} "
+            f"unmarked images; there are {first.negatives}."
+        )
+
+    def coverage(self) -> list[str]:
+        """How labels and records fit, and the names of what was left out, a line each."""
+        reasons = {
+            "without a label": self.unlabelled,
+            "labelled, but not readable": self.unread,
+            "labelled, but without a record": self.unmatched,
+        }
+        counts = f"{self.labelled} of {self.records} records labelled"
+        return [counts, *(f"{len(names)} {reason}: {_named(names)}" for reason, names in reasons.items() if names)]
+
+
+def _named(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def _curve_record(curve: Curve, sign: int) -> dict[str, Any]:
+    summary, points = curve.summary(), curve.points()
+    points["threshold"] = [value and sign * value for value in points["threshold"]]
+    signed = {"larger_if_marked": sign > 0, "threshold": _signed(summary["threshold"], sign)}
+    return summary | signed | {"points": points}
+
+
+def _signed(threshold: float | None, sign: int) -> float | None:
+    return sign * threshold if threshold is not None and math.isfinite(threshold) else None
+
+
+def _row(summary: Mapping[str, Any], sign: int) -> dict[str, str]:
+    flat = dict(summary)
+    for name in ("auc", "tpr_at", "fpr_at"):
+        flat[f"{name}_low"], flat[f"{name}_high"] = summary[f"{name}_interval"] or (None, None)
+    threshold = _signed(summary["threshold"], sign)
+    return {
+        "": summary["name"],
+        "AUC": interval_text(flat, "auc"),
+        f"TPR at {summary['fpr_limit']:.3g} FPR": interval_text(flat, "tpr_at"),
+        "threshold": "" if threshold is None else f"{'≥' if sign > 0 else '≤'} {threshold:.4g}",
+        "FPR": interval_text(flat, "fpr_at"),
+        "marked + unmarked": f"{summary['positives']} + {summary['negatives']}",
+    }
+
+
+def roc_of_files(results: Sequence[Path], label_files: Sequence[Path], fpr_limit: float = 0.01) -> RocReport:
+    """The ROC of several audits taken together.
+
+    Raises EvaluationError as `curves` and `match_labels` do, evaluation.settings where audits differ in their settings,
+    evaluation.twice where two have a record of one file, evaluation.fpr; StoreError and ImageError for files that are
+    not results or labels.
+    """
+    check_fpr(fpr_limit)
+    records, folders = _records_of(results)
+    labels, unmatched = match_labels({r["sample_id"] for r in records}, label_files, folders=folders)
+    return RocReport(
+        curves=curves(records, labels, fpr_limit=fpr_limit),
+        records=len(records),
+        labelled=len(labels),
+        unlabelled=[r["sample_id"] for r in records if r["sample_id"] not in labels],
+        unread=[r["sample_id"] for r in records if r["sample_id"] in labels and "error" in r],
+        unmatched=unmatched,
+    )
+
+
+def curves(
+    records: Sequence[Record], labels: Mapping[str, bool], *, name: str = "", fpr_limit: float = 0.01
+) -> dict[str, Curve]:
+    """An ROC for each of STATISTICS that the records have, of the best key, larger for marked images.
+
+    An image that shows nothing ranks below all others. Raises EvaluationError: evaluation.number for a record without a
+    number, and as `roc` does.
+    """
+    judged = [r for r in records if r["sample_id"] in labels and "error" not in r]
+    marked = np.array([labels[r["sample_id"]] for r in judged], bool)
+    blank = np.array([not r.get("shows", True) for r in judged], bool)
+    known = [name for name in STATISTICS if name == "score" or any(name in r for r in judged)]
+    by_statistic = {}
+    for statistic in known:
+        scores = STATISTICS[statistic] * np.array([_number(r, statistic) for r in judged], float)
+        values, title = tied_below(scores, blank), f"{name} {statistic}".strip()
+        by_statistic[statistic] = roc(values[marked], values[~marked], name=title, fpr_limit=fpr_limit)
+    return by_statistic
+
+
+def _number(record: Record, statistic: str) -> float:
+    """A record's statistic; 0 for an image that shows nothing, whatever stands there."""
+    value = record.get(statistic)
+    if not record.get("shows", True):
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        fact = f"its {statistic} is {json.dumps(value)}, not a number"
+        raise EvaluationError("evaluation.number", fact, subject=f"record of {record['sample_id']}")
+    return float(value)
+
+
+def _records_of(results: Sequence[Path]) -> tuple[list[Record], list[Path]]:
+    """All records of these files, and the audited folders; duplicate files are ignored."""
+    records: list[Record] = []
+    folders: list[Path] = []
+    origin: dict[str, Path] = {}
+    first: dict[str, Any] | None = None
+    for path in {p.resolve(): p for p in results}.values():
+        settings, found = read_records(path)
+        folders.append(path.parent / str(settings.pop("folder", ".")))
+        first = settings if first is None else first
+        _check_settings(path, settings, results[0], first)
+        for record in found:
+            other = origin.setdefault(record["sample_id"], path)
+            if other != path:
+                fact = f"has a record of {record['sample_id']}, as {other} does"
+                raise EvaluationError("evaluation.twice", fact, subject=path)
+            records.append(record)
+    return records, folders
+
+
+def _check_settings(path: Path, settings: Mapping[str, Any], first: Path, expected: Mapping[str, Any]) -> None:
+    if changed := differences(expected, settings):
+        fact = f"was made with other settings than {first} ({'; '.join(changed)}), so their scores do not compare"
+        raise EvaluationError("evaluation.settings", fact, subject=path)
