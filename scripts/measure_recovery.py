@@ -41,7 +41,7 @@ def main(source: str, number: int, steps: int, guidance: float, seed: int, plot:
     recovery.save(folder, images=number, steps=steps, guidance=guidance, seed=seed, model=model.identity["fingerprint"])
     click.echo(f"recommended mark: {recommend(recovery, model.latent_shape)}")
     if plot:
-        save_figure(recovery_figure(recovery), plot)
+        save_figure(recovery_figure(recovery), plot, force=True)
 
 
 def measure(model: LatentModel, number: int, steps: int, guidance: float, seed: int) -> NoiseRecovery:

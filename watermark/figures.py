@@ -17,7 +17,6 @@ from ringmark.inversion.noise_recovery import NoiseRecovery
 from ringmark.watermark.detect.detector import Detector
 from ringmark.watermark.detect.verdict import Judged, Verdict, p_text
 from ringmark.watermark.evaluation.rates import Curve, pointwise_band
-from ringmark.watermark.evaluation.tables import write_table
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.schemes.base import Panel, scheme_of
 
@@ -43,7 +42,6 @@ __all__ = [
     "recovery_figure",
     "roc_figure",
     "save_figure",
-    "write_table",
 ]
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -35,7 +35,8 @@ from ringmark.watermark.detect.verifier import built_in_calibration
 from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.evaluation.cells import CLEAN
 from ringmark.watermark.evaluation.rates import rate
-from ringmark.watermark.figures import save_figure, write_table
+from ringmark.watermark.evaluation.tables import write_table
+from ringmark.watermark.figures import save_figure
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.null import Null
 from ringmark.watermark.schemes.base import DEFAULT, Scheme, make_key
@@ -225,7 +226,7 @@ class Bench:
         write_atomic(path.with_suffix(".json"), json.dumps(self.provenance() | facts | {"rows": rows}, indent=1))
         if figure is not None:
             for suffix in (".png", ".svg"):
-                save_figure(figure, path.with_suffix(suffix))
+                save_figure(figure, path.with_suffix(suffix), force=True)
 
 
 def _invert(model: LatentModel, inverter: Inverter, images: Tensor) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from ringmark.inversion.decoder import Inverter
 from ringmark.inversion.methods import Adam
 from ringmark.inversion.metrics import correlation, nmse_db
 from ringmark.watermark.evaluation.rates import roc
-from ringmark.watermark.figures import write_table
+from ringmark.watermark.evaluation.tables import write_table
 from ringmark.watermark.null import Null
 from ringmark.watermark.schemes.fourier import Placement
 from ringmark.watermark.schemes.tree_ring import TreeRing
