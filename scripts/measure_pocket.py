@@ -40,8 +40,8 @@ pipeline_tag: text-to-image
 # pocket
 
 A small latent diffusion model of landscapes, {size} x {size} pixels. It ships with ringmark for demonstrations, tests
-and experiments. It was trained from scratch by `scripts/train_pocket.py` on procedural pictures (`data/scenes.py`) only:
-nothing was downloaded and no photograph was used. It is an ordinary diffusers folder:
+and experiments. It was trained from scratch by `scripts/train_pocket.py` on procedural pictures (`data/scenes.py`)
+only: nothing was downloaded and no photograph was used. It is an ordinary diffusers folder:
 
     from diffusers import StableDiffusionPipeline
     pipe = StableDiffusionPipeline.from_pretrained("data/pocket")
@@ -55,7 +55,8 @@ nothing was downloaded and no photograph was used. It is an ordinary diffusers f
 
 | part | |
 |---|---|
-| autoencoder | `AutoencoderKL`, f = {factor}, {channels} latent channels, {vae_parameters:.2f} M parameters, scaling factor {scale} |
+| autoencoder | `AutoencoderKL`, f = {factor}, {channels} latent channels, {vae_parameters:.2f} M parameters, \
+scaling factor {scale} |
 | network | `UNet2DConditionModel`, ε-prediction, {unet_parameters:.2f} M parameters |
 | text | `CLIPTextModel`, {text_parameters:.2f} M parameters, with a tokenizer of {vocabulary} tokens |
 | schedule | DDIM, scaled-linear betas {beta_start}-{beta_end}, no clipping |
@@ -70,7 +71,8 @@ Measured by `python -m scripts.measure_pocket`, with seeds fixed in the script. 
 
 | what | figure |
 |---|---|
-| reconstruction of {n_psnr} held-out scenes, PSNR | {psnr:.2f} dB (mean; standard deviation {psnr_sd:.2f}, worst {psnr_min:.2f}) |
+| reconstruction of {n_psnr} held-out scenes, PSNR | {psnr:.2f} dB (mean; standard deviation {psnr_sd:.2f}, \
+worst {psnr_min:.2f}) |
 | standard deviation of the four latent channels | {spread} |
 {obeyed}
 
@@ -126,19 +128,23 @@ def grid(model: LatentModel, path: Path) -> list[str]:
     return [caption(a) for a in asked]
 
 
+def millions(module: torch.nn.Module) -> float:
+    """Parameters."""
+    return sum(p.numel() for p in module.parameters()) / 1e6
+
+
+def obeyed(name: str, figures: dict) -> str:
+    """A row of the card: how often the samples have an attribute as in the prompt."""
+    hits, n = figures["obeyed"][name]
+    low, high = binomtest(hits, n).proportion_ci(method="exact")
+    share, accuracy = f"{hits / n:.1%} of {n} samples [{low:.1%}, {high:.1%}]", figures["accuracy"][name]
+    return f"| {name} as in the prompt | {share}; classifier on rendered scenes {accuracy:.1%} |"
+
+
 def card(model: LatentModel, figures: dict, captions: list[str], folder: Path) -> str:
     """The model card in Markdown."""
     from ringmark.data.scenes import GROUNDS, RELIEFS, SKIES
 
-    millions = lambda module: sum(p.numel() for p in module.parameters()) / 1e6
-    rows = []
-    for name in ATTRIBUTES:
-        hits, n = figures["obeyed"][name]
-        low, high = binomtest(hits, n).proportion_ci(method="exact")
-        said = f"{hits / n:.1%} of {n} samples [{low:.1%}, {high:.1%}]"
-        rows.append(
-            f"| {name} as in the prompt | {said}; classifier on rendered scenes {figures['accuracy'][name]:.1%} |"
-        )
     trained = json.loads((folder / "training.json").read_text())
     config = model.scheduler.config
     return CARD.format(
@@ -158,7 +164,7 @@ def card(model: LatentModel, figures: dict, captions: list[str], folder: Path) -
         skies=", ".join(SKIES),
         reliefs=", ".join(filter(None, RELIEFS)),
         megabytes=sum(f.stat().st_size for f in folder.rglob("*.safetensors")) / 1e6,
-        obeyed="\n".join(rows),
+        obeyed="\n".join(obeyed(name, figures) for name in ATTRIBUTES),
         cells=CELLS,
         trained=fill(TRAINED.format_map({"remark": ""} | trained), 120),
         **{k: v for k, v in figures.items() if k not in ("obeyed", "accuracy")},
@@ -179,8 +185,8 @@ def main(folder: Path, held_out: int, samples: int, training_scenes: int) -> Non
     click.echo(f"PSNR {psnr.mean():.2f} dB, channel deviations {[round(s, 3) for s in spread.tolist()]}")
     trees, accuracy = train_classifiers(training_scenes, 1000)
     click.echo(f"classifier on rendered scenes: {accuracy}")
-    obeyed = obedience(model, trees, samples)
-    click.echo(f"prompts obeyed: {obeyed}")
+    hits = obedience(model, trees, samples)
+    click.echo(f"prompts obeyed: {hits}")
     captions = grid(model, folder / "samples.png")
     figures = {
         "n_psnr": len(psnr),
@@ -188,7 +194,7 @@ def main(folder: Path, held_out: int, samples: int, training_scenes: int) -> Non
         "psnr_sd": float(psnr.std()),
         "psnr_min": float(psnr.min()),
         "spread": ", ".join(f"{s:.2f}" for s in spread.tolist()),
-        "obeyed": obeyed,
+        "obeyed": hits,
         "accuracy": accuracy,
         "n_train": training_scenes,
         "n_test": 1000,

@@ -40,7 +40,7 @@ CONTEXT = 24  # tokens of a prompt
 UNCONDITIONAL = 0.15  # share of training captions replaced by the empty prompt
 
 
-# -- the modules --------------------------------------------------------------------------------------------------
+# -- the modules -----------------------------------------------------------------------------------------------------
 
 
 def make_autoencoder() -> AutoencoderKL:
@@ -123,7 +123,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-# -- a training run that can be killed ------------------------------------------------------------------------------
+# -- a training run that can be killed -------------------------------------------------------------------------------
 
 
 class Run:
@@ -140,9 +140,8 @@ class Run:
 
     def _load(self) -> None:
         stored = load_file(self.path)
-        part = lambda name: {k.removeprefix(name): v for k, v in stored.items() if k.startswith(name)}
-        self.net.load_state_dict(part("net/"))
-        self.ema = part("ema/")
+        self.net.load_state_dict(_part(stored, "net/"))
+        self.ema = _part(stored, "ema/")
         self.step, self.seconds = int(stored["step"]), float(stored["seconds"])
         for name, p in self.net.named_parameters():
             self.optimizer.state[p] = {k: stored[f"{k}/{name}"] for k in ("exp_avg", "exp_avg_sq")} | {
@@ -199,6 +198,10 @@ class Run:
         bar.close()
 
 
+def _part(stored: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
+
+
 def autocast() -> torch.autocast:
     """bfloat16 where the processor multiplies it in hardware; there it halves the time of a step."""
     fast = torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
@@ -209,7 +212,7 @@ def generator(step: int, stage: int) -> torch.Generator:
     return torch.Generator().manual_seed(SEED + 1_000_003 * stage + step)
 
 
-# -- stage 1: pictures ------------------------------------------------------------------------------------------------
+# -- stage 1: pictures -----------------------------------------------------------------------------------------------
 
 
 def _render(seed: int) -> tuple[np.ndarray, str]:
@@ -243,7 +246,7 @@ def save_grid(images: Tensor, columns: int, path: Path) -> None:
     Image.fromarray(array).save(path)
 
 
-# -- stage 2: autoencoder -----------------------------------------------------------------------------------------------
+# -- stage 2: autoencoder --------------------------------------------------------------------------------------------
 
 
 def differences(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -292,7 +295,7 @@ def train_autoencoder(work: Path, pixels: np.ndarray, steps: int, batch: int) ->
     return run
 
 
-# -- stage 3: latents -----------------------------------------------------------------------------------------------------
+# -- stage 3: latents ------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -310,7 +313,7 @@ def encode_scenes(work: Path, vae: AutoencoderKL, pixels: np.ndarray, version: s
     return load_file(path)["latents"]
 
 
-# -- stage 4: diffusion ---------------------------------------------------------------------------------------------------
+# -- stage 4: diffusion ----------------------------------------------------------------------------------------------
 
 
 def diffusion_loss(
@@ -326,6 +329,10 @@ def diffusion_loss(
     return ((predicted.float() - eps).square().mean((1, 2, 3)) * snr.clamp(max=5) / snr).mean()
 
 
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
 def train_diffusion(
     work: Path, latents: Tensor, captions: list[str], vae: AutoencoderKL, scale: float, steps: int, batch: int
 ) -> Run:
@@ -333,8 +340,7 @@ def train_diffusion(
     text = make_text_encoder(tokenizer)
     unet = make_unet(text.config.hidden_size)
     run = Run(work / "diffusion.safetensors", {"unet": unet, "text": text}, lr=8e-4)
-    tokenize = lambda texts: tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    ids, empty = tokenize(captions), tokenize([""])[0]
+    ids, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])[0]
     alpha_bar = make_scheduler().alphas_cumprod
     prompts = [scene(HELD_OUT + i).caption for i in range(24)]
 
@@ -365,7 +371,7 @@ def train_diffusion(
     return run
 
 
-# -- stage 5: the folder that ships ------------------------------------------------------------------------------------------
+# -- stage 5: the folder that ships ----------------------------------------------------------------------------------
 
 
 def assemble(vae, unet, text, tokenizer) -> StableDiffusionPipeline:

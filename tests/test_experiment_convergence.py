@@ -32,7 +32,7 @@ def test_a_trace_goes_where_the_driver_goes(method):
 
 
 def test_a_walk_of_a_linear_map():
-    """T = Λ (z − z*): β_k lies between the eigenvalues' inverses, and the inequality of Theorem 1 holds if 0 < ρ < 2β."""
+    """T = Λ (z − z*): β_k lies between the inverse eigenvalues; the inequality of Theorem 1 holds if 0 < ρ < 2β."""
     walk = Walk.along(linear, START, ForwardStep(0.7), steps=300, at=10, truth=ROOT)
     assert walk.distances.shape == walk.betas.shape == (11, 2) and (walk.end < 1e-5).all()
     assert (walk.lowest >= 1 / 1.6 - 1e-5).all() and (walk.betas[:-1] <= 1 / 0.4 + 1e-5).all()

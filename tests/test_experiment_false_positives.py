@@ -42,7 +42,7 @@ def test_the_families_are_those_the_text_names(keys):
 
 
 def test_the_threshold_grows_with_the_side(keys, settings):
-    """77 for latents of 64x64 is 38.5 for these, of 32x32: no distance of white noise, about 32 √(π/2) = 40, is far off."""
+    """77 for latents of 64x64 is 38.5 for these, of 32x32, near the distance of white noise, 32 √(π/2) = 40."""
     noise = initial_noise(list(range(60)), SHAPE)
     calibration = calibration_of(noise, settings)
     assert (script.tested(calibration, keys["rand"][0], 2 * noise[:5])["threshold 77"] == 1).all()

@@ -110,7 +110,7 @@ def step_of(method: Method) -> float | None:
 
 
 def asked(method: Method) -> float:
-    """The cocoercivity that convergence asks for: more than ρ/2 in Theorem 1, β in Theorem 2; where there is none, 0."""
+    """The cocoercivity that convergence asks for: more than ρ/2 in Theorem 1, β in Theorem 2, 0 without a theorem."""
     if isinstance(method, InertialKM) and method.alpha > 0:
         return method.beta
     return (step_of(method) or 0.0) / 2

@@ -91,7 +91,7 @@ def tested(calibration: Calibration, key: Key, noise: Tensor) -> Tests:
 
 
 def by_halves(settings: RecoverySettings, clean: Tensor, keys: list[Key], noise: Tensor) -> list[Tests]:
-    """Of each key its tests of every image's `noise`, on the null of those images of the other half that are `clean`."""
+    """Each key's tests of the `noise` of every image, on the null of the `clean` noise of the other half."""
     joined = [{name: np.empty(len(noise)) for name in TESTS} for _ in keys]
     for half in (0, 1):
         other = clean[1 - half :: 2]
@@ -116,7 +116,7 @@ def rows_of(about: dict, found: list[Tests]) -> list[dict]:
 
 
 def pooled(about: dict, found: list[Tests], seed: int) -> list[dict]:
-    """A row a test: the keys' mean rate, its interval by bootstrap over images, and how many keys' intervals hold the level."""
+    """A row a test: the keys' mean rate with a bootstrap interval over images, and how many keys hold the level."""
     rows, keys = [], rows_of(about, found)
     for name in TESTS:
         own, p = [row for row in keys if row["test"] == name], np.stack([tests[name] for tests in found])
@@ -132,7 +132,7 @@ def pooled(about: dict, found: list[Tests], seed: int) -> list[dict]:
 
 
 def bootstrap(shares: np.ndarray, seed: int) -> tuple[float, float]:
-    """95 % interval of the mean of (n,) independent shares; of equal ones, which tell nothing apart, the exact interval."""
+    """95 % interval of the mean of (n,) independent shares; the exact interval where all are equal."""
     if np.ptp(shares) == 0:
         return rate(round(shares[0] * len(shares)), len(shares))[1]
     found = stats.bootstrap((shares,), np.mean, method="percentile", rng=np.random.default_rng(seed))
@@ -140,7 +140,7 @@ def bootstrap(shares: np.ndarray, seed: int) -> tuple[float, float]:
 
 
 def figure_of(found: dict[tuple[str, str], list[Tests]]) -> Figure:
-    """What share of images has p at or below a level, against the level; a panel a condition and family, a line a key."""
+    """The share of images with p ≤ level against the level; a panel a condition and family, a line a key."""
     conditions, kinds = (list(dict.fromkeys(names)) for names in zip(*found, strict=True))
     size = 1 + 3.6 * len(kinds), 0.6 + 3.4 * len(conditions)
     figure, axes = panels(*size, len(conditions), len(kinds), sharex=True, sharey=True)

@@ -6,7 +6,7 @@
 Marked images, drawn with the default key's placement, and unmarked ones are turned by 75°, cropped to 75 % of their
 area at a random place and enlarged again, turned and cropped, moved round by (13, -22) pixels, or left alone. Each is
 judged by the ordinary detector, by the search, and as `--search` judges by both: twice the smaller p, with the search
-only where the ordinary p does not suffice. AUCs are of the scores (of p for both), rates of p-values at the detector's α.
+only where the ordinary p does not suffice. AUCs are of the scores (of p for both), rates of p-values at the level α.
 """
 
 from __future__ import annotations

@@ -157,7 +157,7 @@ def iterate(vae: nn.Module, case: Case) -> float:
 
 
 def measure(case: Case, limit: float) -> dict[str, Tensor]:
-    """`seconds` of an iteration and `MB` above the weights, in this process; both NaN where `limit` GiB do not suffice."""
+    """`seconds` of an iteration and `MB` above the weights, in this process; NaN where `limit` GiB do not suffice."""
     device, size = torch.device(case.device), torch.device(case.device).type
     vae = autoencoder(case.width, case.dtype, case.device)
     # small, since what a C library keeps of freed memory would count as there before
@@ -186,7 +186,7 @@ def apart(case: Case, limit: float) -> dict[str, Tensor]:
 
 
 def estimated(case: Case) -> float:
-    """Megabytes that autograd stores for one decoding: a lower bound for a gradient; 0 without one, or where it is lean."""
+    """Megabytes that autograd stores for one decoding: a lower bound for a gradient; 0 for other methods."""
     if case.method != GRADIENT:
         return 0.0
     vae = autoencoder(case.width, case.dtype, "meta")
