@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, ImageChops, ImageFile, ImageOps, UnidentifiedImageError
 
-from ringmark.data.containers import Damaged, Jpeg, Png, TooMany, kind_of, png_size, webp_size
+from ringmark.data.containers import MAX_PROFILE, Damaged, Jpeg, Png, TooMany, kind_of, png_size, webp_size
 from ringmark.errors import ImageError, one_line
 
 if TYPE_CHECKING:
@@ -338,6 +338,8 @@ def _to_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, str | Non
     from PIL import ImageCms
 
     try:
+        if len(profile) > MAX_PROFILE:
+            raise ValueError("too large")
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         image = _for_profile(image)
         mode = "RGBA" if image.mode == "RGBA" else "RGB"

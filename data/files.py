@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 __all__ = [
+    "SOFTWARE",
     "TensorInfo",
     "is_ours",
     "one_line",
@@ -38,7 +39,7 @@ LOG = logging.getLogger("ringmark.data.files")
 
 PathLike = str | os.PathLike[str]
 
-MARK = "ringmark"
+SOFTWARE = "ringmark"
 HEAD_BYTES = 1 << 16  # where the mark of an output is looked for
 STALE_SECONDS = 24 * 3600  # age of a temporary file whose process cannot be asked for
 MAX_HEADER = 1 << 20

@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 from ringmark.data.containers import kind_of
 from ringmark.data.decode import FORMATS, decode, is_cheap
 from ringmark.data.decoder_process import decode_apart
-from ringmark.data.files import MARK, open_regular, write_atomic
+from ringmark.data.files import SOFTWARE, open_regular, write_atomic
 from ringmark.errors import ImageError
 
 __all__ = [
@@ -140,7 +140,7 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], *, signed: bool =
     no PNG form or the file cannot be written.
     """
     chunks = PngImagePlugin.PngInfo()
-    text = {"Software": MARK, **text} if signed else text
+    text = {"Software": SOFTWARE, **text} if signed else text
     for name, value in text.items():
         if len(name) > 79 or not name.encode("latin-1", "ignore").decode("latin-1") == name:
             raise ValueError(f"a PNG text name has at most 79 Latin-1 characters, not {name!r}")

@@ -162,6 +162,19 @@ def test_our_own_files_may_be_replaced_and_no_others(tmp_path):
         assert not code(refuse_foreign, path, force=True) and not code(refuse_foreign, link, force=True)
 
 
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_figures_are_ours(tmp_path, suffix):
+    from matplotlib.figure import Figure
+
+    from ringmark.watermark.figures import save_figure
+
+    path = tmp_path / f"x.{suffix}"
+    Figure().savefig(path)
+    assert code(refuse_foreign, path) == "file.foreign"
+    save_figure(Figure(), path)
+    assert not code(refuse_foreign, path)
+
+
 def test_a_table_is_ours_beside_our_journal(tmp_path):
     (tmp_path / "labels.csv").write_text("path,label\n")
     (tmp_path / "notes.jsonl").write_text('{"a": 1}\n')

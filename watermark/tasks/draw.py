@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ringmark.data.files import is_ours
 from ringmark.data.images import from_array, save_png
 from ringmark.data.results import Results, read_records
 from ringmark.data.scenes import scene
@@ -102,7 +103,7 @@ def _refuse_foreign(folder: Path, names: list[str]) -> None:
         recorded = {record["sample_id"] for record in read_records(folder / DRAWN)[1]}
     for name in (*names, LABELS):
         path = folder / name
-        ours = name in recorded or (name == LABELS and recorded)
+        ours = name in recorded or (name == LABELS and recorded) or is_ours(path)  # a stopped run drew it last
         if path.is_symlink() or (os.path.lexists(path) and not ours):
             raise StoreError("results.foreign-image", "exists and was not drawn by an earlier run", subject=path)
 
