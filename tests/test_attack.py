@@ -15,6 +15,7 @@ from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.watermark.attacks.chains import PRESETS, apply, expand, seed_of
 from ringmark.watermark.attacks.distortions import ATTACKS
 from ringmark.watermark.cli import main as cli
+from ringmark.watermark.tasks import load
 
 
 def picture(width: int = 48, height: int = 48, seed: int = 0) -> Image.Image:
@@ -64,7 +65,7 @@ def attacked(folder: Path) -> dict[str, np.ndarray]:
 
 
 def test_a_folder_and_what_is_in_it(album: Path, tmp_path: Path) -> None:
-    assert "2 attacked images written, 0 were there" in run(album, tmp_path / "out", "--attack", "noise").stdout
+    assert "2 attacked images written, 0 kept" in run(album, tmp_path / "out", "--attack", "noise").stdout
     found = attacked(tmp_path / "out")
     assert list(found) == ["a.png", "deep/b.jpg.png"] and found["deep/b.jpg.png"].shape == (25, 40, 3)
     wanted = apply("noise:0.1", picture(seed=1), seed_of(0, "a.png"))
@@ -86,7 +87,8 @@ def test_many_attacks_have_a_folder_each(album: Path, tmp_path: Path) -> None:
     found = json.loads(run(*args).stdout)
     assert (found["written"], found["kept"], found["errors"]) == (14, 0, [])
     assert Path(found["outputs"]["jpeg:25+blur:4"]) == tmp_path / "out/jpeg-25+blur-4"
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+    assert {p.name for p in (tmp_path / "out").iterdir() if not p.name.startswith(".")} == {
+        "attacked.jsonl",
         "jpeg-25+blur-4",
         *(s.slug for s in expand(["tree-ring"])),
     }
@@ -100,10 +102,10 @@ def test_a_run_goes_on_and_notices_what_changed(album: Path, tmp_path: Path) -> 
     kept, lost = tmp_path / "out/a.png", tmp_path / "out/deep/b.jpg.png"
     stamp = kept.stat().st_mtime_ns
     lost.unlink()
-    assert "1 attacked images written, 1 were there already" in run(*args).stdout
+    assert "1 attacked image written, 1 kept" in run(*args).stdout
     assert lost.exists() and kept.stat().st_mtime_ns == stamp
     picture(seed=9).save(album / "a.png", compress_level=0)
-    assert "1 attacked images written, 1" in run(*args).stdout and kept.stat().st_mtime_ns != stamp
+    assert "1 attacked image written, 1" in run(*args).stdout and kept.stat().st_mtime_ns != stamp
     assert "2 attacked images written, 0" in run(*args, "--force").stdout
 
 
@@ -117,8 +119,14 @@ def test_other_images_are_not_replaced(album: Path, tmp_path: Path) -> None:
     assert all(np.array_equal(before[name], image) for name, image in attacked(out).items())
     run(album, out, "--attack", "blur:3", "--force")
     assert "0 attacked images written, 2" in run(album, out, "--attack", "blur:3").stdout
+    (out / "a.png").unlink()
+    (out / "a.png").symlink_to(tmp_path / "elsewhere.png")
+    assert "was not made by an earlier run" in refused(album, out, "--attack", "blur:3")
+    (out / "deep" / "b.jpg.png").unlink()
+    (out / "attacked.jsonl").unlink()
+    (out / "a.png").unlink()
     picture().save(out / "a.png")
-    assert "is no image of this command" in refused(album, out, "--attack", "blur:3")
+    assert "was not made by an earlier run" in refused(album, out, "--attack", "blur:3")
 
 
 def test_one_file(album: Path, tmp_path: Path) -> None:
@@ -145,7 +153,7 @@ def test_an_image_that_cannot_be_attacked_does_not_stop_the_others(album: Path, 
 
 
 def test_bad_names_are_refused_before_anything_is_written(album: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(cli, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(load, "load_model", lambda *_: pytest.fail("a model was loaded"))
     out, flip = tmp_path / "out", ("--attack", "flip")
     assert "no such file or folder" in refused(tmp_path / "none", out, *flip)
     (tmp_path / "empty").mkdir()
@@ -164,14 +172,14 @@ def test_bad_names_are_refused_before_anything_is_written(album: Path, tmp_path:
 
 
 def test_a_model_is_loaded_where_one_is_named(album: Path, tmp_path: Path, tiny: LatentModel, monkeypatch) -> None:
-    monkeypatch.setattr(cli, "load_model", lambda *_: tiny)
+    monkeypatch.setattr(load, "load_model", lambda *_: tiny)
     args = [album, tmp_path / "out", "--attack", "vae", "--attack", "diffuse:0.05"]
     assert "4 attacked images written" in run(*args).stdout and "0 attacked images written, 4" in run(*args).stdout
     other = LatentModel(
         **{f: getattr(tiny, f) for f in ("vae", "unet", "text_encoder", "tokenizer", "scheduler")}, name="other"
     )
-    monkeypatch.setattr(cli, "load_model", lambda *_: other)
-    assert "model was" in refused(*args)
+    monkeypatch.setattr(load, "load_model", lambda *_: other)
+    assert "model name was tiny, is other" in refused(*args)
 
 
 def test_all_attacks_are_listed_without_in_and_out() -> None:

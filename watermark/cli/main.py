@@ -27,6 +27,12 @@ from ringmark.watermark.cli.remedies import explained, explained_system_error
 RESUMED = ("generate", "audit", "calibrate", "evaluate", "attack", "demo")
 
 
+class Refusal(click.ClickException):
+    """An expected error, printed in one line."""
+
+    exit_code = EXIT_USAGE
+
+
 class Ringmark(click.Group):
     """Turns errors into exit code 2, expected ones into one line on stderr. Exit code 1 is for verdicts alone."""
 
@@ -77,9 +83,7 @@ def _refused(ctx: click.Context, error: Exception) -> NoReturn:
     else:
         traceback.print_exc()
         ctx.exit(EXIT_USAGE)
-    refusal = click.ClickException(message)
-    refusal.exit_code = EXIT_USAGE
-    raise refusal from error
+    raise Refusal(message) from error
 
 
 def _log_to_stderr(ctx: click.Context, level: int) -> None:

@@ -164,6 +164,13 @@ REMEDIES: dict[str, str] = {
     "evaluation.calibration": "use those settings, or leave the calibration out",
     "evaluation.images": "give images that can be read",
     # Attacks
+    "attack.one-file": "name a folder",
+    "attack.not-png": "end the name in .png",
+    "attack.source": "choose another OUT",
+    "attack.inside": "choose another OUT",
+    "attack.collision": "rename one of the two",
+    "attack.foreign": "choose another OUT, or replace it with --force",
+    "attack.settings": "choose another OUT, or replace it with --force",
     "attack.empty": "write attacks as in jpeg:25+blur:4",
     "attack.unknown": "choose from {known}; or a preset alone: {presets}",
     "attack.strength": "{name} takes: {range}",

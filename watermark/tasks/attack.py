@@ -1,20 +1,20 @@
-"""Attacks on files and folders. What is written says in itself how it was made, so a run goes on where it stopped."""
+"""Attacks on files and folders. A journal beside the images says how each was made, so that a run can be resumed."""
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
 from tqdm import tqdm
 
-from ringmark.data.files import one_line
 from ringmark.data.images import read_image, save_png
+from ringmark.data.results import Results, read_records
+from ringmark.data.settings import differences
 from ringmark.data.sources import SUFFIXES, list_images, stamp_of
 from ringmark.errors import AttackError, ImageError
 from ringmark.watermark.attacks.chains import Chain, apply, seed_of
@@ -22,14 +22,17 @@ from ringmark.watermark.attacks.chains import Chain, apply, seed_of
 if TYPE_CHECKING:
     from ringmark.inversion.models.pipeline import LatentModel
 
-__all__ = ["Attacked", "attack_files", "attacked_name"]
+__all__ = ["JOURNAL", "Attacked", "attack_files", "attacked_name"]
 
-CHUNK = "ringmark-attack"  # the PNG text in which an image says how it was made
+logger = logging.getLogger(__name__)
+
+JOURNAL = "attacked.jsonl"  # in the output folder: of each image, its source, attack, seed and model
+STAMP = ("size", "mtime_ns")  # what changes with the source
 
 
 @dataclass(frozen=True)
 class Attacked:
-    """Images written, images that were there already, why others could not be made, and where each attack's are."""
+    """Images written, images kept from earlier runs, why others could not be made, and where each attack's are."""
 
     written: int
     kept: int
@@ -39,14 +42,13 @@ class Attacked:
 
 @dataclass(frozen=True)
 class _Job:
-    """One image to make; `made` is what it will say of itself, `stamp` the part of it that changes with the source."""
+    """One image to make: from `source` to `target` by `chain`, with its own `seed`; `record` is what the journal says."""
 
     source: Path
     target: Path
     chain: Chain
     seed: int
-    made: dict
-    stamp: dict
+    record: dict[str, Any]
 
 
 def attack_files(
@@ -60,75 +62,105 @@ def attack_files(
 ) -> Attacked:
     """The attacked images of a file, or of a folder recursively, as PNG; several attacks have a folder each.
 
-    What is there already from the same source, attack, seed and model is not made again, unless the source has changed
-    since; whatever else is there is not replaced without `force`. An image of a folder that cannot be attacked does
-    not stop the others. Raises AttackError and ImageError, before anything is written if it concerns the names.
+    What is there already from the same source, attack, seed and model is kept, unless the source has changed since;
+    whatever else is there is not replaced without `force`. An image of a folder that cannot be attacked does not stop
+    the others. Raises AttackError and ImageError, before anything is written if it concerns the names.
     """
-    found = list_images(source) if source.is_dir() else None
-    images = found.images if found else [_file(source)]
-    outputs = {chain: _place(found is not None, output, chain, len(chains)) for chain in chains}
-    jobs = list(_plan(source, images, outputs, seed, model))
+    listing = list_images(source) if source.is_dir() else None
+    images = listing.images if listing else [_existing(source)]
+    outputs = {chain: _place(output, chain, many=bool(listing), chains=len(chains)) for chain in chains}
+    base = output.parent if _is_file_name(output) else output
+    jobs = list(_plan(source, images, outputs, base=base, seed=seed, model=model))
     _refuse_sources(source, jobs)
-    todo = [job for job in jobs if force or not _is_there(job)]
-    errors, written = [str(error) for error in found.unlisted] if found else [], 0
-    with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="attack", unit="image", disable=None) as bar:
-        for path, group in groupby(todo, lambda job: job.source):
-            for outcome in _make(path, list(group), model):
-                if outcome and not found:
-                    raise outcome
-                errors += [str(outcome)] if outcome else []
-                written += not outcome
-                bar.update()
+    made = _made(base)
+    todo = [job for job in jobs if force or not _is_done(job, made.get(job.record["sample_id"]))]
+    logger.info("attack %s: %d of %d images to make", source, len(todo), len(jobs))
+    errors = list(map(str, listing.unlisted)) if listing else []
+    written = 0
+    with (
+        Results(base / JOURNAL, {}) as journal,
+        tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="attack", unit="image", disable=None) as bar,
+    ):
+        for error in _outcomes(journal, todo, model):
+            if error and not listing:
+                raise error
+            errors += [str(error)] if error else []
+            written += not error
+            bar.update()
     where = {str(chain): str(place) for chain, place in outputs.items()}
     return Attacked(written, len(jobs) - len(todo), list(dict.fromkeys(errors)), where)
 
 
-def _make(path: Path, jobs: list[_Job], model: LatentModel | None) -> Iterator[ImageError | AttackError | None]:
+def _outcomes(
+    journal: Results, jobs: list[_Job], model: LatentModel | None
+) -> Iterator[ImageError | AttackError | None]:
+    """Makes all images, source by source; of each, why it could not be made, or None."""
+    for path, group in groupby(jobs, lambda job: job.source):
+        yield from _attack(journal, path, list(group), model)
+
+
+def _attack(
+    journal: Results, path: Path, jobs: list[_Job], model: LatentModel | None
+) -> Iterator[ImageError | AttackError | None]:
     """Makes all images of one source; of each, why it could not be made, or None."""
     try:
         image, _ = read_image(path)
     except ImageError as error:
+        logger.info("%s", error)
         yield from [error] * len(jobs)
         return
     for job in jobs:
         try:
-            made = apply(job.chain, image, job.seed, model)
+            attacked = apply(job.chain, image, job.seed, model)
         except AttackError as error:
             yield AttackError(error.code, str(error), subject=path, **error.details)
             continue
-        save_png(made, job.target, **{CHUNK: json.dumps(job.made | job.stamp)})
+        # Removed, then recorded, then written: a file with a record is never an older one.
+        job.target.unlink(missing_ok=True)
+        journal.append(job.record)
+        save_png(attacked, job.target)
         yield None
 
 
-def _file(path: Path) -> Path:
+def _existing(path: Path) -> Path:
     if not path.exists():
-        raise ImageError(path, "there is no such file or folder; check the name")
+        raise ImageError("image.missing", "there is no such file or folder", path)
     return path
 
 
-def _place(many: bool, output: Path, chain: Chain, chains: int) -> Path:
-    """The file, or the folder, for the images of one attack."""
-    suffix, is_folder = output.suffix.lower(), output.is_dir()
-    if (many or chains > 1) and not is_folder and (output.exists() or suffix in SUFFIXES):
-        raise AttackError(f"{one_line(output)}: is one file, but there are several to write; name a folder")
-    if not is_folder and suffix in SUFFIXES and suffix != ".png":
-        raise AttackError(f"{one_line(output)}: what is written is PNG, without loss; end the name in .png")
+def _is_file_name(output: Path) -> bool:
+    """Whether the output is one file, by its name, and no folder of that name."""
+    return output.suffix.lower() in SUFFIXES and not output.is_dir()
+
+
+def _place(output: Path, chain: Chain, *, many: bool, chains: int) -> Path:
+    """The file, or the folder, for the images of one attack. Raises AttackError for a name that cannot be used."""
+    is_file = _is_file_name(output) or (output.exists() and not output.is_dir())
+    if (many or chains > 1) and is_file:
+        raise AttackError("attack.one-file", "is one file, but there are several to write", subject=output)
+    if is_file and output.suffix.lower() != ".png":
+        raise AttackError("attack.not-png", "does not end in .png, the format that is written", subject=output)
     return output / chain.slug if chains > 1 else output
 
 
 def _plan(
-    source: Path, images: list[Path], outputs: dict[Chain, Path], seed: int, model: LatentModel | None
+    source: Path,
+    images: list[Path],
+    outputs: dict[Chain, Path],
+    *,
+    base: Path,
+    seed: int,
+    model: LatentModel | None,
 ) -> Iterator[_Job]:
     for path in images:
         name = path.relative_to(source).as_posix() if path != source else path.name
         stamp = stamp_of(path)
         for chain, place in outputs.items():
-            identity = {"model": model.identity} if chain.needs_model and model else {}
-            made = {"attack": str(chain), "source": name, "seed": seed} | identity
-            # A file's output is a file if it is named as one.
-            alone = path == source and not place.is_dir() and place.suffix.lower() == ".png"
-            target = place if alone else place / attacked_name(name)
-            yield _Job(path, target, chain, seed_of(seed, name), made, stamp)
+            target = place if path == source and _is_file_name(place) else place / attacked_name(name)
+            made_by = {"attack": str(chain), "source": name, "seed": seed}
+            needed = {"model": model.identity} if chain.needs_model and model else {}
+            record = {"sample_id": target.relative_to(base).as_posix(), **made_by, **needed, **stamp}
+            yield _Job(source=path, target=target, chain=chain, seed=seed_of(seed, name), record=record)
 
 
 def attacked_name(name: str) -> str:
@@ -138,46 +170,33 @@ def attacked_name(name: str) -> str:
 
 def _refuse_sources(source: Path, jobs: list[_Job]) -> None:
     """Raises AttackError if an image would be written over a source, among the sources, or over another."""
-    root, sources, taken = os.path.realpath(source), {os.path.realpath(job.source) for job in jobs}, {}
+    root, sources = os.path.realpath(source), {os.path.realpath(job.source) for job in jobs}
+    taken: dict[str, Path] = {}
     for job in jobs:
         real = os.path.realpath(job.target)
         if real in sources:
-            raise AttackError(f"{one_line(job.target)}: is the image to be attacked; choose another OUT")
+            raise AttackError("attack.source", "is the image to be attacked", subject=job.target)
         if real.startswith(root + os.sep):
-            raise AttackError(
-                f"{one_line(job.target)}: lies in {one_line(source)}, whose images are attacked; choose another OUT"
-            )
+            raise AttackError("attack.inside", f"lies in {source}, whose images are attacked", subject=job.target)
         first = taken.setdefault(real, job.source)
         if first != job.source:
-            raise AttackError(
-                f"{one_line(job.target)}: both {one_line(first)} and {one_line(job.source)} would be written there; rename one"
-            )
+            fact = f"both {first} and {job.source} would be written there"
+            raise AttackError("attack.collision", fact, subject=job.target)
 
 
-def _is_there(job: _Job) -> bool:
+def _made(base: Path) -> dict[str, dict[str, Any]]:
+    """What the journal of an output folder says of each image in it."""
+    if not (base / JOURNAL).exists():
+        return {}
+    return {record["sample_id"]: record for record in read_records(base / JOURNAL)[1]}
+
+
+def _is_done(job: _Job, record: dict[str, Any] | None) -> bool:
     """Whether the image was made already. Raises AttackError if something else has its name."""
-    if not job.target.exists():
+    if not os.path.lexists(job.target):
         return False
-    said = _said(job.target)
-    if said is None:
-        raise AttackError(
-            f"{one_line(job.target)}: exists, and is no image of this command; choose another OUT, or --force"
-        )
-    old = {name: value for name, value in said.items() if name not in job.stamp}
-    if old != job.made:
-        names = [name for name in old | job.made if old.get(name) != job.made.get(name)]
-        facts = "; ".join(f"{name} was {old.get(name)}, is {job.made.get(name)}" for name in names)
-        raise AttackError(
-            f"{one_line(job.target)}: was made otherwise ({one_line(facts)}); choose another OUT, or --force"
-        )
-    return said == job.made | job.stamp
-
-
-def _said(path: Path) -> dict | None:
-    """How an image says that it was made; only its header is read."""
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            said = json.loads(image.info[CHUNK])
-    except (OSError, ValueError, KeyError, TypeError, SyntaxError):
-        return None
-    return said if isinstance(said, dict) else None
+    if record is None or job.target.is_symlink():
+        raise AttackError("attack.foreign", "exists and was not made by an earlier run", subject=job.target)
+    if changed := differences(record, job.record, ignore=STAMP):
+        raise AttackError("attack.settings", f"was made otherwise ({'; '.join(changed)})", subject=job.target)
+    return not differences(record, job.record)
