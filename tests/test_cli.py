@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -219,3 +221,19 @@ def test_every_decoder_inversion_is_offered_by_name() -> None:
     for command in (cli.verify, cli.audit, cli.invert, cli.calibrate):
         (option,) = (p for p in command.params if p.name == "method")
         assert set(option.type.choices) == set(INVERTERS), command.name
+
+
+def test_the_log_goes_to_stderr_and_holds_no_key(house: Path) -> None:
+    result = run("-v", "verify", pictures(house)[0], "--key", house / "my.key", "--steps", 4, "--max-steps", 1)
+    lines = result.stderr.splitlines()
+    assert any(re.match(r"\d{4}-\d\d-\d\d \S+ INFO ringmark\.\S+: ", line) for line in lines)
+    assert not logging.getLogger("ringmark").handlers
+    assert "INFO" not in run("info").stderr
+
+
+def test_json_nested_too_deeply_is_not_blamed_on_the_device(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / "data" / "pocket", model)
+    (model / "unet" / "config.json").write_text("[" * 100_000)
+    message = refused("info", "--model", model)
+    assert "--device" not in message and str(model) in message

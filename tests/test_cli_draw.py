@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import pytest
 from shell import refused, run
 
 from ringmark.watermark.schemes.base import make_key
@@ -44,3 +45,20 @@ def test_a_key_of_another_model_marks_nothing(tmp_path: Path) -> None:
         key.save(tmp_path / f"{name}.key")
         said = refused("generate", "--key", tmp_path / f"{name}.key", "-n", 1, "-o", tmp_path / "out")
         assert key.fingerprint[:8] in said and name in said and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("guidance", ["1e300", "101", "0.5", "inf"])
+def test_guidance_has_bounds(tmp_path: Path, guidance: str) -> None:
+    assert "--guidance" in refused("generate", "--no-mark", "-o", tmp_path / "out", "--guidance", guidance)
+
+
+def test_one_image_is_one(tmp_path: Path) -> None:
+    assert run("generate", "--no-mark", "--steps", 2, "-o", tmp_path).stdout == f"1 unmarked image in {tmp_path}\n"
+
+
+def test_a_foreign_file_is_replaced_by_force_only(tmp_path: Path) -> None:
+    (tmp_path / "0000000.png").write_bytes(b"mine")
+    message = refused("generate", "--no-mark", "--steps", 2, "-o", tmp_path)
+    assert "0000000.png: exists and was not drawn by an earlier run; " in message and "--force" in message
+    assert (tmp_path / "0000000.png").read_bytes() == b"mine"
+    run("generate", "--no-mark", "--steps", 2, "-o", tmp_path, "--force")

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from shell import QUICK, pictures, refused, run
+
+from ringmark.watermark.detect.search import Search
+from ringmark.watermark.tasks import load
+from ringmark.watermark.tasks import verify as tasks
 
 
 def test_verify_says_a_line_an_image(house: Path) -> None:
@@ -88,29 +96,61 @@ def test_verify_takes_every_kind_of_picture(house: Path, tmp_path: Path, mode: s
         Image.fromarray(rng.integers(0, 65535, (150, 200), dtype=np.uint16)) if mode == "I;16" else grey.convert(mode)
     )
     image.save(path)
-    line = run("verify", path, "--key", house / "my.key", *QUICK, code=1).stdout
+    line = run("verify", path, "--key", house / "my.key", *QUICK, "--alpha", 1e-9, code=1).stdout
     assert "does not carry" in line and "resized 200x150" in line
 
 
 def test_wrong_corrupt_and_missing_keys(house: Path, tmp_path: Path) -> None:
     picture = pictures(house)[0]
-    assert "no such key" in refused("verify", picture, "--key", tmp_path / "none.key")
+    assert "there is no such file" in refused("verify", picture, "--key", tmp_path / "none.key")
     damaged = bytearray((house / "my.key").read_bytes())
     damaged[-5] ^= 1
     (tmp_path / "damaged.key").write_bytes(damaged)
     assert "damaged" in refused("verify", picture, "--key", tmp_path / "damaged.key")
-    assert "not a ringmark key" in refused("verify", picture, "--key", picture)
+    assert "no safetensors header" in refused("verify", picture, "--key", picture)
 
 
 def test_a_turned_picture_is_searched(house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ringmark.watermark.detect import search as searching
-    from ringmark.watermark.detect.geometry import Search
-
-    few = Search(angles=(0, 30), scales=(1.0,), dear=1, steps=4)
-    monkeypatch.setattr(searching.SearchingDetector.__init__, "__defaults__", (few,))
+    few = partial(Search, angles=(0, 30), scales=(1.0,), dear=1, steps=4)
+    monkeypatch.setattr(load, "Search", few)
     run("attack", pictures(house, "marked")[0], tmp_path / "turned.png", "--attack", "rotation:30")
     asked = ["verify", tmp_path / "turned.png", "--key", house / "my.key", *QUICK]
     assert "does not carry" in run(*asked, code=1).output
     assert "turned by 30°" in run(*asked, "--search").output
     run("keygen", "-o", tmp_path / "zeros.key", "--pattern", "zeros")
-    assert "leave it or --search out" in refused(*asked[:2], "--key", tmp_path / "zeros.key", "--search", *QUICK)
+    message = refused(*asked[:2], "--key", tmp_path / "zeros.key", "--search", *QUICK)
+    assert "cannot be searched for" in message and "--search" in message
+
+
+def test_verdicts_are_printed_where_the_explanation_cannot_be_written(
+    house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "why.png")
+
+    monkeypatch.setattr(tasks, "save_figure", fail)
+    asked = ["verify", pictures(house, "marked")[0], "--key", house / "my.key", *QUICK]
+    result = run(*asked, "--explain", tmp_path / "why.png", code=2)
+    assert "carries key" in result.stdout and "why.png" in result.stderr and "make room" in result.stderr
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_an_explanation_replaces_no_file_of_others(house: Path, tmp_path: Path, link: bool) -> None:
+    mine, why = tmp_path / "mine.png", tmp_path / "why.png"
+    mine.write_bytes(b"mine")
+    why.symlink_to(mine) if link else shutil.copy(mine, why)
+    asked = ["verify", pictures(house, "marked")[0], "--key", house / "my.key", *QUICK, "--explain", why]
+    message = refused(*asked)
+    assert "was not written by ringmark" in message and "--force" in message and why.read_bytes() == b"mine"
+
+
+def test_a_folder_is_for_audit(house: Path) -> None:
+    result = run("verify", house / "images", "--key", house / "my.key", *QUICK, code=2)
+    assert f"is a folder; name a file in it, or look at all of them with: ringmark audit {house}" in result.stderr
+
+
+def test_the_calibration_is_noted_once_and_only_where_a_key_was_found(house: Path) -> None:
+    marked, unmarked = pictures(house, "marked"), pictures(house, "unmarked")
+    found = run("verify", *marked, "--key", house / "my.key", *QUICK).stderr
+    assert found.count("note: ") == 1 == len(found.splitlines()) and "steps was 25, is 4" in found
+    assert "note: " not in run("verify", *unmarked, "--key", house / "my.key", *QUICK, code=1).stderr
