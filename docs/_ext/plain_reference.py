@@ -130,7 +130,7 @@ class Face(Directive):
 
     def run(self) -> list[nodes.Node]:
         package = importlib.import_module(self.arguments[0])
-        exported = dict(landed(package))
+        exported = {name: getattr(package, name) for name in package.__all__}
         types = {name for name, thing in exported.items() if isinstance(thing, type)}
         errors = {name for name in types if issubclass(exported[name], Exception)}
         text = ["Functions", "---------", ""]
@@ -140,15 +140,6 @@ class Face(Directive):
         for name in sorted(types - errors):
             text += [f".. autoclass:: {package.__name__}.{name}", "   :members:", "   :no-index:", ""]
         return parsed(self, text)
-
-
-def landed(package):
-    """Transitional: the names that are there already."""
-    for name in package.__all__:
-        try:
-            yield name, getattr(package, name)
-        except (AttributeError, ImportError):
-            continue
 
 
 class ErrorCodes(Directive):
