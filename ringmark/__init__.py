@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from ringmark.inversion.decoder import invert_decoder
     from ringmark.inversion.models.pipeline import LatentModel
     from ringmark.watermark.calibration import Calibration
-    from ringmark.watermark.detect.detector import Detector, Verdict
+    from ringmark.watermark.detect.detector import Detector
+    from ringmark.watermark.detect.verdict import Verdict
     from ringmark.watermark.keys.key import Key
     from ringmark.watermark.tasks.audit import audit
     from ringmark.watermark.tasks.verify import verify
@@ -51,7 +52,7 @@ _HOMES = {
     "Detector": "watermark.detect.detector",
     "Key": "watermark.keys.key",
     "LatentModel": "inversion.models.pipeline",
-    "Verdict": "watermark.detect.detector",
+    "Verdict": "watermark.detect.verdict",
     "audit": "watermark.tasks.audit",
     "invert_decoder": "inversion.decoder",
     "verify": "watermark.tasks.verify",

@@ -66,7 +66,12 @@ def test_an_interrupted_keygen_says_how_many_keys_there_are(tmp_path: Path, monk
 
 
 def test_keys_are_listed_without_torch(house: Path) -> None:
-    script = "import sys; from ringmark.watermark.cli.main import main; main(sys.argv[1:], standalone_mode=False); assert 'torch' not in sys.modules"
+    script = """
+import sys
+from ringmark.watermark.cli.main import main
+main(sys.argv[1:], standalone_mode=False)
+assert "torch" not in sys.modules
+"""
     for args in (["list", str(house)], ["show", str(house / "my.key")]):
         subprocess.run([sys.executable, "-c", script, "keys", *args], cwd=ROOT, check=True, capture_output=True)
 

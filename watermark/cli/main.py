@@ -1,4 +1,4 @@
-"""The group of commands and what it does with errors. Heavy imports wait until a command runs: --help answers at once."""
+"""The group of commands and what it does with errors. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ REMEDIES: dict[str, str] = {
     "model.prediction": "use a text-to-image model of the Stable Diffusion 1 or 2 kind",
     "model.sample-size": "mend unet/config.json in the model's folder",
     "model.scaling": "mend vae/config.json in the model's folder",
-    "model.no-signal": "such a schedule needs a network that predicts v; check prediction_type in the scheduler's config",
+    "model.no-signal": "such a schedule needs a network that predicts v; check the scheduler's prediction_type",
     "model.recovery-damaged": "measure it again with scripts/measure_recovery.py",
     "model.steps": "choose another number with --steps",
     "recovery.method-unknown": "choose one of these with --method",
@@ -139,7 +139,7 @@ REMEDIES: dict[str, str] = {
     "calibration.level": "calibrate with at least {needed} images, or raise --alpha",
     "calibration.reach": "leave the calibration out, or make a key of smaller radii",
     "calibration.settings": "use those settings, or calibrate again with these",
-    "calibration.marked": "leave it out: a calibration needs unmarked images, as ringmark generate --no-mark draws them",
+    "calibration.marked": "leave it out: a calibration needs unmarked images, as generate --no-mark draws them",
     "calibration.same-noise": "leave one of the two out, or draw it with another --seed",
     "calibration.model": "use that model, or calibrate this one",
     "calibration.no-recovery": "calibrate with {needed} images or more that ringmark generate --no-mark drew, "

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["HistogramDisplay", "StrengthDisplay", "histogram_figure", "roc_panels", "strength_figure", "write_plots"]
 
 
-def write_plots(evaluation: Evaluation, folder: Path) -> None:
+def write_plots(evaluation: Evaluation, folder: Path, *, force: bool = False) -> None:
     """ROC curves and histograms of each attack, and AUC by strength for attacks of several strengths.
 
     They show the detector's own statistic and the published distance.
@@ -34,10 +34,10 @@ def write_plots(evaluation: Evaluation, folder: Path) -> None:
         slug = CLEAN if attack == CLEAN else parse(attack).slug
         curves = roc_panels(cells)
         for suffix in ("png", "svg"):
-            save_figure(curves, folder / f"roc-{slug}.{suffix}")
-        save_figure(histogram_figure(cells), folder / f"histograms-{slug}.png")
+            save_figure(curves, folder / f"roc-{slug}.{suffix}", force=force)
+        save_figure(histogram_figure(cells), folder / f"histograms-{slug}.png", force=force)
     if displays := _strengths(shown):
-        save_figure(strength_figure(displays), folder / "strengths.png")
+        save_figure(strength_figure(displays), folder / "strengths.png", force=force)
 
 
 def _key_name(cell: Cell) -> str:

@@ -42,7 +42,7 @@ class Attacked:
 
 @dataclass(frozen=True)
 class _Job:
-    """One image to make: from `source` to `target` by `chain`, with its own `seed`; `record` is what the journal says."""
+    """One image to make, `target` from `source` by `chain`, with its own `seed`; the journal gets its `record`."""
 
     source: Path
     target: Path

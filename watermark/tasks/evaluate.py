@@ -63,8 +63,8 @@ class Plan:
     are given without the one key that they carry, evaluation.same-key, evaluation.methods for a method named twice,
     evaluation.output for an output within the images, evaluation.overlap of the two folders, evaluation.carried for
     images drawn with another key, and for labels evaluation.unlabelled and evaluation.labels. AttackError,
-    RingmarkError, ImageError, CalibrationError and KeyFileError for the parts; StoreError where an output would replace
-    a file that ringmark did not write.
+    RingmarkError, ImageError, CalibrationError and KeyFileError for the parts; StoreError where, without `force`, an output
+    would replace a file that ringmark did not write.
     """
 
     output: Path
@@ -80,6 +80,7 @@ class Plan:
     steps: int = 25
     batch: int = 8
     calibration: Path | None = None
+    force: bool = False
 
     def __post_init__(self) -> None:
         if self.marked and len(self.given_keys) != 1:
@@ -90,7 +91,7 @@ class Plan:
         _ = self.chains, self.given_keys, self.given_calibration
         self._check_labels()
         for name in TABLES:
-            refuse_foreign(self.output / name)
+            refuse_foreign(self.output / name, self.force)
 
     def _check_methods(self) -> None:
         for method in self.methods:
@@ -191,7 +192,7 @@ def evaluate(model: LatentModel, plan: Plan, folder: Path | None = None) -> Eval
         gains=compare_ways(run.records, list(map(str, plan.chains)) or [CLEAN]),
     )
     write_tables(evaluation, plan.output)
-    write_plots(evaluation, plan.output)
+    write_plots(evaluation, plan.output, force=plan.force)
     return evaluation
 
 

@@ -110,6 +110,7 @@ def roc(
 @steps_option
 @batch_option
 @calibration_option
+@force_option
 @model_options
 @json_option
 def evaluate(
@@ -126,6 +127,7 @@ def evaluate(
     steps: int,
     batch: int,
     calibration: Path | None,
+    force: bool,
     model: ModelOptions,
     as_json: bool,
 ) -> None:
@@ -159,6 +161,7 @@ def evaluate(
         steps=steps,
         batch=batch,
         calibration=calibration,
+        force=force,
     )
     found = carry_out(model.load(), plan, Path(resolve(model.source)))
     if not as_json:
