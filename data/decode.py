@@ -25,7 +25,7 @@ from ringmark.errors import ImageError, one_line
 if TYPE_CHECKING:
     from PIL.ImageCms import ImageCmsTransform
 
-__all__ = ["FORMATS", "MAX_PIXELS", "MAX_SIDE", "Decoded", "decode", "is_cheap"]
+__all__ = ["FORMATS", "MAX_PIXELS", "MAX_SIDE", "Decoded", "decode", "is_cheap", "upright"]
 
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 65_535  # rows cost memory beyond their pixels
@@ -81,6 +81,23 @@ def decode(path: str | os.PathLike[str], file: BinaryIO, *, limited: bool = Fals
         raise ImageError("image.damaged", f"is damaged or cut off ({_reason(error)})", path) from error
 
 
+def upright(image: Image.Image, name: str) -> Decoded:
+    """A picture of Pillow's as `decode` gives it: its first frame, upright, in 8-bit sRGB over white.
+
+    Raises ImageError, with `name` for a subject, if it cannot be loaded or is too large.
+    """
+    reader = _Reader(name, image.format or "", limited=True)
+    try:
+        reader._check_size(*image.size)
+        reader._raw = str(getattr(image, "tile", ""))
+        image.load()
+        return reader._finish(image)
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError("image.damaged", f"is damaged or cut off ({_reason(error)})", name) from error
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):  # whose message is the address of an object
         return "its header cannot be read"
@@ -107,6 +124,7 @@ class _Reader:
         self.warned: list[str] = []
         self.profile: bytes | None = None
         self.several = False
+        self._raw, self._turned = "", False
         self._max_parts = MAX_PARTS if limited else CHEAP_PARTS
 
     def read(self, file: BinaryIO) -> Decoded | None:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from ringmark.data.containers import kind_of
-from ringmark.data.decode import FORMATS, decode, is_cheap
+from ringmark.data.decode import FORMATS, decode, is_cheap, upright
 from ringmark.data.decoder_process import decode_apart
 from ringmark.data.files import SOFTWARE, open_regular, write_atomic
 from ringmark.errors import ImageError
@@ -26,6 +26,7 @@ __all__ = [
     "from_array",
     "read_image",
     "read_sample",
+    "sample_of",
     "save_png",
     "to_array",
 ]
@@ -61,13 +62,25 @@ def read_sample(
 
     Raises ImageError, also for a picture of less than 1/TINY of that size, from which nothing comes back.
     """
-    image, notes = read_image(path)
+    image, notes = _fitted(*read_image(path), size, path)
+    return Sample(str(path) if id is None else id, image, label, prompt, notes)
+
+
+def sample_of(picture: Image.Image, size: tuple[int, int], *, id: str) -> Sample:
+    """A picture of Pillow's as `read_sample` would give it, had it been saved. Raises ImageError."""
+    image, notes = _fitted(*upright(picture, id), size, id)
+    return Sample(id, image, notes=notes)
+
+
+def _fitted(
+    image: Image.Image, notes: tuple[str, ...], size: tuple[int, int], path: str | os.PathLike[str]
+) -> tuple[Image.Image, tuple[str, ...]]:
     if TINY * min(image.size) < min(size):
         raise ImageError(
             "image.tiny", f"has only {image.width} x {image.height} pixels", path, needed=-(-min(size) // TINY)
         )
     image, note = fit(image, size)
-    return Sample(str(path) if id is None else id, image, label, prompt, (*notes, note) if note else notes)
+    return image, (*notes, note) if note else notes
 
 
 def read_image(path: str | os.PathLike[str]) -> tuple[Image.Image, tuple[str, ...]]:

@@ -20,7 +20,7 @@ from PIL import Image, ImageCms, ImageFile, PngImagePlugin, TiffImagePlugin, fea
 
 from ringmark.data import decode, decoder_process
 from ringmark.data.files import is_ours, one_line
-from ringmark.data.images import Sample, fit, from_array, read_image, read_sample, save_png, to_array
+from ringmark.data.images import Sample, fit, from_array, read_image, read_sample, sample_of, save_png, to_array
 from ringmark.errors import ImageError
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -711,3 +711,27 @@ def test_pngs_are_written_whole_with_their_text(tmp_path):
         with pytest.raises((OSError, ValueError)):
             save_png(Image.new(mode, (4, 4)), path, **{name: "text"})
     assert np.array_equal(pixels(path), PHOTO) and os.listdir(path.parent) == ["x.png"]
+
+
+def test_a_picture_of_pillows_is_taken_as_if_it_had_been_saved(tmp_path):
+    """Alpha over white, turned by its EXIF, deep pixels scaled: the same from memory and from a file."""
+    rng = np.random.default_rng(0)
+    translucent = Image.fromarray(rng.integers(0, 256, (40, 32, 4), np.uint8), "RGBA")
+    turned = Image.fromarray(rng.integers(0, 256, (32, 40, 3), np.uint8))
+    turned.getexif()[0x0112] = 6
+    deep = Image.fromarray(rng.integers(0, 65536, (40, 40), np.uint16))
+    for i, picture in enumerate((translucent, turned, deep)):
+        path = tmp_path / f"{i}.png"
+        picture.save(path, exif=picture.getexif())
+        saved = read_sample(path, (32, 32))
+        with Image.open(path) as opened:
+            shown = sample_of(opened, (32, 32), id="image 0")
+        assert np.array_equal(np.asarray(saved.image), np.asarray(shown.image)) and shown.notes == saved.notes
+
+
+def test_a_picture_of_pillows_that_is_cut_off_is_refused(tmp_path):
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(buffer, "PNG")
+    with Image.open(io.BytesIO(buffer.getvalue()[:500])) as picture, pytest.raises(ImageError) as caught:
+        sample_of(picture, (32, 32), id="image 3")
+    assert caught.value.code == "image.damaged" and str(caught.value).startswith("image 3:")

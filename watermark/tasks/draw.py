@@ -10,7 +10,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ringmark.data.files import is_ours
 from ringmark.data.images import from_array, save_png
 from ringmark.data.results import Results, read_records
 from ringmark.data.scenes import scene
@@ -79,7 +78,8 @@ def draw(
             ):
                 # Recorded first: a file of this name without a record is never ours.
                 store.append(record)
-                save_png(from_array(pixels), folder / name)
+                # Not signed: nothing in the file should say that it is marked.
+                save_png(from_array(pixels), folder / name, signed=False)
                 bar.update()
     _write_labels(folder)
     return [folder / name for name in wanted]
@@ -103,7 +103,7 @@ def _refuse_foreign(folder: Path, names: list[str]) -> None:
         recorded = {record["sample_id"] for record in read_records(folder / DRAWN)[1]}
     for name in (*names, LABELS):
         path = folder / name
-        ours = name in recorded or (name == LABELS and recorded) or is_ours(path)  # a stopped run drew it last
+        ours = name in recorded or (name == LABELS and recorded)
         if path.is_symlink() or (os.path.lexists(path) and not ours):
             raise StoreError("results.foreign-image", "exists and was not drawn by an earlier run", subject=path)
 

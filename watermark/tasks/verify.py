@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from PIL import Image
 from tqdm import tqdm
 
-from ringmark.data.images import Sample, fit, read_sample
+from ringmark.data.images import Sample, read_sample, sample_of
 from ringmark.errors import ImageError, one_line
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.verdict import Judged, Verdict
@@ -85,11 +85,10 @@ def verify(
 
 
 def _sample(picture: Picture, number: int, size: tuple[int, int]) -> Sample:
-    """The picture at `size` (H, W); one that is no file is called by its number."""
+    """The picture at `size` (H, W); one that is not a file is called by its number."""
     if not isinstance(picture, Image.Image):
         return read_sample(picture, size)
-    image, note = fit(picture.convert("RGB"), size)
-    return Sample(f"image {number}", image, notes=(note,) if note else ())
+    return sample_of(picture, size, id=f"image {number}")
 
 
 @dataclass(frozen=True)
