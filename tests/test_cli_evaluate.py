@@ -35,6 +35,7 @@ def test_roc_from_an_audit(house: Path, tmp_path: Path) -> None:
     assert "Missing option '--labels'" in run("roc", results, code=2).stderr
 
 
+@pytest.mark.slow
 def test_evaluate_compares_methods_and_attacks(tmp_path: Path, monkeypatch) -> None:
     train = quality.train_classifiers
     monkeypatch.setattr(quality, "train_classifiers", lambda *_: train(20, 5, quality.SCENE_SIZE))

@@ -25,6 +25,7 @@ def test_info_names_the_model() -> None:
     assert json.loads(run("info", "--json").stdout)["latent shape"] == "4x32x32"
 
 
+@pytest.mark.slow
 def test_demo_does_the_whole_job(tmp_path: Path) -> None:
     out = run("demo", "-o", tmp_path / "demo", "-n", 2).stdout
     assert "AUC" in out and "carries key" in out
