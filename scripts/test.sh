@@ -10,6 +10,8 @@ fi
 say "checking style"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+say "checking types"
+PYTHON=.venv/bin/python bash scripts/typecheck.sh
 say "running the tests"
 workers=$(.venv/bin/python -c 'import os; print(min(8, os.cpu_count() or 1))')
 .venv/bin/python -m pytest -n "$workers" --dist worksteal "${selection[@]}" "$@"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from shell import QUICK, refused, run
 
 from ringmark.watermark.tasks import quality

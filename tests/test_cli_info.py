@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from shell import QUICK, pictures, run
