@@ -14,4 +14,4 @@ say "checking types"
 PYTHON=.venv/bin/python bash scripts/typecheck.sh
 say "running the tests"
 workers=$(.venv/bin/python -c 'import os; print(min(8, os.cpu_count() or 1))')
-.venv/bin/python -m pytest -n "$workers" --dist worksteal "${selection[@]}" "$@"
+.venv/bin/python -m pytest -n "$workers" --dist worksteal ${selection[@]+"${selection[@]}"} "$@"
