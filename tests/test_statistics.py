@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import warnings
 
+import mpmath
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import special, stats
+from scipy import integrate, special, stats
 
-from ringmark.watermark.schemes.tree_ring import Placement, TreeRing, make_key
+from ringmark.watermark.schemes.base import make_key
+from ringmark.watermark.schemes.tree_ring import TreeRing
 from ringmark.watermark.statistics import (
     agreement,
     conformal_p,
+    cosine_bound,
+    cosine_density,
+    cosine_log10_p,
     cosine_p,
+    cosine_scores,
     cosine_test,
     matched_filter,
     maximum_p,
     needed_references,
-    power_test,
+    power_p,
+    power_scores,
     published_distance,
     published_p_value,
     spread_p,
     undecided,
-    whiten,
 )
 
 
@@ -113,6 +120,65 @@ def test_the_key_itself():
     assert (c <= 1).all() and (c > 1 - 1e-12).all() and (p < 1e-200).all()
 
 
+def exact_log10_p(c: float, d: int) -> float:
+    """By numerical integration in many digits: P(cosine ≥ c) on the sphere in d dimensions."""
+    with mpmath.workdps(60):
+        c = mpmath.mpf(c)
+        tail = mpmath.betainc(mpmath.mpf(d - 1) / 2, mpmath.mpf(1) / 2, 0, (1 - c) * (1 + c), regularized=True) / 2
+        return float(mpmath.log10(tail if c > 0 else 1 - tail))
+
+
+@pytest.mark.parametrize("d", [2, 3, 10, 312, 5000])
+def test_log10_p_is_that_of_p_where_p_is_a_float(d):
+    c = np.linspace(-0.999, 0.999, 2001)
+    p = cosine_p(c, d)
+    there = p > 1e-250
+    assert there.sum() > 1000 and np.allclose(cosine_log10_p(c, d)[there], np.log10(p[there]), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("d", [2, 3, 10, 312, 5000, 50_000])
+def test_log10_p_against_many_digits_wherever_p_is_too_small(d):
+    c = np.array([-0.9, -0.1, 0.0, 0.05, 0.3, 0.7, 0.99, 1 - 1e-6, 1 - 1e-12])
+    found = cosine_log10_p(c, d)
+    assert np.allclose(found, [exact_log10_p(value, d) for value in c], rtol=1e-5, atol=1e-12)
+    assert (found < -320).sum() == {2: 0, 3: 0, 10: 0, 312: 2, 5000: 4, 50_000: 5}[d]
+
+
+@given(st.integers(2, 20_000))
+@settings(max_examples=60, deadline=None)
+def test_log10_p_falls_all_the_way_and_is_always_finite(d):
+    c = np.concatenate([np.linspace(-1 + 1e-9, 0.999, 4001), 1 - np.geomspace(1e-3, 1e-15, 50), [1.0]])
+    found = cosine_log10_p(c, d)
+    assert np.isfinite(found).all() and (found <= 0).all()
+    assert (np.diff(found) <= 1e-9 * np.abs(found[1:])).all()
+    if d > 400:  # across the place where p is no float any more
+        assert (found < -330).any()
+
+
+@pytest.mark.parametrize("d", [2, 3, 10, 312])
+def test_the_cosines_density_integrates_to_one_and_to_p(d):
+    def mass(low: float) -> float:
+        """From `low` to 1, by c = sin θ, for in two dimensions the density has no bound at the ends."""
+        of = integrate.quad(
+            lambda angle: float(cosine_density(np.sin(angle), d)) * np.cos(angle), np.arcsin(low), np.pi / 2
+        )
+        return of[0]
+
+    assert mass(-1) == pytest.approx(1, rel=1e-6)
+    for c in (-0.5, 0.0, 0.1, 0.3):
+        assert mass(c) == pytest.approx(float(cosine_p(c, d)), rel=1e-6)
+
+
+@pytest.mark.parametrize("d", [2, 3, 10, 300, 5000])
+@pytest.mark.parametrize("alpha", [0.05, 1e-3, 1e-4])
+def test_at_the_bound_p_is_alpha(d, alpha):
+    c = cosine_bound(d, alpha)
+    key, across = np.eye(d)[0], np.eye(d)[1]
+    score, p = cosine_test([c * key + (1 - c**2) ** 0.5 * across], key)
+    assert 0 < c < 1 and score[0] == pytest.approx(c) and p[0] == pytest.approx(alpha, rel=1e-3)
+    assert cosine_scores(np.array([c * key + (1 - c**2) ** 0.5 * across]), key) == pytest.approx(score)
+
+
 def test_whitening_restores_what_colour_destroys():
     rng, d = np.random.default_rng(5), 200
     variance = np.geomspace(0.01, 10, d)
@@ -123,9 +189,14 @@ def test_whitening_restores_what_colour_destroys():
     assert not uniform(coloured) and not within(coloured, 0.001)
 
 
-def power_of(inside: np.ndarray, beside: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The power test with sides that count alike."""
-    return power_test(inside, beside, np.full(len(beside), 1 / len(beside)))
+def power_of(
+    inside: np.ndarray, beside: list[np.ndarray], weights: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and p-values of the power test; sides count alike unless `weights` are given."""
+    weights = np.full(len(beside), 1 / len(beside)) if weights is None else weights
+    scores = power_scores(inside, beside, weights)
+    sizes = np.array([side.shape[-1] for side in beside])
+    return scores, power_p(scores, inside.shape[1], inside.shape[2], sizes, weights)
 
 
 def conjugates(rng, rows: tuple[int, ...], pairs: int) -> np.ndarray:
@@ -138,10 +209,10 @@ def conjugates(rng, rows: tuple[int, ...], pairs: int) -> np.ndarray:
 @pytest.mark.parametrize("d, pairs", [(4, (3,)), (5, (2, 9)), (40, (20, 100))])
 def test_power_p_values_are_uniform_under_white_noise(channels, d, pairs):
     rng = np.random.default_rng([channels, d])
-    draw = lambda n: (rng.normal(size=(n, channels, d)), [conjugates(rng, (n, channels), k) for k in pairs])
-    p = power_of(*draw(4000))[1]
+    inside, beside = rng.normal(size=(4000, channels, d)), [conjugates(rng, (4000, channels), k) for k in pairs]
+    p = power_of(inside, beside)[1]
     assert uniform(p) and within(p, 0.01)
-    inside, beside = draw(4000)
+    inside, beside = rng.normal(size=(4000, channels, d)), [conjugates(rng, (4000, channels), k) for k in pairs]
     scale = np.exp(rng.normal(size=(4000, channels, 1)))
     assert uniform(power_of(scale * inside, [scale**2 * side for side in beside])[1])
 
@@ -175,7 +246,7 @@ def test_power_test_by_hand():
     score, p = power_of(np.array([[[1.0, 1]]]), [np.array([[[4.0, 4]]]), np.array([[[0.25, 0.25]]])])
     assert np.allclose(score, 0)  # the mean of the sides' logarithms
     beside = [np.array([[[4.0, 4]]]), np.array([[[2.0, 2]]])]
-    assert np.allclose(power_test(np.array([[[1.0, 1]]]), beside, np.array([2.0, -1]))[0], np.log(8))
+    assert np.allclose(power_of(np.array([[[1.0, 1]]]), beside, np.array([2.0, -1]))[0], np.log(8))
 
 
 @pytest.mark.parametrize("n", [2, 20, 500])
@@ -209,19 +280,21 @@ def test_published_p_value_by_hand():
 
 def white_noise(pattern: str, seed: int, number: int = 2000):
     """A key of one small latent channel and transforms of white noise on its mask, published and independent."""
-    import torch
-
     key = make_key(
+        "tree-ring",
         (1, 32, 32),
-        Placement((0,), (0, 8)),
         model={},
+        rng=np.random.default_rng(seed),
         pattern=pattern,
         mask="published",
-        rng=np.random.default_rng(seed),
+        channels=(0,),
+        radii=(0, 8),
     )
     scheme = TreeRing(key)
     noise = torch.randn(number, 1, 32, 32, generator=torch.Generator().manual_seed(seed))
-    return [[x.numpy() for x in pair] for pair in (scheme.masked(noise), scheme.features(noise))]
+    transform = torch.fft.fft2(noise.double(), norm="ortho")
+    features = scheme.features(transform), scheme.features(scheme.hermitian[None])[0]
+    return [[x.numpy() for x in pair] for pair in (scheme.masked(noise), features)]
 
 
 def test_the_published_p_value_is_not_calibrated_where_the_cosine_is():
@@ -261,52 +334,6 @@ def test_only_the_cosine_forgives_an_images_own_scale():
     noise = rng.normal(size=(4000, 50)) * np.exp(rng.normal(size=(4000, 1)))
     key = rng.normal(size=50)
     assert uniform(cosine_test(noise, key)[1]) and not uniform(matched_filter(noise, key)[1])
-
-
-def correlated(rng, rows: int, channels: int, bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """Features (rows, channels, bins) and their covariance (bins, channels, channels)."""
-    mixing = rng.normal(size=(bins, channels, channels)) + 2 * np.eye(channels)
-    return np.einsum("mcd,bdm->bcm", mixing, rng.normal(size=(rows, channels, bins))), mixing @ mixing.transpose(
-        0, 2, 1
-    )
-
-
-def test_whitening_makes_the_covariance_the_identity():
-    rng = np.random.default_rng(9)
-    features, covariance = correlated(rng, 20000, 3, 4)
-    white = whiten(features, covariance)
-    for j in range(4):
-        assert np.allclose(np.cov(white[..., j], rowvar=False), np.eye(3), atol=0.05)
-    roots = np.linalg.cholesky(covariance).transpose(1, 2, 0)  # each column of L comes out a unit vector
-    assert np.allclose(whiten(roots.transpose(1, 0, 2), covariance), np.eye(3)[:, :, None], atol=1e-9)
-
-
-@given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**32 - 1))
-@settings(max_examples=40, deadline=None)
-def test_products_of_whitened_vectors_are_those_of_the_precision(channels, bins, seed):
-    rng = np.random.default_rng(seed)
-    (f, k), covariance = correlated(rng, 2, channels, bins)
-    precision = np.linalg.inv(covariance)
-    expected = sum(f[:, j] @ precision[j] @ k[:, j] for j in range(bins))
-    assert np.allclose((whiten(f, covariance) * whiten(k, covariance)).sum(), expected, rtol=1e-6, atol=1e-6)
-    assert whiten(f[None, None], covariance).shape == (1, 1, channels, bins)
-
-
-def test_whitening_of_one_channel_divides_by_the_deviation_and_keeps_complex_numbers():
-    f, v = np.array([[[2.0 + 4j, 3]]]), np.array([4.0, 9])
-    assert np.allclose(whiten(f, v[:, None, None]), [[[1 + 2j, 1]]])
-
-
-@pytest.mark.parametrize("test", [cosine_test, matched_filter])
-def test_correlated_channels_need_the_covariance_and_not_the_variance_alone(test):
-    rng, (channels, bins) = np.random.default_rng(10), (3, 40)
-    mixing = np.linalg.cholesky(0.1 * np.eye(channels) + 0.9)  # correlation .9 between channels
-    noise = np.einsum("cd,bdm->bcm", mixing, rng.normal(size=(4000, channels, bins)))
-    key = np.repeat(rng.normal(size=(1, bins)), channels, 0)  # the same in every channel: variances add up
-    covariance = np.repeat((mixing @ mixing.T)[None], bins, 0)
-    white = test(whiten(noise, covariance).reshape(4000, -1), whiten(key, covariance).ravel())[1]
-    assert uniform(white) and within(white, 0.001)
-    assert not uniform(test(noise.reshape(4000, -1), key.ravel())[1])
 
 
 def test_conformal_p_by_hand():
@@ -374,7 +401,9 @@ def test_agreement_has_its_level(n, level):
 
 
 def test_agreement_sees_what_n_references_can_tell():
-    conformal = lambda k, n: (k + 1) / (n + 1)
+    def conformal(k: int, n: int) -> float:
+        return (k + 1) / (n + 1)
+
     assert agreement(1e-20, conformal(0, 999), 999) and not agreement(1e-20, conformal(1, 999), 999)
     assert agreement(0.01, conformal(10, 999), 999) and not agreement(0.01, conformal(40, 999), 999)
     assert not agreement(0.5, conformal(300, 999), 999) and agreement(0.5, conformal(8, 20), 20)
