@@ -116,7 +116,11 @@ class Key:
     def _checked(cls, path: Path, values: NDArray[np.float32], description: dict[str, Any]) -> Key:
         stored = description.pop("fingerprint")
         key = cls(values, description)
-        if key.fingerprint != stored or not np.isfinite(values).all():
+        try:
+            damaged = key.fingerprint != stored or not np.isfinite(values).all()
+        except RecursionError:  # a description so deep that it can be read and not written
+            damaged = True
+        if damaged:
             raise KeyFileError("key.fingerprint", "is damaged: its fingerprint does not fit its contents", subject=path)
         return key
 
