@@ -13,12 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ringmark.watermark.keys.key
-from ringmark.errors import KeyFileError
-from ringmark.watermark.keys.key import Key
+from ringmark.errors import KeyFileError, SchemeError
+from ringmark.watermark.keys.key import COMMON, READABLE, Key, refuse_existing
+from ringmark.watermark.schemes.base import scheme_of
 
 VALUES = np.array([[0.7310586, -1.2345678], [3.1415927, -0.0987654]], np.float32)
 PUBLIC = {
@@ -58,13 +59,13 @@ def put_description(path, text: str) -> None:
 
 
 def refused(act, path) -> str:
-    """The message, one line that names the path and shows no value, with which `act` fails."""
+    """The code of the error, one line that names the path and shows no value, with which `act` fails."""
     with pytest.raises(KeyFileError) as caught:
         act()
     message = str(caught.value)
-    assert message.startswith(f"{path}: ") and "\n" not in message
+    assert str(caught.value.subject) == str(path) and message.startswith(f"{path}: ") and "\n" not in message
     assert not shows_values(message + repr(caught.value))
-    return message
+    return caught.value.code
 
 
 def shows_values(text: str) -> bool:
@@ -136,7 +137,7 @@ def test_only_the_owner_may_read_it(tmp_path, umask, overwrite):
 def test_a_key_is_never_replaced_unasked(path):
     before = path.read_bytes()
     other = Key.new(-VALUES, **PUBLIC)
-    assert "--force" in refused(lambda: other.save(path), path)
+    assert refused(lambda: other.save(path), path) == "key.exists"
     assert path.read_bytes() == before and os.listdir(path.parent) == ["my.key"]
 
 
@@ -172,8 +173,8 @@ def test_a_failed_save_leaves_no_trace(path, monkeypatch, overwrite, call):
 
     target, before = path if overwrite else path.with_name("new.key"), path.read_bytes()
     monkeypatch.setattr(ringmark.watermark.keys.key.os, call, fail)
-    message = refused(lambda: Key.new(-VALUES, **PUBLIC).save(target, overwrite=overwrite), target)
-    assert os.strerror(errno.ENOSPC) in message and message.endswith("make room on the disk")
+    code = refused(lambda: Key.new(-VALUES, **PUBLIC).save(target, overwrite=overwrite), target)
+    assert code == "file.full"
     assert path.read_bytes() == before and os.listdir(path.parent) == ["my.key"]
 
 
@@ -184,21 +185,22 @@ def test_replacing_follows_links_and_leaves_what_is_no_file(path, tmp_path):
     os.mkfifo(pipe)
     other.save(link, overwrite=True)
     assert link.is_symlink() and Key.load(path).fingerprint == other.fingerprint
-    for overwrite in (False, True):
-        refused(lambda overwrite=overwrite: other.save(pipe, overwrite=overwrite), pipe)
+    assert refused(lambda: other.save(pipe), pipe) == "key.exists"
+    assert refused(lambda: other.save(pipe, overwrite=True), pipe) == "key.unwritable"
     assert stat.S_ISFIFO(pipe.stat().st_mode)
 
 
 def test_where_nothing_can_be_written(path, tmp_path):
     below = path / "x.key"  # its folder is a file
-    assert "--force" not in refused(lambda: KEY.save(below), below)
-    refused(lambda: KEY.save(tmp_path, overwrite=True), tmp_path)
+    assert refused(lambda: KEY.save(below), below) == "key.unwritable"
+    assert refused(lambda: KEY.save(tmp_path, overwrite=True), tmp_path) == "key.unwritable"
+    assert refused(lambda: KEY.save(tmp_path), tmp_path) == "key.output-folder"
     assert os.listdir(tmp_path) == ["my.key"]
 
 
 def test_missing_file_and_folder(tmp_path):
-    for name, said in (("none.key", "keygen"), ("no/such.key", "keygen"), (".", "is a folder")):
-        assert said in refused(lambda name=name: Key.load(tmp_path / name), tmp_path / name)
+    for name, code in (("none.key", "key.missing"), ("no/such.key", "key.missing"), (".", "key.folder")):
+        assert refused(lambda name=name: Key.load(tmp_path / name), tmp_path / name) == code
 
 
 @pytest.mark.parametrize(
@@ -216,7 +218,7 @@ def test_missing_file_and_folder(tmp_path):
 )
 def test_other_bytes(tmp_path, data):
     (tmp_path / "x.key").write_bytes(data)
-    refused(lambda: Key.load(tmp_path / "x.key"), tmp_path / "x.key")
+    assert refused(lambda: Key.load(tmp_path / "x.key"), tmp_path / "x.key") == "key.damaged"
 
 
 def test_a_truncated_or_lengthened_key(path):
@@ -232,7 +234,7 @@ def test_no_bit_of_the_values_can_be_turned(path):
         turned = bytearray(body)
         turned[i // 8] ^= 1 << i % 8
         put(path, header, bytes(turned))
-        assert "fingerprint" in refused(lambda: Key.load(path), path)
+        assert refused(lambda: Key.load(path), path) == "key.fingerprint"
 
 
 @pytest.mark.parametrize("field", [*PUBLIC, "fingerprint"])
@@ -240,26 +242,32 @@ def test_no_field_may_be_altered_or_missing(path, field):
     stored = json.loads(parts(path)[0]["__metadata__"]["ringmark"])
     same_type = {list: [1, 2, 3][: len(stored[field])], dict: {}, str: "other"}[type(stored[field])]
     put_description(path, json.dumps(stored | {field: same_type}))
-    assert "fingerprint" in refused(lambda: Key.load(path), path)
+    assert refused(lambda: Key.load(path), path) == "key.fingerprint"
     put_description(path, json.dumps({k: v for k, v in stored.items() if k != field}))
-    refused(lambda: Key.load(path), path)
-
-
-WRONG = {
-    **{field: 7 for field in (*PUBLIC, "created")},
-    "channels": ["0"],
-    "radii": [1, 2, 3],
-    "latent_shape": [4, 32],
-}
+    common = field in (*COMMON, "fingerprint")
+    assert refused(lambda: Key.load(path), path) == ("key.damaged" if common else "key.fingerprint")
 
 
 @pytest.mark.parametrize(
     "field, value",
-    [*WRONG.items(), ("channels", [True]), ("radii", [1.5, 3]), ("latent_shape", [4, None, 32]), ("channels", [{}])],
+    [*((field, 7) for field in COMMON), ("latent_shape", [4, 32]), ("latent_shape", [4, None, 32])]
+    + [("latent_shape", [4, 32, 0]), ("latent_shape", [4, True, 32])],
 )
 def test_types_are_checked_even_if_the_fingerprint_fits(path, field, value):
     Key(VALUES, KEY.metadata | {field: value}).save(path, overwrite=True)
-    refused(lambda: Key.load(path), path)
+    assert refused(lambda: Key.load(path), path) == "key.damaged"
+
+
+WRONG = [(field, 7) for field in PUBLIC if field not in COMMON]
+WRONG += [("channels", ["0"]), ("channels", [True]), ("channels", [{}]), ("radii", [1, 2, 3]), ("radii", [1.5, 3])]
+
+
+@pytest.mark.parametrize("field, value", WRONG)
+def test_types_of_a_schemes_own_fields_are_checked_by_the_scheme(path, field, value):
+    Key(VALUES, KEY.metadata | {field: value}).save(path, overwrite=True)
+    with pytest.raises(SchemeError) as caught:
+        scheme_of(Key.load(path))
+    assert "\n" not in str(caught.value) and caught.value.code in ("scheme.pattern", "scheme.description")
 
 
 @pytest.mark.parametrize(
@@ -331,7 +339,7 @@ def test_too_large_a_file_is_not_read(path, monkeypatch):
     monkeypatch.setattr(ringmark.watermark.keys.key, "MAX_BYTES", size)
     Key.load(path)
     monkeypatch.setattr(ringmark.watermark.keys.key, "MAX_BYTES", size - 1)
-    assert "too large" in refused(lambda: Key.load(path), path)
+    assert refused(lambda: Key.load(path), path) == "key.too-large"
 
 
 def test_nothing_large_is_allocated(path):
@@ -361,12 +369,81 @@ def test_nothing_large_is_allocated(path):
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
 def test_a_key_that_may_not_be_read(path):
     path.chmod(0)
-    assert "cannot be read" in refused(lambda: Key.load(path), path)
+    assert refused(lambda: Key.load(path), path) == "key.denied"
 
 
 def test_reading_that_is_forbidden_is_said_to_be(path, monkeypatch):
     def forbid(*_, **__):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(ringmark.watermark.keys.key.Path, "open", forbid)
-    assert "cannot be read" in refused(lambda: Key.load(path), path)
+    monkeypatch.setattr(os, "open", forbid)
+    assert refused(lambda: Key.load(path), path) == "key.denied"
+
+
+@pytest.mark.parametrize(
+    ("claim", "body"),
+    [
+        ({"shape": [2, 2, 1, 1, 1, 1, 1, 1, 1]}, 16),
+        ({"shape": [2, 3]}, 16),
+        ({"shape": []}, 4),
+        ({"shape": [0], "data_offsets": [0, 0]}, 0),
+        ({"shape": [True, 4]}, 16),
+        ({"shape": "22"}, 16),
+        ({"data_offsets": [4, 16]}, 16),
+        ({"shape": [2**62, 4]}, 16),
+    ],
+)
+def test_what_a_header_claims_is_checked_before_it_is_believed(tmp_path, monkeypatch, claim, body):
+    monkeypatch.setattr(np, "frombuffer", lambda *_, **__: pytest.fail("believed"))
+    monkeypatch.setattr(np, "empty", lambda *_, **__: pytest.fail("believed"))
+    header = json.dumps({"values": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, body]} | claim}).encode()
+    (tmp_path / "x.key").write_bytes(len(header).to_bytes(8, "little") + header + bytes(body))
+    assert refused(lambda: Key.load(tmp_path / "x.key"), tmp_path / "x.key") == "key.damaged"
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_a_damaged_file_is_refused_or_still_the_same_key(tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp() / "damaged"
+    folder.mkdir(exist_ok=True)
+    path = folder / "x.key"
+    key = Key(np.random.default_rng(0).normal(size=(1, 32, 32, 2)).astype(np.float32), KEY.metadata)
+    key.save(path, overwrite=True)
+    content = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, 700) | st.integers(0, len(content) - 1))
+    content[at : at + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
+    path.write_bytes(content)
+    try:
+        assert Key.load(path).fingerprint == key.fingerprint
+    except KeyFileError as error:
+        assert "\n" not in str(error)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files have no modes")
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o602, 0o666])
+def test_a_key_that_others_may_read_is_refused_unless_told(path, mode, monkeypatch):
+    path.chmod(mode)
+    assert refused(lambda: Key.load(path), path) == "key.readable"
+    monkeypatch.setenv(READABLE, "1")
+    assert Key.load(path).fingerprint == KEY.fingerprint
+    monkeypatch.setenv(READABLE, "")
+    assert refused(lambda: Key.load(path), path) == "key.readable"
+    path.chmod(0o400)
+    assert Key.load(path).fingerprint == KEY.fingerprint
+
+
+def test_a_commitment_binds_values_and_description_but_not_the_date():
+    values = VALUES.copy()
+    values.flat[0] *= 1 + 1e-6
+    assert KEY.commitment.startswith(KEY.fingerprint) and len(KEY.commitment) == 64
+    assert Key(values, KEY.metadata).commitment != KEY.commitment
+    assert Key(VALUES, KEY.metadata | {"radii": [2, 7]}).commitment != KEY.commitment
+    assert Key(VALUES, KEY.metadata | {"created": "1999"}).commitment == KEY.commitment
+
+
+def test_a_name_that_is_taken_is_refused(path, tmp_path):
+    refuse_existing(tmp_path / "new.key")
+    assert refused(lambda: refuse_existing(path), path) == "key.exists"
+    assert refused(lambda: refuse_existing(tmp_path), tmp_path) == "key.output-folder"
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    assert refused(lambda: refuse_existing(tmp_path / "dangling"), tmp_path / "dangling") == "key.exists"
