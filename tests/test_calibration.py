@@ -166,6 +166,7 @@ def test_one_channel_is_divided_by_its_deviation(calibration, fresh):
     assert np.allclose(judge(one, fresh[:50], calibration.null), cosine_test(white, key[0]))
 
 
+@pytest.mark.slow
 def test_what_all_images_share_is_taken_away():
     rng, shift = np.random.default_rng(21), np.random.default_rng(22).normal(size=SHAPE)
     made = Calibration.measure(recovered(rng, 300) + 0.3 * shift, SETTINGS, {"drawn": 300})
@@ -302,6 +303,7 @@ def test_cross_fitted_p_values_are_those_of_full_conformal_prediction():
     assert np.rint((n + 1) * np.abs(cross - full)).max() <= 3 and abs((cross - full).mean()) < 0.5 / (n + 1)
 
 
+@pytest.mark.slow
 def test_conformal_p_values_hold_their_level_over_calibrations():
     # From as few images as there may be, so that a covariance that had seen its references would show.
     some, p = scheme("rand", channels=(0, 1, 2), radii=(1, 7)), []

@@ -199,7 +199,7 @@ def test_regenerations_compose(tiny: LatentModel) -> None:
 
 def test_diffusion_adds_noise_to_a_level_and_walks_back() -> None:
     """With E = D = identity and ε = 0, DDIM only scales: x̂ = √(ᾱ_0/ᾱ_t) (√ᾱ_t x + √(1 − ᾱ_t) ε)."""
-    from test_detect import Identity
+    from identity import Identity
 
     class Plain(Identity):
         encode = decode = staticmethod(lambda x: x)

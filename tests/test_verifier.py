@@ -1,0 +1,227 @@
+"""From pictures to verdicts, on a model whose every map is the identity; with a search, what is searched and what p is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import torch
+from identity import MODEL, Identity, key, samples, verifier
+
+from ringmark.data.images import Sample, from_array
+from ringmark.errors import CalibrationError, KeyFileError, RingmarkError, SchemeError
+from ringmark.watermark.calibration import Calibration
+from ringmark.watermark.detect.geometry import Candidate
+from ringmark.watermark.detect.search import Found, Search
+from ringmark.watermark.detect.verifier import built_in_calibration, check_fit, fitting_calibration
+from ringmark.watermark.embed import initial_noise
+from ringmark.watermark.schemes.base import make_key
+from ringmark.watermark.schemes.tree_ring import TreeRing
+
+
+def drawn_calibration(recoverer, number: int = 50) -> Calibration:
+    """Of noises drawn as they come, as if this recoverer had recovered them."""
+    noise = initial_noise(list(range(number)), MODEL.latent_shape)
+    return Calibration.measure(noise, recoverer.settings.as_dict(), {"drawn": number})
+
+
+@pytest.mark.parametrize("pattern", ["ring", "rand", "zeros"])
+@pytest.mark.parametrize("method", ["encoder", "anderson", "guarded"])
+def test_marked_are_found_and_unmarked_are_not(pattern: str, method: str) -> None:
+    mine = key(1, pattern)
+    noise = initial_noise(list(range(8)), MODEL.latent_shape)
+    noise[:4] = TreeRing(mine).embed(noise[:4])
+    looking = verifier([mine], method=method, max_steps=4, steps=5)
+    verdicts = [j.best for j in looking.scan(samples(noise), batch=3)]
+    assert [v.present for v in verdicts] == [True] * 4 + [False] * 4
+    assert [v.sample_id for v in verdicts] == list(map(str, range(8)))
+    assert all(v.p_value < 1e-9 for v in verdicts[:4])
+    assert looking.image_size == MODEL.image_size
+
+
+def test_several_keys_are_tested_on_one_inversion_and_corrected_for() -> None:
+    keys = [key(i) for i in range(3)]
+    (sample,) = samples(TreeRing(keys[1]).embed(initial_noise([7], MODEL.latent_shape)))
+    together = verifier(keys, steps=3)
+    calls, original = [], together.recoverer.latents
+    together.recoverer.latents = lambda images: calls.append(len(images)) or original(images)
+    ((one,),) = (j.verdicts for j in verifier([keys[0]], steps=3).scan([sample]))
+    (all_three,) = (j.verdicts for j in together.scan([sample]))
+    assert [v.present for v in all_three] == [False, True, False] and calls == [1]
+    assert all_three[0].p_value == pytest.approx(min(1, 3 * one.p_value))
+    assert together.settings()["keys"] == sorted(k.fingerprint for k in keys)
+
+
+def test_results_do_not_depend_on_the_batch() -> None:
+    looking = verifier([key(3)], steps=3)
+    some = samples(initial_noise([1, 2, 3], MODEL.latent_shape))
+    whole, single = ([j.best.p_value for j in looking.scan(some, batch=batch)] for batch in (3, 1))
+    assert whole == pytest.approx(single, rel=1e-4)
+
+
+def test_flat_and_broken_images_are_inconclusive() -> None:
+    flat = Sample("flat", from_array(np.ones((3, 32, 32)) * np.array([0.1, -0.4, 0.8])[:, None, None]))
+    (judged,) = verifier([key(4)]).scan([flat])
+    verdict = judged.best
+    assert verdict.present is None and "flat" in verdict.sentence() and (verdict.shows, verdict.p_value) == (False, 1.0)
+
+    class Overflowing(Identity):
+        def predict(self, latents, level, schedule, cond):
+            return latents, torch.full_like(latents, torch.inf)
+
+    (judged,) = verifier([key(4)], model=Overflowing()).scan(samples(initial_noise([5], MODEL.latent_shape)))
+    verdict = judged.best
+    assert verdict.present is None and "range of numbers" in verdict.sentence() and np.isfinite(verdict.p_value)
+
+
+def test_a_key_of_another_model_or_shape_is_refused() -> None:
+    alien = make_key("tree-ring", (4, 64, 64), model={"name": "large"}, channels=(0,), radii=(2, 8))
+    for wrong, code, name in ((key(5, name="other", fingerprint="1"), "key.model", "other"), (alien, "key.latents", "large")):
+        for act in (lambda wrong=wrong: verifier([wrong]), lambda wrong=wrong: check_fit(wrong, MODEL)):
+            with pytest.raises(KeyFileError) as caught:
+                act()
+            assert caught.value.code == code and caught.value.subject == f"key {wrong.fingerprint[:8]}"
+            assert caught.value.details["model"] == name
+    with pytest.raises(RingmarkError, match="encoder") as caught:
+        verifier([], method="magic")
+    assert caught.value.code == "recovery.method-unknown"
+
+
+def test_settings_are_those_of_the_recovery_and_of_the_detector() -> None:
+    looking = verifier([key(1)], steps=3)
+    assert looking.settings() == looking.recoverer.settings.as_dict() | looking.detector.settings()
+    assert looking.settings()["steps"] == 3 and looking.settings()["model"] == MODEL.identity
+
+
+# --- on a calibration
+
+
+def test_a_calibration_of_other_settings_is_refused() -> None:
+    recoverer = verifier().recoverer
+    made = drawn_calibration(recoverer)
+    assert verifier(calibration=made).settings()["calibration"] == made.fingerprint
+    with pytest.raises(CalibrationError) as caught:
+        verifier(steps=3, calibration=made)
+    assert caught.value.code == "calibration.settings" and "steps was 2, is 3" in caught.value.fact
+    with pytest.raises(CalibrationError) as caught:
+        verifier([key(1, "zeros", (2, 11))], calibration=made)  # compares with what is outside
+    assert caught.value.code == "calibration.reach"
+
+
+def test_a_calibration_that_does_not_fit_is_left_aside_with_the_reason(tmp_path) -> None:
+    recoverer, other = verifier().recoverer, verifier(steps=3).recoverer
+    made = drawn_calibration(recoverer)
+    assert fitting_calibration(recoverer, [key(1)], made) == (made, "")
+    nothing, why = fitting_calibration(other, [key(1)], made)
+    assert nothing is None and "steps was 2, is 3" in why
+    nothing, why = fitting_calibration(recoverer, [key(1, "zeros", (2, 11))], made)
+    assert nothing is None and "holds rings up to 12" in why
+    assert built_in_calibration(recoverer, [key(1)], tmp_path) == (None, "")
+    made.save(tmp_path / Calibration.FILE)
+    found, why = built_in_calibration(recoverer, [key(1)], tmp_path)
+    assert found.fingerprint == made.fingerprint and not why
+    assert built_in_calibration(other, [key(1)], tmp_path)[0] is None
+    (tmp_path / Calibration.FILE).write_bytes(b"damaged")
+    with pytest.raises(CalibrationError) as caught:
+        built_in_calibration(recoverer, [key(1)], tmp_path)
+    assert caught.value.code == "calibration.damaged"
+
+
+# --- with a search
+
+
+@dataclass
+class Oracle:
+    """A search that finds one key at a p-value of one's choice."""
+
+    p_value: float
+    key: str
+    asked: list[str] = field(default_factory=list)
+
+    def __call__(self, model, schemes, null, samples, *, batch=8):
+        self.asked += [s.id for s in samples]
+        return [[self._found(s.id, name) for name in schemes] for s in samples]
+
+    def _found(self, sample_id: str, name: str) -> Found:
+        return Found(
+            sample_id=sample_id,
+            key=name,
+            score=0.5,
+            log10_p=float(np.log10(self.p_value)) if name == self.key else 0.0,
+            candidate=Candidate(30, 1.2),
+            shift=(1, 0),
+            tests=9,
+            inversions=3,
+            seconds=2.0,
+        )
+
+
+def noise_of(mine=None):
+    noise = initial_noise([31, 32], MODEL.latent_shape)
+    noise[:1] = TreeRing(mine).embed(noise[:1]) if mine else noise[:1]
+    return noise
+
+
+def test_only_what_the_ordinary_test_leaves_open_is_searched() -> None:
+    mine, other = key(1, "rand"), key(2, "rand")
+    oracle = Oracle(1e-9, other.fingerprint)
+    flat = Sample("flat", from_array(np.full((3, 32, 32), 0.3)))
+    some = [*samples(noise_of(mine)), flat]
+    ordinary = [j.verdicts for j in verifier([mine, other]).scan(some)]
+    marked, moved, blank = (j.verdicts for j in verifier([mine, other], search=oracle).scan(some, batch=2))
+    assert oracle.asked == ["1"]
+    assert [v.present for v in marked] == [True, False] and [v.present for v in blank] == [None, None]
+    assert marked[0].log10_p == pytest.approx(ordinary[0][0].log10_p + np.log10(2))
+    assert marked[1].p_value == pytest.approx(min(1, 2 * ordinary[0][1].p_value))
+    assert [v.present for v in moved] == [False, True]
+    assert moved[1].p_value == pytest.approx(2 * 2 * 1e-9) and moved[1].score == 0.5
+    assert 10 ** moved[1].log10_p == pytest.approx(moved[1].p_value)
+    assert "turned by 30°, enlarged 1.2 times" in moved[1].sentence()
+    assert moved[0].p_value == pytest.approx(min(1, 2 * ordinary[1][0].p_value)) and not moved[0].notes
+    assert moved[0].seconds > 2.0
+    assert [v.by_search for v in (*marked, *moved, *blank)] == [False, False, False, True, False, False]
+
+
+def test_a_weak_find_of_the_search_is_no_find() -> None:
+    mine = key(1, "rand")
+    looking = verifier([mine], search=Oracle(6e-4, mine.fingerprint))
+    (first,), (second,) = (j.verdicts for j in looking.scan(samples(noise_of())))
+    assert first.present is second.present is False and not first.by_search
+    assert first.p_value == pytest.approx(1.2e-3) and not first.notes
+
+
+def test_unmarked_images_pass_no_more_often_than_said() -> None:
+    search = Search(angles=(0, 45), scales=(1.0, 1.2), dear=1, steps=1)
+    looking = verifier([key(3, "rand")], steps=1, search=search)
+    some = samples(initial_noise(list(range(200, 320)), (3, 32, 32)))
+    p = np.array([j.best.p_value for j in looking.scan(some, 40)])
+    assert (p <= 0.05).mean() <= 0.05 + 3 * (0.05 * 0.95 / len(p)) ** 0.5
+
+
+def test_a_shifted_mark_is_found() -> None:
+    mine = key(4, "rand")
+    noise = torch.roll(noise_of(mine), (5, -3), (2, 3))
+    search = Search(angles=(0,), scales=(1.0,), dear=0, steps=1)
+    plain, searching = verifier([mine], steps=1), verifier([mine], steps=1, search=search)
+    without, found = (next(iter(d.scan(samples(noise)))).best for d in (plain, searching))
+    assert without.present is False and found.present and found.by_search
+    assert "moved 5 down and -3 right" in found.sentence()
+
+
+def test_settings_name_the_search_and_what_cannot_be_searched_for_is_refused() -> None:
+    assert verifier([key(1)], search=Search()).settings()["search"] == repr(Search())
+    assert "search" not in verifier([key(1)]).settings()
+    with pytest.raises(SchemeError) as caught:
+        verifier([key(1, "zeros")], search=Search())
+    assert caught.value.code == "scheme.no-search"
+    assert caught.value.subject == f"key {key(1, 'zeros').fingerprint[:8]}"
+
+
+def test_of_a_key_that_the_search_found_the_calibration_has_no_part() -> None:
+    mine = key(1, "rand")
+    made = drawn_calibration(verifier().recoverer)
+    looking = verifier([mine], calibration=made, search=Oracle(1e-9, mine.fingerprint))
+    (judged, *_) = looking.scan(samples(noise_of()))
+    assert judged.best.by_search and judged.best.conformal_p is None and judged.best.calibration == made.fingerprint
+    assert replace(judged.best, present=True) == judged.best
