@@ -112,8 +112,15 @@ def test_flat_images_and_broken_noise_are_inconclusive():
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
     images[0] = torch.tensor([0.1, -0.4, 0.8])[:, None, None]
     recovered = Recovered(images, INVERTERS["encoder"](MODEL, images), noise, 0.0)
-    flat, broken, fine = (verdict for (verdict,) in detector.judge(samples(initial_noise([1, 2, 3], (3, 32, 32))), recovered))
-    assert (flat.present, flat.shows, flat.p_value, flat.log10_p) == (None, False, 1.0, 0.0) and "flat" in flat.sentence()
+    flat, broken, fine = (
+        verdict for (verdict,) in detector.judge(samples(initial_noise([1, 2, 3], (3, 32, 32))), recovered)
+    )
+    assert (flat.present, flat.shows, flat.p_value, flat.log10_p) == (
+        None,
+        False,
+        1.0,
+        0.0,
+    ) and "flat" in flat.sentence()
     assert broken.present is None and "range of numbers" in broken.sentence() and np.isfinite(broken.score)
     assert fine.present is False and fine.shows
     assert [bool(blankness(*pair)) for pair in zip(images, noise, strict=True)] == [True, True, False]

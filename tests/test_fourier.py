@@ -1,4 +1,4 @@
-"""Frequencies and shifts; the placement of a mark follows the measured recovery; the cosine test as a scheme uses it."""
+"""Frequencies, shifts and the cosine test; the placement of a mark follows the measured recovery."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
 from ringmark.errors import SchemeError
 from ringmark.inversion.metrics import NoiseRecovery, rings
@@ -52,7 +51,7 @@ def test_the_mirror_of_a_transform_is_its_conjugate_where_the_noise_is_real(shap
     assert torch.allclose(mirror(torch.fft.fft2(noise)), torch.fft.fft2(noise).conj())
     values = some_transform(shape)
     assert torch.equal(mirror(mirror(values)), values)
-    ky, kx = signed_frequencies(*shape)
+    ky, _ = signed_frequencies(*shape)
     odd = ky.abs() * 2 < shape[0]  # Nyquist's frequency is its own mirror
     assert torch.equal(mirror(ky.expand(shape))[odd.expand(shape)], -ky.expand(shape)[odd.expand(shape)])
 
@@ -88,9 +87,7 @@ def test_a_cosine_test_is_that_of_the_statistics():
     template, observed = rng.normal(size=12), rng.normal(size=(40, 12))
     test = CosineTest(template, lambda noise: noise.numpy())
     scores = test.score(observed)
-    assert scores == pytest.approx(
-        observed @ template / np.linalg.norm(observed, axis=1) / np.linalg.norm(template)
-    )
+    assert scores == pytest.approx(observed @ template / np.linalg.norm(observed, axis=1) / np.linalg.norm(template))
     assert 10 ** test.log10_p(scores) == pytest.approx(cosine_p(scores, 12))
     assert np.array_equal(test.log10_p(scores, references=rng.normal(size=50)), test.log10_p(scores))
     assert test.matched_filter(observed) == pytest.approx(matched_filter(observed, template)[0])

@@ -55,7 +55,7 @@ def template(key: Key) -> np.ndarray:
 
 
 def turned(key: Key, cosine: float, seed: int = 9) -> Key:
-    """A key whose features have this cosine with those of `key`, of one channel: turned towards one orthogonal to it."""
+    """A key whose features have this cosine with those of `key`, of one channel: turned towards another."""
     scheme = TreeRing(key)
     other = TreeRing(maker(seed, scheme.placement)())
     a, b = template(key), template(maker(seed, scheme.placement)())

@@ -176,7 +176,9 @@ def test_pictures_are_judged_beside_those_of_another_scheme():
     judged = list(verifier([mine, other]).scan(samples(noise)))
     assert [[v.present for v in j.verdicts] for j in judged] == [[True, False], [False, True], [False, False]]
     assert judged[0].best.statistics == {} and set(judged[1].best.statistics) == {"published_distance", "published_p"}
-    assert judged[0].best.record()["score"] > 5 and judged[0].sentence().startswith(f"carries key {mine.fingerprint[:8]}")
+    assert judged[0].best.record()["score"] > 5 and judged[0].sentence().startswith(
+        f"carries key {mine.fingerprint[:8]}"
+    )
 
 
 def test_rings_of_its_keys_are_told_apart(tmp_path):
@@ -228,7 +230,9 @@ def test_a_key_comes_back_from_its_file(tmp_path_factory, channels, rows, column
     assert back.metadata == made.metadata and np.array_equal(back.values, made.values)
     assert (back.fingerprint, back.commitment) == (made.fingerprint, made.commitment)
     assert torch.equal(scheme_of(back).embed(noise), scheme_of(made).embed(noise))
-    assert scheme_of(back).free == channels * rows * columns and load_folder(path.parent)[path].metadata == made.metadata
+    assert (
+        scheme_of(back).free == channels * rows * columns and load_folder(path.parent)[path].metadata == made.metadata
+    )
     assert describe(back)["block"] == block and "values" not in describe(back)
 
 

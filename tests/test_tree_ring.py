@@ -428,7 +428,9 @@ def test_keys_of_a_kind_observe_the_same(pattern, mask):
     assert one.kind == other.kind and hash(one.kind) == hash(other.kind)
     assert np.array_equal(one.on(null).observe(noise), other.on(null).observe(noise))
     assert one.kind != scheme(shape, PLACEMENTS[0], pattern, mask).kind
-    assert {one.kind != scheme(shape, place, p, m).kind for p in PATTERNS for m in MASKS if (p, m) != (pattern, mask)} == {True}
+    assert {
+        one.kind != scheme(shape, place, p, m).kind for p in PATTERNS for m in MASKS if (p, m) != (pattern, mask)
+    } == {True}
 
 
 @every_pattern

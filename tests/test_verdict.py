@@ -78,11 +78,16 @@ def _of_both(noise: torch.Tensor, first: Key, second: Key) -> torch.Tensor:
 
 def test_a_verdict_in_words():
     assert VERDICT.sentence() == "does not carry key 01234567, p = 0.25"
-    assert replace(VERDICT, present=True, notes=("resized", "x")).sentence() == "carries key 01234567, p = 0.25; resized; x"
+    assert (
+        replace(VERDICT, present=True, notes=("resized", "x")).sentence()
+        == "carries key 01234567, p = 0.25; resized; x"
+    )
     assert replace(VERDICT, present=None).sentence().startswith("inconclusive for key 01234567, ")
 
 
-@pytest.mark.parametrize("p, text", [(2e-9, "p = 2e-09"), (0.25, "p = 0.25"), (0.0, "p < 1e-300"), (1e-305, "p < 1e-300")])
+@pytest.mark.parametrize(
+    "p, text", [(2e-9, "p = 2e-09"), (0.25, "p = 0.25"), (0.0, "p < 1e-300"), (1e-305, "p < 1e-300")]
+)
 def test_a_p_value_too_small_to_be_held_is_a_bound(p, text):
     assert p_text(p) == text
 

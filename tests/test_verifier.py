@@ -1,4 +1,4 @@
-"""From pictures to verdicts, on a model whose every map is the identity; with a search, what is searched and what p is."""
+"""From pictures to verdicts, on a model whose every map is the identity; what is searched, and what p is then."""
 
 from __future__ import annotations
 
@@ -77,7 +77,10 @@ def test_flat_and_broken_images_are_inconclusive() -> None:
 
 def test_a_key_of_another_model_or_shape_is_refused() -> None:
     alien = make_key("tree-ring", (4, 64, 64), model={"name": "large"}, channels=(0,), radii=(2, 8))
-    for wrong, code, name in ((key(5, name="other", fingerprint="1"), "key.model", "other"), (alien, "key.latents", "large")):
+    for wrong, code, name in (
+        (key(5, name="other", fingerprint="1"), "key.model", "other"),
+        (alien, "key.latents", "large"),
+    ):
         for act in (lambda wrong=wrong: verifier([wrong]), lambda wrong=wrong: check_fit(wrong, MODEL)):
             with pytest.raises(KeyFileError) as caught:
                 act()
