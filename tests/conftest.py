@@ -14,18 +14,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; processes th
 import pytest
 from hypothesis import settings
 
-# Still on the interfaces of before; each is converted with its module, and this list ends with the last.
-collect_ignore = [
-    "test_calibrate.py",
-    "test_calibration.py",
-    "test_detect.py",
-    "test_geometry.py",
-    "test_keyring.py",
-    "test_searching.py",
-    "test_statistics.py",
-    "test_tree_ring.py",
-]
-
 pytest_plugins = ["checkpoints"]
 
 settings.register_profile("ringmark", deadline=None, derandomize=True, database=None)

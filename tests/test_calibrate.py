@@ -18,7 +18,7 @@ from ringmark.data.images import read_sample, to_array
 from ringmark.data.sources import find_images
 from ringmark.errors import CalibrationError, ImageError, SchemeError
 from ringmark.inversion.decoder import INVERTERS
-from ringmark.inversion.metrics import NoiseRecovery, rings
+from ringmark.inversion.noise_recovery import NoiseRecovery, rings
 from ringmark.inversion.recover import Recoverer
 from ringmark.watermark.calibration import LEAST, Calibration
 from ringmark.watermark.cli.main import main
@@ -26,8 +26,8 @@ from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.schemes.fourier import Placement
 from ringmark.watermark.tasks import load
-from ringmark.watermark.tasks.audit import draw
 from ringmark.watermark.tasks.calibrate import KNOWN, Unmarked, calibrate, recovery_of
+from ringmark.watermark.tasks.draw import draw
 from ringmark.watermark.tasks.keygen import new_key
 
 WAY = ["--method", "encoder", "--steps", "2"]
@@ -253,7 +253,7 @@ def test_verify_and_audit_go_by_a_calibration(house, run, pictures, tmp_path):
     assert records[0]["conformal_p"] == pytest.approx(1 / 46) and 1 / 46 < records[1]["conformal_p"] <= 1
     assert {r["calibration"] for r in json.loads(run("verify", *pictures, "--json", code=1))} == {None}
     audit = ["audit", tmp_path / "pictures", *pictures[2:], "-o", tmp_path / "results.jsonl"]
-    assert "1 carry a key, 1 do not" in run(*audit, *calibration)
+    assert "1 with a key, 1 without" in run(*audit, *calibration)
     assert "calibration was" in run(*audit, code=2)
     run("verify", pictures[0], *pictures[2:], *calibration, "--explain", tmp_path / "why.png")
 

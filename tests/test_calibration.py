@@ -20,7 +20,7 @@ from scipy import stats
 import ringmark.data.files
 import ringmark.watermark.calibration
 from ringmark.errors import CalibrationError, KeyFileError
-from ringmark.inversion.metrics import NoiseRecovery, rings
+from ringmark.inversion.noise_recovery import NoiseRecovery, rings
 from ringmark.watermark.calibration import BORROWED, FOLDS, LEAST, Calibration, smooth
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.null import Null

@@ -10,7 +10,7 @@ from scipy import stats
 
 from ringmark.errors import CalibrationError, SchemeError
 from ringmark.inversion.decoder import INVERTERS
-from ringmark.inversion.metrics import rings
+from ringmark.inversion.noise_recovery import rings
 from ringmark.inversion.recover import Recovered
 from ringmark.inversion.solve import Solution, Status
 from ringmark.watermark.calibration import Calibration

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringmark.errors import SchemeError
-from ringmark.inversion.metrics import NoiseRecovery, rings
+from ringmark.inversion.noise_recovery import NoiseRecovery, rings
 from ringmark.watermark.schemes.fourier import (
     CosineTest,
     Placement,

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from ringmark.errors import SchemeError
-from ringmark.inversion.metrics import rings
+from ringmark.inversion.noise_recovery import rings
 from ringmark.watermark.attacks.chains import apply
 from ringmark.watermark.detect.geometry import IDENTITY, Candidate, best_shift, undo, window
 from ringmark.watermark.null import Null

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from identity import MODEL
 from scipy import stats
 
-from ringmark.inversion.metrics import NoiseRecovery, rings
+from ringmark.inversion.noise_recovery import NoiseRecovery, rings
 from ringmark.watermark.null import Null, spectrum
 from ringmark.watermark.schemes.base import make_key
 from ringmark.watermark.schemes.tree_ring import TreeRing

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from ringmark.errors import SchemeError
-from ringmark.inversion.metrics import rings
+from ringmark.inversion.noise_recovery import rings
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.null import Null
 from ringmark.watermark.schemes.base import make_key, scheme_of
