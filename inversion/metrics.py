@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ringmark.inversion.solve import Method, Residual, evaluated, norms
 
-__all__ = ["Walk", "cocoercivity", "correlation", "high_frequency_share", "nmse_db", "trace"]
+__all__ = ["Walk", "cocoercivity", "correlation", "nmse_db", "trace"]
 
 
 def nmse_db(estimate: Tensor, truth: Tensor) -> Tensor:
@@ -114,16 +114,3 @@ class Walk:
         """
         before, after = self.distances[:-1].square(), self.distances[1:].square()
         return 1 - (rho * (2 * self.lowest - rho) * self.sizes[:-1].square() + after) / before
-
-
-def high_frequency_share(images: Tensor, above: float = 0.25) -> Tensor:
-    """(B,) in [0, 1]: the share of each image's energy, without its mean, at radial frequencies above `above`.
-
-    images (B, C, H, W). Frequency 1 is Nyquist's along either side, so that size and aspect do not matter.
-    """
-    power = torch.fft.fft2(images.double().cpu()).abs().square().sum(1)
-    ky, kx = (torch.fft.fftfreq(n, dtype=torch.float64) for n in images.shape[-2:])
-    radius = 2 * torch.hypot(ky[:, None], kx[None])
-    power[:, 0, 0] = 0
-    share: Tensor = power[:, radius > above].sum(1) / power.sum((1, 2)).clamp_min(torch.finfo(torch.float64).tiny)
-    return share

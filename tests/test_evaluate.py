@@ -74,7 +74,7 @@ def quick():
         patch.setattr(quality, "train_classifiers", lambda *_: train(20, 5, quality.SCENE_SIZE))
         patch.setattr(cells, "bootstrap_interval", partial(bootstrap, draws=50))
         patch.setattr(quality, "frechet_test", partial(quality.frechet_test, draws=20))
-        patch.setattr(task, "write_plots", lambda *_: None)
+        patch.setattr(task, "write_plots", lambda *_, **__: None)
         yield
 
 

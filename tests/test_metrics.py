@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ringmark.inversion.metrics import cocoercivity, correlation, high_frequency_share, nmse_db
+from ringmark.inversion.metrics import cocoercivity, correlation, nmse_db
 
 
 def draw(*shape, seed=0):
@@ -42,10 +42,3 @@ def test_correlation_knows_no_scale_or_offset():
     assert torch.allclose(correlation(3 * x + 1, x), torch.ones(3), atol=1e-5)
     assert torch.allclose(correlation(-x, x), -torch.ones(3), atol=1e-5)
     assert correlation(x, y).abs().max() < 0.2
-
-
-def test_high_frequencies_are_those_of_fine_stripes():
-    x = torch.arange(32.0)
-    stripes = {period: torch.cos(2 * torch.pi * x / period).expand(1, 1, 32, 32) for period in (2, 16)}
-    assert high_frequency_share(stripes[2] + 5) == pytest.approx(1) and high_frequency_share(stripes[16]) < 1e-9
-    assert high_frequency_share(torch.ones(1, 3, 8, 8)) == 0

@@ -10,22 +10,18 @@ import pytest
 import torch
 
 from ringmark.data.scenes import scene
+from scripts import train_pocket_flow as script
 
 ALPHA_BAR = torch.linspace(0.999, 0.005, 100)
 
 
-@pytest.fixture(scope="module")
-def script(scripts):
-    return scripts("train_pocket_flow")
-
-
 @pytest.fixture(autouse=True)
-def single_precision(script, monkeypatch):
+def single_precision(monkeypatch):
     monkeypatch.setattr(script, "mixed_precision", nullcontext)
 
 
 @pytest.fixture
-def pocket(script, tiny_parts):
+def pocket(tiny_parts):
     return script.Pocket(
         vae=tiny_parts["vae"],
         text=tiny_parts["text_encoder"],
@@ -36,7 +32,7 @@ def pocket(script, tiny_parts):
 
 
 @pytest.fixture
-def corpus(script, pocket):
+def corpus(pocket):
     latents = torch.randn(2, 6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     states = pocket.states([scene(i, 16).caption for i in range(6)])
     return script.Corpus(latents=latents, states=states, empty=pocket.states([""]))
@@ -51,7 +47,7 @@ def noise(count: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
-def test_paths_to_a_single_point_are_straight_so_one_step_is_exact(script):
+def test_paths_to_a_single_point_are_straight_so_one_step_is_exact():
     point = noise(1, seed=2)
     unet = network(lambda z, t: (z - point) / (t / 1000))
     states = torch.zeros(3, 5, 2)
@@ -61,7 +57,7 @@ def test_paths_to_a_single_point_are_straight_so_one_step_is_exact(script):
         assert torch.allclose(drawn, point.expand(3, -1, -1, -1), atol=1e-4)
 
 
-def test_the_velocity_of_a_noise_predictor_is_that_of_the_flow(script, pocket):
+def test_the_velocity_of_a_noise_predictor_is_that_of_the_flow(pocket):
     """For x0 ~ N(0, I) the posterior means are known: ε̂ = √(1 − ᾱ) z, and v = (2σ − 1) / (σ² + (1 − σ)²) z_σ."""
     ratio = ((1 - ALPHA_BAR) / ALPHA_BAR).log() / 2
 
@@ -76,7 +72,7 @@ def test_the_velocity_of_a_noise_predictor_is_that_of_the_flow(script, pocket):
     assert torch.allclose(gaussian.velocity(z, sigma, torch.zeros(4, 5, 2)), expected, atol=1e-3)
 
 
-def test_a_warm_start_knows_the_time(script, pocket):
+def test_a_warm_start_knows_the_time(pocket):
     warm = pocket.warm_start()
     sigma = torch.linspace(0.05, 0.9, 20)
     old = pocket.unet.time_embedding(pocket.unet.time_proj(pocket.timestep(sigma)))
@@ -87,7 +83,7 @@ def test_a_warm_start_knows_the_time(script, pocket):
     assert torch.equal(warm.conv_in.weight, pocket.unet.conv_in.weight)
 
 
-def test_levels_lie_on_the_path(script):
+def test_levels_lie_on_the_path():
     for draw in (script.logit_normal, script.both_ends):
         sigma = draw(4000, torch.Generator().manual_seed(0))
         assert sigma.shape == (4000,) and 0 <= sigma.min() and sigma.max() <= 1
@@ -95,7 +91,7 @@ def test_levels_lie_on_the_path(script):
     assert ((sigma < 0.25) | (sigma > 0.75)).float().mean() > 0.6 or draw is script.logit_normal
 
 
-def test_a_picture_shows_eight_captions_at_three_numbers_of_steps(script, pocket, tmp_path):
+def test_a_picture_shows_eight_captions_at_three_numbers_of_steps(pocket, tmp_path):
     from PIL import Image
 
     run = script.Run(tmp_path / "flow.safetensors", {"unet": pocket.unet}, lr=1e-3)
@@ -103,7 +99,7 @@ def test_a_picture_shows_eight_captions_at_three_numbers_of_steps(script, pocket
     assert Image.open(tmp_path / "flow-00000.png").size == (8 * 16, 3 * 16)
 
 
-def plan_of(script, **changes):
+def plan_of(**changes):
     steps = {"scenes": 6, "flow": 3, "reflow": 3, "onestep": 4}
     drawing = {"pairs": 40, "pair_steps": 2, "guidance": 2.0, "batch": 4, "every": 2}
     return script.Plan(**(steps | drawing | changes))
@@ -118,17 +114,17 @@ def die_at(function, fatal: int):
     return loss
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(script, pocket, corpus, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_bit_for_bit(pocket, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "picture_of", lambda *_: lambda: None)
     (tmp_path / "whole").mkdir()
     (tmp_path / "stopped").mkdir()
-    whole, _ = script.train(tmp_path / "whole", pocket, corpus, plan_of(script))
+    whole, _ = script.train(tmp_path / "whole", pocket, corpus, plan_of())
     for name, step in (("flow_loss", 2), ("reflow_loss", 1), ("one_step_loss", 3)):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(script, name, die_at(getattr(script, name), step))
-            script.train(tmp_path / "stopped", pocket, corpus, plan_of(script))
-    again, pairs = script.train(tmp_path / "stopped", pocket, corpus, plan_of(script))
-    description = script.describe(again, pairs, plan_of(script))
+            script.train(tmp_path / "stopped", pocket, corpus, plan_of())
+    again, pairs = script.train(tmp_path / "stopped", pocket, corpus, plan_of())
+    description = script.describe(again, pairs, plan_of())
     assert "--flow-steps 3" in description["command"] and "40 pairs in" in description["times"]
     for name, run in whole.items():
         assert run.step == again[name].step
@@ -137,9 +133,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(script, pocket, corpus, tmp_path, mon
     assert not list((tmp_path / "stopped").rglob("*.tmp"))
 
 
-def test_pairs_are_the_flows_own_and_more_of_them_begin_with_the_same(script, pocket, corpus, tmp_path):
-    few = script.draw_pairs(tmp_path / "few", pocket.unet, corpus, plan_of(script, pairs=5))
-    many = script.draw_pairs(tmp_path / "many", pocket.unet, corpus, plan_of(script))
+def test_pairs_are_the_flows_own_and_more_of_them_begin_with_the_same(pocket, corpus, tmp_path):
+    few = script.draw_pairs(tmp_path / "few", pocket.unet, corpus, plan_of(pairs=5))
+    many = script.draw_pairs(tmp_path / "many", pocket.unet, corpus, plan_of())
     assert len(few.noise) == 5 and len(many.noise) == 40
     assert torch.equal(few.latents, many.latents[:5])
     states = corpus.states[few.captions.long()]
@@ -147,7 +143,7 @@ def test_pairs_are_the_flows_own_and_more_of_them_begin_with_the_same(script, po
     assert torch.allclose(drawn, few.latents.float(), atol=1e-2)
 
 
-def test_the_last_stage_that_began_is_exported_averaged(script, pocket, tmp_path):
+def test_the_last_stage_that_began_is_exported_averaged(pocket, tmp_path):
     for name, value in (("flow", 1.0), ("reflow", 2.0)):
         unet = copy.deepcopy(pocket.unet)
         run = script.Run(tmp_path / f"{name}.safetensors", {"unet": unet}, lr=1e-3)
@@ -157,7 +153,7 @@ def test_the_last_stage_that_began_is_exported_averaged(script, pocket, tmp_path
     assert torch.equal(script.latest(tmp_path, pocket).conv_out.bias, torch.full((4,), 2.0))
 
 
-def test_the_folder_is_one_that_diffusers_loads(script, pocket, tmp_path):
+def test_the_folder_is_one_that_diffusers_loads(pocket, tmp_path):
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
     from safetensors.torch import load_file
 
