@@ -243,7 +243,7 @@ class _Reader:
             except Exception:
                 if image.im is before:
                     image._size = size
-        return "turned by its EXIF orientation" if self._turned or image.im is not before else None
+        return "rotated by its EXIF orientation" if self._turned or image.im is not before else None
 
     def _has_more(self, image: Image.Image) -> bool:
         """Whether there is a second frame, as far as that can be told quickly."""

@@ -242,7 +242,7 @@ def pictures(tmp_path) -> list:
 
 def test_verify_and_audit_go_by_a_calibration(house, run, pictures, tmp_path):
     calibration = ["--calibration", house / "my.cal", "--alpha", 0.03]
-    assert "45 unmarked images confirm no p below" in run("verify", *pictures, *calibration[:2], code=2)
+    assert "45 unmarked images cannot confirm p below" in run("verify", *pictures, *calibration[:2], code=2)
     with pytest.raises(CalibrationError) as caught:
         Calibration.load(house / "my.cal").check_level(1e-3)
     assert (caught.value.code, caught.value.details["needed"]) == ("calibration.level", 999)

@@ -331,7 +331,7 @@ def test_a_key_beyond_the_stored_rings_is_refused(calibration, changes):
 
 def test_too_few_images_for_a_level(calibration):
     calibration.check_level(0.01)
-    with pytest.raises(CalibrationError, match=r"300 unmarked images confirm no p below 0.0033, ") as caught:
+    with pytest.raises(CalibrationError, match=r"300 unmarked images cannot confirm p below 0.0033, ") as caught:
         calibration.check_level(1e-3)
     assert caught.value.code == "calibration.level" and caught.value.details["needed"] == 999
 

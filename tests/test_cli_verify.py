@@ -116,7 +116,7 @@ def test_a_turned_picture_is_searched(house: Path, tmp_path: Path, monkeypatch: 
     run("attack", pictures(house, "marked")[0], tmp_path / "turned.png", "--attack", "rotation:30")
     asked = ["verify", tmp_path / "turned.png", "--key", house / "my.key", *QUICK]
     assert "does not carry" in run(*asked, code=1).output
-    assert "turned by 30°" in run(*asked, "--search").output
+    assert "rotated by 30°" in run(*asked, "--search").output
     run("keygen", "-o", tmp_path / "zeros.key", "--pattern", "zeros")
     message = refused(*asked[:2], "--key", tmp_path / "zeros.key", "--search", *QUICK)
     assert "cannot be searched for" in message and "--search" in message

@@ -211,7 +211,7 @@ def test_exif_orientation_is_applied_once(tmp_path, suffix, orientation):
         **({"quality": 95} if suffix == "jpg" else {}),
         **({"lossless": True} if suffix == "webp" else {}),
     )
-    seen = pixels(path, *(["turned by its EXIF orientation"] if orientation > 1 else []))
+    seen = pixels(path, *(["rotated by its EXIF orientation"] if orientation > 1 else []))
     assert seen.shape == (32, 48, 3)
     assert np.abs(seen.astype(int) - np.asarray(upright)).mean() < 6
 

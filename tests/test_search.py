@@ -54,7 +54,7 @@ def test_turned_noise_ranks_what_was_turned(pocket):
 
 def test_what_was_found_in_words():
     found = Found("a", "k", 0.5, -400.0, Candidate(75.0, 1.27), (2.0, -1.5), 9, 3, 1.0)
-    assert found.note == "found by the search: turned by 75°, enlarged 1.27 times, noise moved 2 down and -1.5 right"
+    assert found.note == "found by the search: rotated by 75°, enlarged 1.27 times, noise shifted 2 down and -1.5 right"
     assert Found("a", "k", 0.5, -2.0, IDENTITY, (0.0, 0.0), 9, 3, 1.0).note.endswith(": unchanged")
     assert found.p_value == 0 and Found("a", "k", 0.5, -2.0, IDENTITY, (0.0, 0.0), 9, 3, 1.0).p_value == 0.01
 

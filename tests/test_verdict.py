@@ -62,7 +62,7 @@ def test_the_sentence_names_the_keys_that_fit():
     assert {v.key for v in fitting.present} == {first.fingerprint, second.fingerprint}
     assert fitting.sentence().startswith("carries 2 keys: ")
     assert all(k.fingerprint[:8] in fitting.sentence() for k in (first, second))
-    assert judged(ring, noise).sentence().startswith("carries none of 8 keys, nearest ")
+    assert judged(ring, noise).sentence().startswith("carries none of 8 keys, best fit ")
     assert judged([first], noise).sentence().startswith(f"does not carry key {first.fingerprint[:8]}, p = ")
     weak = 0.2 * one + noise  # of which p is neither 0 nor 1
     p = {n: judged(ring[-n:], weak).verdicts[-2].p_value for n in (2, 4)}

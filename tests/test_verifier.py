@@ -72,7 +72,7 @@ def test_flat_and_broken_images_are_inconclusive() -> None:
 
     (judged,) = verifier([key(4)], model=Overflowing()).scan(samples(initial_noise([5], MODEL.latent_shape)))
     verdict = judged.best
-    assert verdict.present is None and "range of numbers" in verdict.sentence() and np.isfinite(verdict.p_value)
+    assert verdict.present is None and "overflowed" in verdict.sentence() and np.isfinite(verdict.p_value)
 
 
 def test_a_key_of_another_model_or_shape_is_refused() -> None:
@@ -180,7 +180,7 @@ def test_only_what_the_ordinary_test_leaves_open_is_searched() -> None:
     assert [v.present for v in moved] == [False, True]
     assert moved[1].p_value == pytest.approx(2 * 2 * 1e-9) and moved[1].score == 0.5
     assert 10 ** moved[1].log10_p == pytest.approx(moved[1].p_value)
-    assert "turned by 30°, enlarged 1.2 times" in moved[1].sentence()
+    assert "rotated by 30°, enlarged 1.2 times" in moved[1].sentence()
     assert moved[0].p_value == pytest.approx(min(1, 2 * ordinary[1][0].p_value)) and not moved[0].notes
     assert moved[0].seconds > 2.0
     assert [v.by_search for v in (*marked, *moved, *blank)] == [False, False, False, True, False, False]

@@ -1,11 +1,11 @@
-"""The null, measured: what recovered noise looks like in images that nobody marked.
+"""The measured null: what noise recovered from unmarked images looks like.
 
-The mean is subtracted, the covariance whitens, and what is left is scored. A reference that had helped to measure the
-null by which it is scored would not be exchangeable with a new image, so references are cross-fitted: in FOLDS parts,
-each scored by the null of the others. A new image is scored by the null of all. The two differ by no more than the
-sampling error of one part, and no image is lost to either task; the price is that P(p ≤ α) ≤ α is measured, not proved.
-The tests hold it against the exact and slow way, in which the new image takes part in the null and all are scored
-alike (full conformal prediction, arXiv 0706.3188; on folds see arXiv 1905.02928).
+Before scoring, noise is centred by the mean and whitened by the covariance. A reference scored by a null that it helped
+to measure would not be exchangeable with a new image, so references are cross-fitted: they are split into FOLDS parts,
+and each part is scored by the null of the others. A new image is scored by the null of all parts. The two nulls differ
+by no more than the sampling error of one part, and every image serves both purposes. The price is that P(p ≤ α) ≤ α is
+measured rather than proved. The tests compare it with the exact but slow way, in which the new image is included in the
+null and all images are scored alike (full conformal prediction, arXiv 0706.3188; on folds see arXiv 1905.02928).
 """
 
 from __future__ import annotations
@@ -37,29 +37,30 @@ if TYPE_CHECKING:
 __all__ = ["FOLDS", "Calibration", "check_number", "shrunk_mean", "smooth"]
 
 FOLDS = 10
-KERNEL = (1.0, 0.5, 0.25)  # what a ring, its neighbours and theirs count for
-BORROWED = 1000  # real numbers, a relative error of √(2/1000) = 4.5 % of a variance: no neighbour lends more
+KERNEL = (1.0, 0.5, 0.25)  # weights of a ring, its neighbours and the next ones
+BORROWED = 1000  # most real numbers that a neighbour lends; a variance then has a relative error of √(2/1000) = 4.5 %
 LEAST = needed_references(0.05)
 MAX_BYTES, MAX_LATENT = 1 << 30, 1 << 22
-RECOVERY = ("attenuation", "variance")  # tensors of the file where recoverability was measured, neither where not
+RECOVERY = ("attenuation", "variance")  # tensors in the file if recovery was measured
 HEADER = "ringmark calibration"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """The null of one model under one way of inversion, from n unmarked images; make one with `measure` or `load`.
+    """The null of one model and one inversion, from n unmarked images; made by `measure` or `load`.
 
-    `power` (FOLDS, R, C, C) float64: Re F F* across channels, the mean over the bins of a ring and the images i of a
-    part, i mod FOLDS. `spectra` (n, C, m, 2) float16: each image's bins (of rfft2) up to ring `reach`, from which the
-    scores of any key are computed; 4 C m bytes an image, 4.1 kB for pocket's 4×32×32 latents up to ring 12, 15 kB for
-    4×64×64 up to 24. They are rough copies of the noises, and with the model at hand of the pictures: keep the file as
-    private as those. `settings` is what the recovered noise depends on; `sources` counts images by kind. `recovery`,
-    float64 where it was measured, says where a mark comes back best. `name` begins messages; of a file it is its path.
+    `power` (FOLDS, R, C, C) float64: Re F F* across channels, averaged over the bins of a ring and the images of a
+    part; image i belongs to part i mod FOLDS. `spectra` (n, C, m, 2) float16: each image's bins (of rfft2) up to ring
+    `reach`, from which the scores of any key are computed. They take 4 C m bytes per image: 4.1 kB for pocket's 4×32×32
+    latents up to ring 12, 15 kB for 4×64×64 up to 24. They are rough copies of the noises and, given the model, of the
+    pictures: keep the file as private as the pictures. `settings` is what the recovered noise depends on; `sources`
+    counts images by kind. `recovery` (float64), if it was measured, shows where a mark is best recovered. `name` is the
+    subject of error messages: the path of a file.
     """
 
     FILE: ClassVar[str] = "calibration.safetensors"
-    """What a model's folder calls the one that belongs to it."""
+    """File name of the calibration in a model's folder."""
 
     power: Array
     spectra: NDArray[np.float16]
@@ -80,10 +81,11 @@ class Calibration:
         reach: int | None = None,
         recovery: NoiseRecovery | None = None,
     ) -> Calibration:
-        """From recovered noise (n, C, h, w) of unmarked images; `settings` is `RecoverySettings.as_dict()`.
+        """Measure a calibration on recovered noise (n, C, h, w) of unmarked images.
 
-        `reach` is three eighths of the shorter side unless given: rings beyond rarely survive compression. Raises
-        CalibrationError for fewer images than LEAST, for noise that is not finite or has no power somewhere.
+        `settings` is `RecoverySettings.as_dict()`. `reach` defaults to three eighths of the shorter side: rings beyond
+        rarely survive compression. Raises CalibrationError for fewer images than LEAST, and for noise that is not
+        finite or has no power on some ring.
         """
         noise = np.asarray(noise)
         check_number(len(noise))
@@ -93,7 +95,7 @@ class Calibration:
         if len(broken):
             raise CalibrationError(
                 "calibration.not-finite",
-                f"{len(broken)} of {len(noise)} noises are not finite, number {broken[0]} the first",
+                f"{len(broken)} of {len(noise)} noises are not finite, the first is number {broken[0]}",
             )
         channels, height, width = map(int, noise.shape[1:])
         reach = min(height, width) * 3 // 8 if reach is None else reach
@@ -112,7 +114,7 @@ class Calibration:
 
     @property
     def n(self) -> int:
-        """How many images."""
+        """The number of images."""
         return len(self.spectra)
 
     @cached_property
@@ -121,7 +123,7 @@ class Calibration:
         return self._null()
 
     def _null(self, without: int | None = None) -> Null:
-        """From every part but one."""
+        """The null of all parts, or of all but one."""
         images = np.bincount(np.arange(self.n) % FOLDS, minlength=FOLDS)
         if without is not None:
             images[without] = 0
@@ -135,13 +137,13 @@ class Calibration:
         return Null(covariance, mean, name="calibrated")
 
     def noise(self, rows: slice = slice(None)) -> Tensor:
-        """(n, C, h, w) float64: the recovered noises, without what lies beyond `reach`."""
+        """The recovered noises (n, C, h, w) float64, up to ring `reach`."""
         return torch.from_numpy(_unpack(self.spectra[rows], self.latent_shape, self.reach))
 
     def reference_scores(self, scheme: Scheme) -> Array:
-        """(n,): cross-fitted scores of the unmarked images for this key, in their order.
+        """Cross-fitted scores (n,) of the unmarked images for this key, in their order.
 
-        Raises CalibrationError where the key looks beyond `reach`.
+        Raises CalibrationError if the key uses rings beyond `reach`.
         """
         self.check_reach(scheme)
         scores = np.empty(self.n)
@@ -154,50 +156,50 @@ class Calibration:
 
     @cached_property
     def _observed(self) -> dict[tuple[int, Hashable], Array]:
-        """What tests observe of each part, by part and kind of key: the same for all keys of a kind."""
+        """The tests' observations of each part, by part and kind of key; keys of one kind share them."""
         return {}
 
     @cached_property
     def _parts(self) -> list[tuple[Tensor, Null]]:
-        """Each part's noises and the null of the others: kept, for unpacking them is half the work for a key."""
+        """Each part's noises and the null of the others; cached, because unpacking them is half the work per key."""
         return [(self.noise(slice(k, None, FOLDS)), self._null(without=k)) for k in range(FOLDS)]
 
     def check_level(self, alpha: float) -> None:
-        """Raises CalibrationError where ranks among these images cannot come down to alpha."""
+        """Raises CalibrationError if there are too few images for ranks to reach alpha."""
         if self.n < needed_references(alpha):
             raise CalibrationError(
                 "calibration.level",
-                f"{self.n} unmarked images confirm no p below {1 / (self.n + 1):.2g}, and alpha is {alpha:g}",
+                f"{self.n} unmarked images cannot confirm p below {1 / (self.n + 1):.2g}, but alpha is {alpha:g}",
                 subject=self.name,
                 needed=needed_references(alpha),
             )
 
     def check_reach(self, scheme: Scheme) -> None:
-        """Raises CalibrationError for a key that looks beyond `reach`: one that sees noise with nothing below."""
+        """Raises CalibrationError for a key that uses rings beyond `reach`."""
         white = torch.randn(1, *self.latent_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         low = torch.fft.fft2(white) * (rings(*self.latent_shape[1:]) <= self.reach)
         beyond = white - torch.fft.ifft2(low).real
         if np.abs(scheme.on(Null.white(self.latent_shape)).observe(beyond)).max() > 1e-9:
             raise CalibrationError(
                 "calibration.reach",
-                f"holds rings up to {self.reach}, and the key ({scheme.label}) is looked for beyond",
+                f"holds rings up to {self.reach}, but the key ({scheme.label}) uses rings beyond",
                 subject=self.name,
             )
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """Raises CalibrationError that names each difference unless this was measured under `settings`."""
+        """Raises CalibrationError, naming each difference, unless this was measured under `settings`."""
         ignore = set()
         if self.settings["model"].get("fingerprint") == settings["model"].get("fingerprint"):
             ignore.add("model name")  # a folder may be renamed
         if self.settings.get("steps") != settings.get("steps"):
-            ignore.add("timesteps")  # of other steps they differ anyway
+            ignore.add("timesteps")  # with other steps they differ anyway
         if different := differences(self.settings, settings, ignore=ignore):
             fact = f"was made with other settings: {'; '.join(different)}"
             raise CalibrationError("calibration.settings", fact, subject=self.name)
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits over all of it."""
+        """16 hex digits of a hash over the whole calibration."""
         digest = hashlib.sha256(json.dumps(self._description(), sort_keys=True).encode())
         for name, values in self._tensors().items():
             digest.update(f"{name}{values.shape}".encode() + values.tobytes())
@@ -218,7 +220,7 @@ class Calibration:
         }
 
     def save(self, path: Path) -> None:
-        """Write the file whole or not at all, in place of what was there. Raises CalibrationError."""
+        """Write the file atomically, replacing an existing one. Raises CalibrationError."""
         from safetensors.numpy import save
 
         data = save(self._tensors(), {HEADER: json.dumps(self._description() | {"fingerprint": self.fingerprint})})
@@ -248,22 +250,22 @@ class Calibration:
         )
         if calibration.fingerprint != stored["fingerprint"] or calibration._fault():
             raise CalibrationError(
-                "calibration.fingerprint", "is damaged: its fingerprint does not fit its contents", subject=path
+                "calibration.fingerprint", "is damaged: its fingerprint does not match its contents", subject=path
             )
         return calibration
 
     @classmethod
     def built_in(cls, folder: Path) -> Calibration | None:
-        """The one that a model's folder holds, if any. Raises CalibrationError for a damaged file."""
+        """The calibration in a model's folder, or None. Raises CalibrationError for a damaged file."""
         path = folder / cls.FILE
         return cls.load(path) if path.is_file() else None
 
     def _fault(self) -> str | None:
-        """Why nothing can be whitened by this; None if it can."""
+        """Why this calibration cannot whiten noise; None if it can."""
         if not (np.isfinite(self.power).all() and np.isfinite(self.spectra).all()):
-            return "the recovered noise leaves the range of 16-bit numbers"
+            return "the recovered noise exceeds the range of 16-bit numbers"
         if self.recovery and not _sound(self.recovery):
-            return "how well noise comes back is not finite, or perfect on some ring"
+            return "the measured noise recovery is not finite, or perfect on some ring"
         for parts in (None, *range(FOLDS)):
             size = np.linalg.eigvalsh(self._null(parts).covariance)
             if (size[:, 0] <= 1e-9 * size[:, -1]).any():
@@ -274,7 +276,7 @@ class Calibration:
 
 
 def check_number(n: int) -> None:
-    """Raises CalibrationError where n images are too few for any calibration."""
+    """Raises CalibrationError if n images are too few for any calibration."""
     if n < LEAST:
         raise CalibrationError(
             "calibration.too-few",
@@ -286,8 +288,8 @@ def check_number(n: int) -> None:
 def smooth(covariance: NDArray[Any], weight: NDArray[Any]) -> NDArray[Any]:
     """Radial smoothing of covariance (R, …), measured from `weight` (R,) > 0 real numbers each.
 
-    Σ̃ᵣ = Σₛ w_rs Σₛ / Σₛ w_rs with w_rr = nᵣ and w_rs = K(r − s) min(nₛ, BORROWED): rings of few bins borrow from
-    their neighbours, and well measured rings are left as they are, for then a slope would cost more than noise.
+    Σ̃ᵣ = Σₛ w_rs Σₛ / Σₛ w_rs with w_rr = nᵣ and w_rs = K(r − s) min(nₛ, BORROWED): rings of few bins borrow from their
+    neighbours, while well measured rings stay as they are, because there the bias of a slope would exceed the noise.
     """
     distance = np.abs(np.subtract.outer(np.arange(len(weight)), np.arange(len(weight))))
     kernel = np.append(KERNEL, 0.0)[np.minimum(distance, len(KERNEL))]
@@ -296,29 +298,29 @@ def smooth(covariance: NDArray[Any], weight: NDArray[Any]) -> NDArray[Any]:
 
 
 def shrunk_mean(average: NDArray[Any], power: NDArray[Any], n: int) -> Tensor:
-    """(C, h, w): what n recovered noises have in common, from their `average` (1, C, h, w) and `power` (R, C, C).
+    """The mean (C, h, w) of n recovered noises, shrunk; from their `average` (1, C, h, w) and `power` (R, C, C).
 
-    A model brings back something of the same layout from every image, so that their noise has a mean μ, which
-    would give a key a little of the same score in all of them. On a ring the average's power A holds, beside |μ|², an n-th of the
-    images' own variance, (P − A) / (n − 1). The bins of each channel and ring are multiplied by that share of A that is
-    not this, at least 0: few images, which know μ badly, take little of it away.
+    Noise recovered by one model has a common mean μ, which would add the same amount to a key's score in all images. On
+    a ring, the power A of the average is |μ|² plus 1/n of the images' own variance, (P − A) / (n − 1). The bins of each
+    channel and ring are multiplied by the share of A that is not variance, at least 0, so that little is subtracted
+    when few images give a poor estimate of μ.
     """
-    own = np.diagonal(_cross_power(average), axis1=1, axis2=2)
-    noise = (np.diagonal(power, axis1=1, axis2=2) - own) / (n - 1)
-    share = (1 - np.divide(noise, own, out=np.ones_like(own), where=own > 0)).clip(0, 1)
+    mean_power = np.diagonal(_cross_power(average), axis1=1, axis2=2)
+    noise = (np.diagonal(power, axis1=1, axis2=2) - mean_power) / (n - 1)
+    share = (1 - np.divide(noise, mean_power, out=np.ones_like(mean_power), where=mean_power > 0)).clip(0, 1)
     each = share.T[:, rings(*average.shape[2:]).numpy()]
     return torch.from_numpy(np.fft.ifft2(np.fft.fft2(average[0]) * each).real)
 
 
 def _cross_power(noise: NDArray[Any]) -> NDArray[Any]:
-    """(R, C, C): Re F F* of noise (n, C, h, w), averaged over images and the bins of each ring."""
+    """Re F F* (R, C, C) of noise (n, C, h, w), averaged over images and the bins of each ring."""
     f, ring = np.fft.fft2(noise.astype(float), norm="ortho"), rings(*noise.shape[2:]).numpy()
     per_ring = (f[..., ring == r] for r in range(ring.max() + 1))
     return np.stack([np.tensordot(x, x.conj(), ((0, 2), (0, 2))).real / (len(x) * x.shape[2]) for x in per_ring])
 
 
 def _stored_bins(height: int, width: int, reach: int) -> NDArray[np.bool_]:
-    """(h, w//2 + 1): which bins of rfft2 are stored."""
+    """Mask (h, w//2 + 1) of the bins of rfft2 that are stored."""
     return rings(height, width).numpy()[:, : width // 2 + 1] <= reach
 
 
@@ -342,14 +344,14 @@ def _sound(recovery: NoiseRecovery) -> bool:
 
 
 def _check_file(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> None:
-    """Raises ValueError, LookupError or TypeError unless description, types and shapes fit; nothing was read yet."""
+    """Check description, types and shapes before values are read. Raises ValueError, LookupError or TypeError."""
     stored = json.loads(metadata[HEADER])
     whole = [*stored["latent_shape"], stored["reach"], *stored["sources"].values()]
     if not all(type(x) is int and x >= 0 for x in whole) or not isinstance(stored["settings"]["model"], dict):
-        raise ValueError("a field of another type")
+        raise ValueError("a field has the wrong type")
     channels, height, width = stored["latent_shape"]
     if not 0 < channels * height * width <= MAX_LATENT or not isinstance(stored["fingerprint"], str):
-        raise ValueError("latents of no size, or too large")
+        raise ValueError("the latents are empty or too large")
     number_of_rings = int(rings(height, width).max()) + 1
     bins = int(_stored_bins(height, width, stored["reach"]).sum())
     n = infos["spectra"].shape[0]
@@ -360,4 +362,4 @@ def _check_file(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) ->
     if set(RECOVERY) & set(infos):
         expected |= {name: ("F64", (channels, number_of_rings)) for name in RECOVERY}
     if {name: (info.dtype, info.shape) for name, info in infos.items()} != expected:
-        raise ValueError("tensors of another type or shape")
+        raise ValueError("a tensor has the wrong type or shape")

@@ -1,4 +1,4 @@
-"""The detector: keys and what unmarked noise is; from recovered noise to verdicts. No network is in it."""
+"""The detector: tests recovered noise for keys and returns verdicts. It runs no network."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Detector", "blankness"]
 
-FLAT = 1 / 255  # an image whose pixels vary less than half a grey level (of a range of 2) says nothing
+FLAT = 1 / 255  # an image whose pixels vary less than half a grey level (of a range of 2) shows nothing
 
 
 class Detector:
-    """Judges recovered noise: for every key, is it there?
+    """Tests recovered noise for each of several keys.
 
-    `null` says what unmarked noise is where there is no `calibration`, which measured it and whose images check the
-    p-values by rank. `alpha` is the corrected p-value at which a key is called present. p-values are corrected for the
-    number of keys and for `tests`, the number of tests of each key. Raises SchemeError for a key of an unknown scheme,
-    CalibrationError for a calibration that holds too little for a key.
+    `null` is the model of unmarked noise, used unless there is a `calibration`. A calibration replaces it with a
+    measured null, and its unmarked images check the p-values by rank. A key is present at a corrected p-value of at
+    most `alpha`; p-values are corrected for the number of keys and for `tests`, the number of tests per key. Raises
+    SchemeError for a key of an unknown scheme and CalibrationError for a key that the calibration does not cover.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class Detector:
 
     @property
     def null(self) -> Null:
-        """What p-values are computed on: the calibration's null, or else the one that is known."""
+        """The null of the p-values: the calibration's if there is one, otherwise the given one."""
         return self.calibration.null if self.calibration else self.known
 
     def settings(self) -> dict[str, Any]:
-        """What verdicts depend on beside the recovered noise."""
+        """Everything that verdicts depend on besides the recovered noise."""
         return {
             "keys": sorted(self.schemes),
             "alpha": self.alpha,
@@ -69,7 +69,7 @@ class Detector:
         }
 
     def judge(self, samples: Sequence[Sample], recovered: Recovered) -> list[list[Verdict]]:
-        """For each recovered sample its verdicts, one a key, in the order of the keys."""
+        """The verdicts on each recovered sample: one per key, in the order of the keys."""
         doubts = list(map(blankness, recovered.images, recovered.noise))
         noise = torch.nan_to_num(recovered.noise, 0.0, 0.0, 0.0)
         observed: dict[Hashable, Array] = {}
@@ -82,7 +82,7 @@ class Detector:
         return list(map(list, zip(*per_key, strict=True)))
 
     def statistic(self, key: str, noise: Tensor) -> tuple[Array, Array]:
-        """Scores and log₁₀ of the p-values (B,), uncorrected, of recovered noise (B, C, h, w), all of it finite."""
+        """Scores (B,) and log₁₀ of the uncorrected p-values (B,) of finite recovered noise (B, C, h, w)."""
         test = self._tests[key]
         scores = test.score(test.observe(noise))
         return scores, self._log10_p(key, scores)
@@ -93,11 +93,11 @@ class Detector:
         return test.matched_filter(test.observe(noise))
 
     def density(self, key: str, scores: Array) -> Array | None:
-        """The density of these scores in unmarked images; None where it is not known."""
+        """The density of these scores under the null; None if it is not known."""
         return self._tests[key].density(scores)
 
     def threshold(self, key: str) -> float | None:
-        """The score from which on a key is called present; None where it is not known in closed form."""
+        """The lowest score at which a key is present; None if it is not known in closed form."""
         grid = np.linspace(0, 1, 20001)[1:-1]
         if self.density(key, grid[:1]) is None:
             return None
@@ -105,7 +105,7 @@ class Detector:
         return float(grid[present.argmax()]) if present.any() else None
 
     def reference_scores(self, key: str) -> Array | None:
-        """(n,): the scores of the calibration's unmarked images for a key; None without a calibration."""
+        """Scores (n,) of the calibration's unmarked images for a key; None without a calibration."""
         if self.calibration is None:
             return None
         if key not in self._references:
@@ -124,7 +124,7 @@ class Detector:
         scores: Array,
         doubts: list[str],
     ) -> list[Verdict]:
-        """One a sample. A sample with a doubt has p = 1 and ranks below all references."""
+        """One verdict per sample. A sample that shows nothing has p = 1 and ranks below all references."""
         blank = np.array([bool(doubt) for doubt in doubts])
         log10_p = np.where(blank, 0.0, self._log10_p(key, scores))
         conformal, contradictions = self._rank(key, np.where(blank, -np.inf, scores), 10**log10_p)
@@ -156,7 +156,7 @@ class Detector:
         return verdicts
 
     def _rank(self, key: str, scores: Array, p_values: Array) -> tuple[list[float] | None, list[str]]:
-        """Conformal p-values (B,), uncorrected; and where they contradict `p_values`, why nothing can be said."""
+        """Uncorrected conformal p-values (B,), and for each the reason why it contradicts its p-value, or ""."""
         references = self.reference_scores(key)
         if references is None:
             return None, [""] * len(scores)
@@ -167,18 +167,19 @@ class Detector:
             f"which contradicts an uncorrected p of {p:.2g}"
             for c, p in zip(conformal, p_values, strict=True)
         ]
-        return conformal.tolist(), [why if no else "" for no, why in zip(contradicted, reasons, strict=True)]
+        notes = [reason if doubt else "" for doubt, reason in zip(contradicted, reasons, strict=True)]
+        return conformal.tolist(), notes
 
 
 def blankness(image: Tensor, noise: Tensor) -> str:
-    """Why nothing can be said of an image (3, H, W) with this noise (C, h, w); empty if something can."""
+    """Why an image (3, H, W) with this recovered noise (C, h, w) cannot be tested; "" if it can."""
     if image.std((1, 2)).max() < FLAT:
         return "the image is one flat colour"
-    return "" if noise.isfinite().all() else "the inversion left the range of numbers"
+    return "" if noise.isfinite().all() else "the inversion overflowed"
 
 
 def _residuals(recovered: Recovered) -> list[float | None]:
-    """Pixel RMS of each image's solution, in grey levels of 255; None where nothing, or nothing finite, was decoded."""
+    """Pixel RMS error of each image's solution, in grey levels of 255; None if it is not finite or not computed."""
     error: NDArray[np.float32] = recovered.solution.at_value(recovered.solution.merits).numpy()
     rms = error / recovered.images[0].numel() ** 0.5 * 127.5
     return [float(x) if np.isfinite(x) else None for x in rms]

@@ -1,7 +1,7 @@
-"""Turned, enlarged, cropped and shifted pictures: what may have been done, undoing it, and the best shift of a key.
+"""Rotation, scaling, cropping and shifts: undoing them on a picture, and finding the best shift of a key.
 
-A shift of the noise is a ramp of phases in its transform, so one inverse FFT correlates with a key at every shift.
-Angle and scale need a grid.
+A shift multiplies the noise's transform by a phase ramp, so one inverse FFT correlates it with a key at every shift.
+Rotation and scale need a grid.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["IDENTITY", "Candidate", "Peak", "best_shift", "undo", "window"]
 
 
 class Candidate(NamedTuple):
-    """What may have been done to a picture about its centre: turned anticlockwise by `angle` degrees, then enlarged."""
+    """A transformation about the centre: rotation anticlockwise by `angle` degrees, then enlargement by `scale`."""
 
     angle: float = 0.0
     scale: float = 1.0
@@ -30,7 +30,7 @@ IDENTITY = Candidate()
 
 
 class Peak(NamedTuple):
-    """The best shift of each noise: `score` (B,), `shift` (B, 2) in latent pixels down and right, `tests` (B,) made."""
+    """The best shift of each noise: `score` (B,), `shift` (B, 2) in latent pixels down and right, `tests` made (B,)."""
 
     score: Array
     shift: Array
@@ -40,8 +40,8 @@ class Peak(NamedTuple):
 def best_shift(scheme: Scheme, noise: Tensor, null: Null, *, factor: int = 2, within: Tensor | None = None) -> Peak:
     """The shift at which noise (B, C, h, w) fits the key best: marked noise rolled by (y, x) is found at (y, x).
 
-    Shifts are in [−h/2, h/2) and [−w/2, w/2), in steps of 1/factor; where `within` (B, factor·h, factor·w) is given,
-    those for which it is true. Raises SchemeError as `Scheme.shift_scores`.
+    Shifts are in [−h/2, h/2) and [−w/2, w/2), in steps of 1/factor, restricted to `within` (B, factor·h, factor·w) bool
+    if given. Raises SchemeError as `Scheme.shift_scores` does.
     """
     scores = scheme.shift_scores(noise, null, factor=factor)
     height, width = scores.shape[1:]
@@ -52,16 +52,16 @@ def best_shift(scheme: Scheme, noise: Tensor, null: Null, *, factor: int = 2, wi
 
 
 def _signed(n: int) -> Tensor:
-    """0, 1, …, −2, −1: what each of n cyclic shifts is."""
+    """n cyclic shifts as signed numbers: 0, 1, …, −2, −1."""
     return (torch.arange(n) + n // 2) % n - n // 2
 
 
 def window(candidates: Sequence[Candidate], size: tuple[int, int], *, factor: int = 2, slack: float = 1.0) -> Tensor:
-    """(B, factor·h, factor·w): the shifts worth a test once each candidate is undone, latents of `size` (h, w).
+    """The shifts to test after each candidate is undone: (B, factor·h, factor·w) bool, for latents of `size` (h, w).
 
-    A crop of 1/scale of the sides lies at most (1 − 1/scale)/2 of them off the middle, along axes turned by the angle;
-    `slack` latent pixels are added, for what is between grid points. For the identity every shift is: nothing tells
-    where a picture that was merely moved may be.
+    The centre of a crop to 1/scale of the sides is off by at most (1 − 1/scale)/2 of them, along axes rotated by the
+    angle. `slack` latent pixels are added to allow for the spacing of the grid. For the identity all shifts are tested,
+    because a picture may have been shifted by any amount.
     """
     angle, scale = torch.tensor(list(candidates)).double().T[..., None]
     room = (1 - 1 / scale).abs() / 2
@@ -74,11 +74,11 @@ def window(candidates: Sequence[Candidate], size: tuple[int, int], *, factor: in
 
 
 def undo(pictures: Tensor, candidates: Sequence[Candidate], *, padding: str = "border") -> Tensor:
-    """Each of the pictures (B, c, H, W) turned and shrunk back, one candidate each; bicubic, about the centre.
+    """Undo one candidate on each of the pictures (B, c, H, W), by bicubic interpolation about the centre.
 
-    What was outside is unknown: the nearest edge continued ("border") or "zeros". Of pictures the edge serves best:
-    after 75° and after a crop of 75 % the mean cosines of 6 marked images were .46 and .40, with reflection .45 and
-    .39, with the mean colour .42 and .33, with black .30 and .30.
+    Unknown pixels repeat the nearest edge ("border") or are 0 ("zeros"). For pictures, "border" is best: after a
+    rotation by 75° and after a crop of 75 %, the mean cosines of 6 marked images were .46 and .40; with reflection they
+    were .45 and .39, with the mean colour .42 and .33, with black .30 and .30.
     """
     matrices = _matrices(candidates, *pictures.shape[-2:])
     places = functional.affine_grid(matrices, list(pictures.shape), align_corners=False)
@@ -88,9 +88,9 @@ def undo(pictures: Tensor, candidates: Sequence[Candidate], *, padding: str = "b
 
 
 def _matrices(candidates: Sequence[Candidate], height: int, width: int) -> Tensor:
-    """(B, 2, 3): where in the given picture each place of the undone one is, in coordinates from −1 to 1."""
+    """Affine maps (B, 2, 3) from the undone picture to the given one, in coordinates from −1 to 1."""
     angle, scale = torch.tensor(list(candidates)).double().T
     cos, sin = scale * torch.deg2rad(angle).cos(), scale * torch.deg2rad(angle).sin()
-    none = torch.zeros_like(cos)
-    rows = [torch.stack([cos, sin * height / width, none], 1), torch.stack([-sin * width / height, cos, none], 1)]
+    zero = torch.zeros_like(cos)
+    rows = [torch.stack([cos, sin * height / width, zero], 1), torch.stack([-sin * width / height, cos, zero], 1)]
     return torch.stack(rows, 1).float()

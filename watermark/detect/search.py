@@ -1,10 +1,11 @@
-"""The search for keys in pictures that were turned, enlarged, cropped or shifted.
+"""The search for keys in pictures that were rotated, enlarged, cropped or shifted.
 
-Angle and scale are gone through on a grid, in two stages. The cheap one inverts the picture once as it is and turns
-the recovered noise: the networks know no rotation, yet enough of the noise's grain turns with the picture to put the
-right candidate among the first. The dear one undoes the best candidates on the picture itself and inverts each anew.
+Rotation and scale are searched on a grid, in two stages. The coarse stage inverts the picture once and transforms the
+recovered noise instead of the picture. The networks are not equivariant to rotation, but enough of the noise's
+structure rotates with the picture to rank the right candidate among the first. The fine stage undoes the best
+candidates on the picture itself and inverts each of the results.
 
-The best of many tests is judged as such: its p-value is multiplied by the number of tests that might have been made.
+The p-value of the best fit is corrected for multiple testing: it is multiplied by the number of possible tests.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ __all__ = ["Found", "Search"]
 class Found:
     """The best fit of one key in one picture.
 
-    `score` is the key's at `candidate` and `shift` (latent pixels down and right, after the candidate is undone);
-    `log10_p` is that of the best of `tests` tests, corrected for them but not for the number of keys. `inversions` of
-    the picture were made, for all keys together, and took `seconds` with all else.
+    `score` is the key's score at `candidate` and `shift` (latent pixels down and right, after the candidate is undone).
+    `log10_p` is corrected for the number of `tests` but not for the number of keys. `inversions` is the number of
+    inversions of the picture, shared by all keys; `seconds` is the time of the whole search.
     """
 
     sample_id: str
@@ -59,30 +60,31 @@ class Found:
 
     @property
     def note(self) -> str:
-        """What had been done to the picture: 'found by the search: turned by 75°, enlarged 1.27 times'."""
+        """The transformation found: 'found by the search: rotated by 75°, enlarged 1.27 times'."""
         angle, scale = self.candidate
         down, right = self.shift
-        changes = [f"turned by {angle:g}°"] if angle else []
+        changes = [f"rotated by {angle:g}°"] if angle else []
         changes += [f"enlarged {scale:g} times"] if scale != 1 else []
-        changes += [f"noise moved {down:g} down and {right:g} right"] if (down, right) != (0, 0) else []
+        changes += [f"noise shifted {down:g} down and {right:g} right"] if (down, right) != (0, 0) else []
         return "found by the search: " + (", ".join(changes) or "unchanged")
 
 
 @dataclass(frozen=True)
 class Search:
-    """Looks for keys on the grid angles (degrees) × scales, and at all shifts in steps of 1/`factor` latent pixel.
+    """Searches for keys on the grid `angles` (degrees) × `scales`, at all shifts in steps of 1/`factor` latent pixel.
 
-    A picture costs 1 + `dear` inversions, whatever the number of keys; an inversion is one pass of the encoder and
-    `steps` of the network, so that by default a picture costs 70 calls of the network where the ordinary detector's 25
-    steps cost 25. Each key costs as many FFTs of the marked channels as the grid has points, 1800.
+    A picture costs 1 + `dear` inversions, whatever the number of keys. An inversion is one pass of the encoder and
+    `steps` of the network, so by default a picture costs 70 network calls; ordinary detection in 25 steps costs 25.
+    Each key costs one FFT of the marked channels per grid point; the default grid has 1800.
 
-    The defaults come from pocket, marked at radii 7 to 9. Of the score after the right turn is undone 0.94, 0.70 and
-    0.50 are left at 1°, 2° and 3° off, of that after the right scale 0.95 and 0.8 at 2 % and 4 %: the grid must be the
-    finer the larger the mark's radii, angles by about 16°/radius. `inverter` is the encoder alone: a turned or cropped
-    picture was not decoded from any latent, and what decoder inversion gains after turns it loses after crops.
+    The defaults were chosen for pocket with a mark at radii 7 to 9. The score falls to 0.94, 0.70 and 0.50 of its peak
+    when the angle is off by 1°, 2° and 3°, and to 0.95 and 0.8 when the scale is off by 2 % and 4 %. Marks of larger
+    radii need a finer grid, with angles spaced by about 16°/radius. By default `inverter` is the encoder alone: no
+    latent decodes to a rotated or cropped picture, and what decoder inversion gains after rotations it loses after
+    crops.
 
-    It does not look for mirror images or for unequal scales of the sides. Keys of few free numbers, one a circle, say,
-    cannot be significant among so many tests.
+    Mirror images and unequal scales of the two sides are not searched. A key with few free numbers, such as one per
+    circle, cannot be significant among so many tests.
     """
 
     angles: tuple[float, ...] = tuple(range(-180, 180, 2))
@@ -101,13 +103,13 @@ class Search:
 
     @property
     def inversions(self) -> int:
-        """How often each picture is inverted."""
+        """The number of inversions per picture."""
         return 1 + min(self.dear, len(self.grid) - 1)
 
     def tests(self, latent_shape: tuple[int, int, int]) -> int:
-        """How many tests might be made of each key: every candidate at every shift in its window.
+        """The number of possible tests per key: every candidate at every shift in its window.
 
-        All count, though few are made: which are made the picture itself decides.
+        All of them count, although few are made, because the picture decides which ones are made.
         """
         return int(window(self.grid, latent_shape[1:], factor=self.factor, slack=self.slack).sum())
 
@@ -120,7 +122,7 @@ class Search:
         *,
         batch: int = 8,
     ) -> list[list[Found]]:
-        """For each sample the best fit of each key, by fingerprint in `schemes`, in their order.
+        """The best fit of each key in each sample; `schemes` are by the keys' fingerprints and give the order.
 
         Raises SchemeError for a scheme that is not searchable.
         """
@@ -133,7 +135,7 @@ class Search:
 
 @dataclass(frozen=True, eq=False)
 class _Look:
-    """A search in progress: what it searches with, and for what."""
+    """A search in progress, with its models and keys."""
 
     search: Search
     recoverer: Recoverer
@@ -142,7 +144,7 @@ class _Look:
     batch: int
 
     def at(self, samples: list[Sample]) -> list[list[Found]]:
-        """For each sample, for each key."""
+        """The best fits of each sample, one per key."""
         from ringmark.data.images import to_array
 
         started = time.perf_counter()
@@ -172,24 +174,24 @@ class _Look:
         return self.search.tests(self.recoverer.model.latent_shape)
 
     def _fits(self, image: Tensor, noise: Tensor) -> list[_Fit]:
-        """Of one image (3, H, W) and its noise (C, h, w), one a key."""
+        """The best fits in one image (3, H, W) with this noise (C, h, w), one per key."""
         tried = [IDENTITY, *self.promising(noise)]
         noises = torch.cat([noise[None], *self._anew(image, tried[1:])])
         return [self._fit(scheme, noises, tried) for scheme in self.schemes.values()]
 
     def _anew(self, image: Tensor, candidates: list[Candidate]) -> list[Tensor]:
-        """Noise of one image (3, H, W) after each candidate is undone on it, in batches."""
+        """Recovered noise of one image (3, H, W) after each candidate is undone on it, in batches."""
         parts = [candidates[i : i + self.batch] for i in range(0, len(candidates), self.batch)]
         return [self._noise(undo(image.expand(len(c), -1, -1, -1), c).clamp(-1, 1)) for c in parts]
 
     def _noise(self, images: Tensor) -> Tensor:
-        """(B, C, h, w); what left the range of numbers is 0."""
+        """Recovered noise (B, C, h, w), with 0 for values that are not finite."""
         return torch.nan_to_num(self.recoverer(images).noise, 0.0, 0.0, 0.0)
 
     def promising(self, noise: Tensor) -> list[Candidate]:
-        """The `dear` candidates, the identity apart, that fit some key best in the turned noise (C, h, w), best first.
+        """The `dear` best candidates besides the identity, at which the transformed noise (C, h, w) fits any key best.
 
-        p-values rank them: keys may have different numbers of features.
+        They are ranked by p-value, because keys may have different numbers of features.
         """
         others, log10_p = self.search.grid[1:], []
         for start in range(0, len(others), CHUNK):
@@ -202,13 +204,13 @@ class _Look:
         return [others[i] for i in np.argsort(np.concatenate(log10_p), kind="stable")[: self.search.dear]]
 
     def _peak(self, scheme: Scheme, noise: Tensor, candidates: Sequence[Candidate]) -> Peak:
-        """The best shift, within its window, of each noise (B, C, h, w) of which a candidate was undone."""
+        """The best shift within the window of each candidate, for noise (B, C, h, w) with these candidates undone."""
         factor = self.search.factor
         within = window(candidates, scheme.latent_shape[1:], factor=factor, slack=self.search.slack)
         return best_shift(scheme, noise, self.null, factor=factor, within=within)
 
     def _fit(self, scheme: Scheme, noise: Tensor, candidates: Sequence[Candidate]) -> _Fit:
-        """One key's best fit; p for all tests that might have been made (`statistics.maximum_p`)."""
+        """The best fit of one key; its p-value is corrected for all possible tests (`statistics.maximum_p`)."""
         score, shift, _ = self._peak(scheme, noise, candidates)
         best = int(score.argmax())
         log10_p = float(scheme.on(self.null).log10_p(score[best : best + 1])[0]) + math.log10(self._tests)
@@ -217,7 +219,7 @@ class _Look:
 
 
 class _Fit(NamedTuple):
-    """Score, p-value, candidate and shift of one key's best fit."""
+    """Score, log₁₀ p, candidate and shift of the best fit of one key."""
 
     score: float
     log10_p: float
@@ -225,4 +227,4 @@ class _Fit(NamedTuple):
     shift: tuple[float, float]
 
 
-CHUNK = 64  # candidates turned at once
+CHUNK = 64  # candidates per batch

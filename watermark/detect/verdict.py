@@ -1,4 +1,4 @@
-"""What is said of an image and a key."""
+"""Verdicts: whether an image carries a key, with p-value and score."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ if TYPE_CHECKING:
 __all__ = ["Judged", "Verdict", "p_text"]
 
 TINIEST = 1e-300
-"""Below it p is printed as a bound: floats end near 1e-308."""
+"""Smaller p-values are printed as a bound, because floats end near 1e-308."""
 
 
 def p_text(p: float) -> str:
-    """'p = 2e-09', or a bound where p is too small to be held."""
+    """'p = 2e-09', or the bound 'p < 1e-300' for smaller p-values."""
     return f"p = {p:.2g}" if p >= TINIEST else f"p < {TINIEST:g}"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is said of one image and one key. `present` None means inconclusive, and `notes` say why.
+    """The outcome of testing one image for one key.
 
-    `p_value` is corrected for the number of keys and of tests; `log10_p` is its logarithm, also where it is too small
-    for a float. `score` is that of the key's scheme, `statistics` are the published ones by name, `residual` is the
-    pixel RMS of the decoder inversion in grey levels, `seconds` the time an image took. Where an image shows nothing,
-    being of one flat colour, say, `shows` is False and p is 1. With `by_search` the search found the key, and the score
-    is the largest of many. `calibration` is the fingerprint of the calibration used, if any, and `conformal_p` then the
-    p-value by rank among its unmarked images, corrected like `p_value`.
+    `present` is None if the result is inconclusive; `notes` then say why. `p_value` is corrected for the number of keys
+    and of tests; `log10_p` is its logarithm, which is exact even where the p-value underflows. `score` is the score of
+    the key's scheme, `statistics` are the published ones by name. `residual` is the pixel RMS error of the decoder
+    inversion in grey levels, `seconds` the time per image. If the image shows nothing, because it is one flat colour
+    for example, `shows` is False and p is 1. `by_search` is True if the search found the key; the score is then the
+    largest of many. `calibration` is the fingerprint of the calibration used, if any; `conformal_p` is then the p-value
+    by rank among its unmarked images, corrected like `p_value`.
     """
 
     sample_id: str
@@ -51,7 +52,7 @@ class Verdict:
     shows: bool = True
 
     def record(self) -> dict[str, Any]:
-        """As plain values, for a results file or JSON; each statistic under its own name."""
+        """The verdict as plain values for JSON, with each statistic under its own name."""
         values = asdict(self)
         statistics: dict[str, float] = values.pop("statistics")
         return values | statistics | {"notes": list(self.notes)}
@@ -63,7 +64,7 @@ class Verdict:
 
 
 class Judged(NamedTuple):
-    """A sample, its verdicts, one a key, and its recovered noise (C, h, w)."""
+    """A sample, its verdicts (one per key) and its recovered noise (C, h, w)."""
 
     sample: Sample
     verdicts: list[Verdict]
@@ -71,21 +72,21 @@ class Judged(NamedTuple):
 
     @property
     def best(self) -> Verdict:
-        """The verdict of the key that fits best: of those present, else of the inconclusive, else of all."""
+        """The verdict with the smallest p: among present keys, else among inconclusive ones, else among all."""
         return min(self.verdicts, key=lambda v: ((True, None, False).index(v.present), v.p_value, -v.score))
 
     @property
     def present(self) -> list[Verdict]:
-        """The verdicts of the keys that are present, the smallest p first."""
+        """The verdicts on keys that are present, smallest p first."""
         return sorted((v for v in self.verdicts if v.present), key=lambda v: (v.p_value, -v.score))
 
     def sentence(self) -> str:
-        """In words, of all keys: which one the image carries, that it carries several, or none and which is nearest."""
+        """One sentence about all keys: those that the image carries, or the one that fits best if it carries none."""
         best, present = self.best, self.present
         if len(present) > 1:
             names = ", ".join(f"{v.key[:8]} ({p_text(v.p_value)})" for v in present)
             return "; ".join([f"carries {len(present)} keys: {names}", *best.notes])
         if len(self.verdicts) > 1 and best.present is False:
-            nearest = f"nearest {best.key[:8]}, {p_text(best.p_value)}"
+            nearest = f"best fit {best.key[:8]}, {p_text(best.p_value)}"
             return "; ".join([f"carries none of {len(self.verdicts)} keys, {nearest}", *best.notes])
         return best.sentence()

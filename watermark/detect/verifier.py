@@ -1,4 +1,4 @@
-"""From pictures to verdicts: a recoverer, a detector and, if wanted, the search; what verify and audit use."""
+"""From pictures to verdicts: noise recovery, detection and the optional search, as used by verify and audit."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ __all__ = ["Verifier", "built_in_calibration", "check_fit", "fitting_calibration
 
 
 class Verifier:
-    """Looks for keys in pictures; every key is tested on one and the same inversion.
+    """Tests pictures for keys; all keys are tested on the same inversion.
 
-    With a `search`, each picture in which the ordinary test finds no key is searched as if it had been turned,
-    enlarged, cropped or moved. Of two tests the better is taken, so p is min(1, 2 K min(p₁, p₂)) for K keys. A picture
-    in which the ordinary test finds a key is not searched, for p could only fall; nor is one of which nothing can be
-    said. Of a key that the search found, score and p are the search's; a calibration, measured by the ordinary
-    inversion, has no part in them.
+    With a `search`, pictures in which direct detection finds no key are also searched for rotation, scaling, cropping
+    and shifts. The better of the two tests counts, so p = min(1, 2 K min(p₁, p₂)) for K keys. Pictures in which a key
+    is found directly are not searched, since p could only fall, nor are inconclusive ones. The score and p of a key
+    found by the search are those of the search; they do not use the calibration, which was measured with the direct
+    inversion.
 
     Raises KeyFileError for a key made for other latents or another model, CalibrationError for a calibration made with
     other settings, SchemeError for a key that cannot be searched for.
@@ -69,12 +69,12 @@ class Verifier:
         return self.recoverer.model.image_size
 
     def settings(self) -> dict[str, Any]:
-        """What verdicts depend on."""
+        """Everything that verdicts depend on."""
         both = self.recoverer.settings.as_dict() | self.detector.settings()
         return both | ({"search": repr(self.search)} if self.search else {})
 
     def scan(self, samples: Iterable[Sample], batch: int = 8) -> Iterator[Judged]:
-        """Every sample judged, batch by batch, in order."""
+        """Judge every sample, batch by batch, in order."""
         samples = iter(samples)
         while group := list(islice(samples, batch)):
             judged = self._judge(group)
@@ -88,18 +88,18 @@ class Verifier:
         return list(map(Judged, samples, verdicts, recovered.noise))
 
     def _searched(self, judged: list[Judged], batch: int) -> list[Judged]:
-        """The same, with the search's finds where the ordinary test found no key and something can be said."""
+        """The same, searching those samples in which no key was found directly and that are not inconclusive."""
         assert self.search
-        lost = [i for i, j in enumerate(judged) if not j.present and any(v.present is False for v in j.verdicts)]
+        missed = [i for i, j in enumerate(judged) if not j.present and any(v.present is False for v in j.verdicts)]
         schemes, null = self.detector.schemes, self.detector.known
-        found = self.search(self.recoverer.model, schemes, null, [judged[i].sample for i in lost], batch=batch)
-        for i, fits in zip(lost, found, strict=True):
+        found = self.search(self.recoverer.model, schemes, null, [judged[i].sample for i in missed], batch=batch)
+        for i, fits in zip(missed, found, strict=True):
             pairs = zip(judged[i].verdicts, fits, strict=True)
             judged[i] = judged[i]._replace(verdicts=[self._better(verdict, fit) for verdict, fit in pairs])
         return judged
 
     def _better(self, verdict: Verdict, found: Found) -> Verdict:
-        """With the search's p where that is the smaller one, and with its score where it found the key."""
+        """The verdict with the search's p if that is smaller, and with the search's score if that finds the key."""
         verdict = replace(verdict, seconds=verdict.seconds + found.seconds)
         log10_p = min(0.0, found.log10_p + float(np.log10(self.detector.tests * len(self.detector.schemes))))
         if verdict.present is None or log10_p >= verdict.log10_p:
@@ -129,7 +129,7 @@ def check_fit(key: Key, model: Model) -> None:
 def fitting_calibration(
     recoverer: Recoverer, keys: Sequence[Key], calibration: Calibration
 ) -> tuple[Calibration | None, str]:
-    """The calibration if it fits the settings and the keys; else None, and why it does not."""
+    """The calibration and "" if it fits the settings and the keys, otherwise None and the reason."""
     try:
         Verifier(recoverer, keys, calibration=calibration)
     except CalibrationError as error:
@@ -138,6 +138,6 @@ def fitting_calibration(
 
 
 def built_in_calibration(recoverer: Recoverer, keys: Sequence[Key], folder: Path) -> tuple[Calibration | None, str]:
-    """The calibration in a model's folder, as `fitting_calibration`. Raises CalibrationError for a damaged file."""
+    """`fitting_calibration` for the one in a model's folder. Raises CalibrationError for a damaged file."""
     found = Calibration.built_in(folder)
     return fitting_calibration(recoverer, keys, found) if found else (None, "")

@@ -1,4 +1,4 @@
-"""Attacks on files and folders. A journal beside the images says how each was made, so that a run can be resumed."""
+"""Attacks on files and folders. A journal records how each image was made, so that a run can be resumed."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ __all__ = ["JOURNAL", "Attacked", "attack_files", "attacked_name"]
 
 logger = logging.getLogger(__name__)
 
-JOURNAL = "attacked.jsonl"  # in the output folder: of each image, its source, attack, seed and model
-STAMP = ("size", "mtime_ns")  # what changes with the source
+JOURNAL = "attacked.jsonl"  # in the output folder: source, attack, seed and model of each image
+STAMP = ("size", "mtime_ns")  # changes when the source does
 
 
 @dataclass(frozen=True)
 class Attacked:
-    """Images written, images kept from earlier runs, why others could not be made, and where each attack's are."""
+    """Number of images `written` and `kept` from earlier runs, the `errors`, and the output path of each attack."""
 
     written: int
     kept: int
@@ -42,7 +42,7 @@ class Attacked:
 
 @dataclass(frozen=True)
 class _Job:
-    """One image to make, `target` from `source` by `chain`, with its own `seed`; the journal gets its `record`."""
+    """One image to make: `target` from `source` by `chain` with `seed`; `record` goes into the journal."""
 
     source: Path
     target: Path
@@ -60,11 +60,11 @@ def attack_files(
     model: LatentModel | None = None,
     force: bool = False,
 ) -> Attacked:
-    """The attacked images of a file, or of a folder recursively, as PNG; several attacks have a folder each.
+    """Attack a file, or all images of a folder recursively, and write PNG; each of several attacks gets its own folder.
 
-    What is there already from the same source, attack, seed and model is kept, unless the source has changed since;
-    whatever else is there is not replaced without `force`. An image of a folder that cannot be attacked does not stop
-    the others. Raises AttackError and ImageError, before anything is written if it concerns the names.
+    Images made earlier from the same source, attack, seed and model are kept unless the source has changed; other
+    existing files are only replaced with `force`. If an image of a folder cannot be attacked, the run continues with
+    the others. Raises AttackError and ImageError; problems with names are raised before anything is written.
     """
     listing = list_images(source) if source.is_dir() else None
     images = listing.images if listing else [_existing(source)]
@@ -94,7 +94,7 @@ def attack_files(
 def _outcomes(
     journal: Results, jobs: list[_Job], model: LatentModel | None
 ) -> Iterator[ImageError | AttackError | None]:
-    """Makes all images, source by source; of each, why it could not be made, or None."""
+    """Make all images, source by source; yields for each an error or None."""
     for path, group in groupby(jobs, lambda job: job.source):
         yield from _attack(journal, path, list(group), model)
 
@@ -102,7 +102,7 @@ def _outcomes(
 def _attack(
     journal: Results, path: Path, jobs: list[_Job], model: LatentModel | None
 ) -> Iterator[ImageError | AttackError | None]:
-    """Makes all images of one source; of each, why it could not be made, or None."""
+    """Make all images of one source; yields for each an error or None."""
     try:
         image, _ = read_image(path)
     except ImageError as error:
@@ -115,7 +115,7 @@ def _attack(
         except AttackError as error:
             yield AttackError(error.code, str(error), subject=path, **error.details)
             continue
-        # Removed, then recorded, then written: a file with a record is never an older one.
+        # Remove, record, then write, so that the record never describes an older file.
         job.target.unlink(missing_ok=True)
         journal.append(job.record)
         save_png(attacked, job.target)
@@ -124,22 +124,22 @@ def _attack(
 
 def _existing(path: Path) -> Path:
     if not path.exists():
-        raise ImageError("image.missing", "there is no such file or folder", path)
+        raise ImageError("image.missing", "no such file or folder", path)
     return path
 
 
 def _is_file_name(output: Path) -> bool:
-    """Whether the output is one file, by its name, and no folder of that name."""
+    """Whether `output` names an image file rather than a folder."""
     return output.suffix.lower() in SUFFIXES and not output.is_dir()
 
 
 def _place(output: Path, chain: Chain, *, many: bool, chains: int) -> Path:
-    """The file, or the folder, for the images of one attack. Raises AttackError for a name that cannot be used."""
+    """The output file or folder of one attack. Raises AttackError for a name that cannot be used."""
     is_file = _is_file_name(output) or (output.exists() and not output.is_dir())
     if (many or chains > 1) and is_file:
-        raise AttackError("attack.one-file", "is one file, but there are several to write", subject=output)
+        raise AttackError("attack.one-file", "is a single file, but several images are to be written", subject=output)
     if is_file and output.suffix.lower() != ".png":
-        raise AttackError("attack.not-png", "does not end in .png, the format that is written", subject=output)
+        raise AttackError("attack.not-png", "does not end in .png, the only output format", subject=output)
     return output / chain.slug if chains > 1 else output
 
 
@@ -164,12 +164,12 @@ def _plan(
 
 
 def attacked_name(name: str) -> str:
-    """What an attacked image is called, from its path below the folder."""
+    """The file name of an attacked image, from the source's path below its folder."""
     return name if name.lower().endswith(".png") else f"{name}.png"
 
 
 def _refuse_sources(source: Path, jobs: list[_Job]) -> None:
-    """Raises AttackError if an image would be written over a source, among the sources, or over another."""
+    """Raises AttackError if an output would replace a source, lie in the source folder, or replace another output."""
     root, sources = os.path.realpath(source), {os.path.realpath(job.source) for job in jobs}
     taken: dict[str, Path] = {}
     for job in jobs:
@@ -177,7 +177,7 @@ def _refuse_sources(source: Path, jobs: list[_Job]) -> None:
         if real in sources:
             raise AttackError("attack.source", "is the image to be attacked", subject=job.target)
         if real.startswith(root + os.sep):
-            raise AttackError("attack.inside", f"lies in {source}, whose images are attacked", subject=job.target)
+            raise AttackError("attack.inside", f"lies in the source folder {source}", subject=job.target)
         first = taken.setdefault(real, job.source)
         if first != job.source:
             fact = f"both {first} and {job.source} would be written there"
@@ -185,18 +185,18 @@ def _refuse_sources(source: Path, jobs: list[_Job]) -> None:
 
 
 def _made(base: Path) -> dict[str, dict[str, Any]]:
-    """What the journal of an output folder says of each image in it."""
+    """The records in an output folder's journal, by image."""
     if not (base / JOURNAL).exists():
         return {}
     return {record["sample_id"]: record for record in read_records(base / JOURNAL)[1]}
 
 
 def _is_done(job: _Job, record: dict[str, Any] | None) -> bool:
-    """Whether the image was made already. Raises AttackError if something else has its name."""
+    """Whether the image exists already. Raises AttackError if another file has its name."""
     if not os.path.lexists(job.target):
         return False
     if record is None or job.target.is_symlink():
         raise AttackError("attack.foreign", "exists and was not made by an earlier run", subject=job.target)
     if changed := differences(record, job.record, ignore=STAMP):
-        raise AttackError("attack.settings", f"was made otherwise ({'; '.join(changed)})", subject=job.target)
+        raise AttackError("attack.settings", f"was made with other settings ({'; '.join(changed)})", subject=job.target)
     return not differences(record, job.record)

@@ -1,4 +1,4 @@
-"""Audit a folder: which of its images carry a key. An audit that was stopped goes on where it was."""
+"""Audit a folder: find the images that carry a key. An interrupted audit can be resumed."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ NEEDED = ("present",)  # in each record of an audit
 
 @dataclass(frozen=True)
 class Audit:
-    """Counts of an audit: images that carry a key, carry none, are inconclusive, could not be read.
+    """Counts of an audit: images with a key (`present`) and without, inconclusive and unreadable ones.
 
-    `by_key` counts images by the fingerprint of a key that they carry, `errors` has a line for each unreadable file,
-    and `skipped` counts by suffix the files that do not have an image's name and were not opened. `outside` has a line
-    for each link that leads out of the folder and was not followed.
+    `by_key` counts images by the fingerprints of the keys that they carry. `errors` has a line for each unreadable
+    file. `skipped` counts, by suffix, the files that were not opened because their names are not those of images.
+    `outside` has a line for each link that leads out of the folder and was not followed.
     """
 
     images: int
@@ -53,7 +53,7 @@ class Audit:
 
     @classmethod
     def of(cls, records: list[Record], listing: Listing) -> Audit:
-        """From the records of the files in a listing."""
+        """Count the records of the files in a listing."""
         errors = [r["error"] for r in records if "error" in r]
         outcomes = Counter(r["present"] for r in records if "error" not in r)
         return cls(
@@ -86,20 +86,20 @@ def audit(
     follow_links: bool = False,
     batch: int = 8,
 ) -> Audit:
-    """Look for keys in every image of a folder, recursively, and record each verdict in a file.
+    """Test every image of a folder, recursively, for keys and record each verdict in a file.
 
     Args:
         folder: The folder.
         keys: One key or several, each a `Key`, a key file or a folder of keys.
-        results: The file of records, one JSON line an image. An audit that was stopped goes on from it, and files
-            that have not changed since they were recorded are not read again.
+        results: The file of records, one JSON line per image. An interrupted audit resumes from it; files that have
+            not changed since they were recorded are not read again.
         follow_links: Also follow links that lead out of the folder.
         model, device, dtype, method, max_steps, steps, alpha, calibration, search, batch: As in `verify`.
 
     Raises:
         ImageError: There is no such folder, or no image in it. Images that cannot be read are recorded instead.
         StoreError: `results` is another file or was made with other settings.
-        KeyFileError, CalibrationError, ModelError, SchemeError: Keys, calibration and model do not go together.
+        KeyFileError, CalibrationError, ModelError, SchemeError: Keys, calibration and model do not match.
 
     Example:
         >>> found = ringmark.audit("pictures", ["my.key", "old.key"], "results.jsonl")
@@ -123,14 +123,14 @@ def audit(
 def audit_folder(
     verifier: Verifier, folder: Path, results: Path, *, follow_links: bool = False, batch: int = 8
 ) -> Audit:
-    """One record a file of `folder`, recursively, appended to `results`; files recorded as they are now are not read.
+    """Append a record to `results` for each file of `folder`, recursively, that is new or has changed.
 
-    A record holds the verdict of the best key, `carries`, the keys that are present, `keys`, p and score of each, and
-    the file's `size` and `mtime_ns`. What cannot be read, or listed, gets a record with `error` and is tried again by
-    the next run, which records it again only if something has changed.
+    A record holds the verdict on the best key; `carries`, the keys that are present; `keys`, with p and score of each;
+    and the file's `size` and `mtime_ns`. A file or folder that cannot be read gets a record with `error`. The next run
+    tries it again, and records it again only if something has changed.
     """
     listing = list_images(folder, follow_links=follow_links)
-    # Relative, so that a tree that was moved with its results goes on.
+    # Relative, so that the audit of a tree that was moved with its results can be resumed.
     settings = verifier.settings() | {"folder": os.path.relpath(folder, results.parent)}
     with Results(results, settings, fields=NEEDED) as store:
         run = _Run(store, folder, listing)
@@ -140,7 +140,7 @@ def audit_folder(
 
 
 class _Run:
-    """One run over a folder: what is there, what of it is recorded as it is now, and a bar of the progress."""
+    """One run over a folder: its files, which of them have an up-to-date record, and a progress bar."""
 
     def __init__(self, store: Results, folder: Path, listing: Listing) -> None:
         self.store, self.folder, self.listing = store, folder, listing
@@ -156,7 +156,7 @@ class _Run:
         return name in self.store.done and self.stamps[name].items() <= self.known[name].items()
 
     def audit(self, verifier: Verifier, batch: int) -> None:
-        """Records what is not fresh."""
+        """Record every file without an up-to-date record."""
         started, todo = time.perf_counter(), [p for p in self.listing.images if self.name_of(p) not in self.fresh]
         logger.info("audit of %s: %d images, %d recorded already", self.folder, len(self.stamps), len(self.fresh))
         with tqdm(
@@ -181,12 +181,12 @@ class _Run:
 
     def _record(self, name: str, record: Record) -> None:
         record = {"sample_id": name} | record | self.stamps[name]
-        if record != self.known.get(name):  # or a file that stays unreadable would be recorded by every run
+        if record != self.known.get(name):  # otherwise every run would record an unreadable file again
             self.store.append(record)
         self.bar.update()
 
 
 def _record(judged: Judged) -> Record:
-    """The record of an image."""
+    """The record of one image."""
     per_key = {v.key: {"p_value": v.p_value, "score": v.score, **v.statistics} for v in judged.verdicts}
     return judged.best.record() | {"carries": [v.key for v in judged.present], "keys": per_key}

@@ -1,4 +1,4 @@
-"""From folders of unmarked images to a calibration, and from a calibration to where a new mark is best put."""
+"""Measure a calibration from folders of unmarked images, and recommend where to place a new mark."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from ringmark.watermark.tasks.recover import RecoveredFiles, recover_files
 
 __all__ = ["KNOWN", "Calibrated", "Unmarked", "calibrate", "recovery_of"]
 
-KNOWN = 32  # images of known noise: fewer do not say well where it comes back, above all on rings of few bins
+KNOWN = 32  # images of known noise; with fewer, its recovery is poorly measured, above all on rings of few bins
 
 
 @dataclass(frozen=True)
 class Unmarked:
-    """Images without a mark, as far as their folders tell.
+    """Images for a calibration, assumed to be unmarked.
 
-    `paths` names each once. `drawn` holds the model's fingerprint and the seed of the noise for those that ringmark
-    drew. `errors` says which folders could not be listed.
+    `paths` has no duplicates. `drawn` holds the model's fingerprint and the noise seed of each image drawn by ringmark.
+    `errors` has a line for each folder that could not be listed.
     """
 
     paths: list[Path]
@@ -45,21 +45,21 @@ class Unmarked:
     def of(cls, folders: Iterable[Path]) -> Unmarked:
         """All images of these folders, recursively.
 
-        Raises ImageError for a folder without images, StoreError for a damaged record of what was drawn, and
-        CalibrationError for images drawn with a key, for two drawn from one noise and for too few.
+        Raises ImageError for a folder without images, StoreError for a damaged journal of drawn images, and
+        CalibrationError for images drawn with a key, for two images drawn from the same noise and for too few images.
         """
-        found = [list_images(folder) for folder in folders]
-        paths = list({os.path.realpath(path): path for listing in found for path in listing.images}.values())
-        real = {path: Path(os.path.realpath(path)) for path in paths}  # links hide no mark
+        listings = [list_images(folder) for folder in folders]
+        paths = list({os.path.realpath(path): path for listing in listings for path in listing.images}.values())
+        real = {path: Path(os.path.realpath(path)) for path in paths}  # so that a link cannot hide a mark
         records = {folder: _drawn(folder) for folder in {file.parent: None for file in real.values()}}
         drawn = {path: made for path, file in real.items() if (made := records[file.parent].get(file.name))}
         _refuse_repeated(drawn)
         check_number(len(paths))
-        return cls(paths, drawn, [str(error) for listing in found for error in listing.unlisted])
+        return cls(paths, drawn, [str(error) for listing in listings for error in listing.unlisted])
 
 
 def _drawn(folder: Path) -> dict[str, tuple[str, int]]:
-    """Model and seed of each image that ringmark drew into a folder. Raises CalibrationError for marked ones."""
+    """Model fingerprint and seed of each image drawn into a folder. Raises CalibrationError for marked images."""
     path = folder / DRAWN
     if not path.is_file():
         return {}
@@ -76,18 +76,18 @@ def _is_seed(value: object) -> bool:
 
 
 def _refuse_repeated(drawn: dict[Path, tuple[str, int]]) -> None:
-    """One noise under two prompts is not two independent images."""
+    """Raises CalibrationError for two images drawn from the same noise, since they are not independent."""
     first: dict[tuple[str, int], Path] = {}
     for path, made in drawn.items():
         other = first.setdefault(made, path)
         if other != path:
-            fact = f"was drawn from the noise of seed {made[1]}, as {one_line(other)} was"
+            fact = f"was drawn from the same noise (seed {made[1]}) as {one_line(other)}"
             raise CalibrationError("calibration.same-noise", fact, subject=path)
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A calibration, where it was written, how many of its images have `known` noise, `errors` for those left out."""
+    """A calibration, its file, the number of its images whose noise is `known`, and `errors` for images left out."""
 
     calibration: Calibration
     output: Path
@@ -96,12 +96,12 @@ class Calibrated:
 
     @property
     def recommended(self) -> Placement | None:
-        """Where a mark is best put; None where it was not measured."""
+        """The best placement of a mark; None if noise recovery was not measured."""
         recovery = self.calibration.recovery
         return recommend(recovery, self.calibration.latent_shape) if recovery else None
 
     def record(self) -> dict[str, Any]:
-        """As plain values."""
+        """The result as plain values for JSON."""
         made, best = self.calibration, self.recommended
         return {
             "path": str(self.output),
@@ -114,36 +114,37 @@ class Calibrated:
         }
 
     def sentence(self) -> str:
-        """In words."""
+        """The result as text."""
         calibration, best = self.calibration, self.recommended
         kinds = ", ".join(f"{count} {kind}" for kind, count in calibration.sources.items())
         enough = needed_references(ALPHA)
         more = "" if calibration.n >= enough else f"; for p ≤ {ALPHA:g} use {enough}"
         lines = [
             f"calibration {calibration.fingerprint} written to {self.output}: {calibration.n} unmarked images "
-            f"({kinds}), {len(self.errors)} left out. Their ranks confirm p down to {1 / (calibration.n + 1):.2g}{more}. "
-            "It holds rough copies of them: keep it as private as those."
+            f"({kinds}), {len(self.errors)} left out. "
+            f"Their ranks confirm p down to {1 / (calibration.n + 1):.2g}{more}. "
+            "The file holds rough copies of the images: keep it as private as they are."
         ]
         if best:
             lines.append(f"recommended mark: {best}")
         else:
-            lines.append(f"no recommended mark: it needs {KNOWN} images drawn by this model, not {self.known}")
+            lines.append(f"no recommended mark: this needs {KNOWN} images drawn by this model, not {self.known}")
         return "\n".join(lines)
 
 
 def calibrate(recoverer: Recoverer, images: Unmarked, output: Path, *, batch: int = 8) -> Calibrated:
-    """Measure the null of what `recoverer` recovers from unmarked images and write it to `output`.
+    """Measure the null of the noise recovered from unmarked images and write the calibration to `output`.
 
-    What is recovered is kept in the folder `output`.cache until all is done, so that a stopped run goes on. Images
-    drawn by this very model are of kind "drawn", and where at least KNOWN of them are used, their noise tells where
-    marks come back best; all others are of kind "given". Raises CalibrationError.
+    Recovered noise is kept in the folder `output`.cache until the calibration is written, so that an interrupted run
+    can be resumed. Images drawn by this model are of kind "drawn", all others of kind "given". If at least KNOWN drawn
+    images are used, their known noise shows where marks are best recovered. Raises CalibrationError.
     """
     cache = output.with_name(f"{output.name}.cache")
     files = recover_files(recoverer, images.paths, cache, batch=batch, name="calibrate")
-    useless = files.doubts | _copies(files)
-    left_out = [f"{one_line(files.ids[i])}: {why}, so it is left out" for i, why in useless.items()]
+    unusable = files.doubts | _copies(files)
+    left_out = [f"{one_line(files.ids[i])}: {reason}, so it is left out" for i, reason in unusable.items()]
     errors = [*images.errors, *map(str, files.refused), *left_out]
-    kept = [i for i in range(len(files.ids)) if i not in useless]
+    kept = [i for i in range(len(files.ids)) if i not in unusable]
     seeds = _seeds(recoverer.model, images, [Path(files.ids[i]) for i in kept])
     counts = {"drawn": len(seeds), "given": len(kept) - len(seeds)}
     sources = {kind: count for kind, count in counts.items() if count}
@@ -159,24 +160,24 @@ def calibrate(recoverer: Recoverer, images: Unmarked, output: Path, *, batch: in
     return Calibrated(calibration, output, len(seeds), errors)
 
 
-def _copies(found: RecoveredFiles) -> dict[int, str]:
-    """Which files show the very pixels of an earlier one, and are no independent image."""
+def _copies(files: RecoveredFiles) -> dict[int, str]:
+    """Files with the same pixels as an earlier one, by number, with the reason to leave them out."""
     first: dict[bytes, int] = {}
     copies: dict[int, str] = {}
-    for i, digest in enumerate(found.digests):
+    for i, digest in enumerate(files.digests):
         if (original := first.setdefault(digest, i)) != i:
-            copies[i] = f"shows the same pixels as {one_line(found.ids[original])}"
+            copies[i] = f"shows the same pixels as {one_line(files.ids[original])}"
     return copies
 
 
 def _seeds(model: Model, images: Unmarked, paths: list[Path]) -> dict[int, int]:
-    """By place in `paths`: the seed of the noise from which this very model drew the image."""
+    """Noise seeds of the images that this model drew, by position in `paths`."""
     made = {i: images.drawn[path] for i, path in enumerate(paths) if path in images.drawn}
     return {i: seed for i, (fingerprint, seed) in made.items() if fingerprint == model.identity["fingerprint"]}
 
 
 def _recovery(noise: Tensor, seeds: dict[int, int]) -> NoiseRecovery | None:
-    """How well noise (n, C, h, w) comes back, from images of known seeds; None for fewer than KNOWN."""
+    """How well noise (n, C, h, w) is recovered, measured on images of known seeds; None for fewer than KNOWN."""
     if len(seeds) < KNOWN:
         return None
     _, channels, height, width = noise.shape
@@ -185,7 +186,7 @@ def _recovery(noise: Tensor, seeds: dict[int, int]) -> NoiseRecovery | None:
 
 
 def _remove(cache: Path) -> None:
-    """What `recover_files` left there, and no file of another name."""
+    """Remove the files of `recover_files` and the folder, unless it holds other files."""
     for path in cache.glob("[0-9a-f]" * 24 + ".safetensors"):
         path.unlink(missing_ok=True)
     with suppress(OSError):
@@ -193,9 +194,9 @@ def _remove(cache: Path) -> None:
 
 
 def recovery_of(model: Model, calibration: Calibration | None) -> NoiseRecovery | None:
-    """How well a model's noise comes back, by the calibration or else by what is known of the model.
+    """How well a model's noise is recovered, from the calibration if there is one, otherwise from the model.
 
-    Raises CalibrationError for a calibration of another model and for one that does not tell.
+    Raises CalibrationError for a calibration of another model or one without this measurement.
     """
     if calibration is None:
         return model.recovery
@@ -207,6 +208,6 @@ def recovery_of(model: Model, calibration: Calibration | None) -> NoiseRecovery 
         )
         raise CalibrationError("calibration.model", fact, subject=calibration.name)
     if calibration.recovery is None:
-        fact = "does not tell where marks come back best"
+        fact = "does not say where marks are best recovered"
         raise CalibrationError("calibration.no-recovery", fact, subject=calibration.name, needed=KNOWN)
     return calibration.recovery

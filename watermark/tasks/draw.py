@@ -1,4 +1,4 @@
-"""Draw marked or unmarked images into a folder; a run that was stopped goes on where it was."""
+"""Draw marked or unmarked images into a folder. An interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ __all__ = ["DRAWN", "LABELS", "UNSEEN_SCENES", "draw", "prompts_for"]
 
 logger = logging.getLogger(__name__)
 
-DRAWN = "drawn.jsonl"  # in a folder of drawn images: of what model, with what key, and each one's seed and prompt
+DRAWN = "drawn.jsonl"  # journal in a folder of drawn images: model, key, and each image's seed and prompt
 LABELS = "labels.csv"
-UNSEEN_SCENES = 2_000_000  # seeds that scripts/train_pocket.py neither trains on nor tests with
+UNSEEN_SCENES = 2_000_000  # first of the seeds that scripts/train_pocket.py does not use
 
 
 def prompts_for(given: list[str], number: int, seed: int) -> list[str]:
-    """`number` prompts: those given, in turn, or else captions of procedural scenes that no model was trained on."""
+    """`number` prompts: the given ones in turn, or captions of procedural scenes that no model was trained on."""
     if given:
         return [given[i % len(given)] for i in range(number)]
     return [scene(UNSEEN_SCENES + seed + i).caption for i in range(number)]
@@ -51,9 +51,9 @@ def draw(
 ) -> list[Path]:
     """Draw an image for each prompt into `folder` as PNG, with labels.csv beside them (path, label, prompt, seed).
 
-    Images are named by their seeds, which count up from `first_seed`; those that are there already are kept. Raises
-    StoreError for a folder begun with other settings or prompts and, without `force`, for files in the way that were
-    not drawn here, KeyFileError for a key of another model.
+    Images are named by their seeds, which count up from `first_seed`; images drawn by an earlier run are kept. Raises
+    StoreError for a folder with images of other settings or prompts and, without `force`, if a file that an earlier run
+    did not draw would be replaced; KeyFileError for a key of another model.
     """
     if key:
         check_fit(key, model)
@@ -76,9 +76,9 @@ def draw(
             for name, record, pixels in _drawn(
                 model, {name: wanted[name] for name in missing}, key, steps=steps, guidance=guidance, batch=batch
             ):
-                # Recorded first: a file of this name without a record is never ours.
+                # Recorded first, so that a file without a record was never drawn by us.
                 store.append(record)
-                # Not signed: nothing in the file should say that it is marked.
+                # Not signed: nothing in the file should reveal that it is marked.
                 save_png(from_array(pixels), folder / name, signed=False)
                 bar.update()
     _write_labels(folder)
@@ -97,7 +97,7 @@ def _drawn(
 
 
 def _refuse_foreign(folder: Path, names: list[str]) -> None:
-    """Raises StoreError for a file in the way that no earlier run recorded, and for a link in place of one."""
+    """Raises StoreError for an existing file that no earlier run recorded, and for a link."""
     recorded = set()
     if (folder / DRAWN).is_file():
         recorded = {record["sample_id"] for record in read_records(folder / DRAWN)[1]}
@@ -109,7 +109,7 @@ def _refuse_foreign(folder: Path, names: list[str]) -> None:
 
 
 def _refuse_other_prompts(path: Path, wanted: dict[str, str]) -> None:
-    """Raises StoreError where an image of the folder was drawn with another prompt than is now wanted."""
+    """Raises StoreError if an image in the folder was drawn with another prompt."""
     for record in read_records(path)[1]:
         name, old = record["sample_id"], record["prompt"]
         if wanted.get(name, old) != old:
@@ -119,7 +119,7 @@ def _refuse_other_prompts(path: Path, wanted: dict[str, str]) -> None:
 
 
 def _write_labels(folder: Path) -> None:
-    """labels.csv, from the record of what was drawn."""
+    """Write labels.csv from the journal."""
     _, records = read_records(folder / DRAWN)
     rows = [
         {"path": r["sample_id"], "label": int(r["label"]), "prompt": r["prompt"], "seed": r["seed"]} for r in records

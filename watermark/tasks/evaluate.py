@@ -1,4 +1,4 @@
-"""Decoder inversions, keys and attacks compared on marked and unmarked images; finished work is kept and reused."""
+"""Compare decoder inversions, keys and attacks on marked and unmarked images. Finished work is kept and reused."""
 
 from __future__ import annotations
 
@@ -45,26 +45,27 @@ from ringmark.watermark.tasks.recover import RecoveredFiles, recover_files
 __all__ = ["Plan", "evaluate", "scores_of"]
 
 UNMARKED, MATCHED, CONFORMAL, PUBLISHED_P = "unmarked", "matched filter", "conformal p", "published p"
-GIVEN = "the images of given folders are taken as they are; marked and unmarked ones are compared as independent"
+GIVEN = "images are taken from the given folders; marked and unmarked images are assumed to be independent"
 INDEPENDENT = (
-    "marked and unmarked images are independent: other seeds, other random draws of each attack, prompts drawn apart, "
-    "some of which recur; all keys mark the same noises for the same prompts"
+    "marked and unmarked images are independent, with different seeds, random draws of attacks and draws of prompts "
+    "(some prompts recur); all keys mark the same noises for the same prompts"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What to evaluate: images (drawn unless folders are given), attacks, and the methods that look for the keys.
+    """What to evaluate: images (drawn unless folders are given), keys, attacks and decoder inversions.
 
     `number` images of each kind are drawn from `seed`, with `guidance` and `steps`. Marked and unmarked images are
-    independent; all keys mark the same noises for the same prompts. Without `keys` a new one is made, kept in `output`.
+    independent; all keys mark the same noises for the same prompts. Without `keys`, a new key is made and kept in
+    `output`.
 
-    Problems that can be found without a model are raised at once. EvaluationError: evaluation.keys where marked images
-    are given without the one key that they carry, evaluation.same-key, evaluation.methods for a method named twice,
-    evaluation.output for an output within the images, evaluation.overlap of the two folders, evaluation.carried for
-    images drawn with another key, and for labels evaluation.unlabelled and evaluation.labels. AttackError,
-    RingmarkError, ImageError, CalibrationError and KeyFileError for the parts; StoreError where, without `force`, an output
-    would replace a file that ringmark did not write.
+    Problems that can be found without a model are raised at once. EvaluationError: evaluation.keys if marked images are
+    given without exactly one key, evaluation.same-key, evaluation.methods for a method named twice, evaluation.output
+    for an output folder within a folder of images, evaluation.overlap of the two folders, evaluation.carried for images
+    drawn with another key, and evaluation.unlabelled and evaluation.labels for labels. AttackError, RingmarkError,
+    ImageError, CalibrationError and KeyFileError for the parts; StoreError if, without `force`, an output would replace
+    a file that ringmark did not write.
     """
 
     output: Path
@@ -84,7 +85,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.marked and len(self.given_keys) != 1:
-            fact = f"marked images need the one key that they carry; there are {len(self.given_keys)} keys"
+            fact = f"marked images need exactly the one key that they carry, not {len(self.given_keys)} keys"
             raise EvaluationError("evaluation.keys", fact)
         self._check_methods()
         self._check_folders()
@@ -104,7 +105,7 @@ class Plan:
         for folder in folders:
             check_folder(folder)
             if self.output.resolve().is_relative_to(folder.resolve()):
-                fact = f"lies in {folder}, whose images are evaluated"
+                fact = f"lies in the image folder {folder}"
                 raise EvaluationError("evaluation.output", fact, subject=self.output)
         for one, other in combinations(folders, 2):
             if _overlap(one.resolve(), other.resolve()):
@@ -142,11 +143,11 @@ class Plan:
 
     @property
     def cache(self) -> Path:
-        """The folder of recovered noises and other results that take long."""
+        """The folder of recovered noises and other results that are slow to compute."""
         return self.output / "cache"
 
     def settings(self, model: LatentModel) -> dict[str, Any]:
-        """What the images depend on. Keys, attacks, methods and calibrations may change in a folder."""
+        """Everything that the images depend on. Keys, attacks, methods and calibrations may differ between runs."""
         return {
             "model": model.identity,
             "marked": self._relative(self.marked),
@@ -162,16 +163,16 @@ class Plan:
 
 
 def evaluate(model: LatentModel, plan: Plan, folder: Path | None = None) -> Evaluation:
-    """Carry out the plan, and write tables and plots into plan.output, where one more attack costs one attack.
+    """Carry out the plan and write tables and plots into plan.output.
 
-    The plan's calibration, or one in the model's `folder`, is used by the methods whose settings it fits. Raises
-    StoreError if plan.output was begun with other images, EvaluationError, evaluation.images, where a kind has no image
-    that can be used, KeyFileError for a key of another model, and CalibrationError where the plan's calibration fits no
-    method.
+    Results are cached there, so adding an attack to an earlier run only costs that attack. The plan's calibration, or
+    the one in the model's `folder`, is used by the methods whose settings it fits. Raises StoreError if plan.output
+    holds results for other images, EvaluationError (evaluation.images) if there is no usable image of one kind,
+    KeyFileError for a key of another model, and CalibrationError if the plan's calibration fits no method.
     """
     keys = plan.given_keys or [_own_key(model, plan)]
     verifiers, unfit = _verifiers(model, keys, plan, folder)
-    Results(plan.output / "plan.jsonl", plan.settings(model)).close()  # refuses another plan's images
+    Results(plan.output / "plan.jsonl", plan.settings(model)).close()  # raises for images of another plan
     megabytes = {name: _megabytes(verifier.recoverer, plan) for name, verifier in verifiers.items()}
     run = _Run(
         model=model,
@@ -199,7 +200,8 @@ def evaluate(model: LatentModel, plan: Plan, folder: Path | None = None) -> Eval
 def scores_of(detector: Detector, key: str, noise: Tensor) -> tuple[dict[str, Array], Array]:
     """All statistics (n,) of recovered noise (n, C, h, w) by name, larger if marked, and p-values (n,) of the first.
 
-    The first is the score of the key's scheme, for the detector's key of this fingerprint. Ranks need a calibration.
+    The first statistic is the score of the key's scheme; `key` is the fingerprint of one of the detector's keys. Ranks
+    are included if the detector has a calibration.
     """
     scheme = detector.schemes[key]
     score, log10_p = detector.statistic(key, noise)
@@ -218,7 +220,7 @@ def scores_of(detector: Detector, key: str, noise: Tensor) -> tuple[dict[str, Ar
 
 @dataclass(frozen=True)
 class _Recovered:
-    """Names, prompts ("" if not known) and noises of the images that could be used."""
+    """Names, prompts ("" if unknown) and recovered noise of the usable images."""
 
     names: list[str]
     prompts: list[str]
@@ -226,13 +228,13 @@ class _Recovered:
 
     @property
     def groups(self) -> list[str]:
-        """The prompts; an image without one is a group of its own."""
+        """The prompt of each image; an image without a prompt forms its own group."""
         return [prompt or name for prompt, name in zip(self.prompts, self.names, strict=True)]
 
 
 @dataclass(frozen=True)
 class _Scored:
-    """The statistics (n,) of images and the p-values (n,) of the detector's own one, which comes first."""
+    """The statistics (n,) of images, the detector's score first, and the p-values (n,) of that score."""
 
     recovered: _Recovered
     values: dict[str, Array]
@@ -240,11 +242,11 @@ class _Scored:
 
     @property
     def doubtful(self) -> Array:
-        """(n,): images of which nothing can be said."""
+        """Mask (n,) of the images that cannot be tested."""
         return np.isin(np.arange(len(self.p)), list(self.recovered.files.doubts))
 
     def records(self, label: int) -> Iterator[Row]:
-        """A row of scores.csv per image; scores are left out where there is a doubt."""
+        """A row of scores.csv per image, without scores for images that cannot be tested."""
         columns = self._columns()
         seconds, doubts = self.recovered.files.seconds, self.recovered.files.doubts
         for i, (name, prompt) in enumerate(zip(self.recovered.names, self.recovered.prompts, strict=True)):
@@ -254,7 +256,7 @@ class _Scored:
             yield row | {"p": float(self.p[i])} | scores
 
     def _columns(self) -> dict[str, Array]:
-        """Columns of scores.csv, those of distances and p-values with their own sign."""
+        """Columns of scores.csv; distances and p-values have their usual sign."""
         unknown = np.full(len(self.p), np.nan)
         return {
             "score": next(iter(self.values.values())),
@@ -267,7 +269,7 @@ class _Scored:
 
 @dataclass(frozen=True)
 class _Run:
-    """An evaluation in progress; `sets` are the unmarked images and those of each key."""
+    """An evaluation in progress; `sets` are the unmarked images, then the marked images of each key."""
 
     model: LatentModel
     plan: Plan
@@ -302,11 +304,11 @@ class _Run:
             self.records.extend(about | record for record in images.records(kind))
 
     def _paths(self, images: ImageSet, chain: Chain | None) -> dict[str, Path]:
-        """Where the images are after an attack, by name."""
+        """Paths of the images after an attack, by name."""
         if chain is None:
             return {name: images.folder / name for name in images.names}
         place = self.plan.output / "attacked" / chain.slug / images.name
-        # Marked and unmarked files of one name must not get the same random draws.
+        # Marked and unmarked files of the same name must get different random draws.
         seed = self.plan.seed + (images.name != UNMARKED)
         self.refused.extend(attack_files(images.folder, place, [chain], seed=seed, model=self.model).errors)
         paths = {name: place / attacked_name(name) for name in images.names}
@@ -359,17 +361,17 @@ def _cells(about: dict[str, str], marked: _Scored, unmarked: _Scored, megabytes:
 def _verifiers(
     model: LatentModel, keys: list[Key], plan: Plan, folder: Path | None
 ) -> tuple[dict[str, Verifier], dict[str, str]]:
-    """Verifiers by method; and why the calibration at hand does not fit some of them."""
+    """Verifiers by method, and by method the reasons why the calibration does not fit."""
     recoverers = {name: Recoverer.named(model, name, plan.max_steps, plan.steps) for name in plan.methods}
     calibration = plan.given_calibration or (Calibration.built_in(folder) if folder else None)
     if calibration is None:
         return {name: Verifier(recoverer, keys) for name, recoverer in recoverers.items()}, {}
-    fitted = {name: fitting_calibration(one, keys, calibration) for name, one in recoverers.items()}
+    fitted = {name: fitting_calibration(recoverer, keys, calibration) for name, recoverer in recoverers.items()}
     unfit = {name: reason for name, (_, reason) in fitted.items() if reason}
     if plan.calibration and len(unfit) == len(recoverers):
         facts = "; ".join(dict.fromkeys(reason.removeprefix(f"{plan.calibration}: ") for reason in unfit.values()))
         raise CalibrationError("evaluation.calibration", facts, subject=plan.calibration)
-    return {name: Verifier(recoverers[name], keys, calibration=found) for name, (found, _) in fitted.items()}, unfit
+    return {name: Verifier(recoverers[name], keys, calibration=fit) for name, (fit, _) in fitted.items()}, unfit
 
 
 def _own_key(model: LatentModel, plan: Plan) -> Key:
@@ -380,22 +382,22 @@ def _own_key(model: LatentModel, plan: Plan) -> Key:
 
 
 def _megabytes(recoverer: Recoverer, plan: Plan) -> float:
-    """Memory of a batch on top of that of the model, for the encoder and two steps: later steps need no more."""
+    """Memory of a batch in addition to the model's, for the encoder and two steps; later steps need no more."""
     model, inverter = recoverer.model, recoverer.inverter
     settings = [model.identity, str(model.dtype), str(model.device), repr(inverter)]
     short = Recoverer(model, replace(inverter, max_steps=min(2, inverter.max_steps)), steps=2)
     images = torch.rand(plan.batch, 3, *model.image_size) * 2 - 1
 
     def measure() -> dict[str, Tensor]:
-        short(images[:1])  # libraries allocate some memory once, whatever the method
-        release_memory()  # memory that another method has freed would hide this one's
+        short(images[:1])  # warm up: libraries allocate some memory once
+        release_memory()  # otherwise memory freed by another method would hide this one's
         return {"megabytes": torch.tensor(peak_during(model.device, lambda: short(images))[1])}
 
     return float(cached(plan.cache, ["megabytes", plan.batch, *settings], measure)["megabytes"])
 
 
 def _facts(model: LatentModel, plan: Plan, run: _Run, unfit: dict[str, str]) -> dict[str, Any]:
-    """The settings for the report."""
+    """The settings shown in the report."""
     detectors = {name: verifier.detector for name, verifier in run.verifiers.items()}
     return plan.settings(model) | {
         "methods": plan.methods,
@@ -414,7 +416,7 @@ def _facts(model: LatentModel, plan: Plan, run: _Run, unfit: dict[str, str]) -> 
 
 
 def _images(model: LatentModel, plan: Plan, key: Key | None) -> ImageSet:
-    """The marked images of a key, or the unmarked ones: drawn, unless a folder is given."""
+    """The marked images of a key, or the unmarked images; drawn unless a folder is given."""
     name, folder = (key.fingerprint[:8], plan.marked) if key else (UNMARKED, plan.unmarked)
     if folder:
         files = find_images(folder)
@@ -436,7 +438,7 @@ def _overlap(one: Path, other: Path) -> bool:
 
 
 def _check_carried(folder: Path, key: Key) -> None:
-    """Raises EvaluationError where the folder's journal says that these images carry another key."""
+    """Raises EvaluationError if the folder's journal says that its images were drawn with another key."""
     if not (folder / DRAWN).is_file():
         return
     carried = read_records(folder / DRAWN)[0].get("key")
@@ -446,7 +448,7 @@ def _check_carried(folder: Path, key: Key) -> None:
 
 
 def _prompts(file: Path, names: list[str], marked: bool) -> dict[str, str]:
-    """The prompts in a folder's labels.csv, if there is one. Raises EvaluationError where its labels differ."""
+    """The prompts in a folder's labels.csv, if any. Raises EvaluationError if its labels contradict `marked`."""
     if not file.exists():
         return {}
     labels = read_labels(file)
@@ -456,17 +458,17 @@ def _prompts(file: Path, names: list[str], marked: bool) -> dict[str, str]:
     wrong = [name for name in names if labels.get(name, marked) != marked]
     if wrong:
         kind = "unmarked" if marked else "marked"
-        fact = f"says that {len(wrong)} of {len(names)} images are {kind}, first {wrong[0]}"
+        fact = f"labels {len(wrong)} of {len(names)} images as {kind}, the first is {wrong[0]}"
         raise EvaluationError("evaluation.labels", fact, subject=file, kind=kind)
     return _prompt_column(file)
 
 
 def _prompt_column(file: Path) -> dict[str, str]:
-    """Path → prompt, where the file is a CSV that has prompts."""
+    """Prompts by path, if the file is a CSV with prompts."""
     with file.open(encoding="utf-8-sig", newline="") as text:
         header, *rows = csv.reader(text)
     columns = [name.strip().lower() for name in header]
-    if not {"path", "prompt"} <= set(columns):  # labels may be JSON, too
+    if not {"path", "prompt"} <= set(columns):  # labels may also be JSON
         return {}
     path, prompt = columns.index("path"), columns.index("prompt")
     return {row[path]: row[prompt] for row in rows if len(row) > max(path, prompt)}

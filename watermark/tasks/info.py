@@ -12,7 +12,7 @@ __all__ = ["facts"]
 
 
 def facts(model: LatentModel) -> dict[str, str]:
-    """What a model and this installation are, by name."""
+    """Facts about a model and this installation, by name."""
     best = recommend(model.recovery, model.latent_shape)
     return {
         "model": model.name,

@@ -16,10 +16,10 @@ __all__ = ["invert_file"]
 
 
 def invert_file(recoverer: Recoverer, path: Path, output: Path) -> dict[str, Any]:
-    """Write `latents` and `noise` (C, h, w) and the residuals along the way; return what the solver did.
+    """Write `latents` and `noise` (C, h, w) to a file, with a record of the inversion, and return the record.
 
-    The noise of a marked image is a rough copy of the key, so that only the owner may read the file. Raises ImageError
-    for a picture that cannot be read and OSError for a file that cannot be written.
+    The noise of a marked image is a rough copy of the key, so only the owner can read the file. Raises ImageError for a
+    picture that cannot be read and OSError for a file that cannot be written.
     """
     from safetensors.torch import save
 
@@ -33,7 +33,7 @@ def invert_file(recoverer: Recoverer, path: Path, output: Path) -> dict[str, Any
 
 
 def _progress(recovered: Recovered) -> dict[str, Any]:
-    """What the solver did for the one image of a batch."""
+    """Status and residuals of the solver for the single image of a batch."""
     solution = recovered.solution
     inverted = len(solution.residuals) > 0
     return {

@@ -1,4 +1,4 @@
-"""Making keys: one, or many in a folder of which none passes for another."""
+"""Make one key, or a folder of keys that can be distinguished from each other."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from ringmark.watermark.tasks.calibrate import recovery_of
 
 __all__ = ["TRIES", "Grown", "Ring", "draw_keys", "grow", "keys_in", "new_key"]
 
-TRIES = 1000  # draws of one key before giving up; on average 1 / (1 − alpha)^N are needed beside N others
+TRIES = 1000  # draws of one key before giving up; next to N other keys, 1 / (1 − alpha)^N are needed on average
 
 
 @dataclass(frozen=True)
 class Grown:
-    """A folder's new keys by file, how many it kept, and how many draws came too close to another key."""
+    """New keys by file, the number of old keys kept, and the number of draws rejected as too close to another key."""
 
     new: dict[Path, Key]
     kept: int
@@ -38,10 +38,10 @@ class Grown:
 
 
 def new_key(model: Model, scheme: str, calibration: Calibration | None = None, **parameters: Any) -> Key:
-    """A new key for a model, placed by a calibration or by what is known of the model.
+    """A new key for a model, placed where the calibration or the model says that noise is best recovered.
 
-    `parameters` are the scheme's own. Raises SchemeError for a mark that does not fit, CalibrationError for a
-    calibration of another model or one that does not tell where marks come back best.
+    `parameters` are those of the scheme. Raises SchemeError for a mark that does not fit, CalibrationError for a
+    calibration of another model or one without measured recovery.
     """
     recovery = recovery_of(model, calibration)
     return make_key(scheme, model.latent_shape, model=model.identity, recovery=recovery, **parameters)
@@ -49,22 +49,21 @@ def new_key(model: Model, scheme: str, calibration: Calibration | None = None, *
 
 @dataclass
 class _Kind:
-    """The keys of one kind in a ring, and what their tests observe of every mark of the ring (N, d)."""
+    """The tests of a ring's keys of one kind, and what they observe of every mark in the ring (N, d)."""
 
     tests: list[SchemeTest] = field(default_factory=list)
     observed: list[Array] = field(default_factory=list)
 
     def add(self, marks: Iterable[Tensor]) -> None:
-        """Observe these marks."""
+        """Add what the tests observe of these marks."""
         self.observed += [self.tests[0].observe(mark) for mark in marks]
 
 
 class Ring:
-    """Keys of which none passes for another.
+    """Keys that can be distinguished from each other.
 
-    An image from which key A's mark comes back perfectly, and nothing else, must not reach p ≤ alpha for key B, tested
-    alone: that is asked in both directions. Keys of schemes without free numbers are left out. Raises KeyFileError for
-    keys of another model or latent shape.
+    If exactly the mark of key A is recovered, key B, tested alone, must not reach p ≤ alpha, and vice versa. Keys of
+    schemes without free numbers are left out. Raises KeyFileError for keys of another model or latent shape.
     """
 
     def __init__(self, model: Model, keys: Iterable[Key], alpha: float = ALPHA) -> None:
@@ -78,7 +77,7 @@ class Ring:
                 self._add(scheme)
 
     def admits(self, key: Key) -> bool:
-        """Whether this key passes for none of the ring, and none of the ring for it; if so it becomes one of them."""
+        """Add the key if it can be distinguished from all keys of the ring; return whether it was added."""
         scheme = scheme_of(key)
         mark = scheme.embed(torch.zeros(1, *scheme.latent_shape))
         if self._sees_another(scheme) or self._is_seen(mark):
@@ -87,7 +86,7 @@ class Ring:
         return True
 
     def _sees_another(self, scheme: Scheme) -> bool:
-        """Whether the key is found where another one's mark is."""
+        """Whether this key is found in the mark of another key."""
         if not self.marks:
             return False
         test, kind = scheme.on(self.null), self.kinds.get(scheme.kind)
@@ -95,7 +94,7 @@ class Ring:
         return self._reached(test, test.score(np.concatenate(observed)))
 
     def _is_seen(self, mark: Tensor) -> bool:
-        """Whether another key is found where this mark is."""
+        """Whether another key is found in this mark."""
         for kind in self.kinds.values():
             observed = kind.tests[0].observe(mark)
             scores = np.concatenate([test.score(observed) for test in kind.tests])
@@ -121,10 +120,10 @@ class Ring:
 def draw_keys(
     model: Model, old: Iterable[Key], number: int, make: Callable[[], Key], alpha: float = ALPHA
 ) -> tuple[list[Key], int]:
-    """`number` keys by `make` that can be told from each other and from `old`, and how many draws were rejected.
+    """Draw `number` keys by `make`, distinguishable from each other and from `old`; also return how many were rejected.
 
-    Raises SchemeError for a scheme without free numbers, in which all keys are the same, and where TRIES draws in a
-    row come too close.
+    Raises SchemeError for a scheme without free numbers, in which all keys are the same, and if TRIES draws in a row
+    are rejected.
     """
     key = make()
     scheme = scheme_of(key)
@@ -152,7 +151,7 @@ def _too_few(scheme: Scheme, found: int, number: int) -> SchemeError:
 
 
 def keys_in(folder: Path) -> dict[Path, Key]:
-    """The keys that are in a folder; none where there is no folder yet. Raises KeyFileError."""
+    """The keys in a folder; empty if the folder does not exist yet. Raises KeyFileError."""
     if folder.exists() and not folder.is_dir():
         raise KeyFileError("key.not-a-folder", "is not a folder", subject=folder)
     return load_folder(folder) if folder.exists() else {}
@@ -161,10 +160,10 @@ def keys_in(folder: Path) -> dict[Path, Key]:
 def grow(
     model: Model, folder: Path, number: int, make: Callable[[], Key], old: dict[Path, Key], *, force: bool = False
 ) -> Grown:
-    """Add `number` keys by `make` to a folder that holds `old`, each in a file named by its fingerprint.
+    """Add `number` keys by `make` to a folder with the keys `old`, each in a file named by its fingerprint.
 
-    With `force` the old keys are removed when all new ones are there. Stopped at any moment, the folder holds whole
-    keys only; the KeyboardInterrupt says how many are new.
+    With `force`, the old keys are removed once all new ones are written. An interrupted run leaves only complete key
+    files; the KeyboardInterrupt says how many are new.
     """
     new: dict[Path, Key] = {}
     try:
@@ -172,10 +171,12 @@ def grow(
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for key in keys:
             path = folder / f"{key.fingerprint}.key"
-            key.save(path, overwrite=True)  # by renaming: not even a killed process leaves half a key
+            key.save(path, overwrite=True)  # atomic, so a killed process leaves no partial key
             new[path] = key
         for path in old if force else ():
             path.unlink()
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{len(new)} of {number} keys are written to {folder}; each is whole") from None
+        raise KeyboardInterrupt(
+            f"{len(new)} of {number} keys are written to {folder}; all of them are complete"
+        ) from None
     return Grown(new, 0 if force else len(old), rejected)

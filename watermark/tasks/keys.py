@@ -1,4 +1,4 @@
-"""Keys as a list for people; loads no torch."""
+"""Listing of keys as text; does not load torch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["listing"]
 
 
 def listing(ring: dict[Path, Key]) -> str:
-    """A line a key, in columns under a header; the fields of a scheme are columns of their own."""
-    own = [description(key.metadata, COMMON) for key in ring.values()]
-    fields = list(dict.fromkeys(name for names in own for name in names))
+    """One line per key, in columns under a header; every field of a scheme is a column."""
+    descriptions = [description(key.metadata, COMMON) for key in ring.values()]
+    fields = list(dict.fromkeys(name for names in descriptions for name in names))
     rows = [("fingerprint", "scheme", *fields, "model", "created", "file")]
-    for (path, key), values in zip(ring.items(), own, strict=True):
+    for (path, key), values in zip(ring.items(), descriptions, strict=True):
         meta = key.metadata
         texts = [meta["scheme"], *(values.get(name, "") for name in fields), meta["model"].get("name", "?")]
         rows.append((key.fingerprint, *map(one_line, [*texts, meta["created"], path])))

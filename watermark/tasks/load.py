@@ -1,4 +1,4 @@
-"""What the tasks start from: a model by name, and a verifier for keys, on the calibration that fits."""
+"""Load what the tasks need: a model by name, and a verifier for keys with the calibration that fits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Model: TypeAlias = "str | LatentModel"
 
 
 class Setup(NamedTuple):
-    """A verifier, and why the model's own calibration does not check its p-values ("": it does, or there is none)."""
+    """A verifier, and why the model's own calibration is not used ("" if it is used or there is none)."""
 
     verifier: Verifier
     unchecked: str
@@ -67,7 +67,7 @@ def _check_device(device: str) -> None:
 
 
 def load_keys(keys: Keys) -> list[Key]:
-    """The keys, each once. Raises KeyFileError."""
+    """The keys without duplicates. Raises KeyFileError."""
     given = [keys] if isinstance(keys, (Key, str, PathLike)) else list(keys)
     paths = [Path(key) for key in given if not isinstance(key, Key)]
     loaded = [key for key in given if isinstance(key, Key)]
@@ -87,11 +87,11 @@ def load_verifier(
     calibration: StrPath | Calibration | None = None,
     search: bool = False,
 ) -> Setup:
-    """A verifier for these keys, on this calibration or on the model's own where that fits.
+    """A verifier for these keys, with this calibration or with the model's own if that fits.
 
-    A `model` that is loaded already is used as it is, whatever `device` and `dtype` say. Keys and calibration are read
-    first: a mistake there does not cost the loading of a model. Raises KeyFileError, CalibrationError, ModelError and,
-    for a key that cannot be searched for, SchemeError.
+    A loaded `model` is used as it is; `device` and `dtype` are then ignored. Keys and calibration are read before the
+    model is loaded, so that mistakes there show early. Raises KeyFileError, CalibrationError, ModelError and, for a key
+    that cannot be searched for, SchemeError.
     """
     loaded = load_keys(keys)
     given = Calibration.load(Path(calibration)) if isinstance(calibration, (str, PathLike)) else calibration
@@ -105,7 +105,7 @@ def load_verifier(
 
 
 def _built_in(recoverer: Recoverer, keys: list[Key], model: Model) -> tuple[Calibration | None, str]:
-    """The model's own calibration; where that does not fit, None and why."""
+    """The model's own calibration and "", or None and the reason if it does not fit."""
     source = model if isinstance(model, str) else model.name
     has_folder = isinstance(model, str) or source == "pocket"
     calibration = Calibration.built_in(Path(resolve(source))) if has_folder else None
@@ -114,6 +114,6 @@ def _built_in(recoverer: Recoverer, keys: list[Key], model: Model) -> tuple[Cali
     try:
         Verifier(recoverer, keys, calibration=calibration)
     except CalibrationError as error:
-        logger.info("calibration of the model not used: %s", error)
+        logger.info("the model's calibration is not used: %s", error)
         return None, error.fact
     return calibration, ""

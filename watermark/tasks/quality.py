@@ -1,4 +1,4 @@
-"""What a mark costs the images: their distance to unmarked ones, and how well they follow their prompts."""
+"""The cost of a mark in image quality: distance to unmarked images, and how well images follow their prompts."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from ringmark.watermark.evaluation.rates import Array, rate
 
 __all__ = ["SCENES", "SCENE_SIZE", "ImageSet", "quality_rows"]
 
-SCENES = 1000  # training scenes of the classifier: 98 % of grounds and all skies of 200 others
-SCENE_SIZE = 64  # px; larger images are classified no better
+SCENES = 1000  # training scenes of the classifier, which gets 98 % of grounds and all skies right on 200 others
+SCENE_SIZE = 64  # px; larger images are not classified better
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Unmarked images or those of one key: `names` are paths below `folder`, `prompts` theirs as far as known."""
+    """The unmarked images or those of one key: `names` are paths below `folder`, `prompts` known prompts by name."""
 
     name: str
     folder: Path
@@ -36,17 +36,17 @@ class ImageSet:
 
 
 @dataclass(frozen=True)
-class _Look:
-    """Features of an image: those of the Fréchet distance, and those of the scene classifier."""
+class _Features:
+    """Features of an image for the Fréchet distance and for the scene classifier."""
 
     simple: Array
     scene: Array
 
 
 def quality_rows(sets: list[ImageSet], image_size: tuple[int, int], cache: Path) -> list[Row]:
-    """A row for each set of marked images, which follow the unmarked one: distance and shares that follow the prompt.
+    """A row for each set of marked images: Fréchet distance, and shares of images that follow the prompt.
 
-    Empty where a set has fewer than two images.
+    The first of the `sets` holds the unmarked images. Empty if a set has fewer than two images.
     """
     looks = [_looks(images, image_size) for images in sets]
     if min(map(len, looks)) < 2:
@@ -60,7 +60,7 @@ def _of_set(hits: dict[str, list[Tensor]], i: int) -> dict[str, Tensor]:
     return {f"{name}_{kind}": hits[name][j] for name, (kind, j) in pairs}
 
 
-def _row(key: str, marked: dict[str, _Look], unmarked: dict[str, _Look], hits: dict[str, Tensor]) -> Row:
+def _row(key: str, marked: dict[str, _Features], unmarked: dict[str, _Features], hits: dict[str, Tensor]) -> Row:
     distance = frechet_test([look.simple for look in marked.values()], [look.simple for look in unmarked.values()])
     row: Row = {"key": key} | {f"frechet_{name}": value for name, value in asdict(distance).items()}
     for name, hit in hits.items():
@@ -69,23 +69,23 @@ def _row(key: str, marked: dict[str, _Look], unmarked: dict[str, _Look], hits: d
     return row
 
 
-def _looks(images: ImageSet, image_size: tuple[int, int]) -> dict[str, _Look]:
+def _looks(images: ImageSet, image_size: tuple[int, int]) -> dict[str, _Features]:
     """Features of each readable image."""
     looks = {}
     for name in images.names:
         try:
             image = read_sample(images.folder / name, image_size).image
-        except ImageError:  # named by `recover_files`
+        except ImageError:  # reported by `recover_files`
             continue
         small = image.resize((SCENE_SIZE, SCENE_SIZE), Image.Resampling.BOX)
-        looks[name] = _Look(simple=simple_features(np.asarray(image)), scene=features(np.asarray(small)))
+        looks[name] = _Features(simple=simple_features(np.asarray(image)), scene=features(np.asarray(small)))
     return looks
 
 
-def _obedience(sets: list[ImageSet], looks: list[dict[str, _Look]], cache: Path) -> dict[str, list[Tensor]]:
-    """For each attribute and set, whether each image (n,) shows what its prompt asks for.
+def _obedience(sets: list[ImageSet], looks: list[dict[str, _Features]], cache: Path) -> dict[str, list[Tensor]]:
+    """Whether each image (n,) shows what its prompt asks for, by attribute and set.
 
-    Empty unless all prompts are captions of procedural scenes, the only ones that the classifier knows.
+    Empty unless all prompts are captions of procedural scenes, since the classifier knows no others.
     """
     wanted = [_asked(images, seen) for images, seen in zip(sets, looks, strict=True)]
     known = [prompts for prompts in wanted if prompts is not None]
@@ -104,7 +104,7 @@ def _obedience(sets: list[ImageSet], looks: list[dict[str, _Look]], cache: Path)
     return {name: [hits[f"{name} {i}"] for i in range(len(sets))] for name in ATTRIBUTES}
 
 
-def _asked(images: ImageSet, seen: dict[str, _Look]) -> list[dict[str, str]] | None:
+def _asked(images: ImageSet, seen: dict[str, _Features]) -> list[dict[str, str]] | None:
     """What the prompts of the images ask for; None if a prompt is not a caption of a scene."""
     wanted = [asked(images.prompts.get(name, "")) for name in seen]
     known = [prompt for prompt in wanted if prompt is not None]

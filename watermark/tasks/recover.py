@@ -1,4 +1,4 @@
-"""Latents and noise of many files, kept by content: what was inverted once is not inverted again."""
+"""Recover latents and noise of many files, cached by content so that nothing is inverted twice."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ LOG = logging.getLogger("ringmark.watermark.tasks.recover")
 
 @dataclass
 class RecoveredFiles:
-    """Of the files that can be read, in order: ids, noise (n, C, h, w), and seconds each (n,) when it was computed.
+    """Ids, noise (n, C, h, w) and computing time in seconds (n,) of all readable files, in order.
 
-    `refused` says why others cannot be read, `doubts` why nothing can be said of file i, whose noise is then not to be
-    relied on. Files of equal `digests` show the same pixels.
+    `refused` holds the errors of files that cannot be read. `doubts` maps the number of a file to the reason why its
+    noise is not reliable. Files with equal `digests` have the same pixels.
     """
 
     noise: Tensor
@@ -46,10 +46,10 @@ class RecoveredFiles:
 def recover_files(
     recoverer: Recoverer, paths: Iterable[Path], cache: Path, *, batch: int = 8, name: str = "recover"
 ) -> RecoveredFiles:
-    """Recover the noise of every file. Latents and noise are kept in the folder `cache`, by what they are made from.
+    """Recover the noise of every file. Latents and noise are cached in the folder `cache`, keyed by their inputs.
 
-    So a stopped run goes on from its last batch, other sampler steps cost no decoder inversion, and a decoder inversion
-    that finds the latents of another one costs no sampler steps.
+    An interrupted run therefore resumes at its last batch, changing the sampler steps repeats no decoder inversion, and
+    decoder inversions that give the same latents share the sampler inversion.
     """
     paths = list(paths)
     files = RecoveredFiles(noise=torch.empty(0, *recoverer.model.latent_shape), seconds=torch.empty(0))
@@ -74,7 +74,7 @@ def _readable(paths: list[Path], size: tuple[int, int], refused: list[ImageError
 
 
 def _add(files: RecoveredFiles, recoverer: Recoverer, samples: list[Sample], cache: Path) -> dict[str, Tensor]:
-    """Note a batch in `files`; its noise as `value`, and its `seconds`."""
+    """Recover a batch and add it to `files`; returns its noise as `value` and its `seconds`."""
     images = [to_array(sample.image) for sample in samples]
     recovered = _recover(recoverer, torch.from_numpy(np.stack(images)), cache)
     for sample, image, noise in zip(samples, images, recovered["value"], strict=True):
@@ -86,8 +86,8 @@ def _add(files: RecoveredFiles, recoverer: Recoverer, samples: list[Sample], cac
 
 
 def _recover(recoverer: Recoverer, images: Tensor, cache: Path) -> dict[str, Tensor]:
-    """Noise of images (B, 3, H, W) as `value`, and `seconds`."""
-    settings, device = recoverer.settings, recoverer.model.device.type  # on another device, seconds differ
+    """Noise of images (B, 3, H, W) as `value`, and `seconds` per image."""
+    settings, device = recoverer.settings, recoverer.model.device.type  # times differ between devices
     invert = partial(_timed, partial(_latents, recoverer))
     latents = cached_rows(cache, [settings.of_latents(), device], images, invert)
     walk = partial(_timed, recoverer.noise)
@@ -100,7 +100,7 @@ def _latents(recoverer: Recoverer, images: Tensor) -> Tensor:
 
 
 def _timed(work: Callable[[Tensor], Tensor], rows: Tensor) -> dict[str, Tensor]:
-    """`value` on the CPU, which waits for the device, and the `seconds` that each row took."""
+    """The result as `value` on the CPU (which waits for the device), and the `seconds` per row."""
     started = time.perf_counter()
     value = work(rows).float().cpu()
     return {"value": value, "seconds": torch.full((len(rows),), (time.perf_counter() - started) / len(rows))}

@@ -24,15 +24,15 @@ STATISTICS = {"score": 1, "published_distance": -1}
 """Statistics of a record, and the sign that makes them larger for marked images."""
 
 Record = Mapping[str, Any]
-NAMED = 20  # items of a list that are named; a message may not grow with the folder
+NAMED = 20  # most names listed in a message
 
 
 @dataclass(frozen=True)
 class RocReport:
-    """The curves of labelled audits and what they leave out.
+    """ROC curves of labelled audits, and what they leave out.
 
-    `curves` are by statistic, of `records` records. `unlabelled` records have no label, `unread` ones a label but no
-    score, because the audit could not read the file; `unmatched` labels have no record.
+    `curves` are by statistic; `records` counts the records. `unlabelled` records have no label. `unread` records have a
+    label but no score, because the audit could not read the file. `unmatched` labels have no record.
     """
 
     curves: dict[str, Curve]
@@ -43,29 +43,29 @@ class RocReport:
     unmatched: list[str]
 
     def record(self) -> list[dict[str, Any]]:
-        """A curve each as plain values: its summary and `points`, thresholds in the statistic's own sign.
+        """Each curve as plain values: its summary and `points`, with thresholds in the statistic's own sign.
 
-        With `larger_if_marked`, values of at least the threshold are called marked; otherwise those of at most.
+        If `larger_if_marked`, images at or above the threshold are called marked, otherwise those at or below it.
         """
         return [_curve_record(curve, STATISTICS[name]) for name, curve in self.curves.items()]
 
     def table(self) -> str:
-        """The curves' numbers as Markdown, and how many unmarked images a rate needs that they cannot tell."""
+        """The curves' numbers as a Markdown table, with a note if there are too few unmarked images for the FPR."""
         text = markdown([_row(curve.summary(), STATISTICS[name]) for name, curve in self.curves.items()])
         first = self.curves["score"]
         if first.point:
             return text
         return (
-            f"{text}\n\nNo TPR and threshold at {first.fpr_limit:.3g} FPR: that needs at least {first.needed} "
+            f"{text}\n\nNo TPR and threshold at {first.fpr_limit:.3g} FPR: this needs at least {first.needed} "
             f"unmarked images; there are {first.negatives}."
         )
 
     def coverage(self) -> list[str]:
-        """How labels and records fit, and the names of what was left out, a line each."""
+        """How many records are labelled, and the names of records and labels that were left out, as lines."""
         reasons = {
             "without a label": self.unlabelled,
-            "labelled, but not readable": self.unread,
-            "labelled, but without a record": self.unmatched,
+            "labelled but unreadable": self.unread,
+            "labelled but without a record": self.unmatched,
         }
         counts = f"{self.labelled} of {self.records} records labelled"
         return [counts, *(f"{len(names)} {reason}: {_named(names)}" for reason, names in reasons.items() if names)]
@@ -103,11 +103,11 @@ def _row(summary: Mapping[str, Any], sign: int) -> dict[str, str]:
 
 
 def roc_of_files(results: Sequence[Path], label_files: Sequence[Path], fpr_limit: float = 0.01) -> RocReport:
-    """The ROC of several audits taken together.
+    """ROC curves of the combined records of several audits.
 
-    Raises EvaluationError as `curves` and `match_labels` do, evaluation.settings where audits differ in their settings,
-    evaluation.twice where two have a record of one file, evaluation.fpr; StoreError and ImageError for files that are
-    not results or labels.
+    Raises EvaluationError as `curves` and `match_labels` do, evaluation.settings if the audits' settings differ,
+    evaluation.twice if two audits have a record of the same file, and evaluation.fpr; StoreError and ImageError for
+    files that are not results or labels.
     """
     check_fpr(fpr_limit)
     records, folders = _records_of(results)
@@ -125,10 +125,10 @@ def roc_of_files(results: Sequence[Path], label_files: Sequence[Path], fpr_limit
 def curves(
     records: Sequence[Record], labels: Mapping[str, bool], *, name: str = "", fpr_limit: float = 0.01
 ) -> dict[str, Curve]:
-    """An ROC for each of STATISTICS that the records have, of the best key, larger for marked images.
+    """An ROC curve for each of STATISTICS that the records have, oriented so that marked images score higher.
 
-    An image that shows nothing ranks below all others. Raises EvaluationError: evaluation.number for a record without a
-    number, and as `roc` does.
+    The statistics are those of the best key. An image that shows nothing ranks below all others. Raises
+    EvaluationError: evaluation.number for a record without a number, and as `roc` does.
     """
     judged = [r for r in records if r["sample_id"] in labels and "error" not in r]
     marked = np.array([labels[r["sample_id"]] for r in judged], bool)
@@ -143,7 +143,7 @@ def curves(
 
 
 def _number(record: Record, statistic: str) -> float:
-    """A record's statistic; 0 for an image that shows nothing, whatever stands there."""
+    """A record's statistic; 0 for an image that shows nothing, whatever its record says."""
     value = record.get(statistic)
     if not record.get("shows", True):
         return 0.0
@@ -160,11 +160,11 @@ def _records_of(results: Sequence[Path]) -> tuple[list[Record], list[Path]]:
     origin: dict[str, Path] = {}
     first: dict[str, Any] | None = None
     for path in {p.resolve(): p for p in results}.values():
-        settings, found = read_records(path)
+        settings, file_records = read_records(path)
         folders.append(path.parent / str(settings.pop("folder", ".")))
         first = settings if first is None else first
         _check_settings(path, settings, results[0], first)
-        for record in found:
+        for record in file_records:
             other = origin.setdefault(record["sample_id"], path)
             if other != path:
                 fact = f"has a record of {record['sample_id']}, as {other} does"
@@ -175,5 +175,5 @@ def _records_of(results: Sequence[Path]) -> tuple[list[Record], list[Path]]:
 
 def _check_settings(path: Path, settings: Mapping[str, Any], first: Path, expected: Mapping[str, Any]) -> None:
     if changed := differences(expected, settings):
-        fact = f"was made with other settings than {first} ({'; '.join(changed)}), so their scores do not compare"
+        fact = f"was made with other settings than {first} ({'; '.join(changed)}), so the scores cannot be compared"
         raise EvaluationError("evaluation.settings", fact, subject=path)

@@ -1,4 +1,4 @@
-"""Single pictures: which keys they carry, and what a verdict rests on."""
+"""Test single pictures for keys and draw the evidence for a verdict."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def verify(
     search: bool = False,
     batch: int = 8,
 ) -> list[Verdict]:
-    """Whether pictures carry a key: one Verdict a picture, in order; of several keys that of the best.
+    """Test whether pictures carry a key: one verdict per picture, in order, on the key that fits best.
 
     Args:
         pictures: One picture or several, each a file or a PIL image.
@@ -52,16 +52,16 @@ def verify(
         device: Of a model given by name: "auto", "cpu", "cuda", …
         dtype: Of a model given by name: "auto", "float32", "float16" or "bfloat16".
         method: The decoder inversion: a name of `ringmark.inversion.decoder.INVERTERS`.
-        max_steps: Most steps of the decoder inversion, at least 0; None is the method's own number.
+        max_steps: Maximum steps of the decoder inversion, at least 0; None is the method's default.
         steps: DDIM steps, at least 1.
         alpha: Significance level in (0, 1). A key is present at p ≤ alpha, corrected for the number of keys.
-        calibration: A `Calibration` or its file; None is the model's own, where it fits these settings.
+        calibration: A `Calibration` or its file; None is the model's own, if it fits these settings.
         search: Also search for rotation, scaling, cropping and shifts.
         batch: Pictures processed at a time.
 
     Raises:
-        ImageError: A picture cannot be read. For many files of which some may be damaged, see `audit`.
-        KeyFileError, CalibrationError, ModelError, SchemeError: Keys, calibration and model do not go together.
+        ImageError: A picture cannot be read. To process many files, some of which may be damaged, use `audit`.
+        KeyFileError, CalibrationError, ModelError, SchemeError: Keys, calibration and model do not match.
 
     Example:
         >>> [verdict] = ringmark.verify("picture.png", "my.key")
@@ -85,7 +85,7 @@ def verify(
 
 
 def _sample(picture: Picture, number: int, size: tuple[int, int]) -> Sample:
-    """The picture at `size` (H, W); one that is not a file is called by its number."""
+    """The picture at `size` (H, W); a PIL image is named by its number."""
     if not isinstance(picture, Image.Image):
         return read_sample(picture, size)
     return sample_of(picture, size, id=f"image {number}")
@@ -93,7 +93,7 @@ def _sample(picture: Picture, number: int, size: tuple[int, int]) -> Sample:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The verdicts on one file, or the error for which there are none."""
+    """The verdicts on one file, or the error that prevented them."""
 
     path: Path
     judged: Judged | None = None
@@ -101,15 +101,15 @@ class Outcome:
 
     @property
     def present(self) -> bool | None:
-        """Whether the file carries a key; None is inconclusive."""
+        """Whether the file carries a key; None if that is inconclusive."""
         return self.judged.best.present if self.judged else None
 
     def sentence(self) -> str:
-        """In words, in one line."""
+        """The outcome as one line of text."""
         return f"{one_line(self.path)}: {self.judged.sentence()}" if self.judged else one_line(self.error)
 
     def record(self) -> dict[str, Any]:
-        """As plain values: the verdict of the best key, and `carries`, all keys that are present; or the `error`."""
+        """The outcome as plain values: the best verdict and `carries`, all keys that are present; or the `error`."""
         name = {"sample_id": str(self.path)}
         if not self.judged:
             return name | {"error": str(self.error), "code": self.error.code if self.error else ""}
@@ -117,7 +117,7 @@ class Outcome:
 
 
 def verify_files(verifier: Verifier, paths: list[Path], *, batch: int = 8) -> list[Outcome]:
-    """The outcome of each file, in the order given. A file that cannot be read does not stop the others."""
+    """The outcome of each file, in the order given. A file that cannot be read does not stop the run."""
     outcomes: dict[int, Outcome] = {}
 
     def readable() -> Iterator[Sample]:
@@ -136,10 +136,10 @@ def verify_files(verifier: Verifier, paths: list[Path], *, batch: int = 8) -> li
 
 
 def explain_first(verifier: Verifier, outcomes: list[Outcome], output: Path, *, force: bool = False) -> None:
-    """Draw what the verdict on the first readable file rests on.
+    """Draw the evidence for the verdict on the first readable file.
 
-    The figure shows the key, so that only the owner may read it. Nothing is drawn where no file could be read. Raises
-    StoreError, without `force`, where a file would be replaced that ringmark did not write.
+    The figure shows the key, so only the owner can read it. Nothing is drawn if no file can be read. Raises StoreError
+    if, without `force`, it would replace a file that ringmark did not write.
     """
     for outcome in outcomes:
         if outcome.judged:
