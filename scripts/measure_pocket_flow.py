@@ -42,8 +42,9 @@ pipeline_tag: text-to-image
 A small rectified-flow model of landscapes, 128 x 128 pixels: the sibling of `data/pocket`, with its autoencoder and
 text encoder and a network that predicts velocity. The network starts from the weights of `data/pocket` and first
 learns the velocity that follows from its noise prediction; it is then straightened on its own noise-latent pairs and
-distilled to one step, as InstaFlow is. Trained by `scripts/train_pocket_flow.py` on procedural pictures alone (`data/scenes.py`). It is
-an ordinary diffusers folder; `StableDiffusionPipeline` loads it, and a small subclass makes it accept the scheduler:
+distilled to one step, as InstaFlow is. Trained by `scripts/train_pocket_flow.py` on procedural pictures alone
+(`data/scenes.py`). It is an ordinary diffusers folder; `StableDiffusionPipeline` loads it, and a small subclass makes
+it accept the scheduler:
 
     from ringmark.inversion.models.flow import RectifiedFlowPipeline
     pipe = RectifiedFlowPipeline.from_pretrained("data/pocket_flow")

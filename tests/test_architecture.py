@@ -156,7 +156,8 @@ for command in ([], *([name] for name in main.commands)):
         main([*command, "--help"])
     except SystemExit as done:
         assert not done.code, command
-heavy = {"torch", "numpy", "scipy", "sklearn", "matplotlib", "pandas", "PIL", "diffusers", "transformers", "safetensors"}
+heavy = {"torch", "numpy", "scipy", "sklearn", "matplotlib", "pandas", "PIL", "diffusers", "transformers"}
+heavy |= {"safetensors", "pydantic"}
 sys.exit(", ".join(sorted(heavy & set(sys.modules))) or 0)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
