@@ -67,7 +67,7 @@ def decode(path: str | os.PathLike[str], file: BinaryIO, *, limited: bool = Fals
     file.seek(0)
     kind = kind_of(head)
     if kind not in _formats():
-        raise ImageError("image.unknown-format", "is not an image in a known format", path)
+        raise ImageError("image.unknown-format", "is not an image in a known format", subject=path)
     try:
         reader = _Reader(path, kind, limited)
         return reader.read(file)
@@ -76,9 +76,9 @@ def decode(path: str | os.PathLike[str], file: BinaryIO, *, limited: bool = Fals
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(path) from error
     except MemoryError as error:
-        raise ImageError("image.too-costly", "needs too much memory", path) from error
+        raise ImageError("image.too-costly", "needs too much memory", subject=path) from error
     except Exception as error:  # given damaged bytes, decoders raise errors of every kind
-        raise ImageError("image.damaged", f"is damaged or cut off ({_reason(error)})", path) from error
+        raise ImageError("image.damaged", f"is damaged or cut off ({_reason(error)})", subject=path) from error
 
 
 def upright(image: Image.Image, name: str) -> Decoded:
@@ -95,7 +95,7 @@ def upright(image: Image.Image, name: str) -> Decoded:
     except ImageError:
         raise
     except Exception as error:
-        raise ImageError("image.damaged", f"is damaged or cut off ({_reason(error)})", name) from error
+        raise ImageError("image.damaged", f"is damaged or cut off ({_reason(error)})", subject=name) from error
 
 
 def _reason(error: Exception) -> str:
@@ -106,7 +106,7 @@ def _reason(error: Exception) -> str:
 
 def _too_large(path: str | os.PathLike[str]) -> ImageError:
     fact = f"has more than the {MAX_PIXELS / 1e6:g} million pixels, or {MAX_SIDE} a side, that are read"
-    return ImageError("image.too-large", fact, path)
+    return ImageError("image.too-large", fact, subject=path)
 
 
 @cache
@@ -133,7 +133,7 @@ class _Reader:
             image = read(file)
         except TooMany as error:
             if self.limited:
-                raise ImageError("image.too-costly", f"has {error}", self.path) from error
+                raise ImageError("image.too-costly", f"has {error}", subject=self.path) from error
             return None
         if image is None:
             return None
@@ -143,7 +143,7 @@ class _Reader:
 
     def _check_size(self, width: int, height: int) -> None:
         if not 0 < width * height:
-            raise ImageError("image.no-pixels", "has no pixels", self.path)
+            raise ImageError("image.no-pixels", "has no pixels", subject=self.path)
         if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
             raise _too_large(self.path)
 
@@ -170,7 +170,9 @@ class _Reader:
         self._check_size(jpeg.width, jpeg.height)
         pixels = jpeg.width * jpeg.height
         if len(jpeg.scans) > MAX_SCANS:
-            raise ImageError("image.too-costly", f"has {len(jpeg.scans)} scans; {MAX_SCANS} are read", self.path)
+            raise ImageError(
+                "image.too-costly", f"has {len(jpeg.scans)} scans; {MAX_SCANS} are read", subject=self.path
+            )
         if self._is_expensive(pixels, pixels * len(jpeg.scans)):
             return None
         if not jpeg.checkable:
@@ -211,7 +213,7 @@ class _Reader:
             if "'raw'" in self._raw and "'RGBX'" in self._raw and tags.get(PHOTOMETRIC) == YCBCR:
                 # Pillow before 13 takes its three bytes a pixel for four.
                 raise ImageError(
-                    "image.misread", "is an uncompressed YCbCr TIFF, which this Pillow misreads", self.path
+                    "image.misread", "is an uncompressed YCbCr TIFF, which this Pillow misreads", subject=self.path
                 )
         image.load()
         return image

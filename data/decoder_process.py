@@ -77,7 +77,7 @@ class _Process:
             )
         except OSError as error:
             fact = f"cannot be decoded: no process can be started for it ({error.strerror})"
-            raise ImageError("image.no-process", fact, path) from error
+            raise ImageError("image.no-process", fact, subject=path) from error
         self._owner = os.getpid()
         return self._child
 
@@ -87,7 +87,7 @@ class _Process:
         child.stdin.flush()
         answer = json.loads(_line(child.stdout))
         if "code" in answer:
-            raise ImageError(answer["code"], answer["fact"], path)
+            raise ImageError(answer["code"], answer["fact"], subject=path)
         image = Image.new("RGB", answer["size"])
         for box in bands(image):
             size = (box[2], box[3] - box[1])
@@ -103,9 +103,11 @@ class _Process:
         self.stop()
         LOG.warning("%s: decoding was given up", path)
         if ended > 0 and os.name == "posix":  # signals are negative
-            return ImageError("image.no-process", f"cannot be decoded: the process for it ended with {ended}", path)
+            return ImageError(
+                "image.no-process", f"cannot be decoded: the process for it ended with {ended}", subject=path
+            )
         fact = f"takes more than {CPU_SECONDS} s of processor time or {MEMORY_BYTES >> 20} MB to decode"
-        return ImageError("image.too-costly", fact, path)
+        return ImageError("image.too-costly", fact, subject=path)
 
     def stop(self) -> None:
         """End the child, if it is ours."""

@@ -77,7 +77,7 @@ def _fitted(
 ) -> tuple[Image.Image, tuple[str, ...]]:
     if TINY * min(image.size) < min(size):
         raise ImageError(
-            "image.tiny", f"has only {image.width} x {image.height} pixels", path, needed=-(-min(size) // TINY)
+            "image.tiny", f"has only {image.width} x {image.height} pixels", subject=path, needed=-(-min(size) // TINY)
         )
     image, note = fit(image, size)
     return image, (*notes, note) if note else notes
@@ -97,7 +97,7 @@ def read_image(path: str | os.PathLike[str]) -> tuple[Image.Image, tuple[str, ..
     with open_regular(path, ImageError, "image") as file:
         size = os.fstat(file.fileno()).st_size
         if not size:
-            raise ImageError("image.empty", "is empty", path)
+            raise ImageError("image.empty", "is empty", subject=path)
         head = file.read(16)
         file.seek(0)
         decoded = decode(path, file) if is_cheap(head, size) or not kind_of(head) else None

@@ -58,11 +58,11 @@ def read_labels(path: PathLike) -> dict[str, bool]:
         label = _label(value)
         if not isinstance(name, str) or not name or label is None:
             fact = f"{where} has the path {name!r} and the label {value!r}"
-            raise ImageError("labels.value", fact, path, known=", ".join(LABELS))
+            raise ImageError("labels.value", fact, subject=path, known=", ".join(LABELS))
         if labels.setdefault(name, label) != label:
-            raise ImageError("labels.contradiction", f"{where} contradicts an earlier label of {name!r}", path)
+            raise ImageError("labels.contradiction", f"{where} contradicts an earlier label of {name!r}", subject=path)
     if not labels:
-        raise ImageError("labels.empty", "holds no labels", path)
+        raise ImageError("labels.empty", "holds no labels", subject=path)
     return labels
 
 
@@ -70,13 +70,13 @@ def _text(path: PathLike) -> str:
     with open_regular(path, ImageError, "labels") as file:
         content = file.read()
     if not content:
-        raise ImageError("labels.empty", "is empty", path)
+        raise ImageError("labels.empty", "is empty", subject=path)
     encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ImageError("labels.encoding", f"line {line} is not {encoding[:6].upper()} text", path) from error
+        raise ImageError("labels.encoding", f"line {line} is not {encoding[:6].upper()} text", subject=path) from error
 
 
 def _label(value: object) -> bool | None:
@@ -96,13 +96,13 @@ def _table_rows(path: PathLike, text: str) -> Iterator[Row]:
         columns = _columns(next(reader, []))
         if not columns:
             names = f"one of {', '.join(PATH_COLUMNS)} and {LABEL_COLUMN}"
-            raise ImageError("labels.header", f"line 1 does not name the columns {names}, once each", path)
+            raise ImageError("labels.header", f"line 1 does not name the columns {names}, once each", subject=path)
         for row in filter(None, reader):
             if len(row) <= max(columns):
-                raise ImageError("labels.damaged", f"line {reader.line_num} has too few columns", path)
+                raise ImageError("labels.damaged", f"line {reader.line_num} has too few columns", subject=path)
             yield f"line {reader.line_num}", row[columns[0]], row[columns[1]]
     except csv.Error as error:
-        raise ImageError("labels.damaged", f"line {reader.line_num} is not CSV ({error})", path) from error
+        raise ImageError("labels.damaged", f"line {reader.line_num} is not CSV ({error})", subject=path) from error
 
 
 def _first_row(text: str, delimiter: str) -> list[str]:
@@ -129,14 +129,14 @@ def _json_rows(path: PathLike, text: str) -> list[Row]:
     try:
         whole = json.loads(text, object_pairs_hook=tuple)  # a dict would hide repeated paths
     except json.JSONDecodeError as error:
-        raise ImageError("labels.damaged", f"line {error.lineno} is not JSON ({error.msg})", path) from error
+        raise ImageError("labels.damaged", f"line {error.lineno} is not JSON ({error.msg})", subject=path) from error
     except (RecursionError, ValueError) as error:
-        raise ImageError("labels.damaged", f"is not a JSON object of labels ({error})", path) from error
+        raise ImageError("labels.damaged", f"is not a JSON object of labels ({error})", subject=path) from error
     if isinstance(whole, tuple):
         return [(f"the entry {name!r}", name, value) for name, value in whole]
     records = [dict(item) if isinstance(item, tuple) else item for item in whole] if isinstance(whole, list) else [None]
     if not all(_is_record(record) for record in records):
-        raise ImageError("labels.header", "line 1 does not start a JSON object or array of labels", path)
+        raise ImageError("labels.header", "line 1 does not start a JSON object or array of labels", subject=path)
     return [_row(f"entry {number}", record) for number, record in enumerate(records, 1)]
 
 

@@ -36,8 +36,8 @@ def check_folder(folder: PathLike) -> None:
     if Path(folder).is_dir():
         return
     if Path(folder).exists():
-        raise ImageError("image.not-folder", "is a file, not a folder", folder)
-    raise ImageError("image.no-folder", "there is no such folder", folder)
+        raise ImageError("image.not-folder", "is a file, not a folder", subject=folder)
+    raise ImageError("image.no-folder", "there is no such folder", subject=folder)
 
 
 class Listing(NamedTuple):
@@ -89,7 +89,7 @@ def _nothing(folder: PathLike, skipped: Counter[str], links: int) -> ImageError:
         )
     if links:
         fact += f"; not followed out of it: {_count(links, 'link')}"
-    return ImageError("image.none", fact, folder, suffixes=", ".join("*" + suffix for suffix in SUFFIXES))
+    return ImageError("image.none", fact, subject=folder, suffixes=", ".join("*" + suffix for suffix in SUFFIXES))
 
 
 def _count(number: int, noun: str) -> str:
@@ -115,14 +115,16 @@ class _Walk:
             self.files += [Path(here, name) for name in names if self._is_wanted(Path(here, name))]
 
     def _note(self, error: OSError) -> None:
-        self.unlisted.append(ImageError("image.unlisted", f"cannot be listed: {error.strerror}", error.filename))
+        self.unlisted.append(
+            ImageError("image.unlisted", f"cannot be listed: {error.strerror}", subject=error.filename)
+        )
 
     def _is_wanted(self, path: Path) -> bool:
         if path.name.startswith("."):
             return False
         if self._follow_links or not path.is_symlink() or self._is_inside(os.path.realpath(path)):
             return True
-        self.outside.append(ImageError("image.link", f"is a link that leads out of {self._root}", path))
+        self.outside.append(ImageError("image.link", f"is a link that leads out of {self._root}", subject=path))
         return False
 
     def _is_inside(self, real: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 __all__ = [
@@ -32,9 +31,7 @@ class RingmarkError(ValueError):
     command line adds its remedy by the code.
     """
 
-    def __init__(self, code: str, fact: str = "", *, subject: object = None, **details: object) -> None:
-        if not fact:  # transitional: an error that has no code yet
-            code, fact = "", code
+    def __init__(self, code: str, fact: str, *, subject: object = None, **details: object) -> None:
         self.code, self.fact, self.subject, self.details = code, fact, subject, details
         super().__init__(one_line(fact if subject is None else f"{subject}: {fact}"))
 
@@ -44,22 +41,12 @@ class ModelError(RingmarkError):
 
 
 class ImageError(RingmarkError):
-    """A file that cannot be used as a picture, or as labels of pictures; `path` is the file."""
+    """A file that cannot be used as a picture, or as labels of pictures; its subject is the file."""
 
-    def __init__(
-        self,
-        code: str | os.PathLike[str],
-        fact: str = "",
-        path: str | os.PathLike[str] | None = None,
-        *,
-        subject: str | os.PathLike[str] | None = None,
-        **details: object,
-    ) -> None:
-        path = subject if path is None else path
-        if path is None:  # transitional: (path, fact)
-            code, path = "", code
-        super().__init__(str(code) or "image.damaged", fact, subject=path, **details)
-        self.path = Path(path)
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return Path(str(self.subject))
 
 
 class StoreError(RingmarkError):

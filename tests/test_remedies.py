@@ -79,7 +79,7 @@ def test_a_remedy_follows_the_fact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(REMEDIES, "key.mode", "run: chmod 600 {quoted}; {count} more")
     error = KeyFileError("key.mode", "others may read it", subject="a b\n.key", count=2)
     assert explained(error) == r"a b\n.key: others may read it; run: chmod 600 'a b\n.key'; 2 more"
-    assert explained(RingmarkError("without a code")) == "without a code"
+    assert explained(RingmarkError("none.such", "no remedy is known")) == "no remedy is known"
 
 
 def test_a_full_disk_is_mended_by_making_room() -> None:

@@ -199,7 +199,7 @@ def recovered(recoverer: Recoverer, places: dict[str, list[Path]], cache: Path) 
     found = {name: recover_files(recoverer, paths, cache, name=name) for name, paths in places.items()}
     for name, files in found.items():
         if unusable := len(files.refused) + len(files.doubts):
-            raise RingmarkError(f"{name}: {unusable} images cannot be used; move them")
+            raise RingmarkError("experiment.images", f"{unusable} images cannot be used", subject=name)
     return {name: files.noise for name, files in found.items()}
 
 

@@ -124,7 +124,7 @@ def _attack(
 
 def _existing(path: Path) -> Path:
     if not path.exists():
-        raise ImageError("image.missing", "no such file or folder", path)
+        raise ImageError("image.missing", "no such file or folder", subject=path)
     return path
 
 
