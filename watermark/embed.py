@@ -1,4 +1,4 @@
-"""Marked and unmarked images drawn by a model."""
+"""Draw marked and unmarked images with a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Drawn", "generate", "initial_noise"]
 
 @dataclass(frozen=True)
 class Drawn:
-    """One image as drawn: pixels (3, H, W) in [-1, 1] and, for those who measure, its true latent and noise."""
+    """A drawn image: pixels (3, H, W) in [-1, 1] and, for measurements, its true latent and noise."""
 
     image: Tensor
     latent: Tensor
@@ -27,7 +27,7 @@ class Drawn:
 
 
 def initial_noise(seeds: list[int], latent_shape: tuple[int, int, int]) -> Tensor:
-    """Unit normal noise (B, C, h, w), each sample from its own seed, whatever batch it is in."""
+    """Unit normal noise (B, C, h, w); each sample has its own seed and does not depend on the batch."""
     return torch.stack([torch.randn(latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
@@ -45,16 +45,16 @@ def generate(
 ) -> Iterator[Drawn]:
     """Draw an image for each prompt and seed, marked if a scheme is given; `progress(n)` after n more images.
 
-    Neither a prompt nor a seed is enough to forge a mark: the key's values are in the scheme alone.
+    Prompt and seed are not enough to forge a mark: that needs the key's values, which only the scheme holds.
     """
     schedule = model.schedule(steps)
     for i in range(0, len(prompts), batch):
-        texts, some = prompts[i : i + batch], seeds[i : i + batch]
-        noise = initial_noise(some, model.latent_shape)
+        batch_prompts, batch_seeds = prompts[i : i + batch], seeds[i : i + batch]
+        noise = initial_noise(batch_seeds, model.latent_shape)
         noise = (scheme.embed(noise) if scheme else noise).to(model.device)
-        latents = sample(model, noise, model.embed(texts), schedule, guidance=guidance)
+        latents = sample(model, noise, model.embed(batch_prompts), schedule, guidance=guidance)
         images = model.decode(latents).float().cpu().clamp(-1, 1)
-        for drawn in zip(images, latents.float().cpu(), noise.float().cpu(), texts, some, strict=True):
+        for drawn in zip(images, latents.float().cpu(), noise.float().cpu(), batch_prompts, batch_seeds, strict=True):
             yield Drawn(*drawn)
         if progress:
-            progress(len(some))
+            progress(len(batch_seeds))

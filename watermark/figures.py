@@ -1,4 +1,4 @@
-"""Figures. A display holds the numbers, its `plot(ax)` draws them. matplotlib is imported where something is drawn."""
+"""Figures. A display holds the numbers and its `plot(ax)` draws them. matplotlib is only imported when drawing."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ Array = np.ndarray[Any, np.dtype[Any]]
 INK, MARK, GREY = "#1b3a5c", "#d1495b", "#9aa5b1"
 COLOURS = (INK, MARK, "#2a9d8f", "#e9a23b", GREY)
 STYLES = ("-", "--", "-.", ":")
-FONT = "DejaVu Sans"  # comes with matplotlib, wherever it is installed
+FONT = "DejaVu Sans"  # ships with matplotlib
 SECRET = "This picture shows the key. Keep it as secret as the key."
 NAME_LENGTH, LINE_LENGTH = 100, 110  # characters that fit across the explain picture
-MOST = 1e4  # of −log₁₀ p that is drawn; p may be 0
-BELOW_LEGEND = 0.68  # share of an axis' height that legends leave free
+MOST = 1e4  # largest −log₁₀ p drawn; p may be 0
+BELOW_LEGEND = 0.68  # share of the axes' height that legends leave free
 
 
 def save_figure(figure: Figure, path: Path, mode: int = 0o644, *, force: bool = False) -> None:
-    """Write a figure, whole or not at all, in the format of the suffix (PNG, SVG); parent folders are created.
+    """Write a figure atomically in the format of the suffix (PNG, SVG), creating parent folders.
 
-    The umask limits `mode`. The file's metadata name ringmark as its maker. Raises StoreError, without `force`, where
-    a file would be replaced that ringmark did not write.
+    The umask limits `mode`. The file's metadata name ringmark as its creator. Raises StoreError if, without `force`, it
+    would replace a file that ringmark did not write.
     """
     refuse_foreign(path, force)
     picture, kind = io.BytesIO(), path.suffix.lower().removeprefix(".")
@@ -73,7 +73,7 @@ def save_figure(figure: Figure, path: Path, mode: int = 0o644, *, force: bool = 
 
 
 def drawable(text: str, length: int | None = None) -> str:
-    """The text in one line, with characters that FONT lacks escaped; its middle is left out beyond `length` ≥ 30."""
+    """The text in one line, with characters that FONT lacks escaped and the middle cut if beyond `length` ≥ 30."""
     from matplotlib.font_manager import findfont
     from matplotlib.ft2font import FT2Font
 
@@ -86,7 +86,7 @@ def drawable(text: str, length: int | None = None) -> str:
 
 
 def _begin(pieces: list[str], length: int) -> list[str]:
-    """As many of the first pieces as fit into `length` characters."""
+    """As many of the first pieces as fit in `length` characters."""
     ends = np.cumsum([len(piece) for piece in pieces])
     return pieces[: int(np.searchsorted(ends, length, "right"))]
 
@@ -106,7 +106,7 @@ class RocDisplay:
         return min(0.5 / curve.negatives for curve in self.curves)
 
     def plot(self, ax: Axes) -> None:
-        """A vertical line shows the FPR limit where there are enough unmarked images for it."""
+        """Draw the curves, with a vertical line at the FPR limit if there are enough unmarked images for it."""
         for i, curve in enumerate(self.curves):
             self._plot_curve(ax, curve, COLOURS[i % len(COLOURS)], STYLES[i % len(STYLES)])
         chance = np.geomspace(self.floor, 1, 100)
@@ -125,7 +125,7 @@ class RocDisplay:
 
 
 def roc_figure(curves: Sequence[Curve], title: str = "") -> Figure:
-    """One figure with these curves."""
+    """A figure with these curves."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4.5), layout="constrained")
@@ -146,11 +146,11 @@ class RecoveryDisplay:
 
     @classmethod
     def of(cls, recovery: NoiseRecovery) -> RecoveryDisplay:
-        """a / √(a² + v) of attenuation a and variance v."""
+        """Correlations a / √(a² + v) from attenuation a and variance v."""
         return cls((recovery.attenuation / recovery.null.sqrt()).numpy())
 
     def plot(self, ax: Axes) -> None:
-        """A line per channel."""
+        """Draw a line per channel."""
         for channel, values in enumerate(self.correlation):
             ax.plot(values, ".-", color=COLOURS[channel % len(COLOURS)], lw=1.2, label=f"channel {channel}")
         ax.axhline(0, color=GREY, lw=0.8)
@@ -159,7 +159,7 @@ class RecoveryDisplay:
 
 
 def recovery_figure(recovery: NoiseRecovery) -> Figure:
-    """How well noise is recovered, by ring."""
+    """A figure of how well noise is recovered, by ring."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -172,18 +172,18 @@ def recovery_figure(recovery: NoiseRecovery) -> Figure:
 
 @dataclass(frozen=True)
 class SpectrumDisplay:
-    """A spectrum, faded outside the mark; colours end at ±2.5 `scale`."""
+    """A spectrum, faded outside the mark; the colour range is ±2.5 `scale`."""
 
     panel: Panel
 
     @property
     def scale(self) -> float:
-        """The root mean square of all values or of those of the mark, whichever is larger; 1 for zeros."""
+        """The root mean square of all values or of those in the mark, whichever is larger; 1 if all are zero."""
         values, inside = self.panel.values, self.panel.inside
         return float(max(np.sqrt(np.square(v).mean()) for v in (values, values[inside]))) or 1.0
 
     def plot(self, ax: Axes) -> None:
-        """Dashed circles bound the mark."""
+        """Draw the spectrum, with dashed circles around the mark."""
         from matplotlib.ticker import MaxNLocator
 
         height, width = self.panel.values.shape
@@ -209,7 +209,7 @@ class SpectrumDisplay:
 
 
 def key_figure(key: Key) -> Figure:
-    """A key's spectrum, a panel per latent channel. Whoever sees the figure has the key.
+    """A figure of a key's spectrum, with a panel per latent channel. The figure reveals the key.
 
     Raises SchemeError, scheme.no-picture, for a scheme whose keys cannot be drawn.
     """
@@ -231,10 +231,10 @@ def key_figure(key: Key) -> Figure:
 
 @dataclass(frozen=True)
 class ScoreDisplay:
-    """Where an image's score lies among those of unmarked images.
+    """An image's score among those of unmarked images.
 
-    `density` (N,) of unmarked images at the scores `x` (N,), if it is known; `references` (n,), the scores of a
-    calibration's unmarked images, if there are any; `limit`, the score at which p equals `alpha`, if it is known.
+    `density` (N,) is the null density at the scores `x` (N,), if it is known; `references` (n,) are the scores of a
+    calibration's unmarked images, if there are any; `limit` is the score at which p equals `alpha`, if it is known.
     """
 
     name: str
@@ -246,7 +246,7 @@ class ScoreDisplay:
     limit: float | None = None
 
     def plot(self, ax: Axes) -> None:
-        """The density is filled, the references are a histogram, the score and the limit vertical lines."""
+        """Draw the density as a filled curve, the references as a histogram, and score and limit as vertical lines."""
         if self.density is not None:
             ax.fill_between(self.x, self.density, color=GREY, alpha=0.5, label="unmarked, theory")
         if self.references is not None:
@@ -265,7 +265,7 @@ class ScoreDisplay:
 
 @dataclass(frozen=True)
 class PValueDisplay:
-    """Where an image's p-value lies: for scores whose distribution on unmarked images cannot be drawn."""
+    """An image's p-value, for scores whose null distribution cannot be drawn."""
 
     name: str
     score: float
@@ -273,7 +273,7 @@ class PValueDisplay:
     alpha: float
 
     def plot(self, ax: Axes) -> None:
-        """Evidence grows to the right; the region of marked images is shaded."""
+        """Draw the p-value with the region of marked images shaded; evidence grows to the right."""
         from matplotlib.ticker import MaxNLocator
 
         at, limit = min(-self.log10_p, MOST), -np.log10(self.alpha)
@@ -292,9 +292,9 @@ class PValueDisplay:
 
 @dataclass(frozen=True)
 class ExplainDisplay:
-    """What a verdict rests on: the image (H, W, 3), the recovered spectrum and the key, and the score.
+    """The evidence for a verdict: the image (H, W, 3), the spectra of the recovered noise and the key, and the score.
 
-    `name` is the image's, `verdict` the sentence, `present` its outcome.
+    `name` is the image's name, `verdict` the sentence, `present` its outcome.
     """
 
     name: str
@@ -309,11 +309,11 @@ class ExplainDisplay:
 
     @property
     def lines(self) -> list[str]:
-        """The verdict in lines that fit."""
+        """The verdict, wrapped to the width of the figure."""
         return textwrap.wrap(drawable(self.verdict), LINE_LENGTH)
 
     def figure(self) -> Figure:
-        """The name and the whole verdict above, the panels in a row, a warning below."""
+        """The figure: name and verdict on top, the panels in a row, a warning at the bottom."""
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -350,7 +350,7 @@ class ExplainDisplay:
 
 
 def explain(detector: Detector, judged: Judged, name: str) -> Figure:
-    """What the best key's verdict rests on. Whoever sees the figure sees the key."""
+    """A figure of the evidence for the best key's verdict. The figure reveals the key."""
     verdict = judged.best
     return ExplainDisplay(
         name=name,
@@ -363,10 +363,10 @@ def explain(detector: Detector, judged: Judged, name: str) -> Figure:
 
 
 def _panels(detector: Detector, judged: Judged) -> list[Panel]:
-    """The recovered spectrum and the key; none for a scheme that cannot be drawn."""
+    """The spectra of the recovered noise and the key; empty for a scheme that cannot be drawn."""
     verdict = judged.best
     panels = detector.schemes[verdict.key].panels(judged.noise[None].nan_to_num(0.0, 0.0, 0.0))
-    titles = [", picture not turned back" if verdict.by_search else "", f" {verdict.key[:8]}"]
+    titles = [", picture as given" if verdict.by_search else "", f" {verdict.key[:8]}"]
     return [
         panel._replace(title=f"{panel.title}{title}".replace(", ", "\n", 1))
         for panel, title in zip(panels, titles, strict=False)
@@ -374,7 +374,7 @@ def _panels(detector: Detector, judged: Judged) -> list[Panel]:
 
 
 def _evidence(detector: Detector, verdict: Verdict) -> ScoreDisplay | PValueDisplay:
-    """The score among unmarked images where its null or references are known; else the p-value."""
+    """The score among unmarked images if its density or references are known, otherwise the p-value."""
     name = detector.schemes[verdict.key].score_name
     reach = 1.15 * max(0.3, abs(verdict.score), detector.threshold(verdict.key) or 0)
     x = np.linspace(-reach, reach, 1001)

@@ -1,8 +1,8 @@
-"""What recovered noise is where nobody planted anything, and the one way of whitening by it.
+"""The null, a model of noise recovered from unmarked images, and whitening by it.
 
-Bins are those of orthonormal 2-D transforms; rings are `inversion.noise_recovery.rings`. The real and the imaginary
-part of a bin are taken to be uncorrelated and of equal variance, and so are the bins of a ring; the channels of one
-bin are not.
+Bins are those of orthonormal 2-D transforms; rings are `inversion.noise_recovery.rings`. The real and imaginary parts
+of a bin and the bins of a ring are assumed to be uncorrelated and of equal variance; the channels of a bin may be
+correlated.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ class Known(Protocol):
 
 
 def spectrum(noise: Tensor, channels: Sequence[int]) -> Tensor:
-    """Orthonormal transform of some channels of noise (B, C, h, w), float64 on the CPU, unshifted order."""
+    """Orthonormal transform of these channels of noise (B, C, h, w), float64 on the CPU, unshifted order."""
     transform: Tensor = torch.fft.fft2(noise[:, list(channels)].double().cpu(), norm="ortho")
     return transform
 
 
 @dataclass(frozen=True, eq=False)
 class Null:
-    """Mean (C, h, w), or 0, and covariance (R, C, C) across channels by ring of the noise of unmarked images.
+    """Mean (C, h, w), or 0, and covariance (R, C, C) across channels, by ring, of noise recovered from unmarked images.
 
-    `name` is what results record: "white", or a fingerprint of what was measured.
+    `name` is recorded in results: "white", or a fingerprint of the measurement.
     """
 
     covariance: Array
@@ -53,13 +53,13 @@ class Null:
 
     @classmethod
     def white(cls, latent_shape: tuple[int, int, int]) -> Null:
-        """White noise on latents (C, h, w): what is assumed where nothing was measured."""
+        """White noise on latents (C, h, w), the assumption if nothing was measured."""
         channels, height, width = latent_shape
         return cls(np.tile(np.eye(channels), (int(rings(height, width).max()) + 1, 1, 1)))
 
     @classmethod
     def of_model(cls, model: Known) -> Null:
-        """What is known of a model: its measured variances with independent channels, or white noise."""
+        """The null of a model: its measured variances with independent channels, or white noise."""
         if model.recovery is None:
             return cls.white(model.latent_shape)
         variances = model.recovery.null.T.numpy()[:, :, None]
@@ -68,18 +68,18 @@ class Null:
     def whiten(self, transform: Tensor, channels: Sequence[int]) -> Tensor:
         """L⁻¹ F bin by bin, Σ = L Lᵀ the covariance of `channels` on the bin's ring: complex (B, c, h, w) → the same.
 
-        Under this null, less its mean, what comes out has the identity for its covariance. For two transforms
-        ⟨L⁻¹ F, L⁻¹ K⟩ = F* Σ⁻¹ K, whichever root of Σ is taken.
+        Under this null, after subtracting the mean, the result has the identity as its covariance. For two transforms
+        ⟨L⁻¹ F, L⁻¹ K⟩ = F* Σ⁻¹ K, for any root of Σ.
         """
         root = self._root(tuple(channels))[rings(*transform.shape[-2:])].to(transform)
         return torch.einsum("hwij,bjhw->bihw", root, transform)
 
     def whitened(self, noise: Tensor, channels: Sequence[int]) -> Tensor:
-        """The whitened spectrum (B, c, h, w) of noise (B, C, h, w), its mean taken away."""
+        """The whitened spectrum (B, c, h, w) of noise (B, C, h, w) minus the mean."""
         return self.whiten(spectrum(noise - self.mean, channels), channels)
 
     def _root(self, channels: tuple[int, ...]) -> Tensor:
-        """(R, c, c) float64: L⁻¹ on each ring."""
+        """L⁻¹ (R, c, c) float64 on each ring."""
         if channels not in self._roots:
             of = np.array(channels)
             self._roots[channels] = torch.from_numpy(

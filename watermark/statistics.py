@@ -1,6 +1,6 @@
-"""Distances and tests: float64 arrays in, arrays out.
+"""Distances and tests on float64 arrays.
 
-A score is the larger the more the key is there; a p-value is the probability of at least this score without it.
+Scores are larger for marked images. A p-value is the probability of at least this score in an unmarked image.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 ALPHA = 1e-3
-"""The level of a verdict unless another is asked for: one unmarked image in a thousand is called marked."""
+"""The default level: one unmarked image in a thousand is called marked."""
 
 
 def cosine_scores(recovered: Array, key: Array) -> Array:
@@ -50,8 +50,8 @@ def cosine_scores(recovered: Array, key: Array) -> Array:
 def cosine_test(recovered: Array, key: Array, variance: Array | float = 1.0) -> tuple[Array, Array]:
     """The whitened cosine c (B,) in [-1, 1] and its one-sided p-values.
 
-    recovered (B, d) and key (d,) are divided by √v, v > 0 the null variance of each feature. The p-values (`cosine_p`)
-    hold under any spherical null, whatever an image's own scale.
+    recovered (B, d) and key (d,) are divided by √v, with v > 0 the null variance of each feature. The p-values
+    (`cosine_p`) hold under any spherical null and do not depend on an image's scale.
     """
     c = cosine_scores(np.asarray(recovered, float) / np.sqrt(variance), np.asarray(key, float) / np.sqrt(variance))
     return c, cosine_p(c, np.shape(recovered)[-1])
@@ -71,13 +71,13 @@ def _student(cosine: Array, nu: int) -> Array:
 
 
 def cosine_log10_p(cosine: Array, features: int) -> Array:
-    """log₁₀ of `cosine_p`, also where that is too small for a float.
+    """log₁₀ of `cosine_p`, exact even where that underflows.
 
-    For c > 0 p = ½ I_x(ν/2, ½) with x = 1 − c², I the regularised incomplete beta function, of which
+    For c > 0, p = ½ I_x(ν/2, ½) with x = 1 − c², where I is the regularised incomplete beta function:
 
         log I_x(a, b) = a log x + b log(1 − x) − log a − log B(a, b) + log ₂F₁(a + b, 1; a + 1; x)
 
-    (DLMF 8.17.8). x is held above the rounding of 1 − c².
+    (DLMF 8.17.8). x is kept above the rounding error of 1 − c².
     """
     cosine, nu = np.asarray(cosine, float), features - 1
     with np.errstate(divide="ignore"):
@@ -90,16 +90,16 @@ def cosine_log10_p(cosine: Array, features: int) -> Array:
 
 
 def cosine_bound(features: int, alpha: float) -> float:
-    """The whitened cosine from which on `cosine_p` is at most alpha: t*/√(ν + t*²), t* the quantile of Student's t.
+    """The smallest whitened cosine with `cosine_p` at most alpha: t*/√(ν + t*²), with t* the quantile of Student's t.
 
-    Two keys drawn at random, of white spectra, are that close with probability alpha, whatever their size is.
+    Two random keys with white spectra are that close with probability alpha.
     """
     t = float(stats.t.isf(alpha, features - 1))
     return t / math.hypot(math.sqrt(features - 1), t)
 
 
 def cosine_density(cosine: Array, features: int) -> Array:
-    """Density of the whitened cosine c under a spherical null: that of t times dt/dc; 0 outside of (−1, 1)."""
+    """Density of the whitened cosine c under a spherical null: that of t times dt/dc; 0 outside (−1, 1)."""
     nu = features - 1
     inside = np.abs(cosine) < 1
     c = np.where(inside, cosine, 0)
@@ -107,16 +107,16 @@ def cosine_density(cosine: Array, features: int) -> Array:
 
 
 def maximum_p(score: Array, features: int, tests: int) -> Array:
-    """The p-value of the largest of `tests` whitened cosines: min(1, tests · p), Bonferroni's.
+    """The p-value of the largest of `tests` whitened cosines, by Bonferroni's correction: min(1, tests · p).
 
-    P(p ≤ α) ≤ α however the tests depend on each other, as long as each is sound by itself: under a null that is
-    spherical when whitened each cosine is Student's, at fractional shifts too. Tests that might have been made count
-    with those that were, since the picture chose among them.
+    P(p ≤ α) ≤ α for any dependence between the tests, as long as each is valid: under a null that is spherical when
+    whitened, each cosine follows Student's t, also at fractional shifts. All possible tests count, not just those made,
+    since the picture selects which are made.
 
-    How conservative it is, for the 312 features of pocket's default key, at α = .05, .01, .001: over 1024 whole
-    shifts of white noise P = .043, .009, .0002, over 4096 half shifts .030, .005, .0002 (6000 noises, seed 1); over
-    4096 half shifts of 18 unmarked images, clean, turned and cropped, with 400 keys each, .026, .006, .0008. Few
-    features are more conservative: 60 of them, half shifts, .009, .002, .0003.
+    Measured P(p ≤ α) at α = .05, .01, .001 for the 312 features of pocket's default key: .043, .009, .0002 over 1024
+    whole shifts of white noise and .030, .005, .0002 over 4096 half shifts (6000 noises, seed 1); .026, .006, .0008
+    over 4096 half shifts of 18 unmarked images, clean, rotated and cropped, with 400 keys each. With fewer features the
+    test is more conservative: .009, .002, .0003 for 60 features and half shifts.
     """
     return np.minimum(1.0, tests * cosine_p(score, features))
 
@@ -124,9 +124,9 @@ def maximum_p(score: Array, features: int, tests: int) -> Array:
 def matched_filter(recovered: Array, key: Array, variance: Array | float = 1.0) -> tuple[Array, Array]:
     """The whitened matched filter z = ⟨f, k⟩ / ‖k‖ (B,) and its one-sided p-values 1 − Φ(z).
 
-    recovered (B, d) and key (d,) are divided by √v, v > 0 the null variance of each feature. z is standard normal for
-    a normal null whose scale is v's in every image; unlike the cosine it does not forgive an image's own scale. A key
-    of zeros has z = 0.
+    recovered (B, d) and key (d,) are divided by √v, with v > 0 the null variance of each feature. z is standard normal
+    under a normal null with variance v in every image; unlike the cosine, it is not scale-invariant. A key of zeros has
+    z = 0.
     """
     f, k = np.asarray(recovered, float) / np.sqrt(variance), np.asarray(key, float) / np.sqrt(variance)
     length = np.linalg.norm(k)
@@ -137,21 +137,21 @@ def matched_filter(recovered: Array, key: Array, variance: Array | float = 1.0) 
 def conformal_p(score: Array, reference: Array) -> Array:
     """(1 + #{sᵢ ≥ s}) / (n + 1) for each s of `score` (any shape), from the scores (n,) of unmarked images.
 
-    P(p ≤ α) ≤ α if s and the sᵢ are exchangeable, whatever their distribution, with equality on the grid
-    1/(n + 1) … 1 if there are no ties (Vovk et al. 2005; arXiv 0706.3188). What is not a number never speaks for a
-    mark: such a score has p = 1, such a reference counts as larger.
+    P(p ≤ α) ≤ α if s and the sᵢ are exchangeable, whatever their distribution, with equality on the grid 1/(n + 1) … 1
+    if there are no ties (Vovk et al. 2005; arXiv 0706.3188). NaN never counts as evidence for a mark: a NaN score has p
+    = 1, and a NaN reference counts as larger.
     """
-    score, reference = np.asarray(score, float), np.sort(np.asarray(reference, float))  # NaN comes last
+    score, reference = np.asarray(score, float), np.sort(np.asarray(reference, float))  # sorts NaN last
     n = len(reference)
     larger = n - np.searchsorted(reference, score, "left")
     return (1 + np.where(np.isnan(score), n, larger)) / (n + 1)
 
 
 def spread_p(score: Array, reference: Array) -> Array:
-    """One-sided p-values of scores, of any shape, by mean m and deviation σ of those (n,) of unmarked images, n ≥ 2.
+    """One-sided p-values of scores of any shape, from mean m and deviation σ of scores (n,) of n ≥ 2 unmarked images.
 
-    (s − m) / (σ √(1 + 1/n)) is Student-t, ν = n − 1, where all are normal. Below 1/(n + 1) the p-value believes in the
-    normal tail, which no rank among n can.
+    (s − m) / (σ √(1 + 1/n)) is Student-t with ν = n − 1 if all scores are normal. Below 1/(n + 1) the p-value relies on
+    the normal tail, which ranks among n references cannot confirm.
     """
     n = len(reference)
     t = (score - reference.mean()) / (reference.std(ddof=1) * math.sqrt(1 + 1 / n))
@@ -159,22 +159,22 @@ def spread_p(score: Array, reference: Array) -> Array:
 
 
 def agreement(p: Array, conformal: Array, n: int, *, level: float = 1e-4) -> Mask:
-    """Whether p-values and the conformal ones of the same scores, from n references, may both be right.
+    """Whether p-values and conformal p-values of the same scores, from n references, are consistent.
 
-    If p is a score's true tail probability, #{sᵢ ≥ s} = (n + 1) · conformal − 1 is Binomial(n, p). False where an exact
-    test of that, twice the smaller tail, rejects at `level`; also where p is not a number. 1e-4: a disagreement makes a
-    verdict inconclusive, and that should befall a sound p-value an order of magnitude more rarely than the false alarm
-    at 1e-3 that it guards against. n references see no error of tails far below 1/n. Images judged by the same
-    references share their luck, so that false disagreements come in bunches.
+    If p is a score's true tail probability, #{sᵢ ≥ s} = (n + 1) · conformal − 1 is Binomial(n, p). The result is False
+    where an exact test of this (twice the smaller tail) rejects at `level`, and where p is NaN. The default is 1e-4
+    because a disagreement makes a verdict inconclusive, which should happen to a valid p-value ten times less often
+    than the false alarm at 1e-3 that it guards against. n references cannot detect errors in tails far below 1/n.
+    Images tested with the same references are not independent, so false disagreements occur in clusters.
     """
     k = np.rint(np.asarray(conformal) * (n + 1)) - 1
     return np.asarray(2 * np.minimum(stats.binom.cdf(k, n, p), stats.binom.sf(k - 1, n, p)) >= level)
 
 
 def needed_references(alpha: float) -> int:
-    """The fewest unmarked images n with which a conformal p-value reaches alpha in (0, 1]: 1/(n + 1) ≤ alpha.
+    """The smallest number n of unmarked images for a conformal p-value to reach alpha in (0, 1]: 1/(n + 1) ≤ alpha.
 
-    At this n only a score above every reference reaches it; one false positive among the references, and none does.
+    With this n, only a score above every reference reaches alpha; a single outlier among the references prevents it.
     """
     if not 0 < alpha <= 1:
         raise ValueError(f"alpha {alpha}: must be above 0 and at most 1")
@@ -183,39 +183,39 @@ def needed_references(alpha: float) -> int:
 
 
 def undecided(p: Array, conformal: Array, n: int, alpha: float) -> Mask:
-    """Whether p-values and the conformal ones of the same scores, from n references, leave open what is beyond alpha.
+    """Whether p-values and conformal p-values of the same scores, from n references, leave significance undecided.
 
-    They do where they cannot both be right (see `agreement`) and at least one of them reaches alpha. As n references
-    resolve nothing below 1/(n + 1), a score above all of them counts as one that may reach any alpha.
+    That is the case if they contradict each other (see `agreement`) and at least one of them reaches alpha. As n
+    references resolve nothing below 1/(n + 1), a score above all of them is assumed to reach any alpha.
     """
     reached = np.asarray(conformal) <= max(alpha, 1 / (n + 1))
     return ~agreement(p, conformal, n) & (reached | (np.asarray(p) <= alpha))
 
 
 def power_scores(inside: Array, beside: list[Array], weights: Array) -> Array:
-    """How much power the rings of a mark lack beside their neighbours (B,): what tells a mark that is silence.
+    """How much power the rings of a mark lack compared with their neighbours (B,), the statistic for *zeros*.
 
         s = mean over channels of (Σ w log Q − log P)
 
-    with P the mean power of the real features `inside` (B, C, d) and Q that of the complex bins on a side of the mask,
-    each with its conjugate; `weights` w, one a side, sum to 1. Attacks take power from high frequencies, which is no
-    mark: with `TreeRing.side_weights` whatever power law an image's own spectrum follows is left out, by channel.
+    where P is the mean power of the real features `inside` (B, C, d) and Q that of the complex bins on a side of the
+    mask, each with its conjugate; `weights` w, one per side, sum to 1. Attacks also remove power from high frequencies:
+    with `TreeRing.side_weights`, any power law in an image's spectrum cancels out, in each channel.
     """
     logs = np.tensordot(weights, [np.log(np.maximum(q.mean(-1), TINY)) for q in beside], 1)
     return np.asarray((logs - np.log(np.maximum(np.square(inside).mean(-1), TINY))).mean(-1))
 
 
 def power_p(score: Array, channels: int, inside: int, beside: Array, weights: Array) -> Array:
-    """p-values (B,) of `power_scores` of `inside` real numbers a channel against `beside` (sides,) real numbers.
+    """p-values (B,) of `power_scores`, with `inside` real numbers per channel and `beside` (sides,) on the sides.
 
-    Under a null that is white but for a power law, P and Q are χ²ₖ/k, whose logarithm has mean ψ(k/2) − log(k/2) and
-    variance ψ′(k/2). p is that of the F-distribution whose two parts have the variances of ours: exact for one
+    Under a null that is white except for a power law, P and Q are χ²ₖ/k, whose logarithm has mean ψ(k/2) − log(k/2) and
+    variance ψ′(k/2). p is that of the F-distribution whose two parts have these variances, which is exact for one
     channel and one side. n bins with their conjugates count as n real numbers.
     """
     inner = _degrees(special.polygamma(1, inside / 2) / channels)
     outer = _degrees((np.square(weights) * special.polygamma(1, beside / 2)).sum() / channels)
     moved = _log_mean(inside) - (weights * _log_mean(beside)).sum() - _log_mean(inner) + _log_mean(outer)
-    return np.asarray(stats.f.cdf(np.exp(np.minimum(-score - moved, 700)), inner, outer))  # of which e is finite
+    return np.asarray(stats.f.cdf(np.exp(np.minimum(-score - moved, 700)), inner, outer))  # keeps exp finite
 
 
 TINY = np.finfo(float).tiny
@@ -227,7 +227,7 @@ def _log_mean(k: float | Array) -> Array:
 
 
 def _degrees(variance: float) -> float:
-    """k with Var log χ²ₖ = ψ′(k/2) = `variance`; 1/x < ψ′(x) < 1/x + 1/x² holds it in."""
+    """k with Var log χ²ₖ = ψ′(k/2) = `variance`, bracketed by 1/x < ψ′(x) < 1/x + 1/x²."""
     low, high = 1 / variance, 1 / variance + 2
     half: float = optimize.brentq(lambda half: float(special.polygamma(1, half)) - variance, low, high)
     return 2 * half
@@ -238,7 +238,7 @@ def published_distance(recovered: Array, key: Array) -> Array:
     return np.asarray(np.abs(np.asarray(recovered) - key).mean(-1))
 
 
-NOTHING = 1e-6  # of the degrees of freedom: a χ² below it is the key itself, at which SciPy before 1.16 overflows
+NOTHING = 1e-6  # of the degrees of freedom; a smaller χ² is the key itself, where SciPy before 1.16 overflows
 
 
 def published_p_value(recovered: Array, key: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Attacks as text: chains such as "jpeg:25+blur:4", named presets of the literature, and their application."""
+"""Attacks as text, such as "jpeg:25+blur:4", named presets from the literature, and how to apply them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PRESETS", "Chain", "Step", "apply", "expand", "listing", "parse", "seed_of"]
 
-# Ends and middle of the ranges of WAVES's distortions (arXiv 2401.08573), as its code applies them: crops and erasures
-# are shares of the area, kernel sizes of the blur are Gaussian radii.
+# Low end, middle and high end of the ranges of WAVES's distortions (arXiv 2401.08573), as its code applies them: crops
+# and erasures are shares of the area, blur kernel sizes are Gaussian radii.
 _WAVES = {
     "weak": "rotation:9 crop:0.9 erase:0.05 brighten:1.2 contrast:1.2 blur:4 noise:0.02 jpeg:90",
     "medium": "rotation:27 crop:0.7 erase:0.15 brighten:1.6 contrast:1.6 blur:12 noise:0.06 jpeg:50",
@@ -34,9 +34,9 @@ _REGENERATIONS = (
     *("vae:1", "vae:4"),
 )
 PRESETS = {
-    # The six of arXiv 2305.20030 as its text describes them.
+    # The six attacks of arXiv 2305.20030 as its text describes them.
     "tree-ring": ("rotation:75", "jpeg:25", "crop:0.75", "blur:4", "noise:0.1", "brightness:6"),
-    # As its code applies them (though it turns by nearest neighbours), for comparing with published figures; its
+    # As its code applies them (except that it rotates by nearest neighbours), to compare with published figures; its
     # ColorJitter(6) draws from [0, 7].
     "tree-ring-code": ("rotation:75", "jpeg:25", "widthcrop:0.75", "blur:4", "wrapnoise:0.1", "brightness:7"),
     "waves": tuple(spec for group in zip(*(s.split() for s in _WAVES.values()), strict=True) for spec in group),
@@ -47,7 +47,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Step:
-    """One attack by name, at a strength within its range.
+    """One attack by name, at a strength in its range.
 
     Raises AttackError: attack.unknown, attack.strength.
     """
@@ -72,7 +72,7 @@ class Step:
         return self.name if self.strength is None else f"{self.name}:{str(self.strength).removesuffix('.0')}"
 
     def __call__(self, image: Image.Image, rng: np.random.Generator, model: LatentModel | None = None) -> Image.Image:
-        """The attacked image. Raises AttackError: attack.model without a model where one is needed."""
+        """The attacked image. Raises AttackError: attack.model if the attack needs a model and none is given."""
         known = ATTACKS[self.name]
         if not known.needs_model:
             return known.function(image, self.strength, rng)
@@ -83,7 +83,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Chain:
-    """Attacks applied from left to right. `str` gives the text that `parse` reads, with every strength stated."""
+    """Attacks applied from left to right. `str` gives the text that `parse` reads, with all strengths."""
 
     steps: tuple[Step, ...]
 
@@ -92,7 +92,7 @@ class Chain:
 
     @property
     def slug(self) -> str:
-        """The text as a file name that any system accepts: "jpeg-25+blur-4"."""
+        """The chain as a portable file name: "jpeg-25+blur-4"."""
         return str(self).replace(":", "-")
 
     @property
@@ -106,7 +106,7 @@ class Chain:
 
 
 def parse(spec: str) -> Chain:
-    """Parse "name", "name:strength", or several joined by "+"; a name alone takes its default strength.
+    """Parse "name", "name:strength", or several joined by "+"; a name alone has its default strength.
 
     Raises AttackError: attack.empty, attack.unknown, attack.strength.
     """
@@ -133,7 +133,7 @@ def _number(part: str, name: str, text: str) -> float:
 
 
 def expand(specs: Iterable[str]) -> list[Chain]:
-    """The attacks that these specs and names of PRESETS stand for, without duplicates, in order.
+    """The attacks of these specs and PRESETS, in order and without duplicates.
 
     Raises AttackError as `parse` does.
     """
@@ -146,14 +146,14 @@ def apply(
 ) -> Image.Image:
     """The attacked image, 8-bit RGB of the same size; deterministic in `seed`.
 
-    Raises AttackError: as `parse`, attack.model, attack.size, attack.nan.
+    Raises AttackError as `parse` does, and attack.model, attack.size, attack.nan.
     """
     chain = parse(spec) if isinstance(spec, str) else spec
     return chain(image.convert("RGB"), np.random.default_rng(seed), model)
 
 
 def seed_of(seed: int, name: str) -> int:
-    """The seed of one image, from its path below the folder: independent of order and of the other images."""
+    """The seed of one image, derived from its path below the folder; independent of order and of other images."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest()[:8], "big")
 
 

@@ -1,8 +1,8 @@
-"""Distortions of images that a mark should survive: thin wrappers over Pillow, each with one strength.
+"""Image distortions that a mark should survive: thin wrappers over Pillow, each with one strength.
 
 An attack is a pure function (image in 8-bit RGB, strength, rng) → image of the same size. Deterministic attacks ignore
-the generator. Sizes in pixels are those of the attacked image: blur 4 px is four times as strong on 128 pixels as on
-the 512 of the papers. `chains` gives attacks their text form, as in "jpeg:25+blur:4".
+the generator. Sizes in pixels refer to the attacked image: a blur of 4 px is four times as strong on 128 pixels as on
+the 512 of the papers. `chains` defines the text form of attacks, as in "jpeg:25+blur:4".
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFo
 from ringmark.data.images import from_array, to_array
 from ringmark.errors import AttackError
 
-if TYPE_CHECKING:  # torch is loaded for those attacks only that need a model
+if TYPE_CHECKING:  # only attacks that need a model load torch
     from torch import Tensor
 
     from ringmark.inversion.models.pipeline import LatentModel
 
 __all__ = ["ATTACKS", "Attack"]
 
-DIFFUSE_STEPS = 100  # moves of the whole schedule, of which `diffuse` walks a share: one for each hundredth
+DIFFUSE_STEPS = 100  # steps of the whole schedule; `diffuse` takes a share of them
 SCREENSHOT_QUALITY = 80
 SHARPEN_RADIUS = 2  # px
 BANNER = "SAMPLE PREVIEW"
@@ -33,90 +33,90 @@ MEDIAN_MAX = 15  # px; Pillow's time grows with the square
 
 
 def rotation(image: Image.Image, degrees: float, rng: np.random.Generator) -> Image.Image:
-    """Turned anticlockwise about the centre, size kept; what comes from outside is black."""
+    """Rotate anticlockwise about the centre, keeping the size; new corners are black."""
     return image.rotate(degrees, Image.Resampling.BICUBIC)
 
 
 def jpeg(image: Image.Image, quality: float, rng: np.random.Generator) -> Image.Image:
-    """Saved as JPEG with colours at half resolution (4:2:0), and read again."""
+    """Save as JPEG with 4:2:0 chroma subsampling and read back."""
     return _through(image, "JPEG", quality)
 
 
 def webp(image: Image.Image, quality: float, rng: np.random.Generator) -> Image.Image:
-    """Saved as lossy WebP, and read again."""
+    """Save as lossy WebP and read back."""
     return _through(image, "WEBP", quality)
 
 
 def crop(image: Image.Image, share: float, rng: np.random.Generator) -> Image.Image:
-    """A rectangle of this share of the area, of the picture's aspect, at a random place, scaled back to full size."""
+    """Crop to this share of the area at a random position, keeping the aspect ratio, and scale back to full size."""
     return _crop(image, share**0.5, share**0.5, rng)
 
 
 def widthcrop(image: Image.Image, share: float, rng: np.random.Generator) -> Image.Image:
-    """This share of the width at a random place, of full height, stretched back.
+    """Crop to this share of the width at a random position, keeping the height, and stretch back to full size.
 
-    The tree-ring paper's code asks for 75 % of the area at an aspect of 3:4, which in a square is just this.
+    The tree-ring paper's code crops to 75 % of the area at an aspect ratio of 3:4, which is the same on a square.
     """
     return _crop(image, share, 1, rng)
 
 
 def resize(image: Image.Image, factor: float, rng: np.random.Generator) -> Image.Image:
-    """Made smaller by this factor (Lanczos), then large again (bicubic)."""
+    """Scale down by this factor (Lanczos), then back up (bicubic)."""
     return _there_and_back(image, 1 / factor)
 
 
 def blur(image: Image.Image, radius: float, rng: np.random.Generator) -> Image.Image:
-    """Gaussian, the radius in px its standard deviation."""
+    """Gaussian blur; the radius in px is the standard deviation."""
     return image.filter(ImageFilter.GaussianBlur(radius))
 
 
 def median(image: Image.Image, size: float, rng: np.random.Generator) -> Image.Image:
-    """The median of size × size px, each channel for itself."""
-    if size == 1:  # at which Pillow 12 divides by zero
+    """Median filter of size × size px on each channel."""
+    if size == 1:  # Pillow 12 would divide by zero
         return image.copy()
     return image.filter(ImageFilter.MedianFilter(int(size)))
 
 
 def noise(image: Image.Image, sigma: float, rng: np.random.Generator) -> Image.Image:
-    """Gaussian of deviation σ, 1 the way from black to white, independent in pixels and channels; cut at the ends."""
+    """Add independent Gaussian noise of deviation σ (1 is the range from black to white) and clip."""
     values = np.asarray(image, np.float32) + 255 * sigma * _normal(image, rng)
     return Image.fromarray(np.rint(np.clip(values, 0, 255)).astype(np.uint8))
 
 
 def wrapnoise(image: Image.Image, sigma: float, rng: np.random.Generator) -> Image.Image:
-    """Noise added modulo 256, so that white may turn black: what the tree-ring paper's code does."""
+    """Add noise modulo 256, so that white may become black, as the tree-ring paper's code does."""
     added = (255 * sigma * _normal(image, rng)).astype(np.int64).astype(np.uint8)
     return Image.fromarray(np.asarray(image) + added)
 
 
 def brightness(image: Image.Image, most: float, rng: np.random.Generator) -> Image.Image:
-    """Times a factor drawn uniformly from [0, most]: a jitter, as in the tree-ring paper."""
+    """Multiply by a factor drawn uniformly from [0, most], as in the tree-ring paper."""
     return brighten(image, most * rng.random(), rng)
 
 
 def brighten(image: Image.Image, factor: float, rng: np.random.Generator) -> Image.Image:
-    """Times this very factor."""
+    """Multiply by this factor."""
     return ImageEnhance.Brightness(image).enhance(factor)
 
 
 def contrast(image: Image.Image, factor: float, rng: np.random.Generator) -> Image.Image:
-    """Distances from the picture's mean grey, times this factor."""
+    """Multiply differences from the picture's mean grey by this factor."""
     return ImageEnhance.Contrast(image).enhance(factor)
 
 
 def saturation(image: Image.Image, factor: float, rng: np.random.Generator) -> Image.Image:
-    """Distances from each pixel's own grey, times this factor."""
+    """Multiply differences from each pixel's grey by this factor."""
     return ImageEnhance.Color(image).enhance(factor)
 
 
 def gamma(image: Image.Image, exponent: float, rng: np.random.Generator) -> Image.Image:
-    """Values in [0, 1] to this power: above 1 darkens."""
+    """Raise values in [0, 1] to this power; above 1 darkens."""
     curve = np.rint(255 * (np.arange(256) / 255) ** exponent).astype(int)
     return image.point(curve.tolist() * 3)
 
 
 def erase(image: Image.Image, share: float, rng: np.random.Generator) -> Image.Image:
-    """A rectangle of this share of the area, of the picture's aspect, at a random place, painted black."""
+    """Paint a rectangle of this share of the area black, at a random position and with the picture's aspect ratio."""
     width, height = (round(side * share**0.5) for side in image.size)
     left, top = _place(image.width - width, rng), _place(image.height - height, rng)
     erased = image.copy()
@@ -125,17 +125,17 @@ def erase(image: Image.Image, share: float, rng: np.random.Generator) -> Image.I
 
 
 def flip(image: Image.Image, strength: None, rng: np.random.Generator) -> Image.Image:
-    """Left and right exchanged."""
+    """Mirror left and right."""
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
 def sharpen(image: Image.Image, amount: float, rng: np.random.Generator) -> Image.Image:
-    """Unsharp mask: what a Gaussian blur (SHARPEN_RADIUS, 2 px) takes away, added this many times."""
+    """Unsharp mask: add this many times what a Gaussian blur (SHARPEN_RADIUS, 2 px) removes."""
     return image.filter(ImageFilter.UnsharpMask(SHARPEN_RADIUS, round(100 * amount), 0))
 
 
 def text(image: Image.Image, opacity: float, rng: np.random.Generator) -> Image.Image:
-    """White words with a black shadow across nine tenths of the width, at a random height."""
+    """Write white text with a black shadow across 90 % of the width, at a random height."""
     white, shadow = _banner(image.size)
     x, y = round(image.width / 20), round(_place(image.height - white.height, rng))
     covered = image.copy()
@@ -145,20 +145,20 @@ def text(image: Image.Image, opacity: float, rng: np.random.Generator) -> Image.
 
 
 def screenshot(image: Image.Image, scale: float, rng: np.random.Generator) -> Image.Image:
-    """Shown at this scale, saved as JPEG (SCREENSHOT_QUALITY, 80), and brought back to size."""
+    """Resize by this scale, save as JPEG (SCREENSHOT_QUALITY, 80) and resize back."""
     return _there_and_back(image, scale, lambda shown: _through(shown, "JPEG", SCREENSHOT_QUALITY))
 
 
 def vae(image: Image.Image, passes: float, rng: np.random.Generator, model: LatentModel) -> Image.Image:
-    """Through the autoencoder, D(E(x)) rounded to 8 bit, this many times, at the model's own size."""
+    """Encode and decode with the autoencoder, D(E(x)) rounded to 8 bits, this many times, at the model's size."""
     return _at_size(image, model, lambda x: _regenerate(x, model, int(passes), lambda z: z))
 
 
 def diffuse(image: Image.Image, share: float, rng: np.random.Generator, model: LatentModel) -> Image.Image:
-    """Noise added up to this share of the schedule, then removed by DDIM with the empty prompt (arXiv 2306.01953).
+    """Add noise up to this share of the schedule, then remove it by DDIM with the empty prompt (arXiv 2306.01953).
 
-    z_t = √ᾱ_t E(x) + √(1 − ᾱ_t) ε at the level t nearest to that share, of DIFFUSE_STEPS for a whole schedule; share 0
-    is one pass of `vae`. At the model's own size, then brought back.
+    z_t = √ᾱ_t E(x) + √(1 − ᾱ_t) ε at the level t closest to that share, with DIFFUSE_STEPS steps for the whole
+    schedule. A share of 0 is one pass of `vae`. Runs at the model's size and resizes back.
     """
 
     def regenerated(z: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def _through(image: Image.Image, form: str, quality: float) -> Image.Image:
     buffer = io.BytesIO()
     try:
         image.save(buffer, form, quality=int(quality))
-    except (OSError, ValueError) as error:  # WebP ends at 16383 pixels a side, JPEG at 65535
+    except (OSError, ValueError) as error:  # limits are 16383 pixels per side for WebP, 65535 for JPEG
         fact = f"{form} cannot hold {image.width}x{image.height} pixels"
         raise AttackError("attack.size", fact) from error
     with Image.open(buffer, formats=[form]) as read:
@@ -201,16 +201,16 @@ def _there_and_back(
 
 
 def _crop(image: Image.Image, across: float, down: float, rng: np.random.Generator) -> Image.Image:
-    """These shares of the sides at a random place, scaled back; no rounding to whole pixels."""
+    """Crop to these shares of the sides at a random position and scale back, without rounding to whole pixels."""
     width, height = image.width * across, image.height * down
     left, top = _place(image.width - width, rng), _place(image.height - height, rng)
-    # Sums may end a rounding error outside, which Pillow refuses.
+    # A sum may exceed the side by a rounding error, which Pillow refuses.
     box = (left, top, min(left + width, image.width), min(top + height, image.height))
     return image.resize(image.size, Image.Resampling.BICUBIC, box=box)
 
 
 def _place(room: float, rng: np.random.Generator) -> float:
-    """Uniform in [0, room]; always one draw, so that places at different strengths go together."""
+    """Uniform in [0, room]; always one draw, so that positions at different strengths correspond."""
     return max(0.0, room) * rng.random()
 
 
@@ -219,7 +219,7 @@ def _normal(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
 
 
 def _banner(size: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
-    """Masks of the words and of their shadow, nine tenths as wide as the picture and no higher than a third of it."""
+    """Masks of the text and its shadow, 90 % of the picture's width and at most a third of its height."""
     font = ImageFont.load_default()
     left, top, right, bottom = font.getbbox(BANNER)
     words = Image.new("L", (int(right - left) + 3, int(bottom - top) + 3))
@@ -232,7 +232,7 @@ def _banner(size: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
 
 
 def _at_size(image: Image.Image, model: LatentModel, regenerate: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """Stretched to the model's size and back, unless it has that size."""
+    """Regenerate at the model's size, stretching there and back if the image has another size."""
     size = model.image_size[::-1]
     if image.size == size:
         return regenerate(image)
@@ -242,7 +242,7 @@ def _at_size(image: Image.Image, model: LatentModel, regenerate: Callable[[Image
 def _regenerate(
     image: Image.Image, model: LatentModel, passes: int, between: Callable[[Tensor], Tensor]
 ) -> Image.Image:
-    """Encoded and decoded `passes` times, with `between` done to the latent (1, C, h, w)."""
+    """Encode and decode `passes` times, applying `between` to the latent (1, C, h, w)."""
     import torch
 
     for _ in range(passes):
@@ -257,10 +257,10 @@ def _regenerate(
 
 @dataclass(frozen=True)
 class Attack:
-    """A function and the strengths that it takes: `low` to `high`, in `unit`.
+    """A function and its range of strengths, `low` to `high` in `unit`.
 
-    An attack without a unit takes no strength. `kind` is "any", "whole" or "odd". With `needs_model`, the function
-    takes a LatentModel after the generator.
+    An attack without a unit has no strength. `kind` is "any", "whole" or "odd". If `needs_model`, the function takes a
+    LatentModel after the generator.
     """
 
     function: Callable[..., Image.Image]
@@ -273,12 +273,12 @@ class Attack:
 
     @property
     def summary(self) -> str:
-        """The first line of the function's documentation."""
+        """The first line of the function's docstring."""
         return (self.function.__doc__ or "").splitlines()[0]
 
     @property
     def range(self) -> str:
-        """Such as "quality, whole, 1 … 100"."""
+        """The strengths as text: "quality, whole, 1 … 100"."""
         kind = "" if self.kind == "any" else f", {self.kind}"
         return f"{self.unit}{kind}, {self.low:g} … {self.high:g}" if self.unit else "no strength"
 

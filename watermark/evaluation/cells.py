@@ -1,4 +1,4 @@
-"""Cells of an evaluation: the scores of one key under one attack by one method and statistic, and their numbers."""
+"""Cells of an evaluation: the scores of one key, attack, method and statistic, and the rates computed from them."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from ringmark.watermark.statistics import needed_references
 
 __all__ = ["CLEAN", "DISTANCE", "FPRS", "Cell", "Evaluation", "Row"]
 
-CLEAN = "clean"  # the attack that leaves images as they are
+CLEAN = "clean"  # no attack
 DISTANCE = "published distance"
 FPRS = (0.01, 0.001)
 NAMES = ("key", "scheme", "attack", "method", "statistic")
 
 Row = dict[str, Any]
-"""Plain values by the name of a column."""
+"""Plain values by column name."""
 
 
 @dataclass(frozen=True)
 class Cell:
     """Scores of marked (m,) and unmarked images (n,), larger if marked.
 
-    `groups` holds the groups within which images may depend. `scheme` is the scheme's label. `p`, the p-values of both,
-    belong to the detector's own statistic only; `is_default` tells it from the others. `seconds` is the median time per
-    image, `megabytes` the memory of a batch, NaN where it cannot be measured.
+    `groups` assigns images to groups; images of one group may be dependent. `scheme` is the scheme's label. `p` holds
+    the p-values of both classes and is only set for the detector's score (`is_default`). `seconds` is the median time
+    per image, `megabytes` the memory of a batch, NaN if it cannot be measured.
     """
 
     key: str
@@ -57,7 +57,7 @@ class Cell:
 
     @property
     def is_default(self) -> bool:
-        """Whether the scores are those of the detector's own statistic."""
+        """Whether the statistic is the detector's score."""
         return self.p is not None
 
     @cached_property
@@ -69,9 +69,9 @@ class Cell:
     def row(self) -> Row:
         """The numbers by name; None means "too few unmarked images" for a rate, "not measured" otherwise.
 
-        Intervals are 95 %: AUC DeLong's, `bootstrap` clustered by `groups` where there are GROUPS of them, rates
-        Clopper–Pearson's. `tpr_F` is read off the ROC at FPR F; `split_F` has its threshold from one half of the
-        unmarked images and its FPR from the other; `p_F` calls p ≤ F marked.
+        Intervals are 95 %: DeLong's for the AUC, a bootstrap clustered by `groups` (`bootstrap`) if there are at least
+        GROUPS of them, Clopper–Pearson's for rates. `tpr_F` is read off the ROC curve at FPR F. `split_F` takes its
+        threshold from one half of the unmarked images and its FPR from the other. `p_F` calls images with p ≤ F marked.
         """
         row: Row = {name: getattr(self, name) for name in NAMES} | {"auc": self.curve.auc}
         row |= _interval("auc", self.curve.auc_interval) | _interval("bootstrap", self._bootstrap())
@@ -107,7 +107,7 @@ def _interval(name: str, pair: Interval | None) -> Row:
 
 
 def _rates(name: str, point: OperatingPoint | None, rates: tuple[str, ...] = ("tpr", "fpr")) -> Row:
-    """Each rate and its interval; a single rate goes by the name alone."""
+    """Each rate and its interval; a single rate has just the given name."""
     row: Row = {}
     for rate in rates:
         column = f"{name}_{rate}" if len(rates) > 1 else name
@@ -120,8 +120,9 @@ def _rates(name: str, point: OperatingPoint | None, rates: tuple[str, ...] = ("t
 class Evaluation:
     """The outcome of an evaluation.
 
-    `images` holds a record per image, key, attack and method; `quality`, what the mark costs the images, a row per key;
-    `refused`, a line for each file that could not be used; `gains`, the paired differences of mean AUC.
+    `images` has a record per image, key, attack and method; `quality` has a row per key with the mark's cost in image
+    quality; `refused` has a line for each file that could not be used; `gains` holds the paired differences of mean
+    AUC.
     """
 
     settings: dict[str, Any]
@@ -132,7 +133,7 @@ class Evaluation:
     gains: list[Gain] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
-        """As plain values, without the images."""
+        """The evaluation as plain values, without `images`."""
         return {
             "ringmark": 1,
             "settings": self.settings,

@@ -1,10 +1,10 @@
-"""Whether one way of marking and looking is better than another: the paired difference of their mean AUCs.
+"""Whether one combination of key, method and statistic is better than another: the paired difference of mean AUCs.
 
-All keys of an evaluation mark the same noises for the same prompts, and all meet the same unmarked images under the
-same attacks, so most of what chance does to one AUC it does to the other. The interval is that of a bootstrap that
-draws prompts, marked and unmarked apart, and takes the very same ones for both ways and for all attacks. With Ψ (m, n)
-the share of attacks under which a marked image scores above an unmarked one, a mean AUC is wᵀ Ψ v / (Σw Σv), where w
-and v count how often each image was drawn.
+All keys of an evaluation mark the same noises for the same prompts and are compared with the same unmarked images
+under the same attacks, so most random variation is common to both AUCs. The interval is that of a bootstrap over
+prompts, resampled separately for marked and unmarked images, with the same draws for both ways and for all attacks.
+With Ψ (m, n) the share of attacks under which a marked image scores above an unmarked one, a mean AUC is
+wᵀ Ψ v / (Σw Σv), where w and v count how often each image was drawn.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from ringmark.watermark.evaluation.rates import GROUPS, Array, Groups, Interval
 
 __all__ = ["COLUMNS", "Gain", "Scores", "Way", "compare_ways", "paired_gain", "resampled", "ways_of"]
 
-SEED = 700_000  # of the bootstrap of published measurements
+SEED = 700_000  # seed of the bootstrap in published measurements
 COLUMNS = {"score": 1, "published_distance": -1}
-"""Columns of an evaluation's records that are compared, and the sign that makes them larger for marked images."""
+"""Compared columns of an evaluation's records, and the sign that makes them larger for marked images."""
 
 
 class Way(NamedTuple):
-    """A key, a decoder inversion and a column of scores.csv."""
+    """A way to detect marks: a key, a decoder inversion and a column of scores.csv."""
 
     key: str
     method: str
@@ -44,7 +44,7 @@ class Scores(NamedTuple):
     prompts: Groups
 
     def in_order(self) -> Array:
-        """Ψ (m, n): for each pair the share of attacks under which marked > unmarked, ties half."""
+        """Ψ (m, n): for each pair the share of attacks under which marked > unmarked; ties count half."""
         order = np.zeros((self.marked.shape[1], self.unmarked.shape[1]))
         for marked, unmarked in zip(self.marked, self.unmarked, strict=True):
             order += (np.greater.outer(marked, unmarked) + 0.5 * np.equal.outer(marked, unmarked)) / len(self.marked)
@@ -53,11 +53,11 @@ class Scores(NamedTuple):
 
 @dataclass(frozen=True)
 class Gain:
-    """The mean AUC of one way (`of`) less that of another (`over`) on the same images.
+    """The mean AUC of one way (`of`) minus that of another (`over`) on the same images.
 
     `of_auc` and `over_auc` are means over `attacks`; `gain` is their difference and (`low`, `high`) its 95 % interval.
-    There is no interval (None) where fewer than GROUPS prompts could be resampled, or where both ways separate marked
-    from unmarked images perfectly, so that every draw has a gain of 0.
+    The interval is None if there are fewer than GROUPS prompts to resample, or if both ways separate marked from
+    unmarked images perfectly, since every draw then has a gain of 0.
     """
 
     of: Way
@@ -75,10 +75,10 @@ class Gain:
 def compare_ways(
     images: Sequence[Mapping[str, Any]], attacks: Sequence[str], *, draws: int = 2000, seed: int = SEED
 ) -> list[Gain]:
-    """The gain of each way over each that comes before it, from the records of an evaluation (the rows of scores.csv).
+    """The gain of each way over each earlier one, from the records of an evaluation (the rows of scores.csv).
 
-    Only images that all ways scored under all `attacks` count. Empty for a single key and method, and where no marked
-    or no unmarked image is left.
+    Only images that all ways scored under all `attacks` are used. Empty for a single way, and if no marked or no
+    unmarked image is left.
     """
     ways = ways_of(images)
     if len({(way.key, way.method) for way in ways}) < 2:
@@ -92,7 +92,7 @@ def compare_ways(
 
 
 def ways_of(images: Iterable[Mapping[str, Any]]) -> list[Way]:
-    """The ways that an evaluation compares, in its order: a key's scheme need not have a published distance."""
+    """The ways that an evaluation compares, in its order; a scheme may lack the published distance."""
     known = {
         Way(record["key"], record["method"], column): None
         for record in images
@@ -104,7 +104,7 @@ def ways_of(images: Iterable[Mapping[str, Any]]) -> list[Way]:
 
 
 def paired_gain(of: Scores, over: Scores, *, draws: int = 2000, seed: int = SEED) -> tuple[float, Interval]:
-    """The gain in mean AUC and its 95 % interval by the paired bootstrap over prompts; Scores of the same images."""
+    """The gain in mean AUC and its 95 % interval by a paired bootstrap over prompts, for scores of the same images."""
     first, second = of.in_order(), over.in_order()
     times = resampled(of.prompts, draws, seed)
     low, high = np.quantile(_weighted(first - second, *times), [0.025, 0.975])
@@ -114,7 +114,8 @@ def paired_gain(of: Scores, over: Scores, *, draws: int = 2000, seed: int = SEED
 def resampled(prompts: Groups, draws: int, seed: int) -> tuple[Array, Array]:
     """How often each marked (draws, m) and each unmarked image (draws, n) is drawn.
 
-    A draw takes as many prompts as there are, with replacement, each with all of its images, marked and unmarked apart.
+    A draw samples as many prompts as there are, with replacement, each with all of its images; marked and unmarked
+    images are drawn separately.
     """
     kinds = [np.unique(np.array(list(map(str, kind))), return_inverse=True)[1] for kind in prompts]
     numbers = [int(kind.max()) + 1 for kind in kinds]
@@ -125,7 +126,7 @@ def resampled(prompts: Groups, draws: int, seed: int) -> tuple[Array, Array]:
 
 
 def _weighted(in_order: Array, marked: Array, unmarked: Array) -> Array:
-    """(draws,): means of a matrix (m, n) where rows and columns count as often as they were drawn."""
+    """Means (draws,) of a matrix (m, n) whose rows and columns are weighted by how often they were drawn."""
     totals = ((marked @ in_order) * unmarked).sum(1)
     means: Array = totals / (marked.sum(1) * unmarked.sum(1))
     return means
@@ -169,7 +170,7 @@ def _interval(of: Array | None, over: Array | None) -> tuple[float | None, float
 
 
 class _Image(NamedTuple):
-    """An image of an evaluation: `name` below its folder, which is the same for all keys."""
+    """An image of an evaluation; `name`, its path below its folder, is the same for all keys."""
 
     label: int
     name: str
@@ -181,11 +182,11 @@ class _Entry(NamedTuple):
 
 
 Table = dict[str, dict[_Image, _Entry]]
-"""By attack, what is known of each image."""
+"""The entry of each image, by attack."""
 
 
 def _table(images: Iterable[Mapping[str, Any]], way: Way) -> Table:
-    """The entries of one way; an image of which nothing can be said is the least marked of all."""
+    """The entries of one way; an image that cannot be tested ranks below all others."""
     sign = COLUMNS[way.column]
     table: Table = {}
     for record in images:

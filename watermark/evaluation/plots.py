@@ -1,4 +1,4 @@
-"""An evaluation as figures: ROC curves and histograms of each attack, and AUC by strength."""
+"""Figures of an evaluation: ROC curves and histograms for each attack, and AUC by strength."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ __all__ = ["HistogramDisplay", "StrengthDisplay", "histogram_figure", "roc_panel
 
 
 def write_plots(evaluation: Evaluation, folder: Path, *, force: bool = False) -> None:
-    """ROC curves and histograms of each attack, and AUC by strength for attacks of several strengths.
+    """Draw ROC curves and histograms for each attack, and AUC by strength for attacks at several strengths.
 
-    They show the detector's own statistic and the published distance.
+    The figures show the detector's score and the published distance.
     """
     shown = [cell for cell in evaluation.cells if cell.is_default or cell.statistic == DISTANCE]
     for attack in dict.fromkeys(cell.attack for cell in shown):
@@ -45,13 +45,13 @@ def _key_name(cell: Cell) -> str:
 
 
 def _statistic_name(cell: Cell) -> str:
-    return "own statistic" if cell.is_default else cell.statistic
+    return "detector's score" if cell.is_default else cell.statistic
 
 
 def _panels(
     cells: Sequence[Cell], across: Callable[[Cell], str], down: Callable[[Cell], str], size: tuple[float, float]
 ) -> tuple[Figure, Iterator[tuple[Axes, list[Cell]]]]:
-    """A figure, and for each panel that has cells its axes and those cells."""
+    """A figure, and the axes and cells of each panel that has cells."""
     from matplotlib.figure import Figure
 
     columns, rows = (list(dict.fromkeys(map(name, cells))) for name in (across, down))
@@ -114,7 +114,7 @@ def histogram_figure(cells: Sequence[Cell]) -> Figure:
 
 @dataclass(frozen=True)
 class StrengthDisplay:
-    """AUC with DeLong's interval against the strength of an attack: `lines` by name, strengths rising."""
+    """AUC with DeLong's interval against the strength of an attack: `lines` by name, in ascending strength."""
 
     attack: str
     key: str
@@ -145,7 +145,7 @@ class StrengthDisplay:
 
 
 def _strengths(cells: Sequence[Cell]) -> list[StrengthDisplay]:
-    """A display for each key and single attack that occurs with two strengths or more."""
+    """A display for each key and each single attack that was applied at two or more strengths."""
     lines: dict[tuple[str, str], dict[str, list[tuple[float, Cell]]]] = {}
     for cell in cells:
         steps = () if cell.attack == CLEAN else parse(cell.attack).steps
@@ -161,7 +161,7 @@ def _strengths(cells: Sequence[Cell]) -> list[StrengthDisplay]:
 
 
 def strength_figure(displays: Sequence[StrengthDisplay]) -> Figure:
-    """A panel per key and attack, keys in rows of their own."""
+    """A panel per key and attack, with a row for each key."""
     from matplotlib.figure import Figure
 
     by_key = {key: [d for d in displays if d.key == key] for key in dict.fromkeys(d.key for d in displays)}

@@ -1,4 +1,4 @@
-"""What a mark costs the images. Marked and unmarked ones show different things, so distributions are compared."""
+"""The cost of a mark in image quality. Marked and unmarked images differ in content, so distributions are compared."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ from ringmark.watermark.evaluation.rates import Array
 
 __all__ = ["Frechet", "frechet_distance", "frechet_test", "simple_features"]
 
-EDGES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of Nyquist: bounds of the bands; the last band is the corners beyond it
-DARK = 1e-6  # of full scale squared: below rounding to 8 bits, so that a flat image has logarithms too
+EDGES = (
+    1 / 16,
+    1 / 8,
+    1 / 4,
+    1 / 2,
+    1,
+)  # upper bounds of the bands in units of the Nyquist frequency; the last band is the corners beyond it
+DARK = 1e-6  # of full scale squared, below the rounding to 8 bits; keeps the logarithms of flat images finite
 
 
 @dataclass(frozen=True)
 class Frechet:
-    """A distance d² of two sets of images, and its mean and 95 % point under random labels.
+    """A distance d² between two sets of images, and its mean and 95 % quantile under permuted labels.
 
-    `p` is the share of random labellings, this one included, with at least this distance.
+    `p` is the share of permutations, including the identity, with at least this distance.
     """
 
     distance: float
@@ -52,10 +58,10 @@ def frechet_distance(a: Array, b: Array) -> float:
 
 
 def frechet_test(marked: Sequence[Array], unmarked: Sequence[Array], *, draws: int = 500, seed: int = 0) -> Frechet:
-    """Fréchet distance of features (d,), standardised over all images, against a permutation test.
+    """Permutation test of the Fréchet distance between features (d,), which are standardised over all images.
 
-    d² of few images is far from 0 without any difference; the permutations have the same numbers of images, so they
-    share that bias. Images are independent. Needs two of each kind.
+    With few images d² is far from 0 even without a difference; permutations have the same numbers of images and
+    therefore the same bias. Images must be independent, with at least two of each kind.
     """
     both = np.stack([*marked, *unmarked])
     spread = both.std(0)

@@ -1,4 +1,4 @@
-"""From scores to ROC, AUC and the true-positive rate at a fixed false-positive rate, with intervals."""
+"""ROC curves, AUC and true-positive rates at a fixed false-positive rate from scores, with intervals."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ __all__ = [
 Array = np.ndarray[Any, np.dtype[Any]]
 Interval = tuple[float, float]
 Groups = tuple[Sequence[Hashable], Sequence[Hashable]]
-"""For each marked and for each unmarked image, the group (its prompt, say) within which images may depend."""
+"""The group of each marked and each unmarked image, for example its prompt; images of one group may be dependent."""
 
-GROUPS = 5  # of each kind: resampling fewer says nothing about new ones
+GROUPS = 5  # fewest groups of each kind worth resampling
 
 
 @dataclass(frozen=True)
 class Curve:
     """An ROC curve; intervals are 95 %, (low, high).
 
-    `fpr` and `tpr` (N,) rise together as `thresholds` (N,) fall from infinity: scores of at least thresholds[i] are
-    called marked. `point` is the operating point at `fpr_limit`, the highest TPR whose FPR is not above it; None where
-    there are fewer than `needed` unmarked images, too few for that rate to be known.
+    `fpr` and `tpr` (N,) increase as `thresholds` (N,) decrease from infinity; scores of at least thresholds[i] are
+    called marked. `point` is the operating point at `fpr_limit`, with the highest TPR whose FPR does not exceed it;
+    None if there are fewer than `needed` unmarked images.
     """
 
     name: str
@@ -63,11 +63,11 @@ class Curve:
 
     @property
     def needed(self) -> int:
-        """The fewest unmarked images for a rate of `fpr_limit`: 99 for 1 %, 999 for 0.1 %."""
+        """The minimum number of unmarked images for `fpr_limit`: 99 for 1 %, 999 for 0.1 %."""
         return needed_references(self.fpr_limit)
 
     def summary(self) -> dict[str, Any]:
-        """The numbers as plain values, without the points of the curve; None for what the images cannot tell."""
+        """The numbers as plain values, without the points of the curve; None if there are too few images."""
         point = self.point
         return {
             "name": self.name,
@@ -94,9 +94,9 @@ class Curve:
 class OperatingPoint:
     """Scores of at least `threshold` are called marked; intervals are Clopper–Pearson's, 95 %, (low, high).
 
-    `fpr` is that of the images scored: those that the threshold was chosen on (`tpr_at`), or others
-    (`split_operating_point`). Its interval holds for both: a threshold just above the (k + 1)-th largest of n unmarked
-    scores has a true FPR of distribution Beta(k + 1, n − k), whose 97.5 % point is the interval's upper end.
+    `fpr` is measured on the images that the threshold was chosen on (`tpr_at`), or on others (`split_operating_point`).
+    Its interval is valid for both: with a threshold just above the (k + 1)-th largest of n unmarked scores, the true
+    FPR is distributed as Beta(k + 1, n − k), whose 97.5 % quantile is the upper end of the interval.
     """
 
     fpr_limit: float
@@ -110,7 +110,7 @@ class OperatingPoint:
 
     @classmethod
     def of(cls, marked: Array, unmarked: Array, fpr_limit: float, threshold: float) -> OperatingPoint:
-        """Count the scores that reach the threshold."""
+        """The rates of scores that reach the threshold."""
         tpr, tpr_interval = rate(int((marked >= threshold).sum()), len(marked))
         fpr, fpr_interval = rate(int((unmarked >= threshold).sum()), len(unmarked))
         return cls(
@@ -126,9 +126,10 @@ class OperatingPoint:
 
 
 def tied_below(scores: Array, doubtful: Array) -> Array:
-    """Scores (n,) with the doubtful (n,) bool tied below all others: an image that shows nothing is no evidence.
+    """Scores (n,), with those that are `doubtful` (n,) bool tied below all others.
 
-    At any threshold that some image misses they count as unmarked, as an inconclusive verdict does.
+    An image that cannot be tested thus counts as unmarked at every threshold that some image does not reach, as an
+    inconclusive verdict does.
     """
     sure = scores[~doubtful]
     tied: Array = np.where(doubtful, np.nextafter(sure.min(), -np.inf) if len(sure) else 0.0, scores)
@@ -138,7 +139,7 @@ def tied_below(scores: Array, doubtful: Array) -> Array:
 def check_fpr(fpr: float) -> None:
     """Raises EvaluationError, evaluation.fpr, for a false-positive rate outside (0, 1]."""
     if not 0 < fpr <= 1:
-        raise EvaluationError("evaluation.fpr", f"{fpr:g} is no false-positive rate above 0 and at most 1")
+        raise EvaluationError("evaluation.fpr", f"{fpr:g} is not a false-positive rate above 0 and at most 1")
 
 
 def roc(
@@ -152,8 +153,8 @@ def roc(
 ) -> Curve:
     """The ROC curve of scores (m,) and (n,) that are larger for marked images.
 
-    The AUC's interval is DeLong's. With `groups`, images of one group may depend and the interval is that of the
-    clustered bootstrap, drawn from `seed`. Raises EvaluationError: evaluation.classes for an empty class,
+    The AUC's interval is DeLong's. With `groups`, images of one group may be dependent, and the interval is that of the
+    clustered bootstrap with this `seed`. Raises EvaluationError: evaluation.classes for an empty class,
     evaluation.scores for scores that are not finite, evaluation.fpr.
     """
     from sklearn.metrics import roc_curve
@@ -182,9 +183,9 @@ def roc(
 
 
 def pointwise_band(curve: Curve, *, level: float = 0.95) -> tuple[Array, Array]:
-    """Clopper–Pearson's interval of each TPR of the curve, as (low, high), each exact for a threshold fixed beforehand.
+    """Clopper–Pearson's interval of each TPR of the curve, as (low, high), exact for a threshold fixed beforehand.
 
-    It covers neither the FPR nor the whole curve at once.
+    It does not account for the uncertainty of the FPR and is not a simultaneous band for the whole curve.
     """
     hits, tail = np.rint(curve.tpr * curve.positives), (1 - level) / 2
     misses = curve.positives - hits
@@ -193,9 +194,9 @@ def pointwise_band(curve: Curve, *, level: float = 0.95) -> tuple[Array, Array]:
 
 
 def tpr_at(marked: Array, unmarked: Array, fpr: float) -> OperatingPoint:
-    """The point with the highest TPR whose FPR on these very images is at most `fpr`, as read off an ROC curve.
+    """The point with the highest TPR whose FPR on these images is at most `fpr`, as read off an ROC curve.
 
-    Its threshold is chosen on the images that it is judged by, so it is optimistic; with fewer than
+    The threshold is chosen and evaluated on the same images, so the result is optimistic; with fewer than
     needed_references(fpr) unmarked images it means little. Raises EvaluationError as `roc` does.
     """
     marked, unmarked = _checked(marked, unmarked)
@@ -205,11 +206,11 @@ def tpr_at(marked: Array, unmarked: Array, fpr: float) -> OperatingPoint:
 
 
 def split_operating_point(marked: Array, unmarked: Array, fpr: float, seed: int) -> OperatingPoint:
-    """The threshold chosen on a random half of the unmarked images, and the rates on the other half and all the marked.
+    """Choose a threshold on a random half of the unmarked images; measure rates on the other half and all marked ones.
 
-    Marked images have no part in the choice, so none is spent on it. The threshold is the conformal one: an unmarked
-    image reaches it with probability at most `fpr`, averaged over choices. Raises EvaluationError as `roc` does, and
-    evaluation.few where half of the unmarked images are too few for that.
+    The threshold is the conformal one: an unmarked image reaches it with probability at most `fpr`, averaged over
+    choices. It does not depend on the marked images, so all of them are used for the TPR. Raises EvaluationError as
+    `roc` does, and evaluation.few if half of the unmarked images are too few for this FPR.
     """
     marked, unmarked = _checked(marked, unmarked)
     order = np.random.default_rng(seed).permutation(unmarked)
@@ -233,7 +234,7 @@ def _checked(marked: Array, unmarked: Array) -> tuple[Array, Array]:
     if not len(marked) or not len(unmarked):
         raise EvaluationError(
             "evaluation.classes",
-            f"an ROC needs marked and unmarked images; there are {len(marked)} and {len(unmarked)}",
+            f"an ROC curve needs marked and unmarked images; there are {len(marked)} and {len(unmarked)}",
         )
     if not (np.isfinite(marked).all() and np.isfinite(unmarked).all()):
         raise EvaluationError("evaluation.scores", "some scores are not finite")
@@ -255,9 +256,9 @@ def rate(hits: int, n: int) -> tuple[float, Interval]:
 
 @dataclass(frozen=True)
 class Confusion:
-    """Which of n keys was chosen: `table` (n, n) counts, rows the keys planted, columns those chosen.
+    """Confusion of n keys: `table` (n, n) counts images by embedded key (rows) and chosen key (columns).
 
-    `interval` of the accuracy is Clopper–Pearson's, 95 %, (low, high); images are independent.
+    `interval` is Clopper–Pearson's 95 % interval (low, high) of the accuracy, for independent images.
     """
 
     table: Array
@@ -268,13 +269,13 @@ class Confusion:
 
 
 def confusion(truth: Array, chosen: Array, n: int) -> Confusion:
-    """Of images (N,) the keys planted and those chosen, by argmin of a distance, say: whole numbers from 0 to n − 1.
+    """The confusion of embedded keys (`truth`) with chosen keys of N images, as whole numbers (N,) from 0 to n − 1.
 
-    Raises EvaluationError, evaluation.confusion, for no images, for two lengths and for other numbers.
+    Raises EvaluationError (evaluation.confusion) without images, for different lengths and for other numbers.
     """
     truth, chosen = np.asarray(truth), np.asarray(chosen)
     if truth.ndim != 1 or truth.shape != chosen.shape or not len(truth):
-        fact = f"one key planted and one chosen are needed for every image; there are {truth.shape} and {chosen.shape}"
+        fact = f"every image needs one embedded and one chosen key; there are {truth.shape} and {chosen.shape}"
         raise EvaluationError("evaluation.confusion", fact)
     both = np.concatenate([truth, chosen])
     if both.dtype.kind not in "iu" or both.min() < 0 or both.max() >= n:
@@ -289,8 +290,8 @@ def confusion(truth: Array, chosen: Array, n: int) -> Confusion:
 def delong_variance(marked: Array, unmarked: Array) -> float:
     """DeLong's variance of the AUC, Var(V₁₀)/m + Var(V₀₁)/n, from midranks in O(N log N) (Sun & Xu 2014).
 
-    V₁₀ᵢ is the share of unmarked scores below marked score i, V₀₁ⱼ that of marked scores above unmarked score j, ties
-    half; m, n ≥ 2 independent images. No preprint: doi 10.1109/LSP.2014.2337313, after DeLong et al. 1988.
+    V₁₀ᵢ is the share of unmarked scores below marked score i, V₀₁ⱼ that of marked scores above unmarked score j; ties
+    count half. Needs m, n ≥ 2 independent images. See doi 10.1109/LSP.2014.2337313, after DeLong et al. 1988.
     """
     m, n = len(marked), len(unmarked)
     ranks = stats.rankdata(np.concatenate([marked, unmarked]))
@@ -302,9 +303,9 @@ def delong_variance(marked: Array, unmarked: Array) -> float:
 def auc_interval(marked: Array, unmarked: Array, *, level: float = 0.95) -> Interval:
     """DeLong's interval of A = P(marked > unmarked) on the logit scale: logit A ± z sd / (A (1 − A)).
 
-    Images are independent. On binormal scores, 30 to 200 a class, 95 % intervals cover A in 92 to 97 % up to A = .99.
-    Separate classes: `_separate`. With one image in a class, or nothing but ties, DeLong's variance is undefined or 0;
-    the largest possible one, A (1 − A) / min(m, n), takes its place.
+    Images must be independent. On binormal scores with 30 to 200 images per class, 95 % intervals cover A in 92 to 97 %
+    of cases up to A = .99. For separated classes see `_separate`. With one image in a class, or only ties, DeLong's
+    variance is undefined or 0 and is replaced by the largest possible one, A (1 − A) / min(m, n).
     """
     a, smaller = auc(marked, unmarked), min(len(marked), len(unmarked))
     if a in (0, 1):
@@ -324,10 +325,10 @@ def bootstrap_interval(
     draws: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap of P(marked > unmarked), each class resampled by itself.
+    """Percentile bootstrap of P(marked > unmarked), resampling each class separately.
 
-    With `groups`, whole groups are drawn: separately those with marked images only, with unmarked only, and with both.
-    Separate classes: `_separate`, by the smaller number of groups.
+    With `groups`, whole groups are drawn, separately for groups with marked images only, with unmarked images only and
+    with both. For separated classes see `_separate`, with the smaller number of groups.
     """
     if groups is None:
         groups = ([("marked", i) for i in range(len(marked))], [("unmarked", i) for i in range(len(unmarked))])
@@ -349,7 +350,7 @@ def bootstrap_interval(
 
 
 class _WeightedAuc:
-    """The AUC where group g counts times[g] times; sorted once for all draws."""
+    """The AUC with group g weighted by times[g]; scores are sorted once for all draws."""
 
     def __init__(self, marked: Array, unmarked: Array, of_marked: Array, of_unmarked: Array) -> None:
         order = np.argsort(unmarked, kind="stable")
@@ -365,10 +366,10 @@ class _WeightedAuc:
 
 
 def _separate(estimate: float, pairs: int, level: float) -> Interval:
-    """For separate classes (AUC 0 or 1), whose spread gives an interval of no width.
+    """The interval for separated classes (AUC 0 or 1), for which estimates from the spread have no width.
 
-    The other end is Clopper–Pearson's for as many independent pairs as the smaller class has images, all of them in
-    order, which is conservative.
+    Its other end is Clopper–Pearson's for as many independent pairs, all in the right order, as the smaller class has
+    images. This is conservative.
     """
     bound = ((1 - level) / 2) ** (1 / pairs)
     return (bound, 1.0) if estimate == 1 else (0.0, 1 - bound)

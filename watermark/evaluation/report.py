@@ -1,4 +1,4 @@
-"""An evaluation as text: evaluation.md, .csv and .json, gains.csv and scores.csv."""
+"""Text reports of an evaluation: evaluation.md, .csv and .json, gains.csv and scores.csv."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ringmark.watermark.statistics import needed_references
 __all__ = ["TABLES", "gain_table", "pivot", "summary", "write_tables"]
 
 TABLES = ("evaluation.csv", "scores.csv", "gains.csv", "evaluation.json", "evaluation.md")
-"""The files that `write_tables` writes; gains.csv only where there are gains."""
+"""The files that `write_tables` writes; gains.csv only if there are gains."""
 
 NONE = "none"
 DOWN = ["key", "scheme", "statistic", "method"]
@@ -43,14 +43,14 @@ def _gain_row(gain: Gain) -> Row:
 
 
 def summary(evaluation: Evaluation) -> str:
-    """The short table: AUC by key, attack and method, of the detector's own statistic and of the published one."""
+    """The short table: AUC of the detector's score and of the published distance, by key, attack and method."""
     published = {_place(cell): cell for cell in evaluation.cells if cell.statistic == DISTANCE}
     rows = []
     for cell in evaluation.cells:
         if cell.is_default:
             other = published.get(_place(cell))
             texts = {
-                "AUC, own statistic": interval_text(cell.row, "auc"),
+                "AUC, detector's score": interval_text(cell.row, "auc"),
                 "AUC, published distance": interval_text(other.row, "auc") if other else "",
             }
             rows.append({name: cell.row[name] for name in ("key", "scheme", "attack", "method")} | texts)
@@ -62,9 +62,9 @@ def _place(cell: Cell) -> tuple[str, str, str]:
 
 
 def pivot(cells: Sequence[Cell], name: str) -> str:
-    """A number of the rows with its interval: key, statistic and method down, attacks across, then the attacks' mean.
+    """A table of one number with its interval: rows by key, statistic and method, columns by attack, then their mean.
 
-    An attack without the number has an empty cell; the mean is over those that have one, without CLEAN.
+    A missing number leaves an empty cell. The mean is over the attacks that have the number, without CLEAN.
     """
     import pandas
 
@@ -79,7 +79,7 @@ def pivot(cells: Sequence[Cell], name: str) -> str:
 
 
 def gain_table(gains: Sequence[Gain]) -> str:
-    """The gain of every way over the first one, with its interval."""
+    """The gain of each way over the first one, with its interval."""
     first = gains[0].over
     rows = [
         {
@@ -109,7 +109,7 @@ def _report(evaluation: Evaluation, record: Mapping[str, Any]) -> str:
         *_rates(cells),
         "## Time and memory",
         _cost(cells),
-        "## What the mark costs the images",
+        "## Cost of the mark in image quality",
         _quality(record["quality"]),
     ]
     return "\n\n".join(parts) + "\n"
@@ -122,9 +122,9 @@ def _preamble(evaluation: Evaluation, rows: Sequence[Row]) -> list[str]:
     return [
         f"Model {settings['model']['name']}, {settings['steps']} DDIM steps, guidance {settings['guidance']:g}, "
         f"seed {settings['seed']}; {_numbers(rows)}; {settings['images']}.",
-        f"Calibrations: {calibrations}; {NONE} means the null that is known of the model.{unfit}",
+        f"Calibrations: {calibrations}; {NONE} means the model's own null.{unfit}",
         f"Files that could not be used: {len(evaluation.refused)}. Intervals are 95 %: DeLong's for the AUC, "
-        "Clopper-Pearson's for rates. An image that shows nothing (one flat colour, say) ranks below all others. "
+        "Clopper-Pearson's for rates. An image that shows nothing (one flat colour) ranks below all others. "
         f"Means are over the attacks, without {CLEAN}.",
     ]
 
@@ -140,13 +140,13 @@ def _span(numbers: Sequence[int]) -> str:
 
 
 def _cross_check(rows: Sequence[Row]) -> str:
-    """How far DeLong's intervals are from those of the bootstrap."""
+    """The differences between DeLong's intervals and those of the bootstrap."""
     known = [row for row in rows if row["bootstrap_low"] is not None and row["auc"] < 1]
     ends = np.array([[row[f"auc_{end}"] - row[f"bootstrap_{end}"] for end in ("low", "high")] for row in known])
     if not len(ends):
-        return "No bootstrap: too few prompts, or classes that do not overlap."
+        return "No bootstrap intervals: too few prompts, or the classes do not overlap."
     return (
-        "The ends of DeLong's intervals and of those of a stratified bootstrap, clustered by prompt, differ by "
+        "The ends of DeLong's intervals and of those from a stratified bootstrap clustered by prompt differ by "
         f"{np.abs(ends).max():.3f} at most and by {np.abs(ends).mean():.3f} on average."
     )
 
@@ -158,8 +158,8 @@ def _gains(gains: Sequence[Gain]) -> list[str]:
     return [
         "## Gain in mean AUC",
         f"Differences of the mean AUC over {', '.join(first.attacks)} on the same {first.marked} marked and "
-        f"{first.unmarked} unmarked images, by key, method and column of scores.csv. Intervals are 95 %, each for "
-        f"its own pair, from a paired bootstrap over prompts; there is none with fewer than {GROUPS} prompts, or where "
+        f"{first.unmarked} unmarked images, by key, method and column of scores.csv. Intervals are 95 % for each "
+        f"pair, from a paired bootstrap over prompts; there is none with fewer than {GROUPS} prompts or if "
         "both AUCs are 1. All pairs are in gains.csv.",
         gain_table(gains),
     ]
@@ -206,19 +206,19 @@ def _cost(cells: Sequence[Cell]) -> str:
 
 
 def _quality(rows: Sequence[Row]) -> str:
-    """Fréchet distances against random labels, and the share of images that show what their prompt asks for."""
+    """Fréchet distances compared with permuted labels, and the share of images that show what their prompt asks for."""
     if not rows:
         return "Too few images."
-    distances = {"distance": "Fréchet distance", "expected": "random: mean", "limit": "95 % point", "p": "p"}
+    distances = {"distance": "Fréchet distance", "expected": "permuted: mean", "limit": "permuted: 95 %", "p": "p"}
     parts = [
-        "Marked and unmarked images show different things, so distributions of simple features are compared: colour "
-        "means and deviations, energies of six frequency bands. Random: the same images with labels drawn at random.",
+        "Marked and unmarked images differ in content, so distributions of simple features are compared: colour means "
+        "and deviations, and energies of six frequency bands. Permuted: the same images with permuted labels.",
         _by_key(rows, {f"frechet_{name}": title for name, title in distances.items()}, _three_digits),
     ]
     shares = [n for n in rows[0] if not n.startswith("frechet") and n.endswith(("_marked", "_unmarked"))]
     if shares:
         parts += [
-            "Share of images in which a classifier sees the sky and the ground of the prompt:",
+            "Share of images in which a classifier finds the sky and the ground of the prompt:",
             _by_key(rows, {name: name.replace("_", ", ") for name in shares}, interval_text),
         ]
     return "\n\n".join(parts)

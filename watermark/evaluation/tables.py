@@ -1,4 +1,4 @@
-"""Tables as Markdown and CSV, by pandas, which is imported where a table is made."""
+"""Tables as Markdown and CSV. pandas is only imported when a table is made."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def markdown(table: DataFrame | Sequence[Mapping[str, object]]) -> str:
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows with the same columns as a CSV file with a header. None and NaN leave a cell empty.
+    """Write rows with the same columns to a CSV file with a header. None and NaN leave a cell empty.
 
-    What UTF-8 cannot hold (names of files in another encoding) is escaped.
+    Characters that UTF-8 cannot encode (from file names in another encoding) are escaped.
     """
     import pandas
 
@@ -35,7 +35,7 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def interval_text(row: Mapping[str, Any], name: str) -> str:
-    """A number of a row with its interval, "0.843 [0.810, 0.871]"; the number alone without one; empty without it."""
+    """A number of a row with its interval if it has one, "0.843 [0.810, 0.871]"; empty if the number is None."""
     if row[name] is None:
         return ""
     low, high = row[f"{name}_low"], row[f"{name}_high"]

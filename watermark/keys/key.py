@@ -23,16 +23,16 @@ __all__ = ["COMMON", "READABLE", "Key", "refuse_existing"]
 
 MAX_BYTES = 64 << 20
 FULL = (errno.ENOSPC, errno.EDQUOT)
-READABLE = "RINGMARK_READABLE_KEYS"  # environment: anything but nothing allows keys that others may read
+READABLE = "RINGMARK_READABLE_KEYS"  # environment variable; if set, keys that others can read are allowed
 COMMON = {"scheme": str, "latent_shape": list, "model": dict, "created": str}
-"""What the description of every key has; a scheme adds fields of its own."""
+"""Fields of every key's description; schemes add their own."""
 
 
 @dataclass(frozen=True, eq=False)
 class Key:
-    """`values` float32, secret; `metadata` the description: COMMON and the scheme's own fields.
+    """A key: secret `values` (float32) and their public description, `metadata`, with COMMON and the scheme's fields.
 
-    `fingerprint` is 16 hex digits over both, without the creation time. Printing a key shows no values.
+    `fingerprint` is 16 hex digits of a hash over both, without the creation time. Printing a key does not show values.
     """
 
     values: NDArray[np.float32]
@@ -43,7 +43,7 @@ class Key:
 
     @classmethod
     def new(cls, values: NDArray[Any], **metadata: Any) -> Key:
-        """A key made now."""
+        """A key with the current time as its creation time."""
         return cls(
             np.asarray(values, np.float32),
             metadata | {"created": datetime.now(timezone.utc).isoformat(timespec="seconds")},
@@ -51,15 +51,15 @@ class Key:
 
     @staticmethod
     def system_rng() -> np.random.Generator:
-        """A generator seeded with 256 bits from the operating system; the seed is kept nowhere."""
+        """A generator seeded with 256 bits from the operating system; the seed is not stored."""
         return np.random.default_rng(secrets.randbits(256))
 
     @property
     def commitment(self) -> str:
         """SHA-256, 64 hex digits, of the description without `created` as sorted JSON, then the values' bytes.
 
-        It begins with the fingerprint, which is too short to bind its owner: two keys of one fingerprint can be made
-        with 2³² trials. It needs no salt: values drawn from 256 random bits cannot be guessed.
+        It begins with the fingerprint, which is too short to be binding: two keys with the same fingerprint can be
+        found in 2³² trials. No salt is needed, since values drawn from 256 random bits cannot be guessed.
         """
         public = {k: v for k, v in self.metadata.items() if k != "created"}
         return hashlib.sha256(
@@ -72,9 +72,9 @@ class Key:
         return self.commitment[:16]
 
     def save(self, path: Path, *, overwrite: bool = False) -> None:
-        """Write the file whole or not at all, readable by its owner only. Raises KeyFileError where one exists.
+        """Write the file atomically, readable only by its owner. Raises KeyFileError if it exists.
 
-        With `overwrite` a regular file is replaced, a link followed, and nothing else touched.
+        With `overwrite`, a regular file is replaced, also through a link; anything else is refused.
         """
         from safetensors.numpy import save
 
@@ -101,15 +101,15 @@ class Key:
 
     @classmethod
     def load(cls, path: Path) -> Key:
-        """Read and check a key. Raises KeyFileError; no message shows a value.
+        """Read and check a key. Raises KeyFileError; messages never show values.
 
-        What the file declares is checked before anything of that size is allocated. A key that others than its owner
-        may read or write is refused, where files have modes, unless the environment variable READABLE is set.
+        Sizes are checked before memory is allocated. On systems with file modes, a key that anyone but its owner can
+        read or write is refused, unless the environment variable READABLE is set.
         """
         path = Path(path)
         tensors, metadata = read_tensors(path, max_bytes=MAX_BYTES, check=_check_file, error=KeyFileError, room="key")
         key = cls._checked(path, tensors["values"], json.loads(metadata["ringmark"]))
-        _refuse_readable(path)  # last, for what is no key needs no mode
+        _refuse_readable(path)  # last: the mode of a file that is not a key does not matter
         return key
 
     @classmethod
@@ -118,15 +118,17 @@ class Key:
         key = cls(values, description)
         try:
             damaged = key.fingerprint != stored or not np.isfinite(values).all()
-        except RecursionError:  # a description so deep that it can be read and not written
+        except RecursionError:  # a description nested too deeply to be written
             damaged = True
         if damaged:
-            raise KeyFileError("key.fingerprint", "is damaged: its fingerprint does not fit its contents", subject=path)
+            raise KeyFileError(
+                "key.fingerprint", "is damaged: its fingerprint does not match its contents", subject=path
+            )
         return key
 
 
 def _check_file(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> None:
-    """Raises ValueError unless there is one float32 tensor "values" and a description; nothing was read yet."""
+    """Raises ValueError unless the header has one float32 tensor "values" and a description; reads no values."""
     description = json.loads(metadata["ringmark"])
     if not isinstance(description, dict) or "fingerprint" not in description or not _described(description):
         raise ValueError("no description of a key")
@@ -135,14 +137,14 @@ def _check_file(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) ->
 
 
 def _described(metadata: dict[str, Any]) -> bool:
-    """Whether every common field is there and of its type; the rest is for the scheme to check."""
+    """Whether every common field is present and has the right type; the scheme checks the other fields."""
     shape = metadata.get("latent_shape")
     typed = all(isinstance(metadata.get(name), kind) for name, kind in COMMON.items())
     return typed and isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
 
 
 def refuse_existing(path: Path) -> None:
-    """Raises KeyFileError where something has this name."""
+    """Raises KeyFileError if something has this name."""
     if os.path.isdir(path):
         raise KeyFileError("key.output-folder", "is a folder", subject=path)
     if os.path.lexists(path):
@@ -150,7 +152,7 @@ def refuse_existing(path: Path) -> None:
 
 
 def _reserve(path: Path) -> None:
-    """Take the name with an empty file, so that no two writers both succeed. Raises KeyFileError where it is taken."""
+    """Reserve the name with an empty file, so that only one writer succeeds. Raises KeyFileError if it is taken."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
@@ -160,6 +162,6 @@ def _reserve(path: Path) -> None:
 
 
 def _refuse_readable(path: Path) -> None:
-    # Windows, where modes say nothing, keeps a user's files from others by its own means.
+    # On Windows modes mean nothing; it protects a user's files by other means.
     if os.name == "posix" and path.stat().st_mode & 0o066 and not os.environ.get(READABLE):
-        raise KeyFileError("key.readable", "others may read or write this key", subject=path)
+        raise KeyFileError("key.readable", "other users can read or write this key", subject=path)

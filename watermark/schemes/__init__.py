@@ -1,4 +1,4 @@
-"""Watermarking schemes. Those that come with ringmark are registered here, without importing them."""
+"""Watermarking schemes. The built-in ones are registered here without importing them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def _span(text: str) -> range:
     """'3-10' as the numbers from 3 to 10, '3' as 3 alone. Raises ValueError."""
     low, dash, high = text.partition("-")
     span = range(int(low), int(high if dash else low) + 1)
-    if not 0 < len(span) <= 1000:  # no latent has so many channels or rings
+    if not 0 < len(span) <= 1000:  # no latent has more channels or rings
         raise ValueError(text)
     return span
 
@@ -21,7 +21,7 @@ def _numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(n for part in text.split(",") for n in _span(part))
     except ValueError:
-        raise ValueError(f"{text!r}: use rising whole numbers, as in 0,2 or 0-3") from None
+        raise ValueError(f"{text!r}: use ascending whole numbers, as in 0,2 or 0-3") from None
 
 
 def _range(text: str) -> tuple[int, int]:
@@ -29,7 +29,7 @@ def _range(text: str) -> tuple[int, int]:
     try:
         span = _span(text if "-" in text else "")
     except ValueError:
-        raise ValueError(f"{text!r}: use two rising whole numbers, as in 3-10") from None
+        raise ValueError(f"{text!r}: use two ascending whole numbers, as in 3-10") from None
     return span[0], span[-1]
 
 
@@ -53,7 +53,7 @@ register(
             ),
             Parameter(
                 name="mask",
-                help="published: one row off centre, as in the code of the tree-ring paper.",
+                help="published: one row off centre, as in the tree-ring paper's code.",
                 default="centred",
                 choices=("centred", "published"),
             ),
@@ -71,7 +71,7 @@ register(
             ),
             Parameter(
                 name="budget",
-                help="Largest share of the noise's coefficients that the mark may alter.  [default: 0.08]",
+                help="Maximum share of the noise's coefficients that the mark may alter.  [default: 0.08]",
                 parse=_share,
             ),
         ),

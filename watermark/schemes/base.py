@@ -1,6 +1,7 @@
-"""What a watermarking scheme is, and the registry of those there are. Imports nothing heavy.
+"""The interface of watermarking schemes and their registry. Imports nothing heavy.
 
-A new scheme is one class in one file and one `register`; nothing else in the project names a scheme or its fields.
+A new scheme is one class in one file and one call of `register`; nothing else in the project names a scheme or its
+fields.
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ DEFAULT = "tree-ring"
 
 
 class Statistic(NamedTuple):
-    """A statistic of images: values (B,), and whether they are larger or smaller for marked ones."""
+    """A statistic of images: values (B,), and whether they are larger or smaller for marked images."""
 
     values: Array
     larger_if_marked: bool
 
 
 class Panel(NamedTuple):
-    """A picture of a spectrum: `values` (h, w) with DC in the middle, where the mark is (`inside`), its `radii`."""
+    """A spectrum to draw: `values` (h, w) with DC in the middle, the mask of the mark (`inside`) and its `radii`."""
 
     title: str
     values: Array
@@ -59,11 +60,11 @@ class SchemeTest(Protocol):
     """A scheme's test of one key under one null."""
 
     def observe(self, noise: Tensor) -> Array:
-        """Recovered noise (B, C, h, w) → all that the test looks at (B, d); the same for every key of a kind."""
+        """Recovered noise (B, C, h, w) → the features (B, d) of the test, which are the same for all keys of a kind."""
         ...
 
     def score(self, observed: Array) -> Array:
-        """(B, d) → scores (B,), the larger the more the key is there; a vector of zeros scores lowest or neutral."""
+        """Features (B, d) → scores (B,), larger for marked images; a vector of zeros scores lowest or neutral."""
         ...
 
     def log10_p(self, scores: Array, references: Array | None = None) -> Array:
@@ -71,63 +72,63 @@ class SchemeTest(Protocol):
         ...
 
     def density(self, scores: Array) -> Array | None:
-        """The null's density at these scores; None where it is not known."""
+        """The null density at these scores; None if it is not known."""
         ...
 
     def matched_filter(self, observed: Array) -> Array | None:
-        """Σ f k / ‖k‖ (B,) of whitened vectors, which does not forgive an image's scale; None without a template."""
+        """Σ f k / ‖k‖ (B,) of whitened vectors, which is not scale-invariant; None for a test without a template."""
         ...
 
 
 class Scheme(Protocol):
-    """A scheme with one key in it."""
+    """A scheme with one key."""
 
     label: str
-    """What distinguishes keys of the scheme for a reader of tables: "rand", say."""
+    """Short description of the key in tables, such as "rand"."""
     kind: Hashable
-    """Keys of one kind observe the same, and the same scores have the same p-values."""
+    """Keys of one kind share `observe`, and equal scores have equal p-values."""
     latent_shape: tuple[int, int, int]
     score_name: str
     free: int
-    """How many free numbers a key has; 0 where all keys are the same."""
+    """The number of free numbers of a key; 0 if all keys are the same."""
     searchable: bool
-    """Whether `shift_scores` can look for the key at every shift."""
+    """Whether `shift_scores` can search for the key at all shifts."""
 
     def embed(self, noise: Tensor) -> Tensor:
         """Unit normal noise (B, C, h, w) → marked noise of the same shape, which still looks normal to the model."""
         ...
 
     def check_findable(self, alpha: float) -> None:
-        """Raises SchemeError for a key of so few free numbers that hardly any image could reach p ≤ alpha for it."""
+        """Raises SchemeError for a key with too few free numbers for any realistic image to reach p ≤ alpha."""
         ...
 
     def on(self, null: Null) -> SchemeTest:
-        """The test of this key where unmarked noise is as `null` says."""
+        """The test of this key under `null`."""
         ...
 
     def published(self, noise: Tensor) -> dict[str, Statistic]:
-        """Statistics from the literature of noise (B, C, h, w) by name, for comparison; may be empty."""
+        """Published statistics of noise (B, C, h, w), by name, for comparison; may be empty."""
         ...
 
     def panels(self, noise: Tensor) -> list[Panel]:
-        """For the eye: the first marked channel of one noise (1, C, h, w), then the key's. May be empty."""
+        """Panels for figures: the first marked channel of one noise (1, C, h, w), then the key's. May be empty."""
         ...
 
     def key_panels(self) -> list[Panel]:
-        """For the eye: the key, a panel a latent channel. May be empty."""
+        """Panels for figures: the key, one panel per latent channel. May be empty."""
         ...
 
     def shift_scores(self, noise: Tensor, null: Null, *, factor: int = 1) -> Tensor:
         """The score of noise (B, C, h, w) at every cyclic shift: (B, factor·h, factor·w) float64.
 
-        Raises SchemeError where the scheme is not `searchable`.
+        Raises SchemeError if the scheme is not `searchable`.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """What may be chosen of a new key: `parse` reads it from text (ValueError with the form that is needed)."""
+    """A parameter of new keys; `parse` reads it from text, or raises ValueError with the expected form."""
 
     name: str
     help: str
@@ -142,7 +143,7 @@ class SchemeEntry:
     """A scheme by name. `home` is "module:Class", imported on first use, or the class itself.
 
     The class takes a key, and its `new_key(latent_shape, *, model, recovery, rng, **parameters)` makes one: `model` is
-    the identity of the model, `recovery` how well its noise comes back, if that is known, `rng` a NumPy generator.
+    the model's identity, `recovery` how well its noise is recovered, if known, and `rng` a NumPy generator.
     """
 
     name: str
@@ -162,14 +163,14 @@ REGISTRY: dict[str, SchemeEntry] = {}
 
 
 def register(entry: SchemeEntry) -> None:
-    """Make a scheme known. Raises SchemeError where its name is taken."""
+    """Register a scheme. Raises SchemeError if its name is taken."""
     if entry.name in REGISTRY:
         raise SchemeError("scheme.registered", "is registered already", subject=f"scheme {entry.name!r}")
     REGISTRY[entry.name] = entry
 
 
 def unregister(name: str) -> None:
-    """Forget a scheme."""
+    """Remove a scheme from the registry."""
     REGISTRY.pop(name, None)
 
 
@@ -177,13 +178,13 @@ def _entry(name: str) -> SchemeEntry:
     if name not in REGISTRY:
         known = ", ".join(sorted(REGISTRY))
         raise SchemeError(
-            "scheme.unknown", f"unknown scheme; known are {known}", subject=f"scheme {name!r}", known=known
+            "scheme.unknown", f"unknown scheme; known schemes are {known}", subject=f"scheme {name!r}", known=known
         )
     return REGISTRY[name]
 
 
 def scheme_of(key: Key) -> Scheme:
-    """The scheme with this key in it. Raises SchemeError for an unknown scheme or a key that does not fit its own."""
+    """The scheme of this key. Raises SchemeError for an unknown scheme or a key that does not fit its scheme."""
     scheme: Scheme = _entry(key.metadata["scheme"]).kind(key)
     return scheme
 
@@ -211,7 +212,7 @@ def make_key(
 
 
 def description(metadata: Mapping[str, Any], common: Collection[str]) -> dict[str, str]:
-    """A key's own fields as text for people: those of its metadata that are not `common` to all keys."""
+    """A key's scheme-specific fields as text: those of its metadata that are not `common` to all keys."""
     entry = REGISTRY.get(metadata["scheme"])
     show = {p.name: p.show for p in entry.parameters} if entry else {}
     return {name: show.get(name, str)(value) for name, value in metadata.items() if name not in common}

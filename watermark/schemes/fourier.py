@@ -1,6 +1,6 @@
-"""What schemes in the Fourier transform of the noise share: frequencies, placement of a mark, the cosine test.
+"""Shared parts of schemes in the Fourier transform of the noise: frequencies, placement of a mark, the cosine test.
 
-Transforms are orthonormal, so that a bin of white noise has unit power, and in the unshifted order of torch.fft.
+Transforms are orthonormal, so a bin of white noise has unit power, and in the unshifted order of torch.fft.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def mirror(x: Tensor) -> Tensor:
 
 
 def middle_phase(height: int, width: int) -> Tensor:
-    """(h, w) phases that move a pattern from the corner to the middle of the picture, where it turns and flips."""
+    """Phases (h, w) that move a pattern from the corner to the middle of the picture, where it rotates and flips."""
     ky, kx = signed_frequencies(height, width)
     return torch.exp(-1j * torch.pi * (ky * (height - 1) / height + kx * (width - 1) / width))
 
 
 def at_every_shift(spectrum: Tensor, factor: int) -> Tensor:
-    """Re Σ_k X(k) e^{2πi k·s} of (…, h, w) at every shift s on a grid `factor` times as fine."""
+    """Re Σ_k X(k) e^{2πi k·s} of X (…, h, w) at every shift s on a grid that is `factor` times as fine."""
     height, width = spectrum.shape[-2:]
     before = [factor * n // 2 - n // 2 for n in (height, width)]
     after = [(factor - 1) * n - b for n, b in zip((height, width), before, strict=True)]
@@ -64,31 +64,31 @@ def at_every_shift(spectrum: Tensor, factor: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class CosineTest:
-    """The whitened cosine of what is observed (B, d) with a `template` (d,): a `SchemeTest`."""
+    """A `SchemeTest`: the whitened cosine of features (B, d) with a `template` (d,)."""
 
     template: Array
     observe: Callable[[Tensor], Array]
 
     def score(self, observed: Array) -> Array:
-        """c (B,) in [-1, 1]; 0 for a vector of zeros."""
+        """The cosine c (B,) in [-1, 1]; 0 for a vector of zeros."""
         return cosine_scores(observed, self.template)
 
     def log10_p(self, scores: Array, references: Array | None = None) -> Array:
-        """Student's t; the references are not needed."""
+        """From Student's t; the references are not needed."""
         return cosine_log10_p(scores, len(self.template))
 
     def density(self, scores: Array) -> Array:
-        """Of c under a spherical null."""
+        """The density of c under a spherical null."""
         return cosine_density(scores, len(self.template))
 
     def matched_filter(self, observed: Array) -> Array:
-        """z (B,), standard normal for a normal null."""
+        """The matched filter z (B,), standard normal under a normal null."""
         return matched_filter(observed, self.template)[0]
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a mark goes: latent channels and, inclusive, the range of ring radii in whole frequencies."""
+    """The placement of a mark: latent channels and the inclusive range of ring radii in whole frequencies."""
 
     channels: tuple[int, ...]
     radii: tuple[int, int]
@@ -104,27 +104,27 @@ class Placement:
         if not distinct or not all(0 <= c < count for c in self.channels):
             raise SchemeError(
                 "scheme.channels",
-                f"must be different numbers from 0 to {count - 1}",
+                f"must be distinct numbers from 0 to {count - 1}",
                 subject=f"channels {list(self.channels)}",
             )
         low, high = self.radii
-        # DC alone is one number, which has no direction to compare.
+        # DC alone is a single number, whose direction means nothing.
         if not 0 <= low <= high < min(size) // 2 or high == 0:
             raise SchemeError(
                 "scheme.radii",
                 f"must rise from at least 0 to at most {min(size) // 2 - 1} for latents of {size[0]}x{size[1]}, "
-                "and hold more than radius 0",
+                "and include more than radius 0",
                 subject=f"radii {low}-{high}",
             )
 
     def share(self, latent_shape: tuple[int, int, int]) -> float:
-        """Which share of the coefficients of a latent (C, h, w) the mark alters."""
+        """The share of the coefficients of a latent (C, h, w) that the mark alters."""
         count, *size = latent_shape
         sizes = torch.bincount(rings(*size).flatten())
         return int(sizes[self.radii[0] : self.radii[1] + 1].sum()) * len(self.channels) / (count * size[0] * size[1])
 
     def check_budget(self, latent_shape: tuple[int, int, int], budget: float) -> None:
-        """Raises SchemeError where the mark alters a larger share of the coefficients than `budget`."""
+        """Raises SchemeError if the mark alters a larger share of the coefficients than `budget`."""
         if (share := self.share(latent_shape)) > budget:
             raise SchemeError(
                 "scheme.budget",
@@ -138,8 +138,9 @@ def recommend(
 ) -> Placement:
     """The placement with the greatest expected signal, Σ a²/v over its bins, within a share `budget` of all bins.
 
-    Radii below `lowest` fix the picture's layout and radii beyond a third of the side rarely survive compression: both
-    are left alone. Without a measured recovery, or where nothing fits: every channel, middle frequencies.
+    Radii below `lowest` determine the picture's layout, and radii beyond a third of the side rarely survive
+    compression; both are avoided. Without a measured recovery, or if nothing fits the budget, the mark is placed in all
+    channels at middle frequencies.
     """
     count, height, width = latent_shape
     short = min(height, width)

@@ -1,7 +1,7 @@
 """Tree-ring watermarks: a pattern in the Fourier transform of the initial noise (arXiv 2305.20030).
 
-The centred mask is symmetric about DC and its pattern Hermitian, so what is embedded is what is looked for. The
-published mask sits one row off DC; taking the real part then discards about half of it.
+The centred mask is symmetric about DC and its pattern Hermitian, so the embedded pattern is exactly the one that is
+tested for. The published mask is one row off DC; taking the real part then discards about half of the pattern.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ __all__ = ["MASKS", "PATTERNS", "PowerTest", "TreeRing", "draw_spectrum"]
 
 PATTERNS = ("ring", "rand", "zeros")
 MASKS = ("centred", "published")
-FAINT = 0.99  # no picture gives back a mark so well that a whitened cosine reaches this
-SIDE, LEAST_BESIDE = 2, 8  # rings on each side that *zeros* is compared with; the fewest bins that make a side
+FAINT = 0.99  # whitened cosine that no real picture reaches
+SIDE, LEAST_BESIDE = 2, 8  # rings on each side that *zeros* is compared with; minimum number of bins of a side
 
 
 def ring_index(mask: str, height: int, width: int) -> Tensor:
-    """(h, w) int64: the ring that each bin belongs to."""
+    """The ring (h, w) int64 of each bin."""
     if mask == "centred":
         return rings(height, width)
     ky, kx = signed_frequencies(height, width)
@@ -60,9 +60,9 @@ def draw_spectrum(
 ) -> Tensor:
     """A key's complex spectrum (len(channels), h, w), zero outside the mask, of unit mean power on it.
 
-    rand: the transform of white noise, so that marked noise is still white noise. ring: one Gaussian value a circle,
-    so that flips and rotations about the centre of the picture keep it, at the price of few free numbers and of a
-    bump in the middle of the noise. zeros: nothing, the same in every key.
+    rand: the transform of white noise, so that marked noise is still white noise. ring: one Gaussian value per circle,
+    which survives flips and rotations about the centre of the picture, at the price of few free numbers and a bump in
+    the middle of the noise. zeros: all zero, so all keys are the same.
     """
     _, height, width = latent_shape
     ring, channels = ring_index(mask, height, width), len(placement.channels)
@@ -80,7 +80,7 @@ def draw_spectrum(
 
 
 def _unit_power(transform: Tensor, inside: Tensor) -> Tensor:
-    """Scale each channel to mean power 1 on the mask, which is what white noise has there."""
+    """Scale each channel to mean power 1 on the mask, like white noise."""
     power = transform.abs().square().sum((-2, -1), keepdim=True) / inside.sum()
     return transform / power.clamp_min(1e-12).sqrt()
 
@@ -104,10 +104,10 @@ def _whole_numbers(metadata: Mapping[str, Any], field: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True, eq=False)
 class PowerTest:
-    """The power that the mark's rings lack beside their neighbours, for the pattern *zeros*: a `SchemeTest`.
+    """A `SchemeTest` for the pattern *zeros*: the power that the mark's rings lack compared with their neighbours.
 
-    Without references p is that of white noise; with them it is by their spread, since power differs more from ring
-    to ring, in unmarked images too, than white noise would by chance.
+    Without references, p is that of white noise. With references it comes from their spread, since power differs more
+    between rings than in white noise, even in unmarked images.
     """
 
     scheme: TreeRing
@@ -121,7 +121,7 @@ class PowerTest:
         return torch.cat(parts, 1).numpy()
 
     def score(self, observed: Array) -> Array:
-        """s (B,), `statistics.power_scores`."""
+        """The score s (B,) of `statistics.power_scores`."""
         channels = len(self.scheme.placement.channels)
         inside, *beside = np.split(
             observed, np.cumsum([self.scheme.numbers, *self._beside * channels]).astype(int)[:-1], axis=1
@@ -131,11 +131,11 @@ class PowerTest:
 
     @property
     def _beside(self) -> Array:
-        """(sides,): bins of each, a channel."""
+        """The number of bins of each side per channel (sides,)."""
         return np.array([float(side.sum()) for side in self.scheme.sides])
 
     def log10_p(self, scores: Array, references: Array | None = None) -> Array:
-        """By the spread of the references, or else the F-distribution of white noise."""
+        """From the spread of the references, or from the F-distribution of white noise without them."""
         if references is not None:
             p = spread_p(scores, references)
         else:
@@ -146,16 +146,16 @@ class PowerTest:
             return np.log10(p)
 
     def density(self, scores: Array) -> None:
-        """Not known in closed form."""
+        """None: not known in closed form."""
         return None
 
     def matched_filter(self, observed: Array) -> None:
-        """There is nothing to match."""
+        """None: there is no template."""
         return None
 
 
 class TreeRing:
-    """The scheme with one key in it: a `Scheme`. Raises SchemeError for a key that does not fit its own description."""
+    """The tree-ring `Scheme` with one key. Raises SchemeError for a key that does not fit its own description."""
 
     def __init__(self, key: Key) -> None:
         meta = key.metadata
@@ -178,7 +178,7 @@ class TreeRing:
         if key.values.shape != expected:
             raise SchemeError(
                 "scheme.values",
-                f"its values have shape {key.values.shape}, its description says {expected}",
+                f"its values have shape {key.values.shape}, but its description says {expected}",
                 subject=f"key {key.fingerprint}",
             )
         self.spectrum = torch.view_as_complex(torch.from_numpy(key.values).double().contiguous())
@@ -200,7 +200,7 @@ class TreeRing:
         radii: tuple[int, int] | None = None,
         budget: float | None = None,
     ) -> Key:
-        """A new key; channels and radii that are not given are those that `recommend` finds, within the budget."""
+        """A new key; `recommend` chooses channels and radii within the budget unless they are given."""
         best = recommend(recovery, latent_shape, budget=BUDGET if budget is None else budget)
         placement = Placement(best.channels if channels is None else channels, best.radii if radii is None else radii)
         placement.check(latent_shape)
@@ -231,21 +231,21 @@ class TreeRing:
 
     @property
     def free(self) -> int:
-        """Real numbers that distinguish one key from another."""
+        """The number of real numbers that distinguish keys."""
         return 0 if self.pattern == "zeros" else self.numbers
 
     @property
     def searchable(self) -> bool:
-        """Silence is the same wherever the picture is moved."""
+        """False for *zeros*, which is the same at every shift."""
         return self.pattern != "zeros"
 
     @property
     def score_name(self) -> str:
-        """What the score is."""
+        """The name of the score."""
         return "power ratio" if self.pattern == "zeros" else "whitened cosine"
 
     def embed(self, noise: Tensor) -> Tensor:
-        """Replace the masked bins by the key's and go back; exact for the centred mask, see the module for the other.
+        """Replace the masked bins by the key's and transform back; exact for the centred mask only (see the module).
 
         Raises SchemeError for noise of another shape.
         """
@@ -255,17 +255,16 @@ class TreeRing:
         return out
 
     def check_findable(self, alpha: float) -> None:
-        """Raises SchemeError for a key of so few free numbers that hardly any image could reach p ≤ alpha for it."""
+        """Raises SchemeError for a key with too few free numbers for any realistic image to reach p ≤ alpha."""
         if self.free and (self.free < 2 or cosine_bound(self.free, alpha) > FAINT):
             raise SchemeError(
                 "scheme.unfindable",
-                f"a key has {self.free} free numbers, of which a picture would have to give back {FAINT:.0%} "
-                f"to reach p ≤ {alpha:g}",
+                f"a key has {self.free} free numbers, too few for any real picture to reach p ≤ {alpha:g}",
                 subject=f"{self.label} in {self.placement}",
             )
 
     def on(self, null: Null) -> SchemeTest:
-        """The whitened cosine; for *zeros* the power ratio of whitened noise."""
+        """The whitened cosine, or for *zeros* the power ratio of whitened noise."""
         if self.pattern == "zeros":
             return PowerTest(self, null)
         channels = self.placement.channels
@@ -283,13 +282,13 @@ class TreeRing:
     def panels(self, noise: Tensor) -> list[Panel]:
         """Real spectra of the first marked channel of one noise (1, C, h, w) and of the key.
 
-        Turned to the phase of the middle of the picture, where a ring is real and the same all along its circle.
+        Phases are relative to the middle of the picture, where a ring is real and constant along each circle.
         """
         title = f"recovered noise, channel {self.placement.channels[0]}"
         return [self._panel(title, self._transform(noise)[0, 0]), self._panel("key", self.spectrum[0])]
 
     def key_panels(self) -> list[Panel]:
-        """The key's real spectra, turned like `panels`."""
+        """The key's real spectra, with phases as in `panels`."""
         pairs = zip(self.placement.channels, self.spectrum, strict=True)
         return [self._panel(f"channel {channel}", values) for channel, values in pairs]
 
@@ -299,7 +298,7 @@ class TreeRing:
         return Panel(title, shown, np.fft.fftshift(self.inside.numpy()), self.placement.radii)
 
     def _independent_bins(self) -> tuple[Tensor, Tensor]:
-        """Flat indices of one bin of each conjugate pair that the mark reaches; which of them are their own mirror."""
+        """Flat indices of one bin of each conjugate pair in the mark, and which of them are their own mirror."""
         height, width = self.inside.shape
         index = torch.arange(height * width).view(height, width)
         mirrored = mirror(index)
@@ -308,12 +307,12 @@ class TreeRing:
 
     @property
     def _reached(self) -> Tensor:
-        """(h, w) the masked bins and their conjugates."""
+        """Mask (h, w) of the masked bins and their conjugates."""
         return self.inside | mirror(self.inside)
 
     @property
     def hermitian(self) -> Tensor:
-        """The Hermitian part of the key's spectrum: what taking the real part leaves of it."""
+        """The Hermitian part of the key's spectrum, which remains after taking the real part."""
         return (self.spectrum + mirror(self.spectrum).conj()) / 2
 
     def whitened(self, noise: Tensor, null: Null) -> Tensor:
@@ -328,19 +327,21 @@ class TreeRing:
     def _check_shape(self, noise: Tensor) -> None:
         if noise.ndim != 4 or tuple(noise.shape[1:]) != self.latent_shape:
             needed = ", ".join(map(str, self.latent_shape))
-            raise SchemeError("scheme.noise", f"this key needs (B, {needed})", subject=f"noise {tuple(noise.shape)}")
+            raise SchemeError(
+                "scheme.noise", f"this key needs shape (B, {needed})", subject=f"noise {tuple(noise.shape)}"
+            )
 
     def features(self, transform: Tensor) -> Tensor:
-        """What a key leaves free of a transform (B, c, h, w) of the marked channels: (B, d), of unit variance on white.
+        """Features (B, d) of a transform (B, c, h, w) of the marked channels, of unit variance for white noise.
 
-        Real and imaginary parts on independent bins. For a ring one mean a circle, since its key is constant there:
-        two ring keys differ in no more than that, and a test on every bin would take one for the other.
+        They are the real and imaginary parts of independent bins. For a ring, they are one mean per circle: ring keys
+        are constant on circles, and a test on every bin would confuse two of them.
         """
         return self._circles(transform) if self._averages else self._bins(transform)
 
     @property
     def numbers(self) -> int:
-        """d, the number of features."""
+        """The number d of features."""
         low, high = self.placement.radii
         each = high - low + 1 if self._averages else 2 * len(self._rows) - int(self._real_only.sum())
         return each * len(self.placement.channels)
@@ -356,7 +357,7 @@ class TreeRing:
         return torch.cat([real, imaginary], -1).flatten(1)
 
     def _circles(self, transform: Tensor) -> Tensor:
-        """Σ / √n over the n bins of each circle, turned to the middle, where conjugate bins are equal and real."""
+        """Σ / √n over the n bins of each circle, with phases relative to the middle, where conjugate bins are equal."""
         turned = (transform * middle_phase(*self.inside.shape).conj()).real[..., self.inside]
         circle = self.ring[self.inside] - self.placement.radii[0]
         count = torch.bincount(circle)
@@ -365,24 +366,24 @@ class TreeRing:
 
     @property
     def sides(self) -> list[Tensor]:
-        """(h, w) each: SIDE rings within the mask, if those have LEAST_BESIDE bins, and SIDE rings beyond it."""
+        """Masks (h, w): SIDE rings inside the mark, if they have LEAST_BESIDE bins, and SIDE rings outside it."""
         low, high = self.placement.radii
         spans = ((low - SIDE, low - 1), (high + 1, high + SIDE))
         bands = [(first <= self.ring) & (self.ring <= last) & (self._frequency > 0) for first, last in spans]
         within, beyond = ((band | mirror(band)) & ~self._reached for band in bands)
-        both = within & beyond  # the published mask is not its own mirror
+        both = within & beyond  # can overlap, because the published mask is not its own mirror
         return [side for side in (within & ~both, beyond & ~both) if side.sum() >= LEAST_BESIDE]
 
     @property
     def side_weights(self) -> Array:
-        """(sides,): w with Σ w = 1 and, where there are two sides, Σ w L = the mask's L, a mean of log frequencies.
+        """Weights w (sides,) with Σ w = 1 and, for two sides, Σ w L = the mask's L, where L is the mean log frequency.
 
-        Σ w log(power of a side) is then the mask's, wherever power follows a power of the frequency. A mask with no
-        rings within is compared with those beyond as they are: its p is larger than the true one where power falls with
-        the frequency, as it does in attacked pictures, and smaller where it rises.
+        If power follows a power law in frequency, Σ w log(power of a side) is then the log power of the mask. A mask
+        without rings inside is compared directly with those outside: its p is too large if power falls with frequency,
+        as it does in attacked pictures, and too small if power rises.
         """
-        own, (first, *second) = self._log_frequency(self._reached), list(map(self._log_frequency, self.sides))
-        share = (second[0] - own) / (second[0] - first) if second else 1.0
+        mask, (first, *second) = self._log_frequency(self._reached), list(map(self._log_frequency, self.sides))
+        share = (second[0] - mask) / (second[0] - first) if second else 1.0
         return np.array([share, 1 - share][: 1 + len(second)])
 
     def _log_frequency(self, where: Tensor) -> float:
@@ -390,11 +391,11 @@ class TreeRing:
 
     @property
     def _frequency(self) -> Tensor:
-        """(h, w) distance from DC."""
+        """Distance (h, w) from DC."""
         return torch.hypot(*signed_frequencies(*self.inside.shape))
 
     def masked(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """All masked bins in the published units, where white noise has power h·w: (B, n) and (n,), complex."""
+        """All masked bins of noise (B, n) and key (n,), complex, in the published units (white noise has power h·w)."""
         scale = self.inside.numel() ** 0.5
         recovered = self._transform(noise)[..., self.inside].flatten(1)
         return recovered * scale, self.spectrum[..., self.inside].flatten() * scale
@@ -407,9 +408,9 @@ class TreeRing:
 
             c(s) = Re Σ_k K*(k) F(k) e^{2πi k·s} / (‖F‖ ‖K‖)
 
-        over the mask: shifts turn phases and leave ‖F‖ alone. A ring is compared by the means of its circles, which a
-        shift does change, so that there the norm is taken at each shift. Fractional shifts come of padding the
-        transform with zeros. Raises SchemeError for *zeros*, which is the same at every shift.
+        over the mask: shifts change phases but not ‖F‖. A ring is compared by the means of its circles, which a shift
+        does change, so their norm is computed at each shift. Fractional shifts are computed by zero-padding the
+        transform. Raises SchemeError for *zeros*, which is the same at every shift.
         """
         if not self.searchable:
             raise SchemeError("scheme.no-shifts", "is the same at every shift", subject=f"pattern {self.pattern!r}")
@@ -422,7 +423,7 @@ class TreeRing:
         return _ratio(at_every_shift((k.conj() * f).sum(1), factor), length)
 
     def _circle_shift_scores(self, f: Tensor, k: Tensor, factor: int) -> Tensor:
-        """Features are Σ / √n over the n bins of a circle, turned to the middle, where the key is real."""
+        """Shift scores of features Σ / √n over the n bins of a circle, with phases relative to the middle."""
         low, high = self.placement.radii
         turn = middle_phase(*self.inside.shape).conj()
         zero = torch.zeros(1, dtype=torch.float64)
@@ -436,5 +437,5 @@ class TreeRing:
 
 
 def _ratio(dot: Tensor, length: Tensor) -> Tensor:
-    """A vector of zeros has cosine 0."""
+    """dot / length, or 0 for a vector of zeros."""
     return torch.where(length > 0, dot / length, 0.0).clamp(-1, 1)
