@@ -21,12 +21,12 @@ from ringmark.inversion.noise_recovery import NoiseRecovery
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.verdict import Judged
 from ringmark.watermark.detect.verifier import Verifier
+from ringmark.watermark.evaluation.plots import RocDisplay, roc_figure
 from ringmark.watermark.evaluation.rates import roc
 from ringmark.watermark.figures import (
     SECRET,
     PValueDisplay,
     RecoveryDisplay,
-    RocDisplay,
     ScoreDisplay,
     SpectrumDisplay,
     _evidence,
@@ -34,7 +34,6 @@ from ringmark.watermark.figures import (
     explain,
     key_figure,
     recovery_figure,
-    roc_figure,
     save_figure,
 )
 from ringmark.watermark.schemes.base import Panel

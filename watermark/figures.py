@@ -16,7 +16,6 @@ from ringmark.errors import SchemeError
 from ringmark.inversion.noise_recovery import NoiseRecovery
 from ringmark.watermark.detect.detector import Detector
 from ringmark.watermark.detect.verdict import Judged, Verdict, p_text
-from ringmark.watermark.evaluation.rates import Curve, pointwise_band
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.schemes.base import Panel, scheme_of
 
@@ -33,14 +32,12 @@ __all__ = [
     "PValueDisplay",
     "Panel",
     "RecoveryDisplay",
-    "RocDisplay",
     "ScoreDisplay",
     "SpectrumDisplay",
     "drawable",
     "explain",
     "key_figure",
     "recovery_figure",
-    "roc_figure",
     "save_figure",
 ]
 
@@ -48,7 +45,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 INK, MARK, GREY = "#1b3a5c", "#d1495b", "#9aa5b1"
 COLOURS = (INK, MARK, "#2a9d8f", "#e9a23b", GREY)
-STYLES = ("-", "--", "-.", ":")
 FONT = "DejaVu Sans"  # ships with matplotlib
 SECRET = "This picture shows the key. Keep it as secret as the key."
 NAME_LENGTH, LINE_LENGTH = 100, 110  # characters that fit across the explain picture
@@ -89,50 +85,6 @@ def _begin(pieces: list[str], length: int) -> list[str]:
     """As many of the first pieces as fit in `length` characters."""
     ends = np.cumsum([len(piece) for piece in pieces])
     return pieces[: int(np.searchsorted(ends, length, "right"))]
-
-
-# -- ROC curves -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RocDisplay:
-    """ROC curves over a logarithmic FPR axis, with their pointwise 95 % bands."""
-
-    curves: Sequence[Curve]
-
-    @property
-    def floor(self) -> float:
-        """The lowest FPR shown: half of what the unmarked images can resolve."""
-        return min(0.5 / curve.negatives for curve in self.curves)
-
-    def plot(self, ax: Axes) -> None:
-        """Draw the curves, with a vertical line at the FPR limit if there are enough unmarked images for it."""
-        for i, curve in enumerate(self.curves):
-            self._plot_curve(ax, curve, COLOURS[i % len(COLOURS)], STYLES[i % len(STYLES)])
-        chance = np.geomspace(self.floor, 1, 100)
-        ax.plot(chance, chance, color=GREY, lw=0.8, ls=":", label="chance")
-        if all(curve.point for curve in self.curves):
-            ax.axvline(self.curves[0].fpr_limit, color=GREY, lw=0.8)
-        ax.set(xscale="log", xlim=(self.floor, 1), ylim=(0, 1.02))
-        ax.set(xlabel="false-positive rate", ylabel="true-positive rate")
-        ax.legend(loc="lower right", fontsize=8, framealpha=0.8, edgecolor="none")
-
-    def _plot_curve(self, ax: Axes, curve: Curve, colour: str, style: str) -> None:
-        fpr, (low, high) = np.maximum(curve.fpr, self.floor), curve.auc_interval
-        ax.fill_between(fpr, *pointwise_band(curve), step="post", color=colour, alpha=0.15, lw=0)
-        label = f"{curve.name}: AUC {curve.auc:.3f} [{low:.3f}, {high:.3f}]"
-        ax.step(fpr, curve.tpr, where="post", color=colour, ls=style, lw=1.6, label=label)
-
-
-def roc_figure(curves: Sequence[Curve], title: str = "") -> Figure:
-    """A figure with these curves."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4.5), layout="constrained")
-    ax = figure.subplots()
-    RocDisplay(curves).plot(ax)
-    ax.set_title(title or f"{curves[0].positives} marked, {curves[0].negatives} unmarked images", fontsize=10)
-    return figure
 
 
 # -- noise recovery ---------------------------------------------------------------------------------------------------

@@ -13,14 +13,66 @@ import numpy as np
 from ringmark.watermark.attacks.chains import parse
 from ringmark.watermark.attacks.distortions import ATTACKS
 from ringmark.watermark.evaluation.cells import CLEAN, DISTANCE, Cell, Evaluation
-from ringmark.watermark.evaluation.rates import Array
-from ringmark.watermark.figures import COLOURS, GREY, INK, MARK, RocDisplay, save_figure
+from ringmark.watermark.evaluation.rates import Array, Curve, pointwise_band
+from ringmark.watermark.figures import COLOURS, GREY, INK, MARK, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["HistogramDisplay", "StrengthDisplay", "histogram_figure", "roc_panels", "strength_figure", "write_plots"]
+__all__ = [
+    "HistogramDisplay",
+    "RocDisplay",
+    "StrengthDisplay",
+    "histogram_figure",
+    "roc_figure",
+    "roc_panels",
+    "strength_figure",
+    "write_plots",
+]
+
+STYLES = ("-", "--", "-.", ":")
+
+
+@dataclass(frozen=True)
+class RocDisplay:
+    """ROC curves over a logarithmic FPR axis, with their pointwise 95 % bands."""
+
+    curves: Sequence[Curve]
+
+    @property
+    def floor(self) -> float:
+        """The lowest FPR shown: half of what the unmarked images can resolve."""
+        return min(0.5 / curve.negatives for curve in self.curves)
+
+    def plot(self, ax: Axes) -> None:
+        """Draw the curves, with a vertical line at the FPR limit if there are enough unmarked images for it."""
+        for i, curve in enumerate(self.curves):
+            self._plot_curve(ax, curve, COLOURS[i % len(COLOURS)], STYLES[i % len(STYLES)])
+        chance = np.geomspace(self.floor, 1, 100)
+        ax.plot(chance, chance, color=GREY, lw=0.8, ls=":", label="chance")
+        if all(curve.point for curve in self.curves):
+            ax.axvline(self.curves[0].fpr_limit, color=GREY, lw=0.8)
+        ax.set(xscale="log", xlim=(self.floor, 1), ylim=(0, 1.02))
+        ax.set(xlabel="false-positive rate", ylabel="true-positive rate")
+        ax.legend(loc="lower right", fontsize=8, framealpha=0.8, edgecolor="none")
+
+    def _plot_curve(self, ax: Axes, curve: Curve, colour: str, style: str) -> None:
+        fpr, (low, high) = np.maximum(curve.fpr, self.floor), curve.auc_interval
+        ax.fill_between(fpr, *pointwise_band(curve), step="post", color=colour, alpha=0.15, lw=0)
+        label = f"{curve.name}: AUC {curve.auc:.3f} [{low:.3f}, {high:.3f}]"
+        ax.step(fpr, curve.tpr, where="post", color=colour, ls=style, lw=1.6, label=label)
+
+
+def roc_figure(curves: Sequence[Curve], title: str = "") -> Figure:
+    """A figure with these curves."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    ax = figure.subplots()
+    RocDisplay(curves).plot(ax)
+    ax.set_title(title or f"{curves[0].positives} marked, {curves[0].negatives} unmarked images", fontsize=10)
+    return figure
 
 
 def write_plots(evaluation: Evaluation, folder: Path, *, force: bool = False) -> None:

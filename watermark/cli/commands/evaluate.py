@@ -60,7 +60,8 @@ def roc(
       ringmark roc results.jsonl --labels marked/labels.csv --labels unmarked/labels.csv -o roc.png
     """
     from ringmark.data.files import refuse_foreign
-    from ringmark.watermark.figures import roc_figure, save_figure
+    from ringmark.watermark.evaluation.plots import roc_figure
+    from ringmark.watermark.figures import save_figure
     from ringmark.watermark.tasks.roc import roc_of_files
 
     if output:
