@@ -409,7 +409,7 @@ def test_the_power_test_observes_the_mask_and_both_sides():
     test, noise = s.on(Null.white((2, 32, 32))), white((2, 32, 32), 3)
     expected = [features(s, noise)[0], *(q.flatten(1) for q in beside(s, noise))]
     assert np.allclose(test.observe(noise), torch.cat(expected, 1).numpy())
-    assert test.density(np.zeros(2)) is test.matched_filter(test.observe(noise)) is None
+    assert test.density(np.zeros(2)) is test.template is None
     scores = test.score(test.observe(noise))
     references = scores.mean() + np.array([-1.0, 0, 1])
     by_spread = stats.t.sf((scores - scores.mean()) / (4 / 3) ** 0.5, 2)  # deviation 1 of 3 references

@@ -41,10 +41,13 @@ ALPHA = 1e-3
 
 
 def cosine_scores(recovered: Array, key: Array) -> Array:
-    """The cosine c (B,) in [-1, 1] of whitened vectors (B, d) with a key's (d,); 0 for a vector of zeros."""
+    """The cosine c in [-1, 1] of whitened vectors (B, d) with a key's; 0 for a vector of zeros.
+
+    For one key (d,) the shape is (B,), for several (K, d) it is (B, K).
+    """
     f, k = np.asarray(recovered, float), np.asarray(key, float)
-    length = np.linalg.norm(f, axis=-1) * np.linalg.norm(k)
-    return np.asarray(np.clip(np.divide(f @ k, length, out=np.zeros(len(f)), where=length > 0), -1, 1))
+    length = np.multiply.outer(np.linalg.norm(f, axis=-1), np.linalg.norm(k, axis=-1))
+    return np.asarray(np.clip(np.divide(f @ k.T, length, out=np.zeros_like(length), where=length > 0), -1, 1))
 
 
 def cosine_test(recovered: Array, key: Array, variance: Array | float = 1.0) -> tuple[Array, Array]:
@@ -79,7 +82,7 @@ def cosine_log10_p(cosine: Array, features: int) -> Array:
 
     (DLMF 8.17.8). x is kept above the rounding error of 1 − c².
     """
-    cosine, nu = np.asarray(cosine, float), features - 1
+    cosine, nu = np.clip(cosine, -1.0, 1.0), features - 1
     with np.errstate(divide="ignore"):
         log10 = np.log10(cosine_p(cosine, features))
     far = log10 < -250

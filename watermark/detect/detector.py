@@ -17,7 +17,7 @@ from ringmark.watermark.detect.verdict import Verdict
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.null import Array, Null
 from ringmark.watermark.schemes.base import Scheme, SchemeTest, scheme_of
-from ringmark.watermark.statistics import ALPHA, conformal_p, undecided
+from ringmark.watermark.statistics import ALPHA, conformal_p, matched_filter, undecided
 
 if TYPE_CHECKING:
     from ringmark.data.images import Sample
@@ -90,7 +90,7 @@ class Detector:
     def matched_filter(self, key: str, noise: Tensor) -> Array | None:
         """The whitened matched filter (B,) of recovered noise (B, C, h, w); None for a scheme without a template."""
         test = self._tests[key]
-        return test.matched_filter(test.observe(noise))
+        return None if test.template is None else matched_filter(test.observe(noise), test.template)[0]
 
     def density(self, key: str, scores: Array) -> Array | None:
         """The density of these scores under the null; None if it is not known."""
@@ -98,11 +98,17 @@ class Detector:
 
     def threshold(self, key: str) -> float | None:
         """The lowest score at which a key is present; None if it is not known in closed form."""
-        grid = np.linspace(0, 1, 20001)[1:-1]
-        if self.density(key, grid[:1]) is None:
+        level = math.log10(self.alpha / (self.tests * len(self.schemes)))
+        if self.density(key, np.zeros(1)) is None:
             return None
-        present = self._log10_p(key, grid) <= math.log10(self.alpha / (self.tests * len(self.schemes)))
-        return float(grid[present.argmax()]) if present.any() else None
+        reached = [high for high in 2.0 ** np.arange(20) if self._log10_p(key, np.array([high]))[0] <= level]
+        if not reached:
+            return None
+        low, high = 0.0, float(reached[0])
+        while (middle := (low + high) / 2) not in (low, high):
+            present = self._log10_p(key, np.array([middle]))[0] <= level
+            low, high = (low, middle) if present else (middle, high)
+        return high
 
     def reference_scores(self, key: str) -> Array | None:
         """Scores (n,) of the calibration's unmarked images for a key; None without a calibration."""

@@ -59,6 +59,11 @@ class Panel(NamedTuple):
 class SchemeTest(Protocol):
     """A scheme's test of one key under one null."""
 
+    @property
+    def template(self) -> Array | None:
+        """The key (d,) whose cosine with what is observed is the score; None if the score is something else."""
+        ...
+
     def observe(self, noise: Tensor) -> Array:
         """Recovered noise (B, C, h, w) → the features (B, d) of the test, which are the same for all keys of a kind."""
         ...
@@ -73,10 +78,6 @@ class SchemeTest(Protocol):
 
     def density(self, scores: Array) -> Array | None:
         """The null density at these scores; None if it is not known."""
-        ...
-
-    def matched_filter(self, observed: Array) -> Array | None:
-        """Σ f k / ‖k‖ (B,) of whitened vectors, which is not scale-invariant; None for a test without a template."""
         ...
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 from ringmark.errors import SchemeError
 from ringmark.inversion.noise_recovery import NoiseRecovery, rings
 from ringmark.watermark.null import Array
-from ringmark.watermark.statistics import cosine_density, cosine_log10_p, cosine_scores, matched_filter
+from ringmark.watermark.statistics import cosine_density, cosine_log10_p, cosine_scores
 
 __all__ = [
     "BUDGET",
@@ -80,10 +80,6 @@ class CosineTest:
     def density(self, scores: Array) -> Array:
         """The density of c under a spherical null."""
         return cosine_density(scores, len(self.template))
-
-    def matched_filter(self, observed: Array) -> Array:
-        """The matched filter z (B,), standard normal under a normal null."""
-        return matched_filter(observed, self.template)[0]
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,11 @@ class PowerTest:
     scheme: TreeRing
     null: Null
 
+    @property
+    def template(self) -> None:
+        """There is none: the score is no cosine."""
+        return None
+
     def observe(self, noise: Tensor) -> Array:
         """Features of the mask, then the powers on its sides (B, d)."""
         transform = self.scheme.whitened(noise, self.null)
@@ -147,10 +152,6 @@ class PowerTest:
 
     def density(self, scores: Array) -> None:
         """None: not known in closed form."""
-        return None
-
-    def matched_filter(self, observed: Array) -> None:
-        """None: there is no template."""
         return None
 
 

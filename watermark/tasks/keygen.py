@@ -20,7 +20,7 @@ from ringmark.watermark.keys.folder import load_folder
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.null import Array, Null
 from ringmark.watermark.schemes.base import Scheme, SchemeTest, make_key, scheme_of
-from ringmark.watermark.statistics import ALPHA
+from ringmark.watermark.statistics import ALPHA, cosine_scores
 from ringmark.watermark.tasks.calibrate import recovery_of
 
 __all__ = ["TRIES", "Grown", "Ring", "draw_keys", "grow", "keys_in", "new_key"]
@@ -57,6 +57,14 @@ class _Kind:
     def add(self, marks: Iterable[Tensor]) -> None:
         """Add what the tests observe of these marks."""
         self.observed += [self.tests[0].observe(mark) for mark in marks]
+
+    def scores(self, mark: Tensor) -> Array:
+        """The score of each test (K,) for this mark; one matrix product if the tests have templates."""
+        observed = self.tests[0].observe(mark)
+        templates = [test.template for test in self.tests if test.template is not None]
+        if not templates:
+            return np.concatenate([test.score(observed) for test in self.tests])
+        return cosine_scores(observed, np.stack(templates)).reshape(-1)
 
 
 class Ring:
@@ -96,9 +104,7 @@ class Ring:
     def _is_seen(self, mark: Tensor) -> bool:
         """Whether another key is found in this mark."""
         for kind in self.kinds.values():
-            observed = kind.tests[0].observe(mark)
-            scores = np.concatenate([test.score(observed) for test in kind.tests])
-            if self._reached(kind.tests[0], scores):
+            if self._reached(kind.tests[0], kind.scores(mark)):
                 return True
         return False
 
