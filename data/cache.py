@@ -1,4 +1,4 @@
-"""Tensors kept by what they are made from: what was computed once is not computed again."""
+"""A cache of tensors, keyed by everything that they are computed from."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ MAX_BYTES = 8 << 30
 
 
 def cached(folder: Path, key: Sequence[object], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors that `make` returns, kept in `folder` under a digest of `key`: a run that was stopped resumes.
+    """The tensors that `make` returns, cached in `folder` under a digest of `key`, so interrupted runs can be resumed.
 
-    Noises of marked images would give the key away, so only their owner may read them. A damaged file is made anew.
+    Noise of marked images reveals the key, so only the owner can read the files. Damaged files are computed again.
     """
     path = _place(folder, key)
     kept = _load(path)
@@ -33,7 +33,7 @@ def cached(folder: Path, key: Sequence[object], make: Callable[[], dict[str, Ten
 def cached_rows(
     folder: Path, key: Sequence[object], rows: Tensor, make: Callable[[Tensor], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """As `cached`, each of the `rows` (n, …) by itself; `make` is called once, with those that are missing."""
+    """As `cached`, for each of the `rows` (n, …) separately; `make` is called once, with the missing rows."""
     paths = [_place(folder, [*key, row]) for row in rows]
     kept = {i: tensors for i, path in enumerate(paths) if (tensors := _load(path)) is not None}
     missing = [i for i in range(len(paths)) if i not in kept]
@@ -59,7 +59,7 @@ def _load(path: Path) -> dict[str, Tensor] | None:
     except StoreError as error:
         if error.code != "file.damaged":
             raise
-        LOG.warning("%s; it is made anew", error)
+        LOG.warning("%s; it is computed again", error)
         path.unlink()
         return None
     return {name: torch.from_numpy(values) for name, values in tensors.items()}

@@ -1,4 +1,4 @@
-"""What PNG, JPEG and WebP files say of themselves, read without decoding a pixel."""
+"""Structure of PNG, JPEG and WebP files, read without decoding pixels."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from dataclasses import dataclass
 __all__ = ["Damaged", "Jpeg", "Png", "TooMany", "kind_of", "png_size", "webp_size"]
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-MAX_INFLATION = 1032  # of zlib: bytes that a byte can become
+MAX_INFLATION = 1032  # largest expansion factor of zlib
 MAX_PROFILE = 4 << 20
 MAX_METADATA = 1 << 16
 PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-"""Of each pass of an interlaced PNG: first column, first row, steps between columns and between rows."""
+"""Passes of an interlaced PNG: first column, first row, steps between columns and between rows."""
 
-JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # after pixel data: neither a stuffed 0 nor a restart
+JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # marker after pixel data, not a stuffed 0 or a restart
 JPEG_RESTART = re.compile(rb"\xff+[\xd0-\xd7]")
 JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 PAD = bytes.fromhex("3a91c55e2db7746a8d139bd264e95a35")
 
 
 class Damaged(ValueError):
-    """A file that is damaged or cut off, with the reason."""
+    """A damaged or truncated file, with the reason."""
 
 
 class TooMany(ValueError):
-    """A file of more parts than any sound picture has."""
+    """A file with more parts than any valid picture has."""
 
 
 def kind_of(head: bytes) -> str | None:
-    """Pillow's name of the format of a file that begins with these bytes (16 are enough), None if it is not read."""
+    """Pillow's name of the format of a file that begins with these bytes (16 are enough); None if unsupported."""
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP"
     if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis", b"mif1", b"msf1"):
@@ -57,10 +57,10 @@ def kind_of(head: bytes) -> str | None:
 
 @dataclass(frozen=True)
 class Png:
-    """A PNG taken apart: sizes, how many frames, the colour profile, and what its pixels are made of.
+    """The parts of a PNG: sizes, number of frames, colour profile and pixel data.
 
-    `data` holds all IDAT chunks, which must inflate to `raw_bytes`; `header` the signature and the other chunks that
-    matter: size, palette, transparency, orientation.
+    `data` holds all IDAT chunks, which must inflate to `raw_bytes`; `header` holds the signature and the other relevant
+    chunks: size, palette, transparency, orientation.
     """
 
     width: int
@@ -75,9 +75,8 @@ class Png:
     def parse(cls, content: bytes, max_chunks: int) -> Png:
         """Read the chunks.
 
-        Raises Damaged for a checksum that does not fit, for a chunk that is cut off and for data that is too short, and
-        TooMany for more than `max_chunks`. Text, later frames and all of colour management but the profile are left
-        out, however large they are.
+        Raises Damaged for a wrong checksum, a truncated chunk or too little data, and TooMany for more than
+        `max_chunks`. Text, later frames and all colour management except the profile are skipped, whatever their size.
         """
         width, height, layout = _png_header(content)
         kept, data, frames, profile = [PNG_MAGIC], [], 1, None
@@ -99,11 +98,11 @@ class Png:
 
     @property
     def pixels(self) -> bytes:
-        """A PNG with these pixels and hardly any metadata."""
+        """A PNG with the same pixels and minimal metadata."""
         return self.header + _chunk(b"IDAT", self.data) + _chunk(b"IEND", b"")
 
     def check_whole(self) -> None:
-        """Raise Damaged unless the data inflates to as many bytes as the size asks for, which Pillow does not check."""
+        """Raise Damaged unless the data inflates to the number of bytes required by the size (unchecked by Pillow)."""
         inflate, left, piece = zlib.decompressobj(), self.raw_bytes, self.data
         try:
             while left > 0 and not inflate.eof:
@@ -120,12 +119,12 @@ class Png:
 def _png_header(content: bytes) -> tuple[int, int, bytes]:
     """Width, height and the other five bytes of the header."""
     if content[8:16] != b"\0\0\0\rIHDR" or len(content) < 33:
-        raise Damaged("no PNG header")
+        raise Damaged("missing PNG header")
     return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big"), content[24:29]
 
 
 def png_size(content: bytes) -> tuple[int, int]:
-    """Width and height that the header gives."""
+    """Width and height from the header."""
     return _png_header(content)[:2]
 
 
@@ -163,7 +162,7 @@ def _has_orientation(kind: bytes, body: bytes) -> bool:
 
 
 def _png_profile(body: bytes) -> bytes:
-    """The profile in an iCCP chunk; empty, which is no profile, if it is damaged or too large."""
+    """The profile in an iCCP chunk; empty if it is damaged or too large."""
     inflate = zlib.decompressobj()
     try:
         profile = inflate.decompress(body[body.find(b"\0") + 2 :], MAX_PROFILE)
@@ -173,7 +172,7 @@ def _png_profile(body: bytes) -> bytes:
 
 
 def _raw_bytes(width: int, height: int, layout: bytes) -> int:
-    """Bytes before compression; 0 for a layout that PNG does not have, which Pillow refuses."""
+    """Number of bytes before compression; 0 for an invalid layout, which Pillow refuses."""
     depth, colour, _, _, interlaced = layout
     bits = depth * PNG_CHANNELS.get(colour, 0)
     if not interlaced:
@@ -190,7 +189,7 @@ def _raw_bytes(width: int, height: int, layout: bytes) -> int:
 
 @dataclass(frozen=True)
 class Jpeg:
-    """The outline of a JPEG: sizes, its first kind of frame (a SOF marker), restarts, and where pixel data lies."""
+    """The structure of a JPEG: sizes, first kind of frame (SOF marker), restarts, and positions of pixel data."""
 
     width: int
     height: int
@@ -200,7 +199,7 @@ class Jpeg:
 
     @classmethod
     def parse(cls, content: bytes, max_segments: int) -> Jpeg:
-        """Walk over the segments up to the end of the image.
+        """Read the segments up to the end of the image.
 
         Raises Damaged if there is no size, scan or end, and TooMany for more than `max_segments`.
         """
@@ -236,14 +235,14 @@ class Jpeg:
 
     @property
     def checkable(self) -> bool:
-        """Whether `padded` shows what is missing: not where numbers are coded arithmetically."""
+        """Whether `padded` reveals missing data, which it does not with arithmetic coding."""
         return self.frame <= 0xC7
 
     def padded(self, content: bytes) -> bytes:
         """The same JPEG with more bytes at the end of each run of pixel data.
 
-        A decoder that has got all pixels of a run skips what follows, so the picture is the same. One that has not got
-        them takes these bytes for pixels, instead of filling with grey without a word: the picture differs.
+        If all pixels of a run are there, the decoder skips the padding and the picture stays the same. If some are
+        missing, the decoder reads the padding as pixels instead of silently filling with grey, and the picture changes.
         """
         pieces, done = [], 0
         for start, end in self.scans:
@@ -263,7 +262,7 @@ def _pad_before(marker: re.Match[bytes]) -> bytes:
 
 
 def webp_size(content: bytes) -> tuple[int, int]:
-    """Width and height from a WebP's first chunk; raises Damaged if it is no image."""
+    """Width and height from a WebP's first chunk; raises Damaged if it is not an image."""
     kind, body = content[12:16], content[20:30]
     if len(body) == 10 and kind == b"VP8X":
         return 1 + int.from_bytes(body[4:7], "little"), 1 + int.from_bytes(body[7:10], "little")
@@ -272,4 +271,4 @@ def webp_size(content: bytes) -> tuple[int, int]:
         return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
     if len(body) == 10 and kind == b"VP8 " and body[3:6] == b"\x9d\x01\x2a":
         return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
-    raise Damaged("no WebP header")
+    raise Damaged("missing WebP header")

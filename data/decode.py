@@ -1,7 +1,7 @@
-"""Files become pixels: decoded whole, or refused.
+"""Decode image files completely or refuse them.
 
-`decode` runs in this process for what is certainly cheap (`is_cheap`), and else in one that may be given up
-(data/decoder_process.py). It knows Pillow; nothing else does but `images`, which builds on it.
+`decode` runs in this process for files that are certainly cheap (`is_cheap`), otherwise in a process with limits
+(data/decoder_process.py). Only this module and `images`, which builds on it, use Pillow.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["FORMATS", "MAX_PIXELS", "MAX_SIDE", "Decoded", "decode", "is_cheap", "upright"]
 
 MAX_PIXELS = 64_000_000
-MAX_SIDE = 65_535  # rows cost memory beyond their pixels
+MAX_SIDE = 65_535  # rows need memory in addition to their pixels
 MAX_SCANS = 200  # of a progressive JPEG; encoders write about ten
 MAX_PARTS = 200_000  # chunks or segments of a file
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -37,28 +37,28 @@ CHEAP_BYTES = 16 << 20
 CHEAP_PIXELS = 16_000_000
 CHEAP_PARTS = 20_000
 CHEAP_WORK = 200_000_000  # pixels times scans
-MAX_READS = 100_000  # of a file, in search of a second frame
+MAX_READS = 100_000  # of a file, when looking for a second frame
 
 PHOTOMETRIC, YCBCR = 262, 6  # the TIFF tag of the colour space
 ORIENTATION = 274
 BAND_BYTES = 8 << 20
-WARNINGS = threading.RLock()  # what warnings do is one setting of the whole process
+WARNINGS = threading.RLock()  # warning filters are global to the process
 
 
 class Decoded(NamedTuple):
-    """A picture in 8-bit RGB, and notes on what was done to it."""
+    """A picture in 8-bit RGB, and notes on conversions."""
 
     image: Image.Image
     notes: tuple[str, ...]
 
 
 def is_cheap(head: bytes, size: int) -> bool:
-    """Whether a file of `size` bytes is of a kind that can be decoded in bounded time and memory in this process."""
+    """Whether a file of `size` bytes can be decoded in this process in bounded time and memory."""
     return kind_of(head) in ("PNG", "JPEG", "WEBP") and size <= CHEAP_BYTES and not ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 def decode(path: str | os.PathLike[str], file: BinaryIO, *, limited: bool = False) -> Decoded | None:
-    """The picture in an open file, or None if it may be expensive and this process is not `limited`.
+    """The picture in an open file, or None if decoding may be expensive and this process is not `limited`.
 
     Raises ImageError: image.unknown-format, image.too-large (checked before any pixel is decoded), image.no-pixels,
     image.too-costly, image.misread, or image.damaged with the reason.
@@ -77,14 +77,14 @@ def decode(path: str | os.PathLike[str], file: BinaryIO, *, limited: bool = Fals
         raise _too_large(path) from error
     except MemoryError as error:
         raise ImageError("image.too-costly", "needs too much memory", subject=path) from error
-    except Exception as error:  # given damaged bytes, decoders raise errors of every kind
+    except Exception as error:  # decoders raise all kinds of errors for damaged data
         raise ImageError("image.damaged", f"is damaged or cut off ({_reason(error)})", subject=path) from error
 
 
 def upright(image: Image.Image, name: str) -> Decoded:
-    """A picture of Pillow's as `decode` gives it: its first frame, upright, in 8-bit sRGB over white.
+    """A Pillow image as `decode` returns it: its first frame, upright, in 8-bit sRGB over white.
 
-    Raises ImageError, with `name` for a subject, if it cannot be loaded or is too large.
+    Raises ImageError, with `name` as the subject, if it cannot be loaded or is too large.
     """
     reader = _Reader(name, image.format or "", limited=True)
     try:
@@ -99,19 +99,19 @@ def upright(image: Image.Image, name: str) -> Decoded:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):  # whose message is the address of an object
+    if isinstance(error, UnidentifiedImageError):  # its message only has an object's address
         return "its header cannot be read"
     return one_line(error).strip() or type(error).__name__
 
 
 def _too_large(path: str | os.PathLike[str]) -> ImageError:
-    fact = f"has more than the {MAX_PIXELS / 1e6:g} million pixels, or {MAX_SIDE} a side, that are read"
+    fact = f"has more than {MAX_PIXELS / 1e6:g} million pixels, or more than {MAX_SIDE} per side"
     return ImageError("image.too-large", fact, subject=path)
 
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """FORMATS as far as this Pillow has them. What runs other programs (EPS) or fetches is not among them."""
+    """The FORMATS that this Pillow supports. Formats that run programs (EPS) or fetch files are not among them."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
@@ -161,7 +161,7 @@ class _Reader:
         image = self._load(io.BytesIO(png.pixels))
         last = image.crop((0, image.height - 1, image.width, image.height)).tobytes()
         if not last.strip(b"\0") or "interlace" in image.info:
-            png.check_whole()  # rows that Pillow did not get are left at 0
+            png.check_whole()  # Pillow leaves missing rows at 0
         return image
 
     def _jpeg(self, file: BinaryIO) -> Image.Image | None:
@@ -171,7 +171,7 @@ class _Reader:
         pixels = jpeg.width * jpeg.height
         if len(jpeg.scans) > MAX_SCANS:
             raise ImageError(
-                "image.too-costly", f"has {len(jpeg.scans)} scans; {MAX_SCANS} are read", subject=self.path
+                "image.too-costly", f"has {len(jpeg.scans)} scans, more than {MAX_SCANS}", subject=self.path
             )
         if self._is_expensive(pixels, pixels * len(jpeg.scans)):
             return None
@@ -180,14 +180,14 @@ class _Reader:
         return self._load_twice(content, jpeg.padded(content), large=pixels > CHEAP_PIXELS)
 
     def _load_twice(self, content: bytes, padded: bytes, *, large: bool) -> Image.Image:
-        """A JPEG, refused unless it is the same with padding after its data (see `Jpeg.padded`)."""
-        other: Image.Image | None = self._load(io.BytesIO(padded))
-        assert other
-        digest = _digest(other) if large else b""
-        other = None if large else other  # two large ones would take too much memory
+        """A JPEG, refused unless padding after its data leaves it unchanged (see `Jpeg.padded`)."""
+        padded_image: Image.Image | None = self._load(io.BytesIO(padded))
+        assert padded_image
+        digest = _digest(padded_image) if large else b""
+        padded_image = None if large else padded_image  # two large images would take too much memory
         self.warned = []
         image = self._load(io.BytesIO(content))
-        if not (_is_same(image, other) if other else _digest(image) == digest):
+        if not (_is_same(image, padded_image) if padded_image else _digest(image) == digest):
             raise Damaged("its data ends before its last pixel")
         return image
 
@@ -201,17 +201,17 @@ class _Reader:
         return self._load(file) if self.limited else None
 
     def _load(self, file: BinaryIO) -> Image.Image:
-        """The first frame with its pixels; whatever else the file holds is not looked at before they are there."""
+        """The first frame with its pixels; nothing else in the file is read before they are loaded."""
         with self._as_notes():
             image = Image.open(file, formats=(self.kind,))
         self._check_size(*image.size)
         self._raw = str(image.tile)
         self._turned = False
-        if self.kind == "TIFF":  # which Pillow turns while it loads
+        if self.kind == "TIFF":  # Pillow rotates these while loading
             tags = getattr(image, "tag_v2", {})
             self._turned = tags.get(ORIENTATION, 1) in range(2, 9)
             if "'raw'" in self._raw and "'RGBX'" in self._raw and tags.get(PHOTOMETRIC) == YCBCR:
-                # Pillow before 13 takes its three bytes a pixel for four.
+                # Pillow before 13 reads its three bytes per pixel as four.
                 raise ImageError(
                     "image.misread", "is an uncompressed YCbCr TIFF, which this Pillow misreads", subject=self.path
                 )
@@ -219,7 +219,7 @@ class _Reader:
         return image
 
     def _finish(self, image: Image.Image) -> Decoded:
-        """From the pixels as they are in the file to upright RGB in 8 bits."""
+        """Convert the pixels of the file to upright 8-bit RGB."""
         profile = self.profile if self.profile is not None else image.info.get("icc_profile")
         source = image
         image, reduced = _eight_bit(image, self._raw)
@@ -227,13 +227,13 @@ class _Reader:
         image, flattened = _over_white(image)
         turned = self._turn(source, image)
         self.several = self.several or self._has_more(source)
-        image.info = {}  # else an orientation or a profile could be applied a second time by whoever saves it
+        image.info = {}  # otherwise orientation or profile could be applied again after saving
         first = "first frame of several" if self.several else None
         notes = (first, reduced, converted, flattened, turned, *dict.fromkeys(self.warned))
         return Decoded(image, tuple(filter(None, notes)))
 
     def _turn(self, source: Image.Image, image: Image.Image) -> str | None:
-        """Turn `image` in place by the EXIF orientation of its file; what is wrong with the EXIF is ignored."""
+        """Rotate `image` in place by the EXIF orientation of its file; invalid EXIF is ignored."""
         size, before = image.size, image.im
         with self._as_notes():
             try:
@@ -248,7 +248,7 @@ class _Reader:
         return "rotated by its EXIF orientation" if self._turned or image.im is not before else None
 
     def _has_more(self, image: Image.Image) -> bool:
-        """Whether there is a second frame, as far as that can be told quickly."""
+        """Whether there is a second frame, if that can be determined quickly."""
         try:
             return bool(getattr(image, "is_animated", False))
         except Exception:
@@ -256,7 +256,7 @@ class _Reader:
 
     @contextmanager
     def _as_notes(self) -> Iterator[None]:
-        """Pillow's warnings become notes; those of others are passed on."""
+        """Context that turns Pillow's warnings into notes; other warnings are passed on."""
         with WARNINGS:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -270,7 +270,7 @@ class _Reader:
 
 
 class _CountedReads(io.BufferedReader):
-    """A file that may be read from only so often, once `left` is set."""
+    """A file with a limited number of reads, once `left` is set."""
 
     left: int | None = None
 
@@ -283,7 +283,7 @@ class _CountedReads(io.BufferedReader):
 
 
 def counted(file: BinaryIO) -> BinaryIO:
-    """The same file, so opened that looking for a second frame has an end."""
+    """The same file with counted reads, so that looking for a second frame ends."""
     return _CountedReads(io.FileIO(file.fileno(), closefd=False))
 
 
@@ -291,14 +291,14 @@ def counted(file: BinaryIO) -> BinaryIO:
 
 
 def bands(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
-    """Boxes of whole rows that cover the image, each small enough to be worked on at no cost in memory."""
+    """Boxes of whole rows that cover the image, each small enough to process with little memory."""
     rows = max(1, BAND_BYTES // (8 * image.width))
     for top in range(0, image.height, rows):
         yield 0, top, image.width, min(image.height, top + rows)
 
 
-def _is_same(one: Image.Image, other: Image.Image) -> bool:
-    return one.size == other.size and ImageChops.difference(one, other).getbbox(alpha_only=False) is None
+def _is_same(a: Image.Image, b: Image.Image) -> bool:
+    return a.size == b.size and ImageChops.difference(a, b).getbbox(alpha_only=False) is None
 
 
 def _digest(image: Image.Image) -> bytes:
@@ -309,9 +309,9 @@ def _digest(image: Image.Image) -> bytes:
 
 
 def _eight_bit(image: Image.Image, raw: str) -> tuple[Image.Image, str | None]:
-    """The image with 8-bit channels, then a note if they were deeper; `raw` describes how it lay in the file."""
+    """The image with 8-bit channels, and a note if they were deeper; `raw` is the layout in the file."""
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        return image, "16 bit reduced to 8" if ";16" in raw else None
+        return image, "16 bits reduced to 8" if ";16" in raw else None
     black, white, bits = _range(image, raw)
     grey, alpha = Image.new("L", image.size), None
     if "transparency" in image.info:
@@ -323,12 +323,12 @@ def _eight_bit(image: Image.Image, raw: str) -> tuple[Image.Image, str | None]:
             alpha.paste(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)), box)
     if alpha:
         grey.putalpha(alpha)
-    note = f"{bits} bit reduced to 8"
+    note = f"{bits} bits reduced to 8"
     return grey, note if bits < 32 else f"{note}, {black:g} to {white:g} taken as black to white"
 
 
 def _range(image: Image.Image, raw: str) -> tuple[float, float, int]:
-    """Black, white and bits: the customary range that holds all values, else from the least to the greatest."""
+    """Black, white and bits: the smallest common range that holds all values, otherwise their minimum and maximum."""
     if image.mode.startswith("I;16"):
         return (0, 4095, 12) if ";12" in raw else (0, 65535, 16)
     extremes = [(float(v.min()), float(v.max())) for box in bands(image) for v in [np.asarray(image.crop(box))]]
@@ -341,7 +341,7 @@ def _range(image: Image.Image, raw: str) -> tuple[float, float, int]:
 
 
 def _over_white(image: Image.Image) -> tuple[Image.Image, str | None]:
-    """A new image in RGB, then a note if some of it was transparent."""
+    """A new image in RGB over white, and a note if parts were transparent."""
     if not image.has_transparency_data:
         return image.convert("RGB"), None
     flat, transparent = Image.new("RGB", image.size), False
@@ -354,7 +354,7 @@ def _over_white(image: Image.Image) -> tuple[Image.Image, str | None]:
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, str | None]:
-    """The image's colours in sRGB (perceptual intent), and a note; a profile that is sRGB already changes nothing."""
+    """The image in sRGB (perceptual intent), and a note; an sRGB profile changes nothing."""
     from PIL import ImageCms
 
     try:
@@ -372,11 +372,11 @@ def _to_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, str | Non
         name = one_line(ImageCms.getProfileDescription(source).strip())[:60]
         return converted, f"colours converted to sRGB from {name or 'its profile'}"
     except (ImportError, OSError, ValueError, TypeError, ImageCms.PyCMSError):
-        return image, "colour profile ignored: it is damaged or does not fit"
+        return image, "colour profile ignored: it is damaged or does not match the image"
 
 
 def _for_profile(image: Image.Image) -> Image.Image:
-    """The image in a mode that the colour management takes."""
+    """The image in a mode that colour management supports."""
     if image.mode in ("L", "RGB", "RGBA", "CMYK") and ("transparency" not in image.info):
         return image
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
@@ -386,12 +386,12 @@ def _applied(image: Image.Image, transform: ImageCmsTransform) -> Image.Image:
     from PIL import ImageCms
 
     converted = ImageCms.applyTransform(image, transform)
-    assert converted is not None  # as when it works in place
+    assert converted is not None  # only None when working in place
     return converted
 
 
 def _changes_nothing(transform: ImageCmsTransform, mode: str) -> bool:
-    """Whether no colour of a grid moves by more than a level or two, which is rounding."""
+    """Whether no colour of a grid changes by more than a level or two, which is rounding."""
     if mode == "CMYK":
         return False
     levels = np.linspace(0, 255, 9 if mode != "L" else 256).round().astype(np.uint8)

@@ -1,7 +1,7 @@
-"""A process of its own that decodes what may be expensive, and is given up where it is.
+"""A separate process that decodes files which may be expensive, and is killed if they are.
 
-It answers one file after the other: a line of JSON with the path, then a line of JSON and the raw pixels back. Its
-processor time a file and its memory are limited by the system where the system can, its time by the one who waits.
+It processes one file after the other: a request is a line of JSON with the path, a response a line of JSON and the raw
+pixels. The system limits its memory and its processor time per file if it can; the parent process limits its time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ QUIET = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX"
 
 
 def decode_apart(path: str | os.PathLike[str]) -> Decoded:
-    """As `decode`, in a process that is started when first needed, reused, and killed when a file costs too much."""
+    """As `decode`, in a process that is started on first use, reused, and killed if a file costs too much."""
     return _PROCESS.decode(path)
 
 
@@ -54,14 +54,14 @@ class _Process:
                 raise
             except (EOFError, OSError, ValueError) as error:
                 raise self._given_up(child, path) from error
-            except BaseException:  # interrupted: what it still sends belongs to this file
+            except BaseException:  # interrupted: its pending output belongs to this file
                 self.stop()
                 raise
             finally:
                 timer.cancel()
 
     def _running(self, path: str | os.PathLike[str]) -> subprocess.Popen[bytes]:
-        """The child; a new one if there is none, if it has ended, or if we were forked from its parent."""
+        """The child process; a new one if there is none, if it has ended, or if we are a fork of its parent."""
         if self._child and self._owner == os.getpid() and self._child.poll() is None:
             return self._child
         script = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); " + (
@@ -72,11 +72,11 @@ class _Process:
                 [sys.executable, "-c", script, json.dumps(sys.path)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,  # where libtiff writes, without a file's name
+                stderr=subprocess.DEVNULL,  # libtiff writes there without naming the file
                 env={**os.environ, **QUIET},
             )
         except OSError as error:
-            fact = f"cannot be decoded: no process can be started for it ({error.strerror})"
+            fact = f"cannot be decoded: the decoder process cannot be started ({error.strerror})"
             raise ImageError("image.no-process", fact, subject=path) from error
         self._owner = os.getpid()
         return self._child
@@ -95,22 +95,22 @@ class _Process:
         return Decoded(image, tuple(answer["notes"]))
 
     def _given_up(self, child: subprocess.Popen[bytes], path: str | os.PathLike[str]) -> ImageError:
-        """Why there is no answer: the child was ended by a limit, or could not run at all."""
+        """The error for a missing response: the child was killed by a limit, or could not run."""
         try:
             ended = child.wait(1)
         except subprocess.TimeoutExpired:
             ended = -1
         self.stop()
-        LOG.warning("%s: decoding was given up", path)
+        LOG.warning("%s: decoding was aborted", path)
         if ended > 0 and os.name == "posix":  # signals are negative
             return ImageError(
-                "image.no-process", f"cannot be decoded: the process for it ended with {ended}", subject=path
+                "image.no-process", f"cannot be decoded: the decoder process ended with exit code {ended}", subject=path
             )
-        fact = f"takes more than {CPU_SECONDS} s of processor time or {MEMORY_BYTES >> 20} MB to decode"
+        fact = f"needs more than {CPU_SECONDS} s of processor time or {MEMORY_BYTES >> 20} MB to decode"
         return ImageError("image.too-costly", fact, subject=path)
 
     def stop(self) -> None:
-        """End the child, if it is ours."""
+        """Kill the child, if it is ours."""
         child, self._child = self._child, None
         if child and self._owner == os.getpid():
             child.kill()
@@ -139,12 +139,12 @@ atexit.register(_PROCESS.stop)
 
 
 def serve() -> None:
-    """Answer until no more is asked."""
+    """Process requests until the input ends."""
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started us is interrupted, and ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles interrupts and ends this process
     out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # nothing else may write between the answers
+    os.dup2(2, 1)  # nothing else may write between the responses
     _limit_memory()
     _one_thread()
     for line in sys.stdin.buffer:
@@ -176,10 +176,10 @@ def _one_thread() -> None:
 
 
 def _limit_time() -> None:
-    """CPU_SECONDS from now on; then the system ends this process, wherever it is."""
+    """Let the system kill this process after CPU_SECONDS from now."""
     try:
         import resource
-    except ImportError:  # Windows: who waits has a clock
+    except ImportError:  # Windows: the parent has a timeout
         return
     used = resource.getrusage(resource.RUSAGE_SELF)
     now = int(used.ru_utime + used.ru_stime) + 1
@@ -187,12 +187,12 @@ def _limit_time() -> None:
 
 
 def _limit_memory() -> None:
-    """MEMORY_BYTES more than there is now."""
+    """Allow MEMORY_BYTES more than this process uses now."""
     try:
         import resource
 
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + MEMORY_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    except (ImportError, OSError, ValueError):  # no such limit here
+    except (ImportError, OSError, ValueError):  # the system has no such limit
         return

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, never over what ringmark did not write; and tensors read safely."""
+"""Write files atomically, without replacing files that ringmark did not write, and read tensors safely."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ LOG = logging.getLogger("ringmark.data.files")
 PathLike = str | os.PathLike[str]
 
 SOFTWARE = "ringmark"
-HEAD_BYTES = 1 << 16  # where the mark of an output is looked for
-STALE_SECONDS = 24 * 3600  # age of a temporary file whose process cannot be asked for
+HEAD_BYTES = 1 << 16  # searched for the signature of an output
+STALE_SECONDS = 24 * 3600  # age of temporary files to remove if their process cannot be checked
 MAX_HEADER = 1 << 20
 MAX_AXES = 8
 DTYPES = {
@@ -58,19 +58,18 @@ DTYPES = {
     "U8": "<u1",
     "BOOL": "|b1",
 }
-"""safetensors' names of what numpy can hold."""
+"""safetensors' names of the dtypes that numpy supports."""
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
 def write_atomic(path: PathLike, content: str | bytes, mode: int = 0o644) -> None:
-    """Write a whole file or nothing: readers see the old content or the new. Text is UTF-8; the umask limits `mode`.
+    """Write a file atomically: readers see the old content or the new. Text is UTF-8; the umask limits `mode`.
 
-    Parent folders are created. A link is followed, so that the file it names is replaced. The content is first written
-    to a hidden file beside the target, whose name holds the target's name and the process id; such files of processes
-    that no longer run are removed. Raises OSError when the file cannot be written, also when `path` is a device, a pipe
-    or a folder.
+    Parent folders are created. Links are followed, so the file that a link points to is replaced. The content is first
+    written to a hidden file next to the target, named by the target and the process id; such files of processes that no
+    longer run are removed. Raises OSError if the file cannot be written, and if `path` is a device, a pipe or a folder.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():  # as root, os.replace would swap /dev/null for a file
@@ -83,7 +82,7 @@ def write_atomic(path: PathLike, content: str | bytes, mode: int = 0o644) -> Non
         os.replace(partial, target)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.strerror:  # a full disk names no file, a failed rename the partial one
+        if isinstance(error, OSError) and error.strerror:  # the error has no file name, or that of the partial file
             error.filename, error.filename2 = str(path), None
         raise
 
@@ -92,18 +91,18 @@ def _write_through(path: Path, content: bytes, mode: int) -> None:
     with open(path, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())  # or a power cut may leave the new name with no content
+        os.fsync(file.fileno())  # otherwise a power failure could leave an empty file
 
 
 def _partial_prefix(target: Path) -> str:
-    """What the names of a target's temporary files begin with; process ids are only known on their own machine."""
+    """The prefix of a target's temporary files; it names the machine, since process ids are only valid there."""
     machine = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
-    digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:6]  # long names are cut
+    digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:6]  # keeps long names short
     return f".{os.fsencode(target.name)[:80].decode(errors='ignore')}.{digest}-{machine}-"
 
 
 def _remove_stale(target: Path) -> None:
-    """Remove the target's temporary files that killed runs left behind."""
+    """Remove temporary files of the target left by killed runs."""
     prefix = _partial_prefix(target)
     with os.scandir(target.parent) as entries:
         names = [entry.name for entry in entries if entry.name.startswith(prefix) and entry.name.endswith(".tmp")]
@@ -115,13 +114,13 @@ def _remove_stale(target: Path) -> None:
 
 
 def _is_stale(path: Path, pid: str) -> bool:
-    if os.name != "posix":  # os.kill would end the process there
+    if os.name != "posix":  # os.kill would kill the process there
         return _age(path) > STALE_SECONDS
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return True
-    except (OSError, ValueError, OverflowError):  # it runs as another user, or the name is not ours
+    except (OSError, ValueError, OverflowError):  # the process belongs to another user, or the name is not ours
         return False
     return False
 
@@ -134,7 +133,7 @@ def _age(path: Path) -> float:
 
 
 def remedy(error: OSError, otherwise: str) -> str:
-    """What to do about a file that cannot be written: make room where there is none, else `otherwise`."""
+    """What to do about a file that cannot be written: free disk space if the disk is full, otherwise `otherwise`."""
     return "make room on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else otherwise
 
 
@@ -142,7 +141,7 @@ def remedy(error: OSError, otherwise: str) -> str:
 
 
 def refuse_existing(path: PathLike, *, force: bool = False) -> None:
-    """Raise StoreError if something of this name exists: a folder, or without `force` anything, links included."""
+    """Raise StoreError if `path` is a folder or, without `force`, if anything exists there, including a link."""
     if os.path.isdir(path):
         raise StoreError("file.folder", "is a folder", subject=path)
     if os.path.lexists(path) and not force:
@@ -150,10 +149,10 @@ def refuse_existing(path: PathLike, *, force: bool = False) -> None:
 
 
 def refuse_foreign(path: PathLike, force: bool = False) -> None:
-    """Raise StoreError if writing to `path` would replace, through links as well, what ringmark did not write.
+    """Raise StoreError if writing to `path` would replace a file that ringmark did not write, also through links.
 
-    A file may be replaced if it does not exist, if it is ringmark's own (`is_ours`), or with `force`. A folder, a
-    device or a pipe is refused in any case; a link to nothing is refused without `force`.
+    A path is accepted if nothing exists there, if its file was written by ringmark (`is_ours`), or with `force`.
+    Folders, devices and pipes are always refused; broken links are refused without `force`.
     """
     if os.path.isdir(path):
         raise StoreError("file.folder", "is a folder", subject=path)
@@ -171,9 +170,9 @@ def is_ours(path: PathLike) -> bool:
     - JSON and JSON lines: the first name in the first object starts with "ringmark".
     - safetensors: a name in its metadata starts with "ringmark".
     - Markdown: its first line is a comment that starts with "ringmark".
-    - CSV has no place for a mark: it lies beside a journal of ringmark's (a *.jsonl file that `Results` wrote).
+    - CSV has no place for a signature: the file lies next to a ringmark journal (a *.jsonl file written by `Results`).
 
-    Anything else, an empty file and one that cannot be read are not ours.
+    Other files, empty files and unreadable files are not ours.
     """
     try:
         with open_regular(path) as file:
@@ -233,26 +232,26 @@ CODES = (
     "file.too-large",
     "file.damaged",
 )
-"""What `open_regular` and `read_tensors` raise, unless a room of another name is given."""
+"""Codes of `open_regular` and `read_tensors`, with the default `room`."""
 
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
 def open_regular(path: PathLike, error: type[RingmarkError] = StoreError, room: str = "file") -> BinaryIO:
-    """A regular file, opened for reading; to open a pipe without O_NONBLOCK would wait for a writer for ever.
+    """Open a regular file for reading, with O_NONBLOCK since opening a pipe could otherwise block forever.
 
     Raises `error` with the code `room`.missing, .folder, .denied, .unreadable or .special.
     """
     try:
         file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
     except FileNotFoundError:
-        raise error(f"{room}.missing", "there is no such file", subject=path) from None
+        raise error(f"{room}.missing", "no such file", subject=path) from None
     except IsADirectoryError:
         raise error(f"{room}.folder", "is a folder", subject=path) from None
     except PermissionError as refusal:
         fact = "is a folder" if os.path.isdir(path) else f"may not be read: {refusal.strerror}"
         raise error(f"{room}.folder" if os.path.isdir(path) else f"{room}.denied", fact, subject=path) from None
-    except (OSError, ValueError) as refusal:  # ValueError: a name with a null byte
+    except (OSError, ValueError) as refusal:  # ValueError: the name has a null byte
         reason = getattr(refusal, "strerror", None) or str(refusal)
         raise error(f"{room}.unreadable", f"cannot be opened: {reason}", subject=path) from None
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -262,7 +261,7 @@ def open_regular(path: PathLike, error: type[RingmarkError] = StoreError, room: 
 
 
 class TensorInfo(NamedTuple):
-    """What a safetensors header says of a tensor: dtype ("F32", …), shape, and its bytes after the header."""
+    """A tensor in a safetensors header: dtype ("F32", …), shape, and its range of bytes after the header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -271,7 +270,7 @@ class TensorInfo(NamedTuple):
 
 
 class TensorFile(NamedTuple):
-    """What a safetensors file holds: arrays by name, which may be written to, and text by name."""
+    """The contents of a safetensors file: writable arrays by name, and metadata as text by name."""
 
     tensors: dict[str, np.ndarray]
     metadata: dict[str, str]
@@ -288,19 +287,18 @@ def read_tensors(
     error: type[RingmarkError] = StoreError,
     room: str = "file",
 ) -> TensorFile:
-    """The tensors and the metadata of a safetensors file; nothing is allocated before its header has been checked.
+    """The tensors and metadata of a safetensors file; the header is checked before anything is allocated.
 
-    The header must describe tensors of DTYPES, each with at most MAX_AXES axes, whose bytes
-    follow each other without gap or overlap and fill the file; no name may be given twice. `check(infos, metadata)` may
-    ask for more before any value is read: what it raises (ValueError, LookupError, TypeError, AttributeError) means
-    "damaged".
+    The header must describe tensors of DTYPES with at most MAX_AXES axes and distinct names; their bytes must fill the
+    file without gaps or overlaps. `check(infos, metadata)` can check more before values are read; if it raises
+    ValueError, LookupError, TypeError or AttributeError, the file counts as damaged.
 
     Raises `error` with a code of `open_regular`, `room`.too-large for more than `max_bytes`, or `room`.damaged.
     """
     with open_regular(path, error, room) as file:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
-            fact = f"has {size >> 20} MB, more than the {max_bytes >> 20} MB that are read"
+            fact = f"has {size >> 20} MB, more than the limit of {max_bytes >> 20} MB"
             raise error(f"{room}.too-large", fact, subject=path)
         try:
             infos, metadata = _read_header(file, size)
@@ -310,14 +308,14 @@ def read_tensors(
         except RingmarkError:
             raise
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as fault:
-            fact = f"is damaged, or not what it should be ({one_line(fault) or type(fault).__name__})"
+            fact = f"is damaged or of another kind ({one_line(fault) or type(fault).__name__})"
             raise error(f"{room}.damaged", fact, subject=path) from None
         except OSError as fault:
             raise error(f"{room}.unreadable", f"cannot be read: {fault.strerror}", subject=path) from None
 
 
 def _read_header(file: BinaryIO, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """What stands before the values; raises ValueError unless they fill the rest of `size` bytes."""
+    """The header; raises ValueError unless the values fill the rest of `size` bytes."""
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= min(size - 8, MAX_HEADER):
         raise ValueError("no safetensors header")
@@ -326,36 +324,36 @@ def _read_header(file: BinaryIO, size: int) -> tuple[dict[str, TensorInfo], dict
         raise ValueError("no safetensors header")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise ValueError("metadata of another type")
+        raise ValueError("the metadata have the wrong type")
     infos = {name: _tensor_info(entry) for name, entry in entries.items()}
     end = 0
     for info in sorted(infos.values(), key=lambda info: info.begin):
         if info.begin != end:
-            raise ValueError("tensors with gaps or overlaps")
+            raise ValueError("the tensors have gaps or overlaps")
         end = info.end
     if end != size - 8 - length:
-        raise ValueError("values cut off" if end > size - 8 - length else "bytes after the values")
+        raise ValueError("the values are truncated" if end > size - 8 - length else "there are bytes after the values")
     return infos, metadata
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
-        raise ValueError("a name given twice")
+        raise ValueError("a name occurs twice")
     return entries
 
 
 def _tensor_info(entry: dict[str, object]) -> TensorInfo:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if len(entry) != 3 or not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError("a tensor of an unknown type")
+        raise ValueError("a tensor has an unknown type")
     if not isinstance(shape, list) or len(shape) > MAX_AXES or not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError("a tensor of an impossible shape")
+        raise ValueError("a tensor has an impossible shape")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
-        raise ValueError("a tensor without its place")
+        raise ValueError("a tensor has no position")
     begin, end = offsets
     if end - begin != math.prod(shape) * int(DTYPES[dtype][2:]):
-        raise ValueError("a tensor whose bytes do not fit its shape")
+        raise ValueError("the bytes of a tensor do not fit its shape")
     return TensorInfo(dtype, tuple(shape), begin, end)
 
 
@@ -368,5 +366,5 @@ def _read_values(file: BinaryIO, infos: Mapping[str, TensorInfo]) -> dict[str, n
         file.seek(start + info.begin)
         buffer = tensors[name].reshape(-1).view(np.uint8)
         if file.readinto(buffer) != info.end - info.begin:  # type: ignore[attr-defined]
-            raise ValueError("values cut off")
+            raise ValueError("the values are truncated")
     return tensors

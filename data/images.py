@@ -1,7 +1,7 @@
-"""Where images come from: files of any sane raster format, read safely into 8-bit RGB.
+"""Read images of all common raster formats safely into 8-bit RGB.
 
-Whatever reading does to a picture beyond decoding it is said in its notes; whatever is wrong with a file is said in
-one line by an ImageError. Nothing here changes Pillow's global state.
+Notes record every conversion beyond decoding; an ImageError says in one line what is wrong with a file. Nothing here
+changes Pillow's global state.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ __all__ = [
     "to_array",
 ]
 
-TINY = 8  # an eighth of the side
+TINY = 8  # images smaller than 1/TINY of the size are refused
 CODES = ("image.missing", "image.folder", "image.denied", "image.unreadable", "image.special")
-"""What `read_image` raises for a file that cannot be opened; the rest is raised here and in `decode`."""
+"""Codes of `read_image` for files that cannot be opened; the other codes are raised here and in `decode`."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image to look at: 8-bit RGB, with what is known of it.
+    """An 8-bit RGB image with its metadata.
 
-    `id` is its path as given, `label` whether it is marked (None: not known), `notes` what reading did to the picture.
+    `id` is its path as given, `label` whether it is marked (None if unknown), `notes` the conversions on reading.
     """
 
     id: str
@@ -60,14 +60,14 @@ def read_sample(
 ) -> Sample:
     """The image at `path`, fitted to `size` (H, W), as a Sample; `id` is the path unless given.
 
-    Raises ImageError, also for a picture of less than 1/TINY of that size, from which nothing comes back.
+    Raises ImageError, also for a picture smaller than 1/TINY of that size, from which no noise can be recovered.
     """
     image, notes = _fitted(*read_image(path), size, path)
     return Sample(str(path) if id is None else id, image, label, prompt, notes)
 
 
 def sample_of(picture: Image.Image, size: tuple[int, int], *, id: str) -> Sample:
-    """A picture of Pillow's as `read_sample` would give it, had it been saved. Raises ImageError."""
+    """A Pillow image as `read_sample` would return it if it had been saved. Raises ImageError."""
     image, notes = _fitted(*upright(picture, id), size, id)
     return Sample(id, image, notes=notes)
 
@@ -84,15 +84,15 @@ def _fitted(
 
 
 def read_image(path: str | os.PathLike[str]) -> tuple[Image.Image, tuple[str, ...]]:
-    """The picture at `path` in 8-bit sRGB, and notes on what was done to it.
+    """The picture at `path` in 8-bit sRGB, and notes on conversions.
 
-    Alpha is laid over white, deeper pixels are scaled to 8 bit, of an animation the first frame is taken, colours are
-    converted to sRGB where the file has another profile, and the EXIF orientation is applied. The size is checked
-    before any pixel is decoded; what may be expensive to decode is decoded in a process of its own.
+    Transparent parts become white, deeper pixels are scaled to 8 bits, the first frame of an animation is used, colours
+    are converted to sRGB if the file has another profile, and the EXIF orientation is applied. The size is checked
+    before any pixel is decoded; files that may be expensive to decode are decoded in a separate process.
 
     Raises ImageError with one of CODES if the file is missing, not a regular file, empty, not an image in one of
-    FORMATS, damaged or cut off anywhere in its first frame, of no or too many pixels (MAX_PIXELS, MAX_SIDE), or if it
-    takes more time or memory than any sound picture does.
+    FORMATS, damaged or truncated anywhere in its first frame, has no or too many pixels (MAX_PIXELS, MAX_SIDE), or
+    needs more time or memory than any valid picture.
     """
     with open_regular(path, ImageError, "image") as file:
         size = os.fstat(file.fileno()).st_size
@@ -107,8 +107,8 @@ def read_image(path: str | os.PathLike[str]) -> tuple[Image.Image, tuple[str, ..
 def fit(image: Image.Image, size: tuple[int, int]) -> tuple[Image.Image, str | None]:
     """The image at `size` (H, W) and a note on how: resized (Lanczos, aspect kept) to cover it, then centre-cropped.
 
-    An image that has that size already is returned as it is, with None. Only the part that stays is ever resized, so
-    a picture of 1x4000 needs no more memory than another. Raises ValueError if a side is less than 1.
+    An image of that size is returned unchanged, with None. Only the part that is kept is resized, so a picture of
+    1x4000 does not need more memory than others. Raises ValueError if a side is less than 1.
     """
     (height, width), (w, h) = size, image.size
     if min(width, height, w, h) < 1:
@@ -117,7 +117,7 @@ def fit(image: Image.Image, size: tuple[int, int]) -> tuple[Image.Image, str | N
         return image, None
     scale = max(width / w, height / h)
     cropped = f"centre-cropped to {width}x{height}"
-    if scale == 1:  # whole pixels: a crop must not blur
+    if scale == 1:  # whole pixels, so that a crop does not blur
         x, y = (w - width) // 2, (h - height) // 2
         return image.crop((x, y, x + width, y + height)), f"{w}x{h} {cropped}"
     left, top = max(0.0, (w - width / scale) / 2), max(0.0, (h - height / scale) / 2)
@@ -133,9 +133,9 @@ def to_array(image: Image.Image) -> np.ndarray:
 
 
 def from_array(array: np.ndarray) -> Image.Image:
-    """The 8-bit RGB image of (3, H, W) values in [-1, 1], rounded; what lies outside is clipped.
+    """The 8-bit RGB image of (3, H, W) values in [-1, 1], rounded and clipped; the inverse of `to_array`.
 
-    The inverse of `to_array`. Raises ValueError for another shape or for NaN.
+    Raises ValueError for another shape or for NaN.
     """
     array = np.asarray(array, np.float64)
     if array.ndim != 3 or array.shape[0] != 3:
@@ -146,11 +146,11 @@ def from_array(array: np.ndarray) -> Image.Image:
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str], *, signed: bool = True, **text: object) -> None:
-    """Write a PNG whole or not at all, parent folders created; `text` goes to its text chunks, read back as `.text`.
+    """Write a PNG atomically, creating parent folders; `text` is stored in text chunks, which Pillow reads as `.text`.
 
-    If `signed`, another chunk names ringmark as the Software, by which `is_ours` knows the file again. Raises
-    ValueError for a text name that PNG cannot hold (79 Latin-1 characters at most), OSError when the image's mode has
-    no PNG form or the file cannot be written.
+    If `signed`, another chunk names ringmark as the Software, so that `is_ours` recognises the file. Raises ValueError
+    for an invalid text name (PNG allows at most 79 Latin-1 characters), OSError if PNG does not support the image's
+    mode or the file cannot be written.
     """
     chunks = PngImagePlugin.PngInfo()
     text = {"Software": SOFTWARE, **text} if signed else text

@@ -1,4 +1,4 @@
-"""Labels of pictures, which say whether they are marked: read as other tools write them, and matched to records."""
+"""Labels that say whether pictures are marked, read from common formats and matched to records."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ PATH_COLUMNS = ("path", "file_name", "filename", "file", "image", "sample_id")
 LABEL_COLUMN = "label"
 DELIMITERS = (",", ";", "\t")
 CODES = ("labels.missing", "labels.folder", "labels.denied", "labels.unreadable", "labels.special")
-"""What `read_labels` raises for a file that cannot be opened."""
+"""Codes of `read_labels` for files that cannot be opened."""
 
-Row = tuple[str, object, object]  # where it stands, path, label
+Row = tuple[str, object, object]  # position in the file, path, label
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
 def read_labels(path: PathLike) -> dict[str, bool]:
-    """Which images are marked, by the path that the file gives.
+    """Whether images are marked, by path as given in the file.
 
-    The file is a table with a header (a column of PATH_COLUMNS and "label"; between them commas, semicolons or tabs),
-    a JSON object {path: label}, or JSON objects with these names, in an array or one a line; in UTF-8, or in UTF-16
-    with its byte order mark. A label is 1, true, yes or marked, or 0, false, no or unmarked, in either case, or the
-    number 1 or 0. Other columns are ignored, and so are repetitions that agree.
+    The file is a table with a header (one of PATH_COLUMNS and "label", separated by commas, semicolons or tabs), a JSON
+    object {path: label}, or JSON objects with these names, in an array or one per line. The encoding is UTF-8, or
+    UTF-16 with a byte order mark. A label is 1, true, yes or marked, or 0, false, no or unmarked, in upper or lower
+    case, or the number 1 or 0. Other columns and consistent repetitions are ignored.
 
     Raises ImageError with the code labels.empty, .encoding, .header, .damaged, .value or .contradiction and the line
     (in JSON: the entry), or one of CODES.
@@ -113,7 +113,7 @@ def _first_row(text: str, delimiter: str) -> list[str]:
 
 
 def _columns(header: Iterable[str]) -> tuple[int, int] | None:
-    """Where path and label stand."""
+    """The columns of path and label."""
     names = [name.strip().lower() for name in header]
     path = next((name for name in PATH_COLUMNS if names.count(name) == 1), None)
     return (names.index(path), names.index(LABEL_COLUMN)) if path and names.count(LABEL_COLUMN) == 1 else None
@@ -141,7 +141,7 @@ def _json_rows(path: PathLike, text: str) -> list[Row]:
 
 
 def _is_record(value: object) -> bool:
-    """Whether it names its image and its label, instead of being a table of them."""
+    """Whether the object is one record with path and label, rather than a table {path: label}."""
     return (
         isinstance(value, dict) and LABEL_COLUMN in value and any(isinstance(value.get(n), str) for n in PATH_COLUMNS)
     )
@@ -155,7 +155,7 @@ def _row(where: str, record: Any) -> Row:
 
 
 class Matched(NamedTuple):
-    """Labels by the id of their record, and the paths that fit no record, as the label files give them."""
+    """Labels by record id, and the paths without a record, as given in the label files."""
 
     labels: dict[str, bool]
     unmatched: list[str]
@@ -164,13 +164,12 @@ class Matched(NamedTuple):
 def match_labels(
     ids: Collection[str], label_files: Sequence[PathLike], *, folders: Collection[PathLike] = ()
 ) -> Matched:
-    """The labels of these files, by the ids of records: paths relative to an audited folder.
+    """The labels in these files, by record id (a path relative to an audited folder).
 
-    A path is looked for below the name of its file's folder, then as it stands; "./", back slashes and the Unicode form
-    (NFC, NFD) make no difference. An absolute path is taken relative to the file's folder and to the audited `folders`.
-
-    Raises EvaluationError if no label fits any record (labels.unmatched), or if two files label one record differently
-    (labels.contradiction), and ImageError like `read_labels`.
+    A path is matched first below the name of the label file's folder, then as given; "./", backslashes and the Unicode
+    form (NFC, NFD) are ignored. An absolute path is matched relative to the label file's folder and to the audited
+    `folders`. Raises EvaluationError if no label matches any record (labels.unmatched) or if two files contradict each
+    other (labels.contradiction), and ImageError as `read_labels` does.
     """
     index = _Index(ids)
     labels: dict[str, bool] = {}
@@ -184,7 +183,7 @@ def match_labels(
                 fact = f"contradicts an earlier label of {sample_id}"
                 raise EvaluationError("labels.contradiction", fact, subject=file)
     if not labels:
-        fact = f"no label fits any of the {len(ids)} records"
+        fact = f"no label matches any of the {len(ids)} records"
         example, given = min(ids, default="-"), next(iter(unmatched), "-")
         subject = ", ".join(map(str, label_files))
         raise EvaluationError("labels.unmatched", fact, subject=subject, example=example, given=given)
@@ -192,14 +191,14 @@ def match_labels(
 
 
 class _Index:
-    """Ids of records, found by whatever form of them a label file gives."""
+    """An index of record ids that finds them by any form used in label files."""
 
     def __init__(self, ids: Collection[str]) -> None:
         self._ids = set(ids)
         self._plain: dict[str, str | None] = {}
         for sample_id in ids:
             plain = _plain(sample_id)
-            self._plain[plain] = None if plain in self._plain else sample_id  # two of one form: only exact names do
+            self._plain[plain] = None if plain in self._plain else sample_id  # ambiguous: only the exact name matches
 
     def find(self, path: str, beside: Path, folders: Collection[PathLike]) -> str | None:
         for name in _candidates(path, beside, folders):
@@ -227,7 +226,7 @@ def _candidates(path: str, beside: Path, folders: Collection[PathLike]) -> Itera
 
 
 def _below(path: str, folder: Path) -> str | None:
-    """A path relative to a folder that it lies in, by its name or with links resolved."""
+    """A path relative to a folder that contains it, as given or with links resolved."""
     for whole in (Path(os.path.normpath(path)), Path(os.path.realpath(path))):
         if whole.is_relative_to(folder):
             return whole.relative_to(folder).as_posix()

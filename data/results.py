@@ -1,4 +1,4 @@
-"""Where results go: one JSON record a line, append-only, so that a run can be cut off anywhere and resumed.
+"""Results files: one JSON record per line, append-only, so that an interrupted run can be resumed at any point.
 
 The first line is a header with the settings of the run; results of different settings never share a file.
 """
@@ -32,14 +32,14 @@ LOG = logging.getLogger("ringmark.data.results")
 VERSION = 1
 MAX_NESTING = 50
 CODES = ("results.missing", "results.folder", "results.denied", "results.unreadable", "results.special")
-"""What `read_records` raises where the file cannot be opened."""
+"""Codes of `read_records` for files that cannot be opened."""
 
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Header:
-    """The first line: the version of the format, and what the results depend on."""
+    """The first line: the version of the format and the settings that the results depend on."""
 
     ringmark: int
     settings: dict[str, Any]
@@ -48,12 +48,12 @@ class Header:
 class Results:
     """The results file at `path`, created or resumed; records are dicts with a "sample_id".
 
-    A last line torn by a crash is cut off. `done` holds the ids whose last record has no error, so that what failed is
-    tried again. `fields` names what a record without an error must hold. A hidden lock file beside it keeps other runs
-    out until `close()`, or the end of the `with` block.
+    An incomplete last line, left by a crash, is removed. `done` holds the ids whose last record has no error, so failed
+    items are tried again. `fields` names the required fields of a record without an error. A hidden lock file next to
+    the results excludes other runs until `close()` or the end of the `with` block.
 
     Raises StoreError if the file holds results of other settings (results.settings), is not a results file
-    (results.foreign; it is left as it is), has a damaged line before its last (results.damaged) or a record without one
+    (results.foreign; it is not changed), has a damaged line before the last (results.damaged) or a record without one
     of the fields (results.incomplete), is in use by another run (results.locked), or cannot be opened.
     """
 
@@ -75,10 +75,10 @@ class Results:
             raise
 
     def _resume(self, header: bytes, fields: Collection[str]) -> set[str]:
-        """Check what the file holds before anything is written, cut a torn end, and return the ids that are done."""
+        """Check the file before anything is written, remove an incomplete last line, and return the done ids."""
         self._file.seek(0)
         content = self._file.readall()
-        if header.startswith(content) and content != header:  # new, or cut off while the header was written
+        if header.startswith(content) and content != header:  # new, or truncated while the header was written
             self._file.truncate(0)
             self._write(header)
             return set()
@@ -87,18 +87,18 @@ class Results:
             fact = f"holds results of other settings ({'; '.join(changed)})"
             raise StoreError("results.settings", fact, subject=self.path)
         if parsed.end < len(content):
-            LOG.info("%s: its last line was cut off and is removed", self.path)
+            LOG.info("%s: incomplete last line removed", self.path)
         self._file.truncate(parsed.end)
         return {sample_id for sample_id, record in parsed.records.items() if _succeeded(record)}
 
     def append(self, record: Record) -> None:
-        """Add one record as one line in one write; NaN and infinities become null, arrays become lists.
+        """Append a record as one line in one write; NaN and infinities become null, arrays become lists.
 
-        Raises StoreError (results.id) without a "sample_id" that is a string, TypeError for values JSON cannot hold,
-        and OSError when the line cannot be written whole; the file is then as it was before.
+        Raises StoreError (results.id) unless "sample_id" is a string, TypeError for values that JSON cannot represent,
+        and OSError if the line cannot be written completely; the file is then unchanged.
         """
         if not isinstance(record.get("sample_id"), str):
-            fact = f"a record needs a sample_id that is a string, not {record.get('sample_id')!r}"
+            fact = f"the sample_id of a record must be a string, not {record.get('sample_id')!r}"
             raise StoreError("results.id", fact, subject=self.path)
         self._write(_encode(record))
         (self.done.add if _succeeded(record) else self.done.discard)(record["sample_id"])
@@ -109,7 +109,7 @@ class Results:
         except OSError as error:
             error.filename = str(self.path)
             raise
-        if written != len(line):  # a full disk: half a line would spoil the next one
+        if written != len(line):  # full disk: a partial line would spoil the next one
             self._file.truncate(os.fstat(self._file.fileno()).st_size - (written or 0))
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
@@ -127,10 +127,10 @@ class Results:
 
 
 def read_records(path: PathLike, *, fields: Collection[str] = ()) -> tuple[Record, list[Record]]:
-    """The settings and the records of a results file, in order of first appearance; the last of a sample_id wins.
+    """The settings and records of a results file, in order of first appearance; the last record of a sample_id wins.
 
-    A last line without its end is left out: the run crashed there, or is writing it now. `fields` names what a record
-    without an error must hold. Raises StoreError like `Results`, or if the file cannot be read.
+    An incomplete last line is skipped: the run crashed there, or is writing it. `fields` names the required fields of a
+    record without an error. Raises StoreError as `Results` does, or if the file cannot be read.
     """
     with open_regular(path, StoreError, "results") as file:
         try:
@@ -151,7 +151,7 @@ class _Parsed(NamedTuple):
 def _open(path: Path) -> FileIO:
     """The file, unbuffered, for reading and appending."""
     try:
-        if path.exists() and not path.is_file():  # opening a pipe could wait for ever
+        if path.exists() and not path.is_file():  # opening a pipe could block forever
             raise OSError(errno.EINVAL, "not a regular file")
         path.parent.mkdir(parents=True, exist_ok=True)
         return open(path, "a+b", buffering=0)
@@ -163,20 +163,20 @@ def _open(path: Path) -> FileIO:
 def _lock(path: Path) -> BaseFileLock | None:
     from filelock import FileLock, Timeout
 
-    target = Path(os.path.realpath(path))  # whatever name it is opened by
+    target = Path(os.path.realpath(path))  # the same lock for all names of the file
     lock = FileLock(target.with_name(f".{target.name}.lock"), timeout=0, thread_local=False)
     try:
         lock.acquire()
     except Timeout as error:
         raise StoreError("results.locked", "is being written by another run", subject=path) from error
-    except (OSError, NotImplementedError):  # some network file systems have no locks; going on is better than refusing
+    except (OSError, NotImplementedError):  # some network file systems have no locks; continue anyway
         LOG.warning("%s: cannot be locked here; do not write to it from two runs at once", path)
         return None
     return lock
 
 
 def _parse(path: Path, content: bytes, fields: Collection[str]) -> _Parsed:
-    """Read all whole lines; raises StoreError at the first that is not what it should be."""
+    """Read all complete lines; raises StoreError at the first invalid one."""
     end = content.rfind(b"\n") + 1
     first, *lines = content[:end].split(b"\n")[:-1] or [b""]
     settings, records = _settings(path, first), {}
@@ -196,10 +196,10 @@ def _settings(path: Path, line: bytes) -> Record:
     try:
         header = typed(Header, _decode(line))
     except ValueError as error:
-        fact = "is not a ringmark results file and is left as it is"
+        fact = "is not a ringmark results file"
         raise StoreError("results.foreign", fact, subject=path) from error
     if header.ringmark != VERSION:
-        fact = f"has format {header.ringmark}, this version of ringmark knows format {VERSION}"
+        fact = f"has format {header.ringmark}, but this version of ringmark reads format {VERSION}"
         raise StoreError("results.version", fact, subject=path)
     return header.settings
 
@@ -209,17 +209,17 @@ def _succeeded(record: Record) -> bool:
 
 
 def _encode(value: Record) -> bytes:
-    # Escaped to ASCII: file names that are not UTF-8 reach us as lone surrogates, which UTF-8 cannot write.
+    # Escaped to ASCII: file names that are not UTF-8 contain lone surrogates, which UTF-8 cannot encode.
     return json.dumps(_plain(value), allow_nan=False).encode() + b"\n"
 
 
 def _decode(line: bytes) -> Any:
-    """The JSON value, or None where there is none: no line of ours is null, or nested deeper than MAX_NESTING."""
+    """The JSON value, or None if invalid; valid lines are never null or nested deeper than MAX_NESTING."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    brackets = line.count(b"{") + line.count(b"[")  # a bound, which is cheap
+    brackets = line.count(b"{") + line.count(b"[")  # a cheap upper bound
     return value if brackets <= MAX_NESTING or _nesting(value) <= MAX_NESTING else None
 
 
@@ -232,7 +232,7 @@ def _nesting(value: Any) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """The same value in what JSON can hold: bare NaN is no JSON, and arrays and paths have no form of their own."""
+    """The value in types that JSON supports: NaN becomes None, arrays lists and paths text."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

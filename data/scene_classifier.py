@@ -1,4 +1,4 @@
-"""Which sky and ground a picture shows, by trees trained on rendered scenes only; and which a prompt asks for."""
+"""Classifies the sky and ground of a picture by trees trained on rendered scenes, and parses them from a prompt."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["ATTRIBUTES", "CELLS", "asked", "features", "train_classifiers"]
 
 ATTRIBUTES = ("sky", "ground")
 CELLS = 8
-FIRST = 3_000_000  # scenes for the classifier alone: no model was trained on them
+FIRST = 3_000_000  # first scene of the classifier; no model was trained on these scenes
 
 
 def asked(prompt: str) -> dict[str, str] | None:
-    """The sky and the ground of a caption of `data.scenes`; None for another prompt."""
+    """The sky and ground of a caption of `data.scenes`; None for any other prompt."""
     words = rf"(?P<ground>{'|'.join(GROUNDS)}) (?:at|in) (?:a )?(?P<sky>{'|'.join(SKIES)})(?: with .*|,.*|)"
-    found = re.fullmatch(words, prompt)
-    return found and found.groupdict()
+    match = re.fullmatch(words, prompt)
+    return match and match.groupdict()
 
 
 def features(pixels: np.ndarray) -> np.ndarray:
@@ -40,7 +40,7 @@ def features(pixels: np.ndarray) -> np.ndarray:
 def train_classifiers(
     n_train: int, n_test: int, size: int = SIZE
 ) -> tuple[dict[str, ExtraTreesClassifier], dict[str, float]]:
-    """A classifier for each attribute, for pictures of `size`, and its accuracy on rendered scenes it has not seen."""
+    """A classifier for each attribute of pictures of `size`, and its accuracy on held-out rendered scenes."""
     from sklearn.ensemble import ExtraTreesClassifier
 
     scenes = [scene(FIRST + i, size) for i in tqdm(range(n_train + n_test), "scenes", disable=None)]

@@ -1,8 +1,8 @@
-"""Procedural landscapes with captions: what the embedded model is trained on.
+"""Procedural landscapes with captions, the training data of the embedded model.
 
-A scene is drawn in the order in which a painter would: sky, sun or moon, clouds, relief, ground, accent, weather.
-Colours are float RGB in [0, 1]; x and y run over [0, 1] with y pointing down. All randomness comes from one
-generator, so a seed names a scene for ever.
+A scene is painted from back to front: sky, sun or moon, clouds, relief, ground, accent, weather. Colours are float RGB
+in [0, 1]; x and y are in [0, 1] with y pointing down. All randomness comes from one generator, so a seed always gives
+the same scene.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ Colour = tuple[float, float, float] | np.ndarray
 
 
 class Sky(NamedTuple):
-    """Colours at the horizon and zenith, of the clouds and of the light that falls on the land."""
+    """Colours of the horizon, the zenith, the clouds and the light that falls on the land."""
 
     horizon: Colour
     zenith: Colour
     cloud: Colour
     light: Colour
-    haze: float  # how much of the horizon's colour lies over distant relief
-    weathers: tuple[str, ...]  # what may be added to the caption; "" is clear
+    haze: float  # how much of the horizon's colour covers distant relief
+    weathers: tuple[str, ...]  # possible weathers in the caption; "" is clear
 
 
 SKIES = {
@@ -72,7 +72,7 @@ WATER = ("lake", "sea")
 
 @dataclass(frozen=True)
 class Attributes:
-    """What a scene shows; every field but `sky` and `ground` may be empty."""
+    """The attributes of a scene; all fields except `sky` and `ground` may be empty."""
 
     sky: str
     ground: str
@@ -98,7 +98,7 @@ def scene(seed: int, size: int = SIZE) -> Scene:
 
 
 def draw_attributes(rng: np.random.Generator) -> Attributes:
-    """Attributes drawn uniformly, as far as they go together (no cabin on water)."""
+    """Attributes drawn uniformly from the compatible combinations (no cabin on water)."""
     sky, ground = str(rng.choice(list(SKIES))), str(rng.choice(GROUNDS))
     accents = ("", "", "boulders", "a sailboat", "tall grass") if ground in WATER else ("", *ACCENTS)
     return Attributes(
@@ -107,17 +107,17 @@ def draw_attributes(rng: np.random.Generator) -> Attributes:
 
 
 def caption(attributes: Attributes, rng: np.random.Generator | None = None) -> str:
-    """'lake at sunset with snowy mountains, clouds'; with a generator, optional parts are sometimes left unsaid."""
+    """'lake at sunset with snowy mountains, clouds'; with a generator, optional parts are left out at random."""
     a = attributes
-    said = (lambda p: rng.random() < p) if rng else (lambda p: True)
+    mention = (lambda p: rng.random() < p) if rng else (lambda p: True)
     text = (
         f"{a.ground} in {'a storm' if a.sky == 'storm' else a.sky}"
         if a.sky in ("storm", "fog")
         else f"{a.ground} at {a.sky}"
     )
-    if a.relief and said(0.9):
+    if a.relief and mention(0.9):
         text += f" with {a.relief}"
-    return ", ".join([text, *(part for part in (a.weather, a.accent) if part and said(0.8))])
+    return ", ".join([text, *(part for part in (a.weather, a.accent) if part and mention(0.8))])
 
 
 def paint(attributes: Attributes, rng: np.random.Generator, size: int = SIZE) -> np.ndarray:
@@ -145,7 +145,7 @@ class _Painter:
         self.y, self.x = (np.mgrid[:size, :size] + 0.5) / size
         self.horizon = rng.uniform(0.48, 0.66)
         self.sun = np.array([rng.uniform(0.08, 0.92), rng.uniform(0.08, self.horizon - 0.10)])
-        self.depth = np.clip((self.y - self.horizon) / (1 - self.horizon), 0, 1)  # 0 at the horizon, 1 at our feet
+        self.depth = np.clip((self.y - self.horizon) / (1 - self.horizon), 0, 1)  # 0 at the horizon, 1 at the viewer
         self.image = np.zeros((size, size, 3))
 
     def paint(self) -> np.ndarray:
@@ -273,7 +273,7 @@ class _Painter:
         roughness: float,
         snow: float | None = None,
     ) -> None:
-        """Two or three ridges, one behind the other, each with a skyline of its own drawn by `skyline()`."""
+        """Two or three ridges, one behind the other, each with its own skyline drawn by `skyline()`."""
         layers = int(self.rng.integers(2, 4))
         for i in range(layers):
             near = i / (layers - 1)
@@ -419,7 +419,7 @@ class _Painter:
         self._over(colour, inside)
 
     def _foot(self) -> tuple[float, float]:
-        """Where an accent stands: x and y."""
+        """The position (x, y) of an accent's foot."""
         return self.rng.uniform(0.18, 0.82), self.horizon + self.rng.uniform(0.35, 0.65) * (1 - self.horizon)
 
     def _accent_tree(self) -> None:

@@ -1,4 +1,4 @@
-"""Settings of a run: compared by name, and checked against a type."""
+"""Settings of a run: compare them by name, and check them against a type."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["differences", "flatten", "typed"]
 
 T = TypeVar("T")
 
-MAX_CHARACTERS = 60  # of a value that is shown
+MAX_CHARACTERS = 60  # longest value shown
 UNSET = "not set"
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, ignore: Collection[str] = ()) -> list[str]:
-    """Each setting in which the two differ, by name: ["steps was 50, is 20", "model name was not set, is pocket"].
+    """The settings that differ, by name: ["steps was 50, is 20", "model name was not set, is pocket"].
 
-    Values are compared as JSON gives them back, so a tuple equals a list. Nested settings are compared one by one and
-    named by all their names. `ignore` holds names, nested ones as "model name", that may differ.
+    Values are compared after a round trip through JSON, so a tuple equals a list. Nested settings are compared one by
+    one, with names such as "model name". Names in `ignore` may differ.
     """
     before, now = flatten(old), flatten(new)
     names = [name for name in {**before, **now} if name not in ignore]
@@ -32,7 +32,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, ignore: Colle
 
 
 def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """{"model": {"name": "pocket"}} → {"model name": "pocket"}, with values as JSON gives them back."""
+    """{"model": {"name": "pocket"}} → {"model name": "pocket"}, with values after a round trip through JSON."""
     return _flat(json.loads(json.dumps(dict(settings))), "")
 
 
@@ -52,10 +52,10 @@ def _brief(settings: dict[str, Any], name: str) -> str:
 
 
 def typed(kind: type[T], value: object) -> T:
-    """`value`, a dict from JSON, as the dataclass `kind`, whose fields must be there and of exactly their types.
+    """`value`, a dict from JSON, as the dataclass `kind`; all fields must be present and have exactly their types.
 
-    What JSON gives is meant: a list is no tuple, True no int, "1" no int. Unknown names are ignored. Raises ValueError
-    with one line that names the first field that does not fit.
+    Types are strict: a list is not accepted as a tuple, nor True or "1" as an int. Unknown names are ignored. Raises
+    ValueError with one line that names the first invalid field.
     """
     from pydantic import ValidationError
 

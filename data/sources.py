@@ -1,4 +1,4 @@
-"""Which pictures there are: folders, listed recursively."""
+"""Find pictures in folders, recursively."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SUFFIXES = (
 
 
 def stamp_of(path: Path) -> dict[str, int | None]:
-    """What changes when a file does."""
+    """Size and modification time of a file, which change when the file does."""
     try:
         facts = path.stat()
     except OSError:
@@ -37,14 +37,14 @@ def check_folder(folder: PathLike) -> None:
         return
     if Path(folder).exists():
         raise ImageError("image.not-folder", "is a file, not a folder", subject=folder)
-    raise ImageError("image.no-folder", "there is no such folder", subject=folder)
+    raise ImageError("image.no-folder", "no such folder", subject=folder)
 
 
 class Listing(NamedTuple):
-    """What is in a folder.
+    """The contents of a folder.
 
-    `images` are sorted; `unlisted` holds an error for each folder that cannot be listed, `outside` one for each link
-    that leads out of the folder and was not followed; `skipped` counts the other files by suffix, in lower case.
+    `images` are sorted. `unlisted` holds an error for each folder that cannot be listed, `outside` one for each link
+    that leads out of the folder and was not followed. `skipped` counts the other files by lower-case suffix.
     """
 
     images: list[Path]
@@ -54,7 +54,7 @@ class Listing(NamedTuple):
 
 
 def find_images(folder: PathLike, *, follow_links: bool = False) -> list[Path]:
-    """The images that `list_images` finds. Raises ImageError where it does, and if a folder cannot be listed."""
+    """The images that `list_images` finds. Raises ImageError as it does, and if any folder cannot be listed."""
     listing = list_images(folder, follow_links=follow_links)
     if listing.unlisted:
         raise listing.unlisted[0]
@@ -62,11 +62,11 @@ def find_images(folder: PathLike, *, follow_links: bool = False) -> list[Path]:
 
 
 def list_images(folder: PathLike, *, follow_links: bool = False) -> Listing:
-    """The images below `folder`: files with one of SUFFIXES in either case. What is hidden is left out altogether.
+    """The images below `folder`: files with one of SUFFIXES, in upper or lower case, that are not hidden.
 
-    Links within the folder are followed, each folder once, so that loops end; links that lead out of it only with
-    `follow_links`. Raises ImageError if there is no such folder (see `check_folder`), or if no image is found
-    (image.none; image.unlisted where a folder could not be listed).
+    Links within the folder are followed, each folder only once; links that lead out of the folder are only followed
+    with `follow_links`. Raises ImageError if there is no such folder (see `check_folder`), or if no image is found
+    (image.none, or image.unlisted if a folder cannot be listed).
     """
     check_folder(folder)
     walk = _Walk(Path(folder), follow_links)
@@ -88,7 +88,7 @@ def _nothing(folder: PathLike, skipped: Counter[str], links: int) -> ImageError:
             f", but {skipped.total()} other files ({', '.join(suffix or 'no suffix' for suffix in sorted(skipped))})"
         )
     if links:
-        fact += f"; not followed out of it: {_count(links, 'link')}"
+        fact += f"; {_count(links, 'link')} out of it not followed"
     return ImageError("image.none", fact, subject=folder, suffixes=", ".join("*" + suffix for suffix in SUFFIXES))
 
 
@@ -97,7 +97,7 @@ def _count(number: int, noun: str) -> str:
 
 
 class _Walk:
-    """All files below a folder that are not hidden."""
+    """A walk over all files below a folder that are not hidden."""
 
     def __init__(self, root: Path, follow_links: bool) -> None:
         self._root, self._follow_links = os.path.realpath(root), follow_links

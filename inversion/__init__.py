@@ -1,1 +1,1 @@
-"""From pixels back to noise: gradient-free decoder inversion and the inversion of samplers; knows nothing of marks."""
+"""From pixels back to noise: gradient-free decoder inversion and sampler inversion. Independent of watermarks."""

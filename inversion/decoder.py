@@ -1,7 +1,7 @@
 """Decoder inversion: the latent that a decoder turned into an image.
 
-With E the encoder, D the decoder and x the image, T(z) = E(D(z)) − E(x) is zero at the latent we look for, and
-z₀ = E(x) is near it (arXiv 2409.18442). No gradient is taken, so only the iterates are stored.
+With encoder E, decoder D and image x, T(z) = E(D(z)) − E(x) is zero at the latent we want, and z₀ = E(x) is close to it
+(arXiv 2409.18442). No gradient is computed, so only the iterates are stored.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ GREY_LEVEL = 2 / 255  # one step of an 8-bit image whose range is [-1, 1]
 
 
 WITHIN, SLOWER = 2, 2.0  # see scripts/experiments/altered.py
-COARSE = 0.5  # 1/8 would be left were E exact
+COARSE = 0.5  # an exact E would give 1/8
 
 Tolerance = float | Tensor | Literal["auto"] | None
 
@@ -57,18 +57,18 @@ def invert_decoder(
 ) -> Solution:
     """Latents z with E(D(z)) = E(x) for images x (B, 3, H, W); `max_steps=0` is the encoder alone.
 
-    Works for any two maps. D is cut to the range of `pixels`, as x was when it became a picture: where x is white, D(z)
-    may be whiter. Each image keeps the iterate with the smallest pixel residual ‖D(z) − x‖, which every evaluation
-    yields for free; a step costs one E and one D. `tol="auto"` stops an image once ‖T‖ has fallen to what rounding x
-    to 8 bits alone causes (the discrepancy principle): further steps fit the rounding noise.
+    Works for any two maps. D is clipped to the range of `pixels`, as x was when it became a picture: where x is white,
+    D(z) may exceed white. Each image keeps the iterate with the smallest pixel residual ‖D(z) − x‖, which each
+    evaluation computes anyway; a step costs one E and one D. `tol="auto"` stops an image once ‖T‖ has fallen to the
+    level that rounding x to 8 bits causes (the discrepancy principle): further steps would fit the rounding noise.
 
-    With `guarded` an image keeps E(x) where ‖T‖ falls too slowly in the first two steps: more than twice as much is
-    left as for the picture D(E(x)), which is known to be the image of a latent, or nothing has fallen at all. No latent
-    decodes to a picture that was altered afterwards. What was added lies mostly in directions that E∘D shrinks, where
-    ‖T‖ falls slowly, and undoing the shrinking would blow it up.
+    With `guarded`, an image keeps E(x) if ‖T‖ decreases too slowly in the first two steps: if the remaining share is
+    more than twice that of the picture D(E(x)), which is the image of a latent, or if ‖T‖ does not decrease at all. No
+    latent decodes to a picture that was altered afterwards. The alteration lies mostly in directions that E∘D shrinks,
+    in which ‖T‖ decreases slowly and inversion would amplify the alteration.
 
-    The maps are called on at most `at_once` images, which bounds their memory whatever B is. A video (B, 3, F, H, W)
-    with maps for single frames is inverted frame by frame: the value is (B, C, F, h, w), and residuals, steps and
+    The maps are called on at most `at_once` images, which bounds their memory for any B. A video (B, 3, F, H, W) is
+    inverted frame by frame if the maps take single frames: the value is (B, C, F, h, w), and residuals, steps and
     status are those of the B·F frames.
     """
     inversion = _Inversion(
@@ -112,7 +112,7 @@ class _Inversion:
         return solution
 
     def guard(self, solution: Solution, target: Tensor) -> Solution:
-        """The solution, with the encoder's latents where ‖T‖ fell too slowly."""
+        """The solution, with the encoder's latents for images whose ‖T‖ decreased too slowly."""
         rendered = self.decode(target).clamp(*self.pixels)
         reference = replace(self, max_steps=min(WITHIN, self.max_steps), guarded=False, progress=None)(rendered, None)
         left = remaining_share(solution)
@@ -121,7 +121,7 @@ class _Inversion:
 
 
 def remaining_share(solution: Solution) -> Tensor:
-    """(B,): what is left of ‖T‖ after at most WITHIN steps, as a share of the first."""
+    """The share (B,) of the initial ‖T‖ that remains after at most WITHIN steps."""
     first = torch.nan_to_num(solution.residuals[: WITHIN + 1], nan=torch.inf)
     return first.amin(0) / solution.residuals[0]
 
@@ -143,7 +143,7 @@ def _mark_rounded(solution: Solution, coarse: Tensor) -> Solution:
 def decoder_residual(
     encode: Map, decode: Map, images: Tensor, target: Tensor, pixels: tuple[float, float] = (-1.0, 1.0)
 ) -> Residual:
-    """T(z) = E(D(z)) − E(x) with error D(z) − x, D cut to the range of `pixels`; E(x) is `target`."""
+    """T(z) = E(D(z)) − E(x) with error D(z) − x and D clipped to the range of `pixels`; E(x) is `target`."""
 
     def residual(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         decoded = decode(z.to(target.dtype)).clamp(*pixels)
@@ -153,7 +153,7 @@ def decoder_residual(
 
 
 def in_slices(map_: Map, size: int) -> Map:
-    """The same map, called on at most `size` samples at once."""
+    """The same map, called on at most `size` samples at a time."""
 
     def sliced(x: Tensor) -> Tensor:
         return torch.cat([map_(part) for part in torch.split(x, size)])
@@ -162,36 +162,36 @@ def in_slices(map_: Map, size: int) -> Map:
 
 
 def quantisation_level(encode: Map, images: Tensor, target: Tensor, draws: int = 3) -> Tensor:
-    """σ_q (B,): median over `draws` of ‖E(x + u) − E(x)‖, u uniform over ± half a grey level; E(x) is `target`.
+    """σ_q (B,): median over `draws` of ‖E(x + u) − E(x)‖, with u uniform over ± half a grey level; E(x) is `target`.
 
-    The same u serves every image, so that an image's level does not depend on its batch.
+    All images share the same u, so an image's level does not depend on its batch.
     """
     generator = torch.Generator().manual_seed(0)
     return torch.stack([_spread(encode, images, target, generator, 1.0) for _ in range(draws)]).median(0).values
 
 
 def rounding_share(encode: Map, images: Tensor, target: Tensor) -> Tensor:
-    """(B,): how much of σ_q is left when u is an eighth as large: 1/8 for an exact E, about 1 where rounding rules.
+    """The share (B,) of σ_q that remains if u is an eighth as large: 1/8 for an exact E, about 1 if rounding dominates.
 
-    In 16 bit E(x + u) also differs from E(x) by the rounding of every layer, whatever the size of u. Above one half
-    what is below the noise of an 8-bit image is lost in it, and 32-bit maps come nearer.
+    In 16 bits, E(x + u) also differs from E(x) by the rounding of every layer, independent of u. Above one half,
+    rounding hides everything below the noise of an 8-bit image, and 32-bit maps are more accurate.
     """
     small, whole = (_spread(encode, images, target, torch.Generator().manual_seed(0), size) for size in (1 / 8, 1.0))
     return small / whole
 
 
 def _spread(encode: Map, images: Tensor, target: Tensor, generator: torch.Generator, size: float) -> Tensor:
-    """(B,): ‖E(x + u) − E(x)‖, u uniform over ± `size` half grey levels."""
+    """‖E(x + u) − E(x)‖ (B,) with u uniform over ± `size` half grey levels."""
     u = (torch.rand(images[:1].shape, generator=generator) - 0.5) * GREY_LEVEL * size
     return norms((encode(images + u.to(images)) - target).float())
 
 
 def gradient_residual(decode: Map, images: Tensor) -> Residual:
-    """∇_z Σ(D(z) − x)² with error D(z) − x: the baseline's residual. It stores the decoder's whole graph."""
+    """∇_z Σ(D(z) − x)² with error D(z) − x, the residual of the baseline. It stores the whole graph of the decoder."""
 
     def residual(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         with torch.inference_mode(False), torch.enable_grad():
-            z = z.clone().requires_grad_()  # a clone, since the start may have been made in inference mode
+            z = z.clone().requires_grad_()  # a clone, since the start may come from inference mode
             error = decode(z).float() - images[rows]
             loss = error.square().sum()
             gradient = torch.autograd.grad(loss, z)[0]
@@ -203,16 +203,16 @@ def gradient_residual(decode: Map, images: Tensor) -> Residual:
 def invert_decoder_by_gradient(
     decode: Map, images: Tensor, start: Tensor, method: Method | None = None, *, max_steps: int = 50
 ) -> Solution:
-    """The gradient baseline of arXiv 2409.18442 from `start`, the encoder's latents; by default Adam at 0.1, scheduled.
+    """The gradient baseline of arXiv 2409.18442 from `start`, the encoder's latents; by default scheduled Adam at 0.1.
 
-    `models.pipeline.lean` makes a decoder compute in 16 bit by autocast and store less by activation checkpointing.
+    `models.pipeline.lean` reduces memory: the decoder runs in 16 bits by autocast, with activation checkpointing.
     """
     method = Adam(lr=0.1, horizon=max_steps) if method is None else method
     return solve(gradient_residual(decode, images.to(start.device)), start, method, max_steps=max_steps)
 
 
 class Autoencoder(Protocol):
-    """What an inverter needs of a model."""
+    """What an inverter needs from a model."""
 
     def encode(self, images: Tensor) -> Tensor: ...
 
@@ -225,9 +225,9 @@ class Autoencoder(Protocol):
 class Inverter:
     """A way to invert a model's decoder: (model, images (B, 3, H, W)) → Solution.
 
-    `method`, `max_steps` and `guarded` as in `invert_decoder`. With `early` False every step is taken. With `gradient`
-    the method descends the squared error of the pixels instead, which is the baseline; with `lean` that runs in
-    bfloat16 and with activation checkpointing.
+    `method`, `max_steps` and `guarded` are as in `invert_decoder`. If `early` is False, all steps are taken. With
+    `gradient`, the method descends the squared pixel error instead, which is the baseline; with `lean`, that runs in
+    bfloat16 with activation checkpointing.
     """
 
     method: Method = field(default_factory=Anderson)
@@ -255,7 +255,7 @@ class Inverter:
 
     @classmethod
     def named(cls, name: str, max_steps: int | None = None) -> Inverter:
-        """One of INVERTERS, with `max_steps` if given; Adam's schedule then spans them. KeyError for another name."""
+        """One of INVERTERS, with `max_steps` if given, which Adam's schedule then spans. Raises KeyError."""
         inverter = INVERTERS[name]
         if max_steps is None or name == "encoder":
             return inverter
@@ -275,6 +275,6 @@ INVERTERS = {
     "gradient": Inverter(Adam(lr=0.1, horizon=50), 50, early=False, gradient=True),
     "gradient-lean": Inverter(Adam(lr=0.1, horizon=50), 50, early=False, gradient=True, lean=True),
 }
-"""By name: the encoder alone, fixed-point methods, and the gradient baseline. Adam and the gradient take every step of
-their schedule, as in arXiv 2409.18442. Anderson comes nearest to the latents of a picture as it was decoded; guarded,
-which takes two of its steps, suits pictures that may have been altered since."""
+"""Inverters by name: the encoder alone, fixed-point methods, and the gradient baseline. Adam and the gradient take all
+steps of their schedule, as in arXiv 2409.18442. Anderson is the most accurate on unaltered pictures; guarded, which
+takes two of its steps, is robust for pictures that may have been altered."""

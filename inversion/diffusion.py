@@ -18,17 +18,17 @@ __all__ = ["Denoiser", "invert", "sample", "transfer"]
 
 
 class Denoiser(Protocol):
-    """What sampling and inversion need of a model."""
+    """What sampling and inversion need from a model."""
 
     def predict(self, latents: Tensor, level: int, schedule: Schedule, cond: Tensor) -> tuple[Tensor, Tensor]:
-        """(x̂₀, ε̂) of latents taken to stand at `level` ≥ 1, so that latents = a x̂₀ + s ε̂, in 32 bit or more."""
+        """(x̂₀, ε̂) of latents at `level` ≥ 1, with latents = a x̂₀ + s ε̂, in 32 bits or more."""
         ...
 
     def embed(self, prompts: list[str]) -> Tensor: ...
 
 
 Predict = Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]]
-"""(latents, level, rows): `rows` says which of the batch's prompts belong to the latents."""
+"""(latents, level, rows) → (x̂₀, ε̂); `rows` are the indices of the latents' prompts in the batch."""
 
 
 def transfer(x0: Tensor, eps: Tensor, signal: float, noise: float) -> Tensor:
@@ -39,7 +39,7 @@ def transfer(x0: Tensor, eps: Tensor, signal: float, noise: float) -> Tensor:
 def guided(model: Denoiser, schedule: Schedule, cond: Tensor, guidance: float) -> Predict:
     """Predictions with classifier-free guidance: p_∅ + g (p_c − p_∅) for both x̂₀ and ε̂ (arXiv 2207.12598).
 
-    Both prompts go through the network in one call; g = 1 needs no empty prompt.
+    Both prompts are evaluated in one network call; g = 1 needs no empty prompt.
     """
     if guidance == 1.0:
         return lambda z, level, rows: model.predict(z, level, schedule, cond[rows])
@@ -65,8 +65,8 @@ def sample(
 ) -> Tensor:
     """Latents (B, C, h, w) drawn deterministically from unit normal noise of that shape.
 
-    `cond` (B, L, W) are the prompts' embeddings; guidance ≥ 1, where 1 is none. `progress()` is called after each move.
-    Agrees with diffusers' DDIMScheduler at η = 0.
+    `cond` (B, L, W) are the prompts' embeddings; guidance ≥ 1, where 1 turns it off. `progress()` is called after each
+    move. Agrees with diffusers' DDIMScheduler at η = 0.
     """
     predict, z = guided(model, schedule, cond, guidance), noise
     rows = torch.arange(len(z), device=cond.device)
@@ -92,10 +92,10 @@ def invert(
 ) -> Tensor:
     """The initial noise (B, C, h, w) from which `sample` would draw these latents.
 
-    From the cleaner latent z the noisier z′ solves T(z′) = w (a x̂₀(z′) + s ε̂(z′) − z) = 0. Naive inversion (`method`
-    None) takes one step from z′ = z, z − T(z), which for DDIM is the usual one. Exact inversion goes on from there with
-    a fixed-point method, at most `max_steps` steps a move, until ‖T‖ ≤ `tol` ‖z′‖. `cond`, `guidance` and `progress`
-    as in `sample`.
+    Given the cleaner latent z, the noisier z′ solves T(z′) = w (a x̂₀(z′) + s ε̂(z′) − z) = 0. Naive inversion
+    (`method` None) takes one step from z′ = z to z − T(z), which for DDIM is the usual inversion. Exact inversion
+    continues from there with a fixed-point method, at most `max_steps` steps per move, until ‖T‖ ≤ `tol` ‖z′‖. `cond`,
+    `guidance` and `progress` are as in `sample`.
     """
     predict, z = guided(model, schedule, cond, guidance), latents
     rows = torch.arange(len(z), device=cond.device)
@@ -111,7 +111,7 @@ def invert(
 
 
 class _Missed:
-    """T(z′) = w (a x̂₀(z′) + s ε̂(z′) − z): by how much a move from z′ at `level` misses the cleaner latent z.
+    """T(z′) = w (a x̂₀(z′) + s ε̂(z′) − z), the error of the move from z′ at `level` to the cleaner latent z.
 
     The weight w gives T slope 1 in z′ for a fixed output of the network, so that plain steps contract.
     """
@@ -129,7 +129,7 @@ class _Missed:
 def _weight(schedule: Schedule, level: int) -> float:
     """w of the move to `level`, where the latent has signal a′ and noise s′.
 
-    For rectified flow, at a fixed velocity, 1. Else, at a fixed ε̂, a′/a; without signal, at a fixed x̂₀, s′/s.
+    It is 1 for rectified flow (fixed velocity), otherwise a′/a (fixed ε̂), or s′/s without signal (fixed x̂₀).
     """
     (signal, noise), (signal_there, noise_there) = schedule.at(level - 1), schedule.at(level)
     if schedule.straight or (signal_there == 0 and noise == 0):

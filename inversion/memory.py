@@ -1,4 +1,4 @@
-"""How much memory work takes."""
+"""Measuring memory use."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Result = TypeVar("Result")
 
 
 def peak_during(device: torch.device, work: Callable[[], Result]) -> tuple[Result, float]:
-    """What `work` returns, and the megabytes it needed at its peak, above what was in use before.
+    """The result of `work` and its peak memory in megabytes above what was in use before.
 
-    On a CPU by Linux's account of this process, NaN where there is none; memory that a library has freed but keeps
-    counts as in use.
+    On a CPU this is Linux's figure for the process, and NaN on other systems; memory that a library has freed but not
+    returned counts as in use.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         return work(), (torch.cuda.max_memory_allocated(device) - before) / 2**20
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to current use
         before = memory_kilobytes("VmRSS")
         memory_kilobytes("VmHWM")
     except OSError:
@@ -36,29 +36,29 @@ def peak_during(device: torch.device, work: Callable[[], Result]) -> tuple[Resul
 
 
 def release_memory() -> None:
-    """Return freed memory that the C library keeps to the system, where it can (glibc)."""
+    """Return memory that the C library has freed to the system, if it can (glibc)."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):  # TypeError: on Windows a library has to be named
+    except (AttributeError, OSError, TypeError):  # TypeError: Windows needs a library name
         return
 
 
 def memory_kilobytes(field: str) -> int:
     """A field of this process's status, such as VmRSS, in kilobytes.
 
-    Raises OSError where the system keeps no such account (outside Linux).
+    Raises OSError if the system does not provide it (outside Linux).
     """
     lines = Path("/proc/self/status").read_text().splitlines()
-    found = [int(line.split()[1]) for line in lines if line.startswith(field + ":")]
-    if not found:
+    values = [int(line.split()[1]) for line in lines if line.startswith(field + ":")]
+    if not values:
         raise OSError(errno.ENOENT, f"no {field} in it", "/proc/self/status")
-    return found[0]
+    return values[0]
 
 
 def stored_bytes(map_: Callable[[Tensor], Tensor], z: Tensor, weights: Iterable[Tensor] = ()) -> int:
-    """Bytes that autograd stores, beside the weights, to differentiate map_(z): the least that a gradient needs.
+    """Bytes that autograd stores, besides the weights, to differentiate map_(z): a lower bound for a gradient.
 
-    With weights and z on the meta device nothing is computed, so sizes that do not fit can be asked for.
+    With weights and z on the meta device nothing is computed, so the size need not fit in memory.
     """
     known = {w.untyped_storage()._cdata for w in weights}
     stored: dict[int, torch.UntypedStorage] = {}  # keeps the storages alive, so that no address is used twice

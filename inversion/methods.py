@@ -1,6 +1,6 @@
 """Fixed-point methods for T(z) = 0: frozen records of hyper-parameters with init() and step().
 
-Every step works on a batch, each sample by itself; state tensors have a leading batch dimension.
+A step processes a batch, each sample independently; state tensors have a leading batch dimension.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["Adam", "Anderson", "ForwardStep", "InertialKM"]
 
 
 def _each(per_sample: Tensor, like: Tensor) -> Tensor:
-    """(B,) → (B, 1, …) for multiplying with `like`."""
+    """(B,) → (B, 1, …), to multiply with `like`."""
     return per_sample.view(-1, *[1] * (like.ndim - 1))
 
 
@@ -38,9 +38,9 @@ class ForwardStep:
 class InertialKM:
     """y = z_k + α (z_k − z_{k−1}); z_{k+1} = y − 2λβ T(y) (arXiv 2409.18442, Theorem 2).
 
-    The driver evaluates T at the iterate, which is y. The paper runs α = 0.9 with ρ = 2λβ = 0.001; the defaults
-    converge faster where E∘D is near the identity. Raises ValueError unless λ (1 − α + 2α²) < (1 − α)², which the
-    theorem needs.
+    The driver evaluates T at the iterate, which is y. The paper uses α = 0.9 with ρ = 2λβ = 0.001; the defaults
+    converge faster if E∘D is close to the identity. Raises ValueError unless λ (1 − α + 2α²) < (1 − α)², as the theorem
+    requires.
     """
 
     lam: float = 0.25
@@ -56,7 +56,7 @@ class InertialKM:
 
     @staticmethod
     def bound(alpha: float) -> float:
-        """(1 − α)² / (1 − α + 2α²): Theorem 2 needs a smaller λ."""
+        """(1 − α)² / (1 − α + 2α²), the upper bound of λ in Theorem 2."""
         return (1 - alpha) ** 2 / (1 - alpha + 2 * alpha**2)
 
     def init(self, z: Tensor) -> State:
@@ -71,8 +71,8 @@ class InertialKM:
 class Adam:
     """Adam with T in the gradient's place, and the schedule of arXiv 2409.18442 over `horizon` = N steps.
 
-    Linear warm-up over N/10 steps, a cosine until 0.8 N, constant from there; N is cut to 100. Without a horizon the
-    rate is constant. `eps` is 1e-8 for maps in 32 bit and 1e-4 for 16 bit.
+    Linear warm-up over N/10 steps, then a cosine until 0.8 N, then constant; N is at most 100. Without a horizon the
+    rate is constant. `eps` is 1e-8 for 32-bit maps and 1e-4 for 16-bit maps.
     """
 
     lr: float = 0.01
@@ -101,7 +101,7 @@ class Adam:
         b1, b2 = self.betas
         m = b1 * state["m"] + (1 - b1) * t
         v = b2 * state["v"] + (1 - b2) * t**2
-        k = int(state["k"][0])  # the driver drops samples but never restarts them: one count serves all
+        k = int(state["k"][0])  # the driver drops samples but never restarts them, so all have the same count
         update = (m / (1 - b1 ** (k + 1))) / ((v / (1 - b2 ** (k + 1))).sqrt() + self.eps)
         return z - self.rate(k) * update, {"m": m, "v": v, "k": state["k"] + 1}
 
@@ -111,12 +111,12 @@ class Anderson:
     """Anderson acceleration, type II, of z ← z − β T(z), safeguarded sample by sample.
 
     With ΔZ, ΔT, ΔR the last `window` differences of z, T and the error R, γ = argmin ‖R − ΔR γ‖² + ridge ‖γ‖² (columns
-    of ΔR scaled to length 1) and z⁺ = z − β T − (ΔZ − β ΔT) γ. Where the map gives an error beside T, as decoder
-    inversion gives D(z) − x, the mixture is the one that fits the picture best, and E∘D need not be cocoercive in the
-    directions already seen. Where it gives none, R = T, which is the usual method.
+    of ΔR scaled to length 1) and z⁺ = z − β T − (ΔZ − β ΔT) γ. If the map returns an error besides T, as decoder
+    inversion returns D(z) − x, the mixture is the one that fits the picture best, and E∘D need not be cocoercive in the
+    directions already seen. Otherwise R = T, which is the usual method.
 
-    A step after which ‖R‖ exceeds `safeguard` times the lowest so far is undone and β halved. Its difference stays in
-    the history, since it shows how the map bends there (after arXiv 1808.03971).
+    If ‖R‖ exceeds `safeguard` times the lowest value so far, the step is undone and β is halved. Its difference stays
+    in the history, since it carries information about the map (after arXiv 1808.03971).
     """
 
     window: int = 5
@@ -132,7 +132,7 @@ class Anderson:
         return {}
 
     def _first(self, z: Tensor, t: Tensor, error: Tensor) -> State:
-        """No differences yet, and a best that any finite error beats."""
+        """The initial state: no differences, and a best error of infinity."""
         points = {"z": z, "t": t, "r": error}
         history = {f"d{name}": x.new_zeros(len(x), self.window, x[0].numel()) for name, x in points.items()}
         best, beta = (torch.full((len(z),), value, device=z.device) for value in (torch.inf, self.beta))
@@ -157,14 +157,14 @@ class Anderson:
     def _mix(self, dr: Tensor, r: Tensor) -> Tensor:
         """γ (B, m): ridge regression of r on the rows of dr, solved in float64; empty rows get γ = 0.
 
-        The products are taken in float32, whose rounding is far below the ridge: a copy in float64 would be most of
-        what a step needs of memory.
+        Products are computed in float32, whose rounding is far below the ridge; a float64 copy would take most of the
+        memory of a step.
         """
         gram, right = (dr @ dr.mT).double(), (dr @ r[:, :, None])[:, :, 0].double()
         length = gram.diagonal(dim1=1, dim2=2).sqrt()
         inverse = torch.where(length > 0, 1 / length, 0.0)
         gram, right = gram * inverse[:, :, None] * inverse[:, None], right * inverse
         eye = torch.eye(self.window, dtype=gram.dtype, device=gram.device)
-        # solve_ex, because solve raises for the whole batch where one sample's system is singular
+        # solve_ex, because solve raises for the whole batch if one sample's system is singular
         mix, _ = torch.linalg.solve_ex(gram + self.ridge * eye, right)
         return torch.nan_to_num(mix * inverse, nan=0.0, posinf=0.0, neginf=0.0).float()

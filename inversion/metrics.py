@@ -1,4 +1,4 @@
-"""Numbers that say how well an inversion went."""
+"""Metrics of the accuracy and convergence of inversions."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def cocoercivity(z: Tensor, residual: Tensor, solution: Tensor) -> Tensor:
 
 
 def trace(residual: Residual, start: Tensor, method: Method, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(z_k, T z_k) for k = 0 … steps: where the method evaluates T and what it finds, without the driver's stopping.
+    """(z_k, T z_k) for k = 0 … steps: the points where the method evaluates T, without the driver's stopping criteria.
 
-    For a method with momentum z_k is the extrapolated point, which is where its theorem asks for cocoercivity.
+    For a method with momentum, z_k is the extrapolated point, where its theorem requires cocoercivity.
     """
     z, rows = start.float(), torch.arange(len(start), device=start.device)
     state = method.init(z)
@@ -48,12 +48,12 @@ def trace(residual: Residual, start: Tensor, method: Method, steps: int) -> Iter
 
 @dataclass(frozen=True)
 class Walk:
-    """How a method comes to where it ends, z_∞ (arXiv 2409.18442 takes the 300th iterate); float64.
+    """A method's path to its last iterate z_∞ (arXiv 2409.18442 takes the 300th); float64.
 
     For k = 0 … K and each sample (K + 1, B): `distances` ‖z_k − z_∞‖, `sizes` ‖T z_k‖, `betas`
-    ⟨T z_k, z_k − z_∞⟩ / ‖T z_k‖²; and `end` (B,) ‖T z_∞‖, for the end need not be a fixed point. `true_betas` are
-    cocoercivities about known latents instead, NaN without: a slow method, whose steps ρ are all alike, shows
-    β_k ≈ ρ (steps − k) about its own end, whatever T is.
+    ⟨T z_k, z_k − z_∞⟩ / ‖T z_k‖². `end` (B,) is ‖T z_∞‖, since the last iterate need not be a fixed point. `true_betas`
+    are cocoercivities about known latents instead of z_∞, NaN without them: a slow method with equal steps ρ has
+    β_k ≈ ρ (steps − k) about its own end for any T.
     """
 
     distances: Tensor
@@ -63,7 +63,7 @@ class Walk:
     end: Tensor
 
     ARRIVED: ClassVar[float] = 1e-6
-    """Of the first ‖T‖: below it T is rounding, and cocoercivity 0/0."""
+    """Share of the first ‖T‖ below which T is rounding error, and cocoercivity is 0/0."""
 
     @classmethod
     def along(
@@ -76,7 +76,7 @@ class Walk:
         at: int = 100,
         truth: Tensor | None = None,
     ) -> Walk:
-        """Walk `steps` steps and look back at the first `at` (= K), whose iterates are kept until the end is known."""
+        """Take `steps` steps, and evaluate the first `at` (= K), whose iterates are kept until the end is known."""
         points = trace(residual, start, method, steps)
         seen = [(z.double(), t.double()) for z, t in islice(points, at + 1)]
         end, last = seen[-1]
@@ -93,24 +93,24 @@ class Walk:
 
     @property
     def moving(self) -> Tensor:
-        """(K, B): steps that start before the fixed point is reached to rounding."""
+        """Mask (K, B) of the steps that start before the fixed point is reached up to rounding."""
         return ~(self.sizes[:-1] <= self.ARRIVED * self.sizes[0])
 
     @property
     def lowest(self) -> Tensor:
-        """min over k < K of cocoercivity (B,), the path's β; NaN where the path left the finite numbers."""
+        """The minimum cocoercivity (B,) over k < K, the path's β; NaN if the path overflowed."""
         return torch.where(self.moving, self.betas[:-1], torch.inf).amin(0)
 
     @property
     def true_lowest(self) -> Tensor:
-        """The same about the known latents."""
+        """`lowest` about the known latents."""
         return torch.where(self.moving, self.true_betas[:-1], torch.inf).amin(0)
 
     def slack(self, rho: float) -> Tensor:
-        """(K, B): what Theorem 1's descent inequality leaves over, as a share of ‖z_k − z*‖².
+        """The slack (K, B) of Theorem 1's descent inequality, as a share of ‖z_k − z*‖².
 
-        ‖z_k − z*‖² − ρ (2β − ρ) ‖T z_k‖² − ‖z_{k+1} − z*‖² ≥ 0 along z_{k+1} = z_k − ρ T z_k, with β the path's
-        and z* = z_∞. In exact arithmetic it is 2ρ (β_k − β) ‖T z_k‖², so a violation is rounding.
+        ‖z_k − z*‖² − ρ (2β − ρ) ‖T z_k‖² − ‖z_{k+1} − z*‖² ≥ 0 along z_{k+1} = z_k − ρ T z_k, with the path's β and
+        z* = z_∞. In exact arithmetic the slack is 2ρ (β_k − β) ‖T z_k‖², so violations are rounding errors.
         """
         before, after = self.distances[:-1].square(), self.distances[1:].square()
         return 1 - (rho * (2 * self.lowest - rho) * self.sizes[:-1].square() + after) / before

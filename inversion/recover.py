@@ -1,4 +1,4 @@
-"""From pictures to the noise they were drawn from: decoder inversion, then the inversion of the sampler."""
+"""From pictures to the noise they were drawn from: decoder inversion, then sampler inversion."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Model", "Recovered", "Recoverer", "RecoverySettings", "check_method"
 
 
 class Model(Autoencoder, Denoiser, Protocol):
-    """What recovery needs of a latent diffusion model."""
+    """What recovery needs from a latent diffusion model."""
 
     @property
     def name(self) -> str: ...
@@ -48,11 +48,11 @@ class Model(Autoencoder, Denoiser, Protocol):
 
 @dataclass(frozen=True)
 class RecoverySettings:
-    """Everything that recovered noise depends on, beside the picture.
+    """Everything that recovered noise depends on besides the picture.
 
-    `model` is the model's identity, `image_size` (H, W), `dtype` that of its network. `method`, `max_steps`, `early`,
-    `gradient`, `lean` and `guarded` describe the decoder inversion as `Inverter` does. `steps` is the number of moves
-    of the sampler's inversion, `timesteps` the first and the last, as "1-961".
+    `model` is the model's identity, `image_size` (H, W), `dtype` the dtype of its network. `method`, `max_steps`,
+    `early`, `gradient`, `lean` and `guarded` describe the decoder inversion as in `Inverter`. `steps` is the number of
+    steps of the sampler inversion, `timesteps` its first and last timestep, as in "1-961".
     """
 
     model: dict[str, Any]
@@ -68,28 +68,28 @@ class RecoverySettings:
     timesteps: str
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain values for JSON; `guarded` is left out where it is False, as older files have it."""
+        """The settings as plain values for JSON; a `guarded` of False is left out, as in older files."""
         values = asdict(self) | {"image_size": list(self.image_size)}
         if not self.guarded:
             del values["guarded"]
         return values
 
     def of_latents(self) -> dict[str, Any]:
-        """The part that the latents depend on."""
+        """The settings that the latents depend on."""
         return {name: value for name, value in self.as_dict().items() if name not in ("steps", "timesteps")}
 
     def of_noise(self) -> dict[str, Any]:
-        """The part that the noise depends on once the latents are known."""
+        """The settings that the noise depends on, given the latents."""
         values = self.as_dict()
         return {name: values[name] for name in ("steps", "timesteps", "model", "dtype")}
 
 
 @dataclass(frozen=True)
 class Recovered:
-    """A batch of pictures taken back to noise.
+    """A batch of pictures with their recovered noise.
 
-    `images` (B, 3, H, W) in [-1, 1]; `solution` of the decoder inversion, whose value is the latents; `noise`
-    (B, C, h, w) float32 on the CPU, not finite where the inversion overflowed; `seconds` of computing per image.
+    `images` (B, 3, H, W) in [-1, 1]; `solution` of the decoder inversion, with the latents as its value; `noise`
+    (B, C, h, w) float32 on the CPU, not finite if the inversion overflowed; `seconds` of computing time per image.
     """
 
     images: Tensor
@@ -99,10 +99,10 @@ class Recovered:
 
 
 class Recoverer:
-    """Takes pictures back to their latents and these to their initial noise, with the empty prompt and no guidance.
+    """Recovers latents and initial noise of pictures, with the empty prompt and without guidance.
 
-    `inverter` inverts the decoder; `steps` is the number of moves of naive inversion of the sampler. Raises ModelError
-    where the model's schedule cannot be walked in so many.
+    `inverter` inverts the decoder; `steps` is the number of steps of the naive sampler inversion. Raises ModelError if
+    the model's schedule does not work with this number.
     """
 
     def __init__(self, model: Model, inverter: Inverter = INVERTERS["guarded"], steps: int = 25) -> None:
@@ -112,13 +112,13 @@ class Recoverer:
 
     @classmethod
     def named(cls, model: Model, method: str, max_steps: int | None = None, steps: int = 25) -> Recoverer:
-        """With one of INVERTERS by its name. Raises RingmarkError for an unknown one."""
+        """A recoverer with one of INVERTERS by name. Raises RingmarkError for an unknown name."""
         check_method(method)
         return cls(model, Inverter.named(method, max_steps), steps)
 
     @property
     def settings(self) -> RecoverySettings:
-        """What the recovered noise depends on."""
+        """The settings that the recovered noise depends on."""
         return RecoverySettings(
             model=self.model.identity,
             image_size=self.model.image_size,
@@ -134,7 +134,7 @@ class Recoverer:
         )
 
     def latents(self, images: Tensor) -> Solution:
-        """Images (B, 3, H, W) in [-1, 1] → the latents they were decoded from, and how the solver found them."""
+        """Images (B, 3, H, W) in [-1, 1] → the latents they were decoded from, with the solver's log."""
         return self.inverter(self.model, images.to(self.model.device))
 
     @torch.inference_mode()
@@ -155,5 +155,5 @@ class Recoverer:
 def check_method(name: str) -> None:
     """Raises RingmarkError unless this is one of INVERTERS."""
     if name not in INVERTERS:
-        fact = f"unknown decoder inversion; known are {', '.join(INVERTERS)}"
+        fact = f"unknown decoder inversion; choose from {', '.join(INVERTERS)}"
         raise RingmarkError("recovery.method-unknown", fact, subject=repr(name))

@@ -1,4 +1,4 @@
-"""The noise levels that a sampler walks."""
+"""The noise levels of a sampler."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Schedule:
     """Levels of ascending noise; a latent at level i is x_i = a_i x₀ + s_i ε, and level 0 is the clean end.
 
     `timesteps` (N,): timesteps[i] conditions the network on level i + 1, for the move i ↔ i + 1. `signal` (N + 1,)
-    holds a ≥ 0, falling; `noise` (N + 1,) holds s ≥ 0, rising; both float64. Level 0 alone may have no noise, and
-    level N alone may have no signal. DDIM has a = √ᾱ, s = √(1 − ᾱ) (arXiv 2010.02502); rectified flow has a = 1 − σ,
-    s = σ (arXiv 2209.03003). Raises ValueError for anything else.
+    holds a ≥ 0, decreasing; `noise` (N + 1,) holds s ≥ 0, increasing; both float64. Only level 0 may have no noise, and
+    only level N may have no signal. DDIM has a = √ᾱ, s = √(1 − ᾱ) (arXiv 2010.02502); rectified flow has a = 1 − σ, s =
+    σ (arXiv 2209.03003). Raises ValueError for anything else.
     """
 
     timesteps: Tensor
@@ -39,12 +39,12 @@ class Schedule:
     def _check_signal(self) -> None:
         falls = self.signal.isfinite().all() and (self.signal.diff() <= 0).all()
         if not falls or not (self.signal[:-1] > 0).all() or self.signal[-1] < 0:
-            raise ValueError("the signal must fall and be positive; it may be 0 at the noisy end alone")
+            raise ValueError("the signal must be decreasing and positive; it may only be 0 at the noisy end")
 
     def _check_noise(self) -> None:
         rises = self.noise.isfinite().all() and (self.noise.diff() >= 0).all()
         if not rises or not (self.noise[1:] > 0).all() or self.noise[0] < 0:
-            raise ValueError("the noise must rise and be positive; it may be 0 at the clean end alone")
+            raise ValueError("the noise must be increasing and positive; it may only be 0 at the clean end")
 
     def __len__(self) -> int:
         """The number of moves N."""
@@ -55,7 +55,7 @@ class Schedule:
         return float(self.signal[level]), float(self.noise[level])
 
     def timestep(self, level: int) -> int | float:
-        """What conditions the network on level i = 1 … N."""
+        """The timestep that conditions the network on level i = 1 … N."""
         return self.timesteps[level - 1].item()
 
     def until(self, level: int) -> Schedule:
@@ -69,7 +69,7 @@ class Schedule:
 
     @classmethod
     def from_alpha_bar(cls, alphas_cumprod: Tensor, timesteps: Tensor, clean: float = 1.0) -> Schedule:
-        """DDIM's levels at these timesteps, in any order, of a training schedule ᾱ (T,) in [0, 1].
+        """DDIM's levels at these timesteps (in any order) of a training schedule ᾱ (T,) in [0, 1].
 
         `clean` is ᾱ at level 0. Raises ValueError for a timestep that is not in 0 … T − 1.
         """

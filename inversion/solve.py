@@ -1,7 +1,7 @@
-"""One driver for every fixed-point method.
+"""One driver for all fixed-point methods.
 
-The driver owns the loop: it evaluates the residual, keeps each sample's best iterate, decides when a sample is done
-and lets the batch shrink to those that are not. A method owns one step.
+The driver owns the loop: it evaluates the residual, keeps each sample's best iterate, decides when a sample is done and
+drops finished samples from the batch. A method owns one step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 __all__ = ["Method", "Residual", "Solution", "State", "Status", "evaluated", "norms", "solve"]
 
 State = dict[str, Tensor]
-"""What a method remembers: tensors with a leading batch dimension, so that the driver can drop finished samples."""
+"""A method's state: tensors with a leading batch dimension, so that the driver can drop finished samples."""
 
 Residual = Callable[[Tensor, Tensor], "Tensor | tuple[Tensor, Tensor]"]
 """(iterates (A, …), their rows in the batch (A,)) → T of the same shape, or T and an error (A, …) of any shape.
@@ -26,7 +26,7 @@ The norm of the error is the merit by which the best iterate is chosen; without 
 
 
 class Method(Protocol):
-    """A fixed-point method: hyper-parameters only, its state explicit."""
+    """A fixed-point method: hyper-parameters only, with explicit state."""
 
     def init(self, z: Tensor) -> State: ...
 
@@ -36,21 +36,21 @@ class Method(Protocol):
 class Status(Enum):
     """Why a sample stopped."""
 
-    CONVERGED = "converged"  # its residual fell to the tolerance
+    CONVERGED = "converged"  # its residual reached the tolerance
     STALLED = "stalled"  # its best residual no longer improves
     MAX_STEPS = "max steps"
-    START_KEPT = "start kept"  # its residual fell too little to rely on what follows; the value is the start
-    ROUNDED = "16-bit rounding"  # 16-bit maps lose more than the rounding of an 8-bit image; 32 bit comes nearer
+    START_KEPT = "start kept"  # its residual decreased too little to be reliable; the value is the start
+    ROUNDED = "16-bit rounding"  # 16-bit maps lose more than the rounding of an 8-bit image; 32 bits are more accurate
     DIVERGED = "diverged"  # NaN, overflow, or a residual far above the first; the value is still the best iterate
 
 
 @dataclass(frozen=True)
 class Solution:
-    """What the driver found for each of B samples in at most K evaluations of T.
+    """The driver's result for B samples after at most K evaluations of T.
 
-    `value` (B, …) is the best iterate; `residuals` (K, B) are ‖T‖ and `merits` (K, B) what the best iterate is chosen
-    by, both NaN once a sample has stopped; `steps` (B,) counts evaluations; `status` says why each sample stopped;
-    `chosen` (B,) is the evaluation that gave the value.
+    `value` (B, …) is the best iterate. `residuals` (K, B) are ‖T‖ and `merits` (K, B) the criterion for the best
+    iterate, both NaN once a sample has stopped. `steps` (B,) counts evaluations, `status` says why each sample stopped,
+    and `chosen` (B,) is the evaluation that gave the value.
     """
 
     value: Tensor
@@ -61,13 +61,13 @@ class Solution:
     chosen: Tensor
 
     def at_value(self, log: Tensor) -> Tensor:
-        """(B,): residuals or merits, given as `log` (K, B), of the values returned; NaN if nothing was evaluated."""
+        """Residuals or merits (B,) of the returned values, from `log` (K, B); NaN if nothing was evaluated."""
         return log.gather(0, self.chosen[None])[0] if len(log) else torch.full((len(self.status),), torch.nan)
 
 
 STALL_GAIN = 0.99  # a sample stalls unless its best residual falls below this share of the one `PATIENCE` ago
 PATIENCE = 3
-BLOW_UP = 1e3  # a residual this many times the first does not come down again
+BLOW_UP = 1e3  # a residual this many times the first has diverged
 
 
 def norms(x: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def norms(x: Tensor) -> Tensor:
 
 
 def evaluated(residual: Residual, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """T and the error at z, both float32; the error is T where the residual gives none."""
+    """T and the error at z, both float32; the error is T if the residual returns none."""
     value = residual(z, rows)
     t, error = value if isinstance(value, tuple) else (value, value)
     return t.float(), error.float()
@@ -85,7 +85,7 @@ def evaluated(residual: Residual, z: Tensor, rows: Tensor) -> tuple[Tensor, Tens
 
 @dataclass
 class _Progress:
-    """What the driver knows of each sample of the whole batch."""
+    """The driver's state for each sample of the whole batch."""
 
     value: Tensor
     merit: Tensor
@@ -119,7 +119,7 @@ class _Progress:
         self.steps[rows.cpu()] += 1
 
     def finished(self, rows: Tensor, size: Tensor, tol: Tensor | None) -> Tensor:
-        """(A,) which of the active samples stop here; their status is noted."""
+        """Mask (A,) of the active samples that stop here; records their status."""
         reasons = {
             Status.CONVERGED: size <= (0.0 if tol is None else tol[rows]),
             Status.DIVERGED: ~torch.isfinite(size) | (size > BLOW_UP * self.first[rows]),
@@ -135,7 +135,7 @@ class _Progress:
 
 @dataclass
 class _Log:
-    """Numbers (K, B) along the way, NaN for samples that have stopped."""
+    """Log of numbers (K, B), NaN for samples that have stopped."""
 
     count: int
     lines: list[Tensor] = field(default_factory=list)
@@ -157,13 +157,13 @@ def solve(
     tol: float | Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Solution:
-    """Look for z with T(z) = 0, each sample of the batch by itself.
+    """Solve T(z) = 0 for each sample of a batch independently.
 
-    At most `max_steps` ≥ 0 steps are taken, so T is evaluated at most max_steps + 1 times (not at all for 0: the
-    solution is the start). `tol`, a number or one per sample, is the ‖T‖ at which a sample has converged; a sample that
-    stalls above it stops too. With None every step is taken, unless T is zero or diverges. The value returned is the
-    evaluated iterate with the lowest merit, so it is never worse than the start. `progress(k, active)` is called after
-    each evaluation. State and iterates are float32 whatever the dtype of the maps.
+    At most `max_steps` ≥ 0 steps are taken, so T is evaluated at most max_steps + 1 times (for 0 not at all; the
+    solution is then the start). `tol`, a number or one per sample, is the ‖T‖ at which a sample has converged; a sample
+    that stalls above it also stops. With None, all steps are taken unless T becomes zero or diverges. The returned
+    value is the evaluated iterate with the lowest merit, so it is never worse than the start. `progress(k, active)` is
+    called after each evaluation. State and iterates are float32 for any dtype of the maps.
     """
     z = start.float()
     limits = None if tol is None else torch.as_tensor(tol, dtype=z.dtype, device=z.device).expand(len(z))
@@ -180,7 +180,7 @@ def solve(
             progress(k, int(keep.sum()))
         if k == max_steps or not keep.any():
             break
-        if not keep.all():  # gathering copies
+        if not keep.all():  # indexing copies
             rows, z, t, error = rows[keep], z[keep], t[keep], error[keep]
             state = {name: s[keep] for name, s in state.items()}
         z, state = method.step(z, t, error, state)

@@ -46,7 +46,7 @@ __all__ = [
     "verify",
 ]
 
-# Looked up on first use (PEP 562), so that the import takes milliseconds and loads no torch.
+# Resolved on first use (PEP 562), so that the import takes milliseconds and does not load torch.
 _HOMES = {
     "Calibration": "watermark.calibration",
     "Detector": "watermark.detect.detector",

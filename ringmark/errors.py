@@ -1,4 +1,4 @@
-"""What can go wrong, as facts with a code. Imports nothing, so that errors can be named anywhere."""
+"""Errors, as facts with a code. Imports nothing, so that any module can use them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ def one_line(text: object) -> str:
 
 
 class RingmarkError(ValueError):
-    """Something that the user can put right: `subject`, a file or a name, and the `fact` about it, in one line.
+    """An error that the user can fix: `subject`, a file or a name, and the `fact` about it, in one line.
 
-    `code` names the kind of fact ("key.exists") and never changes; `details` hold what a remedy may mention, numbers
-    above all. The fact says what is wrong, not what to do: that depends on where the library is called from. The
-    command line adds its remedy by the code.
+    `code` names the kind of fact ("key.exists") and is stable; `details` hold values that a remedy may mention. The
+    fact says what is wrong, not what to do, which depends on the caller. The command line adds a remedy by the code.
     """
 
     def __init__(self, code: str, fact: str, *, subject: object = None, **details: object) -> None:
@@ -41,7 +40,7 @@ class ModelError(RingmarkError):
 
 
 class ImageError(RingmarkError):
-    """A file that cannot be used as a picture, or as labels of pictures; its subject is the file."""
+    """A file that cannot be used as a picture or as labels of pictures; the subject is the file."""
 
     @property
     def path(self) -> Path:
@@ -50,7 +49,7 @@ class ImageError(RingmarkError):
 
 
 class StoreError(RingmarkError):
-    """A results file, or another file to be written, that cannot be used."""
+    """A results file or another output file that cannot be used."""
 
 
 class KeyFileError(RingmarkError):

@@ -161,7 +161,7 @@ def test_bad_names_are_refused_before_anything_is_written(album: Path, tmp_path:
     assert "takes: quality" in refused(album, out, "--attack", "jpeg:101", "--attack", "vae")
     assert "is a single file" in refused(album, tmp_path / "out.png", *flip)
     assert "is a single file" in refused(album / "a.png", tmp_path / "b.png", *flip, "--attack", "blur")
-    assert "end the name in .png" in refused(album / "a.png", tmp_path / "b.jpg", *flip)
+    assert "use a name that ends in .png" in refused(album / "a.png", tmp_path / "b.jpg", *flip)
     assert "is the image to be attacked" in refused(album, album, *flip, "--force")
     assert "is the image to be attacked" in refused(album / "a.png", album / "a.png", *flip, "--force")
     assert "lies in the source folder" in refused(album, album / "attacked", *flip)

@@ -32,7 +32,7 @@ def test_roc_from_an_audit(house: Path, tmp_path: Path) -> None:
     assert "2 of 4 records labelled" in partly.stdout and "at least 99 unmarked images; there are 1" in partly.stdout
     assert "2 without a label: marked/0000001.png, unmarked/0000003.png" in partly.stderr
     assert "1 labelled but without a record: elsewhere.png" in partly.stderr
-    assert "no label fits" in refused("roc", results, "--labels", tmp_path / "labels.csv")
+    assert "no label matches" in refused("roc", results, "--labels", tmp_path / "labels.csv")
     assert "Missing option '--labels'" in run("roc", results, code=2).stderr
 
 

@@ -118,7 +118,7 @@ def test_a_transparent_colour_becomes_white(tmp_path):
     Image.fromarray(RAMP).save(path, transparency=7)
     assert (pixels(path, "alpha over white")[RAMP == 7] == 255).all()
     Image.fromarray(RAMP.astype(np.uint16) * 257).save(path, transparency=7 * 257)
-    seen = pixels(path, "16 bit reduced to 8", "alpha over white")
+    seen = pixels(path, "16 bits reduced to 8", "alpha over white")
     assert (seen[RAMP == 7] == 255).all() and (seen[RAMP == 6] == 6).all()
 
 
@@ -126,7 +126,7 @@ def test_a_transparent_colour_becomes_white(tmp_path):
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path, suffix):
     path = tmp_path / f"x.{suffix}"
     Image.fromarray(RAMP.astype(np.uint16) * 257).save(path)
-    assert np.array_equal(pixels(path, "16 bit reduced to 8")[..., 0], RAMP)
+    assert np.array_equal(pixels(path, "16 bits reduced to 8")[..., 0], RAMP)
 
 
 def test_twelve_bits_are_scaled(tmp_path):
@@ -148,20 +148,20 @@ def test_sixteen_bit_colour_is_said(tmp_path):
             )
         )
     )
-    assert pixels(path, "16 bit reduced to 8").tolist() == [[[0x12, 255, 0]]]
+    assert pixels(path, "16 bits reduced to 8").tolist() == [[[0x12, 255, 0]]]
 
 
 @pytest.mark.parametrize(("values", "white"), [([0, 0.2, 1], 1), ([0, 51, 255], 255), ([0, 13107, 65535], 65535)])
 def test_floats_are_scaled_from_the_range_they_use(tmp_path, values, white):
     path = tmp_path / "x.tif"
     Image.fromarray(np.float32([values])).save(path)
-    assert pixels(path, f"32 bit reduced to 8, 0 to {white} taken as black to white")[0, :, 0].tolist() == [0, 51, 255]
+    assert pixels(path, f"32 bits reduced to 8, 0 to {white} taken as black to white")[0, :, 0].tolist() == [0, 51, 255]
 
 
 def test_unusual_ranges_are_stretched_and_flat_ones_survive(tmp_path):
     path = tmp_path / "x.tif"
     Image.fromarray(np.int32([[-100, 0, 155]])).save(path)
-    assert pixels(path, "32 bit reduced to 8, -100 to 155 taken as black to white")[0, :, 0].tolist() == [0, 100, 255]
+    assert pixels(path, "32 bits reduced to 8, -100 to 155 taken as black to white")[0, :, 0].tolist() == [0, 100, 255]
     Image.fromarray(np.full((4, 4), -3, np.int32)).save(path)
     assert (read_image(path)[0].getextrema()[0]) == (0, 0)
     Image.fromarray(np.float32([[0, np.nan]])).save(path)

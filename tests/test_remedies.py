@@ -77,7 +77,7 @@ def test_no_error_of_the_library_names_an_option(name: str) -> None:
 
 def test_a_remedy_follows_the_fact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(REMEDIES, "key.mode", "run: chmod 600 {quoted}; {count} more")
-    error = KeyFileError("key.mode", "other users can read it", subject="a b\n.key", count=2)
+    error = KeyFileError("key.mode", "others may read it", subject="a b\n.key", count=2)
     assert explained(error) == r"a b\n.key: others may read it; run: chmod 600 'a b\n.key'; 2 more"
     assert explained(RingmarkError("none.such", "no remedy is known")) == "no remedy is known"
 

@@ -10,16 +10,16 @@ __all__ = ["RectifiedFlowPipeline", "uniform_sigmas"]
 
 
 def uniform_sigmas(steps: int) -> list[float]:
-    """1, 1 − 1/N, …, 1/N: the levels of N equal Euler steps; the scheduler itself appends σ = 0."""
+    """1, 1 − 1/N, …, 1/N: the levels of N equal Euler steps; the scheduler appends σ = 0."""
     return [1 - i / steps for i in range(steps)]
 
 
 class RectifiedFlowPipeline(StableDiffusionPipeline):  # type: ignore[misc]  # diffusers is not typed
-    """`StableDiffusionPipeline` with `FlowMatchEulerDiscreteScheduler`, which it does not quite accept as it is.
+    """`StableDiffusionPipeline` with `FlowMatchEulerDiscreteScheduler`, which it does not support directly.
 
     The network predicts v = ε − x0 at z_σ = (1 − σ) x0 + σ ε, timestep 1000 σ. The scheduler lacks the
-    `init_noise_sigma` that the pipeline asks for (noise has unit variance), and its own spacing spends the last step
-    on σ = 0.001; steps here are of equal length.
+    `init_noise_sigma` that the pipeline needs (noise has unit variance), and its default spacing ends with a tiny step
+    from σ = 0.001; here all steps have equal length.
     """
 
     def __call__(

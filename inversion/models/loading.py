@@ -1,4 +1,4 @@
-"""Where a model lies, and its parts read from there: safetensors only, nothing is unpickled."""
+"""Find a model and load its parts, from safetensors only: nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from ringmark.errors import ModelError
 __all__ = ["POCKET", "check_tokenizer", "load_parts", "quiet", "resolve"]
 
 POCKET = Path(__file__).resolve().parents[2] / "data" / "pocket"
-"""The folder of the model that ringmark ships."""
+"""The folder of the model that ships with ringmark."""
 
 
 def resolve(source: str | Path) -> str:
-    """Where "pocket", a folder or a hub id is to be loaded from. Raises ModelError for a path that is not a model."""
+    """The path or hub id of "pocket", a folder or a hub id. Raises ModelError for a path that is not a model."""
     folder = POCKET if str(source) == "pocket" else Path(source).expanduser()
     if (folder / "model_index.json").is_file():
         return str(folder)
     if folder.exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
-        raise ModelError("model.not-one", "not a diffusers model (no model_index.json in it)", subject=source)
+        raise ModelError("model.not-one", "not a diffusers model (it has no model_index.json)", subject=source)
     return str(source)
 
 
 def load_parts(source: str) -> dict[str, Any]:
     """`vae`, `unet`, `text_encoder`, `tokenizer` and `scheduler` of a diffusers folder or hub id, in float32.
 
-    Raises ModelError, with the code "model.unreachable" where there is no such model, "model.damaged" else.
+    Raises ModelError, with the code "model.unreachable" if there is no such model, otherwise "model.damaged".
     """
     try:
         return _load_parts(source)
-    except Exception as error:  # whatever three libraries raise for a file that is missing, damaged or of another kind
+    except Exception as error:  # three libraries raise all kinds of errors for missing, damaged or wrong files
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if not Path(source).is_dir():
-            fact = f"no such folder, and no model of this name in the cache or within reach on the hub ({reason})"
+            fact = f"no such folder, and no model of this name in the cache or reachable on the hub ({reason})"
             raise ModelError("model.unreachable", fact, subject=source) from error
         fact = f"cannot be loaded as a latent diffusion model: {reason}"
         raise ModelError("model.damaged", fact, subject=source) from error
@@ -52,7 +52,7 @@ def _load_parts(source: str) -> dict[str, Any]:
     schedule = DDIMScheduler.load_config(source, subfolder="scheduler")
     tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ValueError("tokenizer: it has no vocabulary")
+        raise ValueError("the tokenizer has no vocabulary")
     parts = {
         "vae": _whole(vae, source, "vae", torch_dtype=torch.float32),
         "unet": _whole(UNet2DConditionModel, source, "unet", torch_dtype=torch.float32),
@@ -65,18 +65,18 @@ def _load_parts(source: str) -> dict[str, Any]:
 
 
 def _whole(kind: Any, source: str, part: str, **dtype: torch.dtype) -> Any:
-    """A module with all of its weights: the libraries would fill a gap with random numbers."""
+    """A module with all of its weights; the libraries would fill missing ones with random numbers."""
     module, info = kind.from_pretrained(source, subfolder=part, use_safetensors=True, output_loading_info=True, **dtype)
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{part}: {len(missing)} of its tensors are missing, {missing[0]} the first")
+        raise ValueError(f"{part}: {len(missing)} tensors are missing, the first is {missing[0]}")
     return module
 
 
 def check_tokenizer(tokenizer: Any, text_encoder: Any) -> None:
-    """Raises ValueError where the tokenizer gives tokens that the text encoder has no embedding for."""
+    """Raises ValueError if the tokenizer has tokens for which the text encoder has no embedding."""
     needed, rows = max(tokenizer.get_vocab().values()) + 1, text_encoder.get_input_embeddings().num_embeddings
     if needed > rows:
-        raise ValueError(f"tokenizer: it has {needed} tokens, but the text encoder embeds {rows}")
+        raise ValueError(f"the tokenizer has {needed} tokens, but the text encoder embeds only {rows}")
 
 
 def _class_of(config: dict[str, Any], base: Any) -> Any:
@@ -92,7 +92,7 @@ def _class_of(config: dict[str, Any], base: Any) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within it diffusers and transformers print nothing; errors still come as exceptions."""
+    """Context in which diffusers and transformers print nothing; errors are still raised."""
     import diffusers.utils.logging as diffusers_log
     import transformers.utils.logging as transformers_log
 

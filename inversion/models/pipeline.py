@@ -1,7 +1,7 @@
 """A diffusers pipeline as maps between images, latents and noise.
 
-What differs between latent diffusion models ends here: what the network predicts, how latents are scaled, which noise
-schedule was trained. Nothing outside `inversion.models` knows diffusers or transformers.
+This module hides the differences between latent diffusion models: what the network predicts, how latents are scaled and
+which noise schedule was trained. Nothing outside `inversion.models` uses diffusers or transformers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ringmark.inversion.schedule import Schedule
 
 __all__ = ["PREDICTIONS", "LatentModel", "lean"]
 
-MAX_SIDE = 2048  # of latents; at a factor of 8 an image of 16384 pixels a side
+MAX_SIDE = 2048  # of latents; an image of 16384 pixels per side at a factor of 8
 SCHEDULE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
 
 Pair = tuple[Tensor, Tensor]
@@ -55,7 +55,7 @@ PREDICTIONS: dict[str, Callable[[Tensor, Tensor, float, float], Pair]] = {
     "sample": from_sample,
     "flow_prediction": from_velocity,
 }
-"""From latents z, the network's output, signal and noise to (x̂₀, ε̂), by diffusers' name of what is predicted."""
+"""Maps from latents z, the network's output, signal and noise to (x̂₀, ε̂), by diffusers' name of the prediction type."""
 
 ON_ALPHA_BAR = ("epsilon", "v_prediction", "sample")
 
@@ -63,9 +63,9 @@ ON_ALPHA_BAR = ("epsilon", "v_prediction", "sample")
 class LatentModel:
     """A latent diffusion model as maps between images, latents and noise.
 
-    `latent_shape` (C, h, w); `image_size` (H, W); `identity`: name, fingerprint and latent shape, which keys and
-    results record; `recovery`: how much of its noise comes back, where that has been measured. It wraps the modules it
-    is given and neither copies nor changes them. Raises ModelError for a model of a kind that is not supported.
+    `latent_shape` (C, h, w); `image_size` (H, W); `identity`: name, fingerprint and latent shape, as recorded in keys
+    and results; `recovery`: how well its noise is recovered, if that has been measured. The given modules are wrapped,
+    neither copied nor changed. Raises ModelError for an unsupported kind of model.
     """
 
     def __init__(
@@ -102,8 +102,7 @@ class LatentModel:
     ) -> LatentModel:
         """Load "pocket", a diffusers folder or a hub id; safetensors only, nothing is unpickled.
 
-        `device` "auto" is CUDA where there is one; `dtype` None is float16 there and float32 on a CPU. Raises
-        ModelError.
+        `device` "auto" is CUDA if available; `dtype` None is float16 on CUDA and float32 on a CPU. Raises ModelError.
         """
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         dtype = dtype or (torch.float16 if place.type == "cuda" else torch.float32)
@@ -113,13 +112,13 @@ class LatentModel:
             model = cls(**load_parts(where), name=name, recovery=NoiseRecovery.load(Path(where)))
             for module in (model.vae, model.unet, model.text_encoder):
                 module.to(place, dtype).requires_grad_(False).eval()
-            # Convolutions on large maps are faster with the channels last, the network's on small ones are not.
+            # Channels last makes convolutions on large maps faster, but not the network's, on small maps.
             model.vae.to(memory_format=torch.channels_last)
         return model
 
     @classmethod
     def from_pipeline(cls, pipe: Any, *, name: str) -> LatentModel:
-        """Wrap the modules of a loaded diffusers pipeline, where and as they are."""
+        """Wrap the modules of a loaded diffusers pipeline, keeping their device and dtype."""
         try:
             check_tokenizer(pipe.tokenizer, pipe.text_encoder)
         except ValueError as error:
@@ -130,7 +129,7 @@ class LatentModel:
         config = self.unet.config
         more = [config.get(k) for k in ("addition_embed_type", "class_embed_type", "num_class_embeds")]
         if any(more) or config.in_channels != self.vae.config.latent_channels:
-            fact = "its network needs more than a prompt and latents, as those of SDXL and of inpainting do"
+            fact = "its network needs more inputs than a prompt and latents, like those of SDXL and inpainting models"
             raise ModelError("model.conditioning", fact, subject=self.name)
 
     def _check_scheduler(self) -> None:
@@ -142,7 +141,7 @@ class LatentModel:
             raise ModelError("model.prediction", fact, subject=self.name)
 
     def _latent_size(self) -> tuple[int, int]:
-        """(h, w) by the network's config."""
+        """(h, w) from the network's config."""
         size = self.unet.config.sample_size
         sides = size if isinstance(size, (list, tuple)) else [size, size]
         if len(sides) != 2 or not all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides):
@@ -154,7 +153,7 @@ class LatentModel:
         return sides[0], sides[1]
 
     def _number(self, field: str, default: float | None = None) -> float:
-        """A number of the autoencoder's config by which its latents are scaled or shifted."""
+        """A number in the autoencoder's config by which latents are scaled or shifted."""
         value = self.vae.config.get(field) or default
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             fact = f"the {field} of its autoencoder is {str(value)[:40]!r}; it must be a finite number"
@@ -163,11 +162,11 @@ class LatentModel:
 
     @torch.inference_mode()
     def _fingerprint(self) -> str:
-        """16 hex digits over a few values of every tensor, which costs milliseconds, and over what they predict.
+        """16 hex digits of a hash over a few values of every tensor, which takes milliseconds, and over the settings.
 
-        The same weights under another prediction type, schedule or scaling of latents are another model.
+        The same weights with another prediction type, schedule or scaling of latents are a different model.
         """
-        schedule = [self.scheduler.config.get(name) or None for name in SCHEDULE]  # not set or False: the same
+        schedule = [self.scheduler.config.get(name) or None for name in SCHEDULE]  # unset and False are the same
         digest = hashlib.sha256(repr([self.prediction, self.scale, self.shift, *schedule]).encode())
         for module in (self.vae, self.unet, self.text_encoder):
             # transformers 4 calls the same tensors text_model.…
@@ -200,25 +199,27 @@ class LatentModel:
         return images
 
     def lean(self) -> AbstractContextManager[None]:
-        """Within it gradients of `decode` need less memory: see `lean`."""
+        """Context in which gradients of `decode` need less memory: see `lean`."""
         return lean(self.vae)
 
     @torch.inference_mode()
     def embed(self, prompts: list[str]) -> Tensor:
-        """(B, L, W) the text encoder's hidden states; a prompt that is too long is cut."""
+        """The text encoder's hidden states (B, L, W); long prompts are truncated."""
         ids = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         states: Tensor = self.text_encoder(ids.to(self.device)).last_hidden_state
         return states
 
     def predict(self, latents: Tensor, level: int, schedule: Schedule, cond: Tensor) -> tuple[Tensor, Tensor]:
-        """(x̂₀, ε̂), each (B, C, h, w), of latents taken to stand at `level` = 1 … N, whatever the network predicts.
+        """(x̂₀, ε̂), each (B, C, h, w), of latents at `level` = 1 … N, for any type of prediction.
 
         latents = a x̂₀ + s ε̂ with the level's signal and noise. Computed in float32, or in the latents' dtype if that is
-        wider. Raises ModelError where a network that predicts ε is asked at a level without signal.
+        wider. Raises ModelError at a level without signal if the network predicts ε.
         """
         signal, noise = schedule.at(level)
         if signal == 0 and self.prediction == "epsilon":
-            fact = f"predicts ε, which says nothing at timestep {schedule.timestep(level)}, where the signal is 0"
+            fact = (
+                f"predicts ε, which does not determine x₀ at timestep {schedule.timestep(level)}, where the signal is 0"
+            )
             raise ModelError("model.no-signal", fact, subject=self.name)
         z = latents.to(self.device, torch.promote_types(latents.dtype, torch.float32))
         t = schedule.timestep(level)
@@ -226,28 +227,28 @@ class LatentModel:
         return PREDICTIONS[self.prediction](z, out.to(z.dtype), signal, noise)
 
     def schedule(self, steps: int) -> Schedule:
-        """The levels that DDIM walks in this many steps, spaced as the model's scheduler says. Raises ModelError."""
+        """The levels of a sampler with this many steps, spaced as in the model's scheduler. Raises ModelError."""
         from diffusers import DDIMScheduler
 
         ddim = DDIMScheduler.from_config(self.scheduler.config)
         most = ddim.config.num_train_timesteps
         if not 1 <= steps <= most:
-            fact = f"steps must lie in 1 … {most}, not {steps}"
+            fact = f"the number of steps must be from 1 to {most}, not {steps}"
             raise ModelError("model.steps", fact, subject=self.name, most=most)
         ddim.set_timesteps(steps)
         try:
             return Schedule.from_alpha_bar(ddim.alphas_cumprod, ddim.timesteps, float(ddim.final_alpha_cumprod))
         except ValueError as error:
-            fact = f"its schedule cannot be walked in {steps} steps ({error})"
+            fact = f"its schedule does not work with {steps} steps ({error})"
             raise ModelError("model.steps", fact, subject=self.name, most=most) from error
 
 
 @contextmanager
 def lean(vae: Any) -> Iterator[None]:
-    """Within it an autoencoder of diffusers computes in bfloat16 by autocast and stores less for gradients.
+    """Context in which an autoencoder of diffusers runs in bfloat16 by autocast and stores less for gradients.
 
-    Of each block autograd keeps what goes in and computes the rest again (activation checkpointing), where the class
-    allows it. Both are switched back at the end.
+    If the class supports it, autograd only keeps the inputs of each block and recomputes the rest (activation
+    checkpointing). Both settings are restored at the end.
     """
     checkpointed = getattr(vae, "_supports_gradient_checkpointing", False) and not vae.is_gradient_checkpointing
     if checkpointed:

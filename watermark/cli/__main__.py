@@ -1,4 +1,4 @@
-"""`python -m ringmark.watermark.cli`."""
+"""Entry point of `python -m ringmark.watermark.cli`."""
 
 from __future__ import annotations
 

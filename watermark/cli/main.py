@@ -1,4 +1,4 @@
-"""The group of commands and what it does with errors. Heavy imports wait until a command runs."""
+"""The group of commands and its error handling. Heavy imports are deferred until a command runs."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ RESUMED = ("generate", "audit", "calibrate", "evaluate", "attack", "demo")
 
 
 class Refusal(click.ClickException):
-    """An expected error, printed in one line."""
+    """An expected error, printed as one line."""
 
     exit_code = EXIT_USAGE
 
 
 class Ringmark(click.Group):
-    """Turns errors into exit code 2, expected ones into one line on stderr. Exit code 1 is for verdicts alone."""
+    """Turns errors into exit code 2, expected ones into one line on stderr. Exit code 1 is reserved for verdicts."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
         with _closed_pipe():
@@ -58,24 +58,24 @@ class Ringmark(click.Group):
 
 @contextmanager
 def _closed_pipe() -> Iterator[None]:
-    """Exits quietly where nobody reads on. Click itself would exit with 1, which is a verdict."""
+    """Exits quietly if the reader of a pipe has closed it. Click itself would exit with 1, which is a verdict."""
     try:
         yield
     except BrokenPipeError:
-        # What is still buffered has nowhere to go either, of which Python would complain at exit.
+        # Discard what is still buffered; otherwise Python would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_PIPE)
 
 
 def _interrupted(ctx: click.Context, progress: str) -> NoReturn:
     if not progress and ctx.invoked_subcommand in RESUMED:
-        progress = "finished work is kept; run the same command again to go on"
+        progress = "finished work is kept; run the same command again to resume"
     click.echo(f"interrupted: {progress}" if progress else "interrupted", err=True)
     ctx.exit(EXIT_INTERRUPTED)
 
 
 def _refused(ctx: click.Context, error: Exception) -> NoReturn:
-    """An expected error is printed in one line, any other with its traceback."""
+    """Print an expected error as one line, any other with its traceback."""
     if isinstance(error, RingmarkError):
         message = explained(error)
     elif isinstance(error, OSError) and error.strerror:
@@ -102,7 +102,7 @@ def _log_to_stderr(ctx: click.Context, level: int) -> None:
 def main(ctx: click.Context, verbose: int) -> None:
     """Tell whether an image was made by your latent diffusion model.
 
-    A key is embedded in the initial noise of each image, and found again by recovering that noise.
+    A key is embedded in the initial noise of each image and detected by recovering that noise.
 
     \b
     Example:

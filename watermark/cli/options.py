@@ -1,4 +1,4 @@
-"""Options that several commands share, as decorators. A group of options reaches its command as one typed value."""
+"""Options shared by several commands, as decorators. A group of options is passed to its command as one typed value."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 EXIT_ABSENT, EXIT_USAGE, EXIT_INCONCLUSIVE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 3, 130, 141
 
-MAX_GUIDANCE = 100  # far beyond use; larger values overflow in the sampler
+MAX_GUIDANCE = 100  # far above useful values; larger ones overflow in the sampler
 
 
 class FilePath(click.Path):
-    """A path that is not empty and that ends in one of `suffixes`, if there are any."""
+    """A non-empty path that ends in one of `suffixes`, if there are any."""
 
     def __init__(self, *suffixes: str) -> None:
         super().__init__(path_type=Path)
@@ -34,7 +34,7 @@ class FilePath(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         if not os.fspath(value):
-            self.fail("the name is empty; name a file or folder", param, ctx)
+            self.fail("the name is empty; give a file or folder", param, ctx)
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
         if self.suffixes and path.suffix.lower() not in self.suffixes:
             self.fail(f"{path}: the name must end in {' or '.join(self.suffixes)}", param, ctx)
@@ -42,7 +42,7 @@ class FilePath(click.Path):
 
 
 class Finite(click.FloatRange):
-    """A range of finite numbers. NaN compares as neither inside nor outside of a range."""
+    """A range of finite numbers; refuses NaN, for which comparisons with the range fail."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))
@@ -56,12 +56,12 @@ SEED = click.IntRange(0, 2**62)  # torch and NumPy take 63 bits; each further im
 
 
 def options(*decorators: Decorator) -> Decorator:
-    """Several decorators as one."""
+    """Combine several decorators into one."""
     return lambda command: reduce(lambda inner, decorate: decorate(inner), reversed(decorators), command)
 
 
 def grouped(name: str, group: type, *decorators: Decorator) -> Decorator:
-    """Options whose values reach the command as one argument `name`, an instance of the dataclass `group`."""
+    """Pass the values of these options to the command as one argument `name`, an instance of the dataclass `group`."""
     members = [field.name for field in fields(group)]
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,7 +76,7 @@ def grouped(name: str, group: type, *decorators: Decorator) -> Decorator:
 
 
 def names(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    """'a,b' and 'c' as a, b and c."""
+    """Split comma-separated names: 'a,b' and 'c' give a, b and c."""
     return tuple(name.strip() for value in values for name in value.split(","))
 
 
@@ -89,7 +89,7 @@ class ModelOptions:
     dtype: str
 
     def load(self) -> LatentModel:
-        """The model."""
+        """Load the model."""
         from ringmark.watermark.tasks import load
 
         return load.load_model(self.source, self.device, self.dtype)
@@ -114,7 +114,7 @@ class DetectionOptions:
     search: bool
 
     def prepare(self, model: ModelOptions, inversion: InversionOptions) -> Setup:
-        """The verifier. The keys and the calibration are read before the model is loaded."""
+        """Load the verifier. Keys and calibration are read before the model is loaded."""
         from ringmark.watermark.tasks.load import load_verifier
 
         return load_verifier(
@@ -132,7 +132,7 @@ class DetectionOptions:
 
 
 max_steps_option = click.option(
-    "--max-steps", type=click.IntRange(0), help="Most steps of the decoder inversion.  [default: the method's own]"
+    "--max-steps", type=click.IntRange(0), help="Maximum steps of the decoder inversion.  [default: the method's own]"
 )
 steps_option = click.option("--steps", type=click.IntRange(1), default=25, show_default=True, help="DDIM steps.")
 batch_option = click.option(
@@ -171,7 +171,7 @@ model_options = grouped(
 )
 
 METHODS = ("encoder", "forward", "km", "adam", "anderson", "guarded", "gradient", "gradient-lean")
-"""As in inversion.decoder.INVERTERS, which takes torch to import."""
+"""The names of inversion.decoder.INVERTERS, which needs torch to import."""
 
 inversion_options = grouped(
     "inversion",
@@ -182,7 +182,7 @@ inversion_options = grouped(
         default="guarded",
         show_default=True,
         help="Decoder inversion. guarded is robust to altered images; anderson is the most accurate on unaltered "
-        "ones; encoder skips the inversion; gradient is the slow baseline, gradient-lean the same in less memory.",
+        "ones; encoder skips the inversion; gradient is the slow baseline; gradient-lean is the same with less memory.",
     ),
     max_steps_option,
     steps_option,
@@ -192,7 +192,7 @@ KEYS_HELP = "A key file or a folder of keys; may be repeated."
 calibration_option = click.option(
     "--calibration",
     type=PATH,
-    help="File written by ringmark calibrate: p-values rest on it and are checked against its unmarked images.  "
+    help="File written by ringmark calibrate; p-values are based on it and checked against its unmarked images.  "
     "[default: the model's own, if it has one for these settings]",
 )
 detection_options = grouped(

@@ -1,1 +1,1 @@
-"""The commands, a module a group of them; main.py collects them. Heavy imports wait until a command runs."""
+"""The commands, one module per group; main.py collects them. Heavy imports are deferred until a command runs."""

@@ -38,7 +38,7 @@ def list_attacks(ctx: click.Context, param: click.Parameter, value: bool) -> Non
     "specs",
     multiple=True,
     required=True,
-    help="As in jpeg:25, jpeg:25+blur:4 (one after the other) or tree-ring (a preset); may be repeated.",
+    help="An attack such as jpeg:25, a chain such as jpeg:25+blur:4, or a preset such as tree-ring; may be repeated.",
 )
 @click.option(
     "--list",
@@ -69,10 +69,10 @@ def attack(
     model: ModelOptions,
     as_json: bool,
 ) -> None:
-    """Distort an image, or all images of a folder, as a mark must survive it.
+    """Distort an image, or all images of a folder, to test how robust a mark is.
 
-    Writes PNG; each of several attacks has a folder of its own in OUT. Images made earlier from the same source by the
-    same attack are kept. Only vae and diffuse load a model. Exit code 0: all images are there; 2: usage error, or some
+    Writes PNG; each of several attacks has its own folder in OUT. Images made earlier from the same source by the same
+    attack are kept. Only vae and diffuse load a model. Exit code 0: all images are written; 2: usage error, or some
     images could not be attacked; 130: interrupted.
 
     \b

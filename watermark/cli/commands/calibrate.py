@@ -1,4 +1,4 @@
-"""Measure the null of one's own images."""
+"""Calibrate on unmarked images."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from ringmark.watermark.cli.options import (
     "--output",
     type=PATH,
     required=True,
-    help="The calibration file to write. Until it is finished, work is kept in the folder OUTPUT.cache: run the same "
-    "command to go on, or delete the folder.",
+    help="The calibration file to write. Unfinished work is kept in the folder OUTPUT.cache: run the same command to "
+    "resume, or delete the folder.",
 )
 @click.option("--plot", type=FIGURE, help="Draw how well noise is recovered, by ring, into this PNG or SVG.")
 @inversion_options

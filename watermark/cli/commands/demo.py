@@ -1,4 +1,4 @@
-"""The other commands, run one after the other."""
+"""Run the other commands one after the other."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def generate(
 ) -> None:
     """Draw marked or unmarked images.
 
-    Images are named by their seeds, and labels.csv lists them. A run that was stopped goes on with the same command.
+    Images are named by their seeds, and labels.csv lists them. Run the same command again to resume an interrupted run.
 
     \b
     Example:

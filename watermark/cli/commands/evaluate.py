@@ -1,4 +1,4 @@
-"""Curves and comparisons: how well keys are found."""
+"""Evaluate how well keys are found."""
 
 from __future__ import annotations
 
@@ -52,8 +52,9 @@ def roc(
 ) -> None:
     """Compute ROC curves and AUC from audits of labelled images.
 
-    Reports the threshold of the asked false-positive rate, the rates at it and their intervals, where there are enough
-    unmarked images: 99 for 1 %. With --json also all points of the curves. Records and labels left out are named.
+    Reports the threshold for the given false-positive rate, and the rates at that threshold with their intervals, if
+    there are enough unmarked images (99 for 1 %). --json also gives all points of the curves. Records and labels that
+    were left out are listed.
 
     \b
     Example:
@@ -95,7 +96,7 @@ def roc(
     "--attacks",
     multiple=True,
     callback=names,
-    help="As in jpeg:25,blur:4 or tree-ring (see ringmark attack --list); may be repeated.  [default: none]",
+    help="Attacks such as jpeg:25,blur:4 or tree-ring (see ringmark attack --list); may be repeated.  [default: none]",
 )
 @click.option(
     "--methods",
@@ -135,8 +136,8 @@ def evaluate(
     """Measure how well keys are found under attacks, by several decoder inversions.
 
     Reports AUC, true-positive rates, time, memory and cost in image quality. Marked and unmarked images are
-    independent. Finished work is kept: a run that was stopped goes on, and an attack, method or key added to the others
-    costs no more than itself. Tables (evaluation.md, .csv, .json, scores.csv) and plots cover what this run names. With
+    independent. Finished work is kept, so an interrupted run can be resumed, and a further attack, method or key only
+    costs its own time. Tables (evaluation.md, .csv, .json, scores.csv) and plots cover what this run names. With
     several keys or methods, gains.csv has the paired difference of the mean AUC for each pair of them.
 
     \b

@@ -1,4 +1,4 @@
-"""What ringmark recovers from an image, and facts about a model."""
+"""Recover the noise of an image, and show facts about a model."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from ringmark.watermark.cli.options import (
     "--output",
     type=PATH,
     required=True,
-    help="The safetensors file to write, with latents, noise and residuals. Noise of a marked image is a rough copy "
-    "of the key: keep it secret.",
+    help="The safetensors file to write, with latents, noise and residuals. The noise of a marked image is a rough "
+    "copy of the key: keep it secret.",
 )
 @inversion_options
 @model_options

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class SchemeCommand(click.Command):
-    """A command that also takes the parameters of every registered scheme, as options of their names."""
+    """A command with an option for each parameter of the registered schemes."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         params = super().get_params(ctx)
@@ -35,7 +35,7 @@ class SchemeCommand(click.Command):
 
 def scheme_options() -> list[click.Option]:
     """--scheme, and an option for each parameter of a registered scheme."""
-    import ringmark.watermark.schemes  # noqa: F401  registers those that come with ringmark
+    import ringmark.watermark.schemes  # noqa: F401  registers the built-in schemes
     from ringmark.watermark.schemes.base import DEFAULT, REGISTRY
 
     parameters = {p.name: p for entry in REGISTRY.values() for p in entry.parameters}
@@ -52,7 +52,7 @@ def scheme_options() -> list[click.Option]:
 
 
 def _option(parameter: Parameter) -> click.Option:
-    """The option for a parameter of a scheme. None stands for its default, which is the scheme's affair."""
+    """The option for a parameter of a scheme. None stands for the scheme's default."""
     help_text = parameter.help
     if parameter.default is not None:
         help_text += f"  [default: {parameter.show(parameter.default)}]"
@@ -124,8 +124,8 @@ def keygen(
     if number:
         grown = grow(loaded, output, number, make, old, force=force)
         text = (
-            f"{counted(number, 'key')} written to {output}, beside {grown.kept} kept; {grown.drawn_again} drawn again "
-            "for being too close to another. Keep them secret."
+            f"{counted(number, 'key')} written to {output}, next to {grown.kept} existing; {grown.drawn_again} "
+            "drawn again because they were too close to another. Keep them secret."
         )
         say([{"path": str(path)} | describe(key) for path, key in grown.new.items()], text, as_json)
         return
@@ -154,7 +154,7 @@ def keys() -> None:
 @click.argument("paths", metavar="FOLDER|FILE...", type=PATH, nargs=-1, required=True)
 @json_option
 def keys_list(paths: tuple[Path, ...], as_json: bool) -> None:
-    """List key files and the keys in folders, one a line.
+    """List key files and the keys in folders, one per line.
 
     \b
     Example:
@@ -172,7 +172,7 @@ def keys_list(paths: tuple[Path, ...], as_json: bool) -> None:
 @click.option(
     "--plot",
     type=FIGURE,
-    help="Draw the key into this PNG or SVG. Whoever has the picture has the key: keep it secret.",
+    help="Draw the key into this PNG or SVG. The picture reveals the key: keep it secret.",
 )
 @force_option
 @json_option

@@ -1,4 +1,4 @@
-"""Look for keys in images: named ones, or all of a folder."""
+"""Test images, or all images of a folder, for keys."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ringmark.watermark.cli.options import (
 )
 from ringmark.watermark.cli.remedies import explained
 
-UNCHECKED = "note: p-values are not checked against unmarked images: the model's calibration does not apply"
+UNCHECKED = "note: p-values are not checked against unmarked images, because the model's calibration does not apply"
 
 
 @click.command()
@@ -41,7 +41,7 @@ UNCHECKED = "note: p-values are not checked against unmarked images: the model's
 @click.option(
     "--explain",
     type=FIGURE,
-    help="Draw what the verdict on the first image rests on into this PNG or SVG. It shows the key: keep it secret.",
+    help="Draw the evidence for the verdict on the first image into this PNG or SVG. It shows the key: keep it secret.",
 )
 @force_option
 @model_options
@@ -60,8 +60,8 @@ def verify(
 ) -> None:
     """Tell whether images carry a key.
 
-    Prints a line for each image. Exit code 0: all of them carry a key; 1: some do not; 2: usage error, or a file that
-    cannot be read; 3: inconclusive.
+    Prints a line for each image. Exit code 0: all of them carry a key; 1: some do not; 2: usage error, or a file cannot
+    be read; 3: inconclusive.
 
     \b
     Example:
@@ -105,7 +105,7 @@ def skipped(files: dict[str, int]) -> str:
     "--output",
     type=PATH,
     required=True,
-    help="The file of results, one JSON line an image. An audit that was stopped goes on from it.",
+    help="The file of results, one JSON line per image. An interrupted audit resumes from it.",
 )
 @detection_options
 @inversion_options
@@ -125,8 +125,8 @@ def audit(
 ) -> None:
     """Look for keys in every image of a folder, recursively.
 
-    Files that have changed since they were recorded are examined again. Exit code 0: every image has a record, whatever
-    it says; 2: usage error, or no such folder; 130: interrupted.
+    Files that have changed since they were recorded are tested again. Exit code 0: every image has a record, whatever
+    its verdict; 2: usage error, or no such folder; 130: interrupted.
 
     \b
     Example:
