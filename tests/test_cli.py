@@ -151,7 +151,7 @@ def test_a_refusal_does_not_cost_a_model(house: Path, tmp_path: Path, monkeypatc
     assert "exists already" in refused("invert", picture, "-o", picture)
     for option in (["verify", picture, *key, "--alpha"], ["generate", "--no-mark", "-o", none, "--guidance"]):
         assert "nan is not a finite number" in refused(*option, "nan")
-    assert "there is no such file" in refused("verify", picture, "--key", none)
+    assert "no such file" in refused("verify", picture, "--key", none)
     assert "no *.key file" in refused("verify", picture, "--key", tmp_path)
     assert "is a folder" in refused("generate", "--key", tmp_path, "-o", tmp_path / "out")
     assert "is not a folder" in refused("keygen", "-n", 2, "-o", house / "my.key")

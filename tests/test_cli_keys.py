@@ -36,8 +36,8 @@ def test_a_ring_of_keys_is_made_listed_and_looked_for(house: Path, tmp_path: Pat
     lines = run("keys", "list", ring, house / "my.key").stdout.splitlines()
     assert len(lines) == 7 and str(house / "my.key") in lines[-1]
     keys = ["--key", ring, "--key", house / "my.key", "--key", made[0]["path"]]
-    said = run("verify", *pictures(house), *keys, *QUICK, code=1).stdout
-    assert said.count(": carries key") == 2 and said.count(": carries none of 6 keys, nearest") == 2
+    output = run("verify", *pictures(house), *keys, *QUICK, code=1).stdout
+    assert output.count(": carries key") == 2 and output.count(": carries none of 6 keys, best fit") == 2
     shutil.copy(made[0]["path"], ring / "copy.key")
     message = refused("audit", house / "images", "--key", ring, "-o", tmp_path / "r.jsonl")
     assert "copy.key" in message and made[0]["path"] in message
@@ -47,7 +47,7 @@ def test_keys_are_shown_without_their_values(house: Path, tmp_path: Path) -> Non
     key, record = house / "my.key", tmp_path / "public.json"
     shown = json.loads(run("keys", "show", key, "--json", "--plot", tmp_path / "key.png").stdout)
     assert (tmp_path / "key.png").stat().st_mode & 0o077 == 0 and (tmp_path / "key.png").stat().st_size > 5000
-    assert "has the key" in " ".join(run("keys", "show", "--help").stdout.split())
+    assert "reveals the key" in " ".join(run("keys", "show", "--help").stdout.split())
     assert shown["commitment"] in run("keys", "show", key).stdout
     run("keys", "export-public", key, "-o", record)
     assert json.loads(record.read_text())["commitment"] == shown["commitment"]

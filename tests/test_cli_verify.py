@@ -102,7 +102,7 @@ def test_verify_takes_every_kind_of_picture(house: Path, tmp_path: Path, mode: s
 
 def test_wrong_corrupt_and_missing_keys(house: Path, tmp_path: Path) -> None:
     picture = pictures(house)[0]
-    assert "there is no such file" in refused("verify", picture, "--key", tmp_path / "none.key")
+    assert "no such file" in refused("verify", picture, "--key", tmp_path / "none.key")
     damaged = bytearray((house / "my.key").read_bytes())
     damaged[-5] ^= 1
     (tmp_path / "damaged.key").write_bytes(damaged)

@@ -311,7 +311,7 @@ def test_no_pixels_are_refused(tmp_path, size):
 def test_messages_stay_on_one_line(tmp_path):
     with pytest.raises(ImageError) as caught:
         read_image(tmp_path / "a\nb.png")
-    assert str(caught.value) == f"{tmp_path}/a\\nb.png: there is no such file"
+    assert str(caught.value) == f"{tmp_path}/a\\nb.png: no such file"
 
 
 @pytest.mark.filterwarnings("error")
@@ -447,7 +447,7 @@ def test_large_metadata_of_a_png_is_ignored(tmp_path):
         Image.fromarray(PHOTO).save(path, pnginfo=info)
         assert np.array_equal(pixels(path), PHOTO)
     Image.fromarray(PHOTO).save(path, icc_profile=bytes(1_500_000))
-    assert np.array_equal(pixels(path, "colour profile ignored: it is damaged or does not fit"), PHOTO)
+    assert np.array_equal(pixels(path, "colour profile ignored: it is damaged or does not match the image"), PHOTO)
 
 
 def test_compressed_metadata_is_never_inflated(tmp_path):
@@ -456,7 +456,7 @@ def test_compressed_metadata_is_never_inflated(tmp_path):
     chunks = [(b"zTXt", b"a\0\0" + bomb), (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + bomb), (b"iCCP", b"a\0\0" + bomb)]
     path.write_bytes(png(16, 16, *chunks * 5, (b"IDAT", zlib.compress((b"\0" + bytes(range(16))) * 16))))
     tracemalloc.start()
-    assert pixels(path, "colour profile ignored: it is damaged or does not fit")[3, 5, 0] == 5
+    assert pixels(path, "colour profile ignored: it is damaged or does not match the image")[3, 5, 0] == 5
     assert tracemalloc.get_traced_memory()[1] < 30 << 20
     tracemalloc.stop()
 
@@ -612,10 +612,12 @@ def test_colours_are_converted_to_srgb(tmp_path, suffix):
 def test_a_profile_that_does_not_fit_is_ignored(tmp_path, profile):
     path = tmp_path / "x.png"
     Image.fromarray(RAMP).save(path, icc_profile=profile or None)
-    note = ["colour profile ignored: it is damaged or does not fit"] if profile else []
+    note = ["colour profile ignored: it is damaged or does not match the image"] if profile else []
     assert np.array_equal(pixels(path, *note)[..., 0], RAMP)
     Image.fromarray(RAMP).save(path, icc_profile=swapped_profile())
-    assert np.array_equal(pixels(path, "colour profile ignored: it is damaged or does not fit")[..., 0], RAMP)
+    assert np.array_equal(
+        pixels(path, "colour profile ignored: it is damaged or does not match the image")[..., 0], RAMP
+    )
 
 
 # -- sizes and arrays -------------------------------------------------------------------------------------------------
