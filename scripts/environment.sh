@@ -20,7 +20,7 @@ if [ "$(cat .venv/ringmark-installed 2>/dev/null || true)" != "$stamp" ]; then
     # The pinned set needs Python 3.11; on 3.10 pip chooses what fits.
     pins=$(.venv/bin/python -c 'import sys; print("-cconstraints.txt" if sys.version_info >= (3, 11) else "--prefer-binary")')
     .venv/bin/python -m pip install --quiet --disable-pip-version-check "$pins" torch
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check "$pins" -e '.[test]'
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "$pins" -e '.[test,docs]'
     echo "$stamp" > .venv/ringmark-installed
 else
     say "reusing the environment in .venv"

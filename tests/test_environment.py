@@ -46,7 +46,7 @@ def installed(project: Path) -> list[str]:
 @pytest.mark.skipif(shutil.which("bash", path="/usr/bin:/bin") is None, reason="a bash script")
 def test_installed_once_and_again_after_a_change(project):
     first = installed(project)
-    assert len(first) == 2 and all("-cconstraints.txt" in call for call in first) and "-e .[test]" in first[-1]
+    assert len(first) == 2 and all("-cconstraints.txt" in call for call in first) and "-e .[test,docs]" in first[-1]
     assert installed(project) == []  # nothing is asked of an index: works offline
     for name in FILES:
         (project / name).write_text("changed\n")

@@ -129,6 +129,7 @@ def test_everything_is_written(found, plan):
         assert 0 <= row["sky_marked"] <= 1 and 0 < row["frechet_p"] <= 1
 
 
+@pytest.mark.slow
 def test_one_more_attack_method_or_key_costs_no_more_than_itself(found, model, plan, keys, monkeypatch):
     called = []
     latents, noise = Recoverer.latents, Recoverer.noise
@@ -154,6 +155,7 @@ def test_one_more_attack_method_or_key_costs_no_more_than_itself(found, model, p
         evaluate(model, replace(plan, number=6))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on(found, model, plan, tmp_path, monkeypatch):
     quick, recover = replace(plan, output=tmp_path, attacks=("flip",), methods=("encoder",)), task.recover_files
     calls = []
@@ -271,7 +273,7 @@ def test_what_is_refused(model, plan, keys, tmp_path):
 def test_labels_that_do_not_fit_are_refused(plan, keys, tmp_path):
     folder = folder_of(tmp_path / "m", ["a.png", "b.png"], labels=0)
     swapped = {"keys": (keys["rand"],), "marked": folder, "output": tmp_path / "out"}
-    with pytest.raises(EvaluationError, match=r"says that 2 of 2 images are unmarked, first a.png") as error:
+    with pytest.raises(EvaluationError, match=r"labels 2 of 2 images as unmarked") as error:
         replace(plan, **swapped)
     assert (error.value.code, error.value.details) == ("evaluation.labels", {"kind": "unmarked"})
     (folder / "labels.csv").write_text("path,label\nelsewhere.png,1\n")

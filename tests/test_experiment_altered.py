@@ -20,6 +20,7 @@ def test_mean_by_hand():
     )  # t of 1 degree
 
 
+@pytest.mark.slow
 def test_the_residual_of_an_altered_picture_falls_slower(pocket, bench):
     painted = [torch.from_numpy(scene(i).pixels).permute(2, 0, 1) / 127.5 - 1 for i in range(4)]
     with torch.inference_mode():

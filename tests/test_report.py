@@ -123,6 +123,7 @@ def test_gains_are_in_every_table(tmp_path) -> None:
     assert len(summary(made).splitlines()) == 2 + 3 * 2
 
 
+@pytest.mark.slow
 def test_files_say_whose_they_are(tmp_path) -> None:
     write_tables(evaluation(), tmp_path)
     write_plots(evaluation(), tmp_path)

@@ -114,6 +114,7 @@ def die_at(function, fatal: int):
     return loss
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(pocket, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "picture_of", lambda *_: lambda: None)
     (tmp_path / "whole").mkdir()

@@ -209,7 +209,7 @@ def test_a_shifted_mark_is_found() -> None:
     plain, searching = verifier([mine], steps=1), verifier([mine], steps=1, search=search)
     without, found = (next(iter(d.scan(samples(noise)))).best for d in (plain, searching))
     assert without.present is False and found.present and found.by_search
-    assert "moved 5 down and -3 right" in found.sentence()
+    assert "shifted 5 down and -3 right" in found.sentence()
 
 
 def test_settings_name_the_search_and_what_cannot_be_searched_for_is_refused() -> None:
