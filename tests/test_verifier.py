@@ -115,12 +115,12 @@ def test_a_calibration_of_other_settings_is_refused() -> None:
 def test_a_calibration_that_does_not_fit_is_left_aside_with_the_reason(tmp_path) -> None:
     recoverer, other = verifier().recoverer, verifier(steps=3).recoverer
     made = drawn_calibration(recoverer)
-    assert fitting_calibration(recoverer, [key(1)], made) == (made, "")
+    assert fitting_calibration(recoverer, [key(1)], made) == (made, None)
     nothing, why = fitting_calibration(other, [key(1)], made)
-    assert nothing is None and "steps was 2, is 3" in why
+    assert nothing is None and why.code == "calibration.settings" and "steps was 2, is 3" in why.fact
     nothing, why = fitting_calibration(recoverer, [key(1, "zeros", (2, 11))], made)
-    assert nothing is None and "holds rings up to 12" in why
-    assert built_in_calibration(recoverer, [key(1)], tmp_path) == (None, "")
+    assert nothing is None and why.code == "calibration.reach"
+    assert built_in_calibration(recoverer, [key(1)], tmp_path) == (None, None)
     made.save(tmp_path / Calibration.FILE)
     found, why = built_in_calibration(recoverer, [key(1)], tmp_path)
     assert found.fingerprint == made.fingerprint and not why

@@ -128,16 +128,18 @@ def check_fit(key: Key, model: Model) -> None:
 
 def fitting_calibration(
     recoverer: Recoverer, keys: Sequence[Key], calibration: Calibration
-) -> tuple[Calibration | None, str]:
-    """The calibration and "" if it fits the settings and the keys, otherwise None and the reason."""
+) -> tuple[Calibration | None, CalibrationError | None]:
+    """The calibration if it fits the settings and the keys, otherwise the error that says why not."""
     try:
         Verifier(recoverer, keys, calibration=calibration)
     except CalibrationError as error:
-        return None, str(error)
-    return calibration, ""
+        return None, error
+    return calibration, None
 
 
-def built_in_calibration(recoverer: Recoverer, keys: Sequence[Key], folder: Path) -> tuple[Calibration | None, str]:
+def built_in_calibration(
+    recoverer: Recoverer, keys: Sequence[Key], folder: Path
+) -> tuple[Calibration | None, CalibrationError | None]:
     """`fitting_calibration` for the one in a model's folder. Raises CalibrationError for a damaged file."""
     found = Calibration.built_in(folder)
-    return fitting_calibration(recoverer, keys, found) if found else (None, "")
+    return fitting_calibration(recoverer, keys, found) if found else (None, None)

@@ -367,9 +367,9 @@ def _verifiers(
     if calibration is None:
         return {name: Verifier(recoverer, keys) for name, recoverer in recoverers.items()}, {}
     fitted = {name: fitting_calibration(recoverer, keys, calibration) for name, recoverer in recoverers.items()}
-    unfit = {name: reason for name, (_, reason) in fitted.items() if reason}
+    unfit = {name: error.fact for name, (_, error) in fitted.items() if error}
     if plan.calibration and len(unfit) == len(recoverers):
-        facts = "; ".join(dict.fromkeys(reason.removeprefix(f"{plan.calibration}: ") for reason in unfit.values()))
+        facts = "; ".join(dict.fromkeys(unfit.values()))
         raise CalibrationError("evaluation.calibration", facts, subject=plan.calibration)
     return {name: Verifier(recoverers[name], keys, calibration=fit) for name, (fit, _) in fitted.items()}, unfit
 

@@ -12,13 +12,13 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
-from ringmark.errors import CalibrationError, ModelError
+from ringmark.errors import ModelError
 from ringmark.inversion.models.loading import resolve
 from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.inversion.recover import Recoverer
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.search import Search
-from ringmark.watermark.detect.verifier import Verifier
+from ringmark.watermark.detect.verifier import Verifier, built_in_calibration
 from ringmark.watermark.keys.folder import load_ring
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.statistics import ALPHA
@@ -107,13 +107,9 @@ def load_verifier(
 def _built_in(recoverer: Recoverer, keys: list[Key], model: Model) -> tuple[Calibration | None, str]:
     """The model's own calibration and "", or None and the reason if it does not fit."""
     source = model if isinstance(model, str) else model.name
-    has_folder = isinstance(model, str) or source == "pocket"
-    calibration = Calibration.built_in(Path(resolve(source))) if has_folder else None
-    if calibration is None:
+    if not (isinstance(model, str) or source == "pocket"):  # a loaded model does not know its folder
         return None, ""
-    try:
-        Verifier(recoverer, keys, calibration=calibration)
-    except CalibrationError as error:
+    calibration, error = built_in_calibration(recoverer, keys, Path(resolve(source)))
+    if error:
         logger.info("the model's calibration is not used: %s", error)
-        return None, error.fact
-    return calibration, ""
+    return calibration, error.fact if error else ""
