@@ -17,6 +17,7 @@ from ringmark.watermark.schemes.tree_ring import TreeRing
 from ringmark.watermark.statistics import (
     agreement,
     conformal_p,
+    corrected,
     cosine_bound,
     cosine_density,
     cosine_log10_p,
@@ -24,7 +25,6 @@ from ringmark.watermark.statistics import (
     cosine_scores,
     cosine_test,
     matched_filter,
-    maximum_p,
     needed_references,
     power_p,
     power_scores,
@@ -451,5 +451,9 @@ def test_an_uncalibrated_p_value_is_found_out():
 def test_one_cosine_has_the_ordinary_p_value():
     recovered, key = np.random.default_rng(0).normal(size=(9, 40)), np.random.default_rng(1).normal(size=40)
     score, p = cosine_test(recovered, key)
-    assert cosine_p(score, 40) == pytest.approx(p) and maximum_p(score, 40, 1) == pytest.approx(p)
-    assert cosine_p(np.array([1.0]), 40) == 0 and maximum_p(score, 40, 10**6).max() == 1
+    assert cosine_p(score, 40) == pytest.approx(p) and cosine_p(np.array([1.0]), 40) == 0
+
+
+def test_the_best_of_many_tests_is_corrected_for_them_all():
+    assert corrected(-5.0, 1) == -5 and corrected(-5.0, 100) == pytest.approx(-3) and corrected(-400.0, 10) == -399
+    assert corrected(-5.0, 10**6) == corrected(0.0, 2) == 0

@@ -16,6 +16,7 @@ __all__ = [
     "ALPHA",
     "agreement",
     "conformal_p",
+    "corrected",
     "cosine_bound",
     "cosine_density",
     "cosine_log10_p",
@@ -23,7 +24,6 @@ __all__ = [
     "cosine_scores",
     "cosine_test",
     "matched_filter",
-    "maximum_p",
     "needed_references",
     "power_p",
     "power_scores",
@@ -109,19 +109,18 @@ def cosine_density(cosine: Array, features: int) -> Array:
     return np.where(inside, stats.t.pdf(_student(c, nu), nu) * np.sqrt(nu) * (1 - np.square(c)) ** -1.5, 0)
 
 
-def maximum_p(score: Array, features: int, tests: int) -> Array:
-    """The p-value of the largest of `tests` whitened cosines, by Bonferroni's correction: min(1, tests · p).
+def corrected(log10_p: float, tests: int) -> float:
+    """log₁₀ min(1, `tests` · p), Bonferroni's p-value of the best of several tests.
 
-    P(p ≤ α) ≤ α for any dependence between the tests, as long as each is valid: under a null that is spherical when
-    whitened, each cosine follows Student's t, also at fractional shifts. All possible tests count, not just those made,
-    since the picture selects which are made.
+    P(p ≤ α) ≤ α however the tests depend on each other, as long as each is sound by itself. Tests that might have been
+    made count with those that were where the picture chose among them.
 
-    Measured P(p ≤ α) at α = .05, .01, .001 for the 312 features of pocket's default key: .043, .009, .0002 over 1024
-    whole shifts of white noise and .030, .005, .0002 over 4096 half shifts (6000 noises, seed 1); .026, .006, .0008
-    over 4096 half shifts of 18 unmarked images, clean, rotated and cropped, with 400 keys each. With fewer features the
-    test is more conservative: .009, .002, .0003 for 60 features and half shifts.
+    How conservative it is for the largest cosine of a search, for the 312 features of pocket's default key, at α = .05,
+    .01, .001: over 1024 whole shifts of white noise P = .043, .009, .0002, over 4096 half shifts .030, .005, .0002
+    (6000 noises, seed 1); over 4096 half shifts of 18 unmarked images, clean, turned and cropped, with 400 keys each,
+    .026, .006, .0008. Few features are more conservative: 60 of them, half shifts, .009, .002, .0003.
     """
-    return np.minimum(1.0, tests * cosine_p(score, features))
+    return min(0.0, log10_p + math.log10(tests))
 
 
 def matched_filter(recovered: Array, key: Array, variance: Array | float = 1.0) -> tuple[Array, Array]:

@@ -17,7 +17,7 @@ from ringmark.watermark.detect.verdict import Verdict
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.null import Array, Null
 from ringmark.watermark.schemes.base import Scheme, SchemeTest, scheme_of
-from ringmark.watermark.statistics import ALPHA, conformal_p, matched_filter, undecided
+from ringmark.watermark.statistics import ALPHA, conformal_p, corrected, matched_filter, undecided
 
 if TYPE_CHECKING:
     from ringmark.data.images import Sample
@@ -59,6 +59,11 @@ class Detector:
         """The null of the p-values: the calibration's if there is one, otherwise the given one."""
         return self.calibration.null if self.calibration else self.known
 
+    @property
+    def number_of_tests(self) -> int:
+        """How many tests of an image p-values are corrected for: `tests` of each key."""
+        return self.tests * len(self.schemes)
+
     def settings(self) -> dict[str, Any]:
         """Everything that verdicts depend on besides the recovered noise."""
         return {
@@ -98,7 +103,7 @@ class Detector:
 
     def threshold(self, key: str) -> float | None:
         """The lowest score at which a key is present; None if it is not known in closed form."""
-        level = math.log10(self.alpha / (self.tests * len(self.schemes)))
+        level = math.log10(self.alpha / self.number_of_tests)
         if self.density(key, np.zeros(1)) is None:
             return None
         reached = [high for high in 2.0 ** np.arange(20) if self._log10_p(key, np.array([high]))[0] <= level]
@@ -138,7 +143,7 @@ class Detector:
         residuals = _residuals(recovered)
         verdicts = []
         for i, sample in enumerate(samples):
-            log10 = min(0.0, float(log10_p[i]) + math.log10(self.tests * len(self.schemes)))
+            log10 = corrected(float(log10_p[i]), self.number_of_tests)
             doubt = doubts[i] or contradictions[i]
             verdicts.append(
                 Verdict(
@@ -153,7 +158,7 @@ class Detector:
                     status=recovered.solution.status[i].value,
                     seconds=recovered.seconds,
                     label=sample.label,
-                    conformal_p=None if conformal is None else min(1.0, conformal[i] * self.tests * len(self.schemes)),
+                    conformal_p=None if conformal is None else min(1.0, conformal[i] * self.number_of_tests),
                     calibration=self.calibration.fingerprint if self.calibration else None,
                     notes=(*sample.notes, *filter(None, [doubt])),
                     shows=not blank[i],
@@ -167,7 +172,7 @@ class Detector:
         if references is None:
             return None, [""] * len(scores)
         n, conformal = len(references), conformal_p(scores, references)
-        contradicted = undecided(p_values, conformal, n, self.alpha / (self.tests * len(self.schemes)))
+        contradicted = undecided(p_values, conformal, n, self.alpha / self.number_of_tests)
         reasons = [
             f"{round(c * (n + 1)) - 1} of {n} unmarked images score as high, "
             f"which contradicts an uncorrected p of {p:.2g}"

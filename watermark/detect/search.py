@@ -10,7 +10,6 @@ The p-value of the best fit is corrected for multiple testing: it is multiplied 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from ringmark.inversion.recover import Model, Recoverer
 from ringmark.watermark.detect.geometry import IDENTITY, Candidate, Peak, best_shift, undo, window
 from ringmark.watermark.null import Null
 from ringmark.watermark.schemes.base import Scheme
+from ringmark.watermark.statistics import corrected
 
 if TYPE_CHECKING:
     from ringmark.data.images import Sample
@@ -126,7 +126,9 @@ class Search:
 
         Raises SchemeError for a scheme that is not searchable.
         """
-        look = _Look(self, Recoverer(model, self.inverter, self.steps), schemes, null, batch)
+        look = _Look(
+            search=self, recoverer=Recoverer(model, self.inverter, self.steps), schemes=schemes, null=null, batch=batch
+        )
         samples, found = iter(samples), []
         while group := list(islice(samples, batch)):
             found += look.at(group)
@@ -210,12 +212,12 @@ class _Look:
         return best_shift(scheme, noise, self.null, factor=factor, within=within)
 
     def _fit(self, scheme: Scheme, noise: Tensor, candidates: Sequence[Candidate]) -> _Fit:
-        """The best fit of one key; its p-value is corrected for all possible tests (`statistics.maximum_p`)."""
+        """The best fit of one key; its p-value is corrected for all possible tests (`statistics.corrected`)."""
         score, shift, _ = self._peak(scheme, noise, candidates)
         best = int(score.argmax())
-        log10_p = float(scheme.on(self.null).log10_p(score[best : best + 1])[0]) + math.log10(self._tests)
+        log10_p = corrected(float(scheme.on(self.null).log10_p(score[best : best + 1])[0]), self._tests)
         down, right = shift[best].tolist()
-        return _Fit(float(score[best]), min(0.0, log10_p), candidates[best], (down, right))
+        return _Fit(score=float(score[best]), log10_p=log10_p, candidate=candidates[best], shift=(down, right))
 
 
 class _Fit(NamedTuple):

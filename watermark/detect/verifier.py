@@ -19,7 +19,7 @@ from ringmark.watermark.detect.search import Found, Search
 from ringmark.watermark.detect.verdict import Judged, Verdict
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.null import Null
-from ringmark.watermark.statistics import ALPHA
+from ringmark.watermark.statistics import ALPHA, corrected
 
 if TYPE_CHECKING:
     from ringmark.data.images import Sample
@@ -101,7 +101,7 @@ class Verifier:
     def _better(self, verdict: Verdict, found: Found) -> Verdict:
         """The verdict with the search's p if that is smaller, and with the search's score if that finds the key."""
         verdict = replace(verdict, seconds=verdict.seconds + found.seconds)
-        log10_p = min(0.0, found.log10_p + float(np.log10(self.detector.tests * len(self.detector.schemes))))
+        log10_p = corrected(found.log10_p, self.detector.number_of_tests)
         if verdict.present is None or log10_p >= verdict.log10_p:
             return verdict
         verdict = replace(verdict, p_value=10**log10_p, log10_p=log10_p, conformal_p=None)

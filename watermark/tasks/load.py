@@ -25,7 +25,7 @@ from ringmark.watermark.statistics import ALPHA
 
 __all__ = ["Keys", "Model", "Setup", "StrPath", "load_keys", "load_model", "load_verifier"]
 
-logger = logging.getLogger(__name__)
+LOG = logging.getLogger(__name__)
 
 StrPath: TypeAlias = "str | PathLike[str]"
 Keys: TypeAlias = "Key | StrPath | Iterable[Key | StrPath]"
@@ -53,7 +53,7 @@ def load_model(source: str = "pocket", device: str = "auto", dtype: str = "auto"
     started = time.perf_counter()
     model = LatentModel.from_pretrained(source, device=device, dtype=None if dtype == "auto" else getattr(torch, dtype))
     seconds = time.perf_counter() - started
-    logger.info("loaded model %s on %s in %s (%.1f s)", model.name, model.device, model.dtype, seconds)
+    LOG.info("loaded model %s on %s in %s (%.1f s)", model.name, model.device, model.dtype, seconds)
     return model
 
 
@@ -111,5 +111,5 @@ def _built_in(recoverer: Recoverer, keys: list[Key], model: Model) -> tuple[Cali
         return None, ""
     calibration, error = built_in_calibration(recoverer, keys, Path(resolve(source)))
     if error:
-        logger.info("the model's calibration is not used: %s", error)
+        LOG.info("the model's calibration is not used: %s", error)
     return calibration, error.fact if error else ""
