@@ -15,7 +15,7 @@ from ringmark.errors import StoreError
 
 __all__ = ["cached", "cached_rows"]
 
-LOG = logging.getLogger("ringmark.data.cache")
+LOG = logging.getLogger(__name__)
 
 MAX_BYTES = 8 << 30
 

@@ -94,7 +94,15 @@ class Png:
         raw_bytes = _raw_bytes(width, height, layout)
         if raw_bytes > MAX_INFLATION * (sum(map(len, data)) + 1):
             raise Damaged(f"the data cannot hold {width} x {height} pixels")
-        return cls(width, height, frames, b"".join(data), raw_bytes, b"".join(kept), profile)
+        return cls(
+            width=width,
+            height=height,
+            frames=frames,
+            data=b"".join(data),
+            raw_bytes=raw_bytes,
+            header=b"".join(kept),
+            profile=profile,
+        )
 
     @property
     def pixels(self) -> bytes:
@@ -231,7 +239,13 @@ class Jpeg:
         if not sizes or not scans or content[at : at + 2] != b"\xff\xd9":
             raise Damaged("no end of the image" if sizes and scans else "no pixels")
         frame, size = sizes[0]
-        return cls(int.from_bytes(size[2:], "big"), int.from_bytes(size[:2], "big"), frame, restarts, tuple(scans))
+        return cls(
+            width=int.from_bytes(size[2:], "big"),
+            height=int.from_bytes(size[:2], "big"),
+            frame=frame,
+            restarts=restarts,
+            scans=tuple(scans),
+        )
 
     @property
     def checkable(self) -> bool:

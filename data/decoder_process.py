@@ -24,7 +24,7 @@ from ringmark.errors import ImageError
 
 __all__ = ["CPU_SECONDS", "MEMORY_BYTES", "WAIT_SECONDS", "decode_apart", "serve"]
 
-LOG = logging.getLogger("ringmark.data.decoder_process")
+LOG = logging.getLogger(__name__)
 
 CPU_SECONDS = 8
 WAIT_SECONDS = 60

@@ -35,7 +35,7 @@ __all__ = [
     "write_atomic",
 ]
 
-LOG = logging.getLogger("ringmark.data.files")
+LOG = logging.getLogger(__name__)
 
 PathLike = str | os.PathLike[str]
 

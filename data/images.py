@@ -63,7 +63,7 @@ def read_sample(
     Raises ImageError, also for a picture smaller than 1/TINY of that size, from which no noise can be recovered.
     """
     image, notes = _fitted(*read_image(path), size, path)
-    return Sample(str(path) if id is None else id, image, label, prompt, notes)
+    return Sample(id=str(path) if id is None else id, image=image, label=label, prompt=prompt, notes=notes)
 
 
 def sample_of(picture: Image.Image, size: tuple[int, int], *, id: str) -> Sample:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Results", "read_records"]
 
-LOG = logging.getLogger("ringmark.data.results")
+LOG = logging.getLogger(__name__)
 
 VERSION = 1
 MAX_NESTING = 50

@@ -45,24 +45,62 @@ class Sky(NamedTuple):
 
 
 SKIES = {
-    "dawn": Sky((1.00, 0.78, 0.66), (0.60, 0.66, 0.88), (1.00, 0.84, 0.82), (1.00, 0.86, 0.84), 0.55, ("", "clouds")),
-    "day": Sky(
-        (0.78, 0.89, 0.97),
-        (0.22, 0.48, 0.84),
-        (0.98, 0.98, 0.99),
-        (1.00, 1.00, 0.98),
-        0.40,
-        ("", "clouds", "clouds", "snowfall"),
+    "dawn": Sky(
+        horizon=(1.00, 0.78, 0.66),
+        zenith=(0.60, 0.66, 0.88),
+        cloud=(1.00, 0.84, 0.82),
+        light=(1.00, 0.86, 0.84),
+        haze=0.55,
+        weathers=("", "clouds"),
     ),
-    "sunset": Sky((1.00, 0.58, 0.20), (0.46, 0.20, 0.42), (0.92, 0.40, 0.36), (0.98, 0.70, 0.52), 0.45, ("", "clouds")),
-    "dusk": Sky((0.66, 0.42, 0.58), (0.13, 0.15, 0.38), (0.42, 0.30, 0.46), (0.50, 0.46, 0.68), 0.45, ("", "clouds")),
+    "day": Sky(
+        horizon=(0.78, 0.89, 0.97),
+        zenith=(0.22, 0.48, 0.84),
+        cloud=(0.98, 0.98, 0.99),
+        light=(1.00, 1.00, 0.98),
+        haze=0.40,
+        weathers=("", "clouds", "clouds", "snowfall"),
+    ),
+    "sunset": Sky(
+        horizon=(1.00, 0.58, 0.20),
+        zenith=(0.46, 0.20, 0.42),
+        cloud=(0.92, 0.40, 0.36),
+        light=(0.98, 0.70, 0.52),
+        haze=0.45,
+        weathers=("", "clouds"),
+    ),
+    "dusk": Sky(
+        horizon=(0.66, 0.42, 0.58),
+        zenith=(0.13, 0.15, 0.38),
+        cloud=(0.42, 0.30, 0.46),
+        light=(0.50, 0.46, 0.68),
+        haze=0.45,
+        weathers=("", "clouds"),
+    ),
     "night": Sky(
-        (0.14, 0.19, 0.34), (0.03, 0.04, 0.13), (0.20, 0.22, 0.32), (0.27, 0.32, 0.46), 0.40, ("", "clouds", "aurora")
+        horizon=(0.14, 0.19, 0.34),
+        zenith=(0.03, 0.04, 0.13),
+        cloud=(0.20, 0.22, 0.32),
+        light=(0.27, 0.32, 0.46),
+        haze=0.40,
+        weathers=("", "clouds", "aurora"),
     ),
     "storm": Sky(
-        (0.55, 0.58, 0.58), (0.25, 0.28, 0.31), (0.36, 0.38, 0.41), (0.56, 0.60, 0.62), 0.50, ("", "rain", "lightning")
+        horizon=(0.55, 0.58, 0.58),
+        zenith=(0.25, 0.28, 0.31),
+        cloud=(0.36, 0.38, 0.41),
+        light=(0.56, 0.60, 0.62),
+        haze=0.50,
+        weathers=("", "rain", "lightning"),
     ),
-    "fog": Sky((0.84, 0.86, 0.86), (0.76, 0.79, 0.81), (0.86, 0.87, 0.88), (0.84, 0.87, 0.88), 0.80, ("", "snowfall")),
+    "fog": Sky(
+        horizon=(0.84, 0.86, 0.86),
+        zenith=(0.76, 0.79, 0.81),
+        cloud=(0.86, 0.87, 0.88),
+        light=(0.84, 0.87, 0.88),
+        haze=0.80,
+        weathers=("", "snowfall"),
+    ),
 }
 GROUNDS = ("lake", "sea", "forest", "desert", "meadow", "snowfield", "wheat field")
 RELIEFS = ("", "snowy mountains", "green hills", "red cliffs", "a volcano")
@@ -102,7 +140,11 @@ def draw_attributes(rng: np.random.Generator) -> Attributes:
     sky, ground = str(rng.choice(list(SKIES))), str(rng.choice(GROUNDS))
     accents = ("", "", "boulders", "a sailboat", "tall grass") if ground in WATER else ("", *ACCENTS)
     return Attributes(
-        sky, ground, str(rng.choice(RELIEFS)), str(rng.choice(SKIES[sky].weathers)), str(rng.choice(accents))
+        sky=sky,
+        ground=ground,
+        relief=str(rng.choice(RELIEFS)),
+        weather=str(rng.choice(SKIES[sky].weathers)),
+        accent=str(rng.choice(accents)),
     )
 
 
@@ -141,7 +183,7 @@ class _Painter:
         self.a, self.rng, self.n = attributes, rng, size
         sky = SKIES[attributes.sky]
         horizon, zenith, cloud, light = (self._vary(colour) for colour in sky[:4])
-        self.sky = Sky(horizon, zenith, cloud, light, sky.haze, sky.weathers)
+        self.sky = Sky(horizon=horizon, zenith=zenith, cloud=cloud, light=light, haze=sky.haze, weathers=sky.weathers)
         self.y, self.x = (np.mgrid[:size, :size] + 0.5) / size
         self.horizon = rng.uniform(0.48, 0.66)
         self.sun = np.array([rng.uniform(0.08, 0.92), rng.uniform(0.08, self.horizon - 0.10)])

@@ -12,7 +12,7 @@ from ringmark.errors import ImageError
 
 __all__ = ["SUFFIXES", "Listing", "check_folder", "find_images", "list_images", "stamp_of"]
 
-LOG = logging.getLogger("ringmark.data.sources")
+LOG = logging.getLogger(__name__)
 
 PathLike = str | os.PathLike[str]
 
@@ -78,7 +78,7 @@ def list_images(folder: PathLike, *, follow_links: bool = False) -> Listing:
         LOG.info("%s: skipped by suffix: %s", folder, dict(skipped))
     if not images:
         raise walk.unlisted[0] if walk.unlisted else _nothing(folder, skipped, len(walk.outside))
-    return Listing(images, walk.unlisted, walk.outside, dict(skipped))
+    return Listing(images=images, unlisted=walk.unlisted, outside=walk.outside, skipped=dict(skipped))
 
 
 def _nothing(folder: PathLike, skipped: Counter[str], links: int) -> ImageError:

@@ -42,7 +42,7 @@ def judged(detector: Detector, noise: torch.Tensor) -> list[Judged]:
     """As if this noise had been recovered from samples."""
     some = samples(noise)
     images = torch.randn(len(some), 3, 32, 32, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
-    recovered = Recovered(images, INVERTERS["encoder"](MODEL, images), noise, 0.0)
+    recovered = Recovered(images=images, solution=INVERTERS["encoder"](MODEL, images), noise=noise, seconds=0.0)
     return list(map(Judged, some, detector.judge(some, recovered), noise))
 
 
@@ -69,9 +69,11 @@ def test_the_residual_is_that_of_the_latents_that_are_judged():
     merits = torch.tensor([[4.0, 4, 4], [2, 2, torch.nan], [3, 3, torch.nan]])
     status, chosen = [Status.MAX_STEPS, Status.ROUNDED, Status.CONVERGED], torch.tensor([1, 0, 0])
     images, latents = torch.zeros(3, 3, 8, 8), torch.zeros(3, 4, 2, 2)
-    solution = Solution(latents, merits, merits, torch.tensor([3, 3, 1]), status, chosen)
+    solution = Solution(
+        value=latents, residuals=merits, merits=merits, steps=torch.tensor([3, 3, 1]), status=status, chosen=chosen
+    )
     one_grey_level = 127.5 / images[0].numel() ** 0.5
-    assert _residuals(Recovered(images, solution, latents, 0.0)) == pytest.approx(
+    assert _residuals(Recovered(images=images, solution=solution, noise=latents, seconds=0.0)) == pytest.approx(
         [2 * one_grey_level] + [4 * one_grey_level] * 2
     )
 
@@ -111,7 +113,7 @@ def test_flat_images_and_broken_noise_are_inconclusive():
     noise[1, 0, 3, 3] = torch.inf
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
     images[0] = torch.tensor([0.1, -0.4, 0.8])[:, None, None]
-    recovered = Recovered(images, INVERTERS["encoder"](MODEL, images), noise, 0.0)
+    recovered = Recovered(images=images, solution=INVERTERS["encoder"](MODEL, images), noise=noise, seconds=0.0)
     flat, broken, fine = (
         verdict for (verdict,) in detector.judge(samples(initial_noise([1, 2, 3], (3, 32, 32))), recovered)
     )

@@ -26,7 +26,13 @@ def drawn_seeds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def generate(model, prompts, wanted, **settings):
         for prompt, seed in zip(prompts, wanted, strict=True):
             seeds.append(seed)
-            yield Drawn(torch.zeros(3, 8, 8), torch.zeros(4, 1, 1), torch.zeros(4, 1, 1), prompt, seed)
+            yield Drawn(
+                image=torch.zeros(3, 8, 8),
+                latent=torch.zeros(4, 1, 1),
+                noise=torch.zeros(4, 1, 1),
+                prompt=prompt,
+                seed=seed,
+            )
 
     monkeypatch.setattr(tasks, "generate", generate)
     return seeds

@@ -35,7 +35,14 @@ def test_one_iteration_decodes_every_frame_once(method, at_once, calls):
     vae = script.autoencoder(1 / 16, "float32", "cpu")
     seen, decode = [], vae.decode
     vae.decode = lambda z, **options: (seen.append(len(z)), decode(z, **options))[1]
-    case = script.Case(script.Shape("small", 3, 4, 4), method, at_once, "float32", 1 / 16, "cpu")
+    case = script.Case(
+        shape=script.Shape(name="small", frames=3, height=4, width=4),
+        method=method,
+        at_once=at_once,
+        dtype="float32",
+        width=1 / 16,
+        device="cpu",
+    )
     assert script.iterate(vae, case) > 0
     assert seen == [at_once] * calls
 
@@ -79,5 +86,12 @@ def test_measurements_in_processes_of_their_own(experiment, tmp_path):
 
 @pytest.mark.slow
 def test_a_measurement_that_runs_out_of_memory_is_no_crash():
-    case = script.Case(script.Shape("small", 16, 8, 12), "gradient", 16, "float32", 1 / 16, "cpu")
+    case = script.Case(
+        shape=script.Shape(name="small", frames=16, height=8, width=12),
+        method="gradient",
+        at_once=16,
+        dtype="float32",
+        width=1 / 16,
+        device="cpu",
+    )
     assert all(v.isnan() for v in script.apart(case, 0.02).values())

@@ -694,7 +694,7 @@ def test_samples(photo):
     sample = read_sample(photo, (8, 8), id="a", label=True, prompt="lake")
     assert (sample.id, sample.label, sample.prompt, sample.image.size) == ("a", True, "lake", (8, 8))
     assert sample.notes == ("resized 20x24 -> 8x10 and centre-cropped to 8x8",)
-    assert Sample("x", sample.image) == Sample("x", sample.image, None, "", ())
+    assert Sample("x", sample.image) == Sample(id="x", image=sample.image, label=None, prompt="", notes=())
 
 
 # -- writing -----------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def test_every_sky_over_every_ground(sky):
 @pytest.mark.parametrize(("sky", "relief"), list(product(SKIES, RELIEFS)))
 def test_every_relief_and_weather(sky, relief):
     for weather in sorted(set(SKIES[sky].weathers)):
-        painted(Attributes(sky, "meadow", relief, weather), seed=1)
+        painted(Attributes(sky=sky, ground="meadow", relief=relief, weather=weather), seed=1)
 
 
 @pytest.mark.parametrize("sky", SKIES)
@@ -96,7 +96,7 @@ def test_what_is_asked_for_changes_the_picture(other):
 
 def test_captions_say_everything():
     assert (
-        caption(Attributes("sunset", "lake", "snowy mountains", "clouds", "boulders"))
+        caption(Attributes(sky="sunset", ground="lake", relief="snowy mountains", weather="clouds", accent="boulders"))
         == "lake at sunset with snowy mountains, clouds, boulders"
     )
     assert caption(Attributes("storm", "sea")) == "sea in a storm"
@@ -115,7 +115,7 @@ def test_captions_mention_the_attributes_and_nothing_else(seed):
 
 
 def test_optional_parts_are_sometimes_left_unsaid():
-    a = Attributes("day", "lake", "green hills", "clouds", "boulders")
+    a = Attributes(sky="day", ground="lake", relief="green hills", weather="clouds", accent="boulders")
     said = [caption(a, np.random.default_rng(seed)) for seed in range(400)]
     for part, share in (("green hills", 0.9), ("clouds", 0.8), ("boulders", 0.8)):
         assert np.mean([part in text for text in said]) == pytest.approx(share, abs=0.08)  # four standard errors

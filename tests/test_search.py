@@ -43,7 +43,13 @@ def test_the_grid_holds_the_identity_once_and_tests_count_all():
 def test_turned_noise_ranks_what_was_turned(pocket):
     """Were the networks to turn with the picture, the cheap stage alone would tell: here the noise itself is turned."""
     schemes, search = {"other": made(9), "mine": made(0)}, Search(angles=tuple(range(-180, 180, 10)))
-    look = _Look(search, Recoverer(pocket, search.inverter, search.steps), schemes, Null.white(SHAPE), 8)
+    look = _Look(
+        search=search,
+        recoverer=Recoverer(pocket, search.inverter, search.steps),
+        schemes=schemes,
+        null=Null.white(SHAPE),
+        batch=8,
+    )
     for truth in (Candidate(70.0, 1.0), Candidate(-40.0, 1.1249), Candidate(0.0, 1.2653)):
         inverse = Candidate(-truth.angle, 1 / truth.scale)
         noise = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
@@ -53,10 +59,44 @@ def test_turned_noise_ranks_what_was_turned(pocket):
 
 
 def test_what_was_found_in_words():
-    found = Found("a", "k", 0.5, -400.0, Candidate(75.0, 1.27), (2.0, -1.5), 9, 3, 1.0)
+    found = Found(
+        sample_id="a",
+        key="k",
+        score=0.5,
+        log10_p=-400.0,
+        candidate=Candidate(75.0, 1.27),
+        shift=(2.0, -1.5),
+        tests=9,
+        inversions=3,
+        seconds=1.0,
+    )
     assert found.note == "found by the search: rotated by 75°, enlarged 1.27 times, noise shifted 2 down and -1.5 right"
-    assert Found("a", "k", 0.5, -2.0, IDENTITY, (0.0, 0.0), 9, 3, 1.0).note.endswith(": unchanged")
-    assert found.p_value == 0 and Found("a", "k", 0.5, -2.0, IDENTITY, (0.0, 0.0), 9, 3, 1.0).p_value == 0.01
+    assert Found(
+        sample_id="a",
+        key="k",
+        score=0.5,
+        log10_p=-2.0,
+        candidate=IDENTITY,
+        shift=(0.0, 0.0),
+        tests=9,
+        inversions=3,
+        seconds=1.0,
+    ).note.endswith(": unchanged")
+    assert (
+        found.p_value == 0
+        and Found(
+            sample_id="a",
+            key="k",
+            score=0.5,
+            log10_p=-2.0,
+            candidate=IDENTITY,
+            shift=(0.0, 0.0),
+            tests=9,
+            inversions=3,
+            seconds=1.0,
+        ).p_value
+        == 0.01
+    )
 
 
 def test_what_cannot_be_searched_for_is_refused(pocket):

@@ -54,7 +54,7 @@ class Point:
 def test_typed_values():
     value = {"x": 1, "name": "\udcff", "values": [1.5, 2.0], "more": {"deep": [1]}, "unknown": 3}
     point = typed(Point, json.loads(json.dumps(value)))
-    assert point == Point(1, "\udcff", [1.5, 2.0], {"deep": [1]}) and isinstance(point, Point)
+    assert point == Point(x=1, name="\udcff", values=[1.5, 2.0], more={"deep": [1]}) and isinstance(point, Point)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,9 @@ def test_the_velocity_of_a_noise_predictor_is_that_of_the_flow(pocket):
         level = torch.lerp(ratio[low], ratio[low + 1], t - low).exp()
         return level / (1 + level**2).sqrt() * z
 
-    gaussian = script.Pocket(pocket.vae, pocket.text, pocket.tokenizer, network(epsilon), ALPHA_BAR)
+    gaussian = script.Pocket(
+        vae=pocket.vae, text=pocket.text, tokenizer=pocket.tokenizer, unet=network(epsilon), alpha_bar=ALPHA_BAR
+    )
     z, sigma = noise(4), torch.tensor([0.1, 0.3, 0.6, 0.9])
     expected = ((2 * sigma - 1) / (sigma**2 + (1 - sigma) ** 2)).view(-1, 1, 1, 1) * z
     assert torch.allclose(gaussian.velocity(z, sigma, torch.zeros(4, 5, 2)), expected, atol=1e-3)

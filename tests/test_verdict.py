@@ -36,7 +36,7 @@ def judged(keys: list[Key], noise: torch.Tensor) -> Judged:
     """As if this noise (1, C, h, w) had come back from an image."""
     detector, sample = Detector(keys, null=Null.of_model(MODEL)), Sample("a", None)
     images = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
-    recovered = Recovered(images, INVERTERS["encoder"](MODEL, images), noise, 0.0)
+    recovered = Recovered(images=images, solution=INVERTERS["encoder"](MODEL, images), noise=noise, seconds=0.0)
     return Judged(sample, detector.judge([sample], recovered)[0], noise[0])
 
 

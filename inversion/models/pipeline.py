@@ -123,7 +123,14 @@ class LatentModel:
             check_tokenizer(pipe.tokenizer, pipe.text_encoder)
         except ValueError as error:
             raise ModelError("model.damaged", str(error), subject=name) from error
-        return cls(pipe.vae, pipe.unet, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, name=name)
+        return cls(
+            vae=pipe.vae,
+            unet=pipe.unet,
+            text_encoder=pipe.text_encoder,
+            tokenizer=pipe.tokenizer,
+            scheduler=pipe.scheduler,
+            name=name,
+        )
 
     def _check_network(self) -> None:
         config = self.unet.config

@@ -244,7 +244,9 @@ def photographs(model: LatentModel, folder: Path, number: int) -> Pictures:
     photos = torch.stack([torch.from_numpy(to_array(read_sample(p, model.image_size).image)) for p in paths])
     latents = torch.cat([model.encode(x) for x in photos.split(8)])
     images = torch.cat([model.decode(z) for z in latents.split(8)])
-    return Pictures(eight_bit(images), latents, None, [str(p.relative_to(folder)) for p in paths])
+    return Pictures(
+        images=eight_bit(images), latents=latents, noise=None, names=[str(p.relative_to(folder)) for p in paths]
+    )
 
 
 def eight_bit(images: Tensor) -> Tensor:

@@ -65,7 +65,13 @@ class Shape:
         return replace(self, height=max(4, round(self.height * scale)), width=max(4, round(self.width * scale)))
 
 
-SHAPES = {s.name: s for s in (Shape("SD2.1, InstaFlow", 1, 64, 64), Shape("LaVie", 16, 40, 64))}
+SHAPES = {
+    s.name: s
+    for s in (
+        Shape(name="SD2.1, InstaFlow", frames=1, height=64, width=64),
+        Shape(name="LaVie", frames=16, height=40, width=64),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -197,7 +203,7 @@ def estimated(case: Case) -> float:
 def cases(shapes: list[Shape], dtypes: list[str], width: float, device: str) -> list[Case]:
     """Each shape, precision and method, whole batch and, where that is another thing, frame by frame."""
     return [
-        Case(shape, method, at_once, dtype, width, device)
+        Case(shape=shape, method=method, at_once=at_once, dtype=dtype, width=width, device=device)
         for shape in shapes
         for dtype in dtypes
         for at_once in sorted({1, shape.frames})

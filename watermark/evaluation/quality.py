@@ -73,4 +73,4 @@ def frechet_test(marked: Sequence[Array], unmarked: Sequence[Array], *, draws: i
         order = rng.permutation(len(both))
         drawn.append(frechet_distance(both[order[:n]], both[order[n:]]))
     p = (1 + sum(d >= distance for d in drawn)) / (1 + draws)
-    return Frechet(distance, float(np.mean(drawn)), float(np.quantile(drawn, 0.95)), p)
+    return Frechet(distance=distance, expected=float(np.mean(drawn)), limit=float(np.quantile(drawn, 0.95)), p=p)

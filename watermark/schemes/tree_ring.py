@@ -296,7 +296,7 @@ class TreeRing:
     def _panel(self, title: str, values: Tensor) -> Panel:
         turned = values * middle_phase(*self.inside.shape).conj()
         shown = torch.fft.fftshift(turned).real.numpy() * 2**0.5
-        return Panel(title, shown, np.fft.fftshift(self.inside.numpy()), self.placement.radii)
+        return Panel(title=title, values=shown, inside=np.fft.fftshift(self.inside.numpy()), radii=self.placement.radii)
 
     def _independent_bins(self) -> tuple[Tensor, Tensor]:
         """Flat indices of one bin of each conjugate pair in the mark, and which of them are their own mirror."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["JOURNAL", "Attacked", "attack_files", "attacked_name"]
 
-logger = logging.getLogger(__name__)
+LOG = logging.getLogger(__name__)
 
 JOURNAL = "attacked.jsonl"  # in the output folder: source, attack, seed and model of each image
 STAMP = ("size", "mtime_ns")  # changes when the source does
@@ -74,7 +74,7 @@ def attack_files(
     _refuse_sources(source, jobs)
     made = _made(base)
     todo = [job for job in jobs if force or not _is_done(job, made.get(job.record["sample_id"]))]
-    logger.info("attack %s: %d of %d images to make", source, len(todo), len(jobs))
+    LOG.info("attack %s: %d of %d images to make", source, len(todo), len(jobs))
     errors = list(map(str, listing.unlisted)) if listing else []
     written = 0
     with (
@@ -88,7 +88,7 @@ def attack_files(
             written += not error
             bar.update()
     where = {str(chain): str(place) for chain, place in outputs.items()}
-    return Attacked(written, len(jobs) - len(todo), list(dict.fromkeys(errors)), where)
+    return Attacked(written=written, kept=len(jobs) - len(todo), errors=list(dict.fromkeys(errors)), outputs=where)
 
 
 def _outcomes(
@@ -106,7 +106,7 @@ def _attack(
     try:
         image, _ = read_image(path)
     except ImageError as error:
-        logger.info("%s", error)
+        LOG.info("%s", error)
         yield from [error] * len(jobs)
         return
     for job in jobs:

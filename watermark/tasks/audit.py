@@ -25,7 +25,7 @@ from ringmark.watermark.tasks.load import Keys, Model, StrPath, load_verifier
 
 __all__ = ["Audit", "audit", "audit_folder"]
 
-logger = logging.getLogger(__name__)
+LOG = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
@@ -158,7 +158,7 @@ class _Run:
     def audit(self, verifier: Verifier, batch: int) -> None:
         """Record every file without an up-to-date record."""
         started, todo = time.perf_counter(), [p for p in self.listing.images if self.name_of(p) not in self.fresh]
-        logger.info("audit of %s: %d images, %d recorded already", self.folder, len(self.stamps), len(self.fresh))
+        LOG.info("audit of %s: %d images, %d recorded already", self.folder, len(self.stamps), len(self.fresh))
         with tqdm(
             total=len(self.stamps), initial=len(self.fresh), desc="audit", unit="image", disable=None
         ) as self.bar:
@@ -166,7 +166,7 @@ class _Run:
                 self._refuse(error)
             for judged in verifier.scan(self._readable(verifier.image_size, todo), batch):
                 self._record(judged.sample.id, _record(judged))
-        logger.info("audited %d images in %.1f s", len(todo), time.perf_counter() - started)
+        LOG.info("audited %d images in %.1f s", len(todo), time.perf_counter() - started)
 
     def _readable(self, size: tuple[int, int], paths: list[Path]) -> Iterator[Sample]:
         for path in paths:
@@ -176,7 +176,7 @@ class _Run:
                 self._refuse(error)
 
     def _refuse(self, error: ImageError) -> None:
-        logger.info("%s", error)
+        LOG.info("%s", error)
         self._record(self.name_of(error.path), {"error": str(error), "code": error.code})
 
     def _record(self, name: str, record: Record) -> None:

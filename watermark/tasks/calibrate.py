@@ -157,7 +157,7 @@ def calibrate(recoverer: Recoverer, images: Unmarked, output: Path, *, batch: in
         raise CalibrationError(error.code, f"{error.fact}{reason}", subject=error.subject, **error.details) from None
     calibration.save(output)
     _remove(cache)
-    return Calibrated(calibration, output, len(seeds), errors)
+    return Calibrated(calibration=calibration, output=output, known=len(seeds), errors=errors)
 
 
 def _copies(files: RecoveredFiles) -> dict[int, str]:

@@ -23,7 +23,7 @@ from ringmark.watermark.schemes.base import scheme_of
 
 __all__ = ["DRAWN", "LABELS", "UNSEEN_SCENES", "draw", "prompts_for"]
 
-logger = logging.getLogger(__name__)
+LOG = logging.getLogger(__name__)
 
 DRAWN = "drawn.jsonl"  # journal in a folder of drawn images: model, key, and each image's seed and prompt
 LABELS = "labels.csv"
@@ -65,7 +65,7 @@ def draw(
     with Results(folder / DRAWN, settings) as store:
         _refuse_other_prompts(store.path, {name: prompt for name, (_, prompt) in wanted.items()})
         missing = [name for name in wanted if name not in store.done or not (folder / name).exists()]
-        logger.info("draw %d of %d images into %s", len(missing), len(wanted), folder)
+        LOG.info("draw %d of %d images into %s", len(missing), len(wanted), folder)
         with tqdm(
             total=len(wanted),
             initial=len(wanted) - len(missing),

@@ -24,7 +24,7 @@ from ringmark.watermark.detect.detector import blankness
 
 __all__ = ["RecoveredFiles", "recover_files"]
 
-LOG = logging.getLogger("ringmark.watermark.tasks.recover")
+LOG = logging.getLogger(__name__)
 
 
 @dataclass

@@ -23,7 +23,7 @@ from ringmark.watermark.tasks.load import Keys, Model, StrPath, load_verifier
 
 __all__ = ["Outcome", "Picture", "explain_first", "verify", "verify_files"]
 
-logger = logging.getLogger(__name__)
+LOG = logging.getLogger(__name__)
 
 Picture: TypeAlias = "StrPath | Image.Image"
 
@@ -131,7 +131,7 @@ def verify_files(verifier: Verifier, paths: list[Path], *, batch: int = 8) -> li
     for judged in tqdm(judged_files, "verify", len(paths), unit="image", disable=None, leave=False, delay=2):
         i = int(judged.sample.id)
         outcomes[i] = Outcome(paths[i], judged)
-        logger.info("%s", outcomes[i].sentence())
+        LOG.info("%s", outcomes[i].sentence())
     return [outcomes[i] for i in range(len(paths))]
 
 
