@@ -354,7 +354,7 @@ def _tensor_info(entry: dict[str, object]) -> TensorInfo:
     begin, end = offsets
     if end - begin != math.prod(shape) * int(DTYPES[dtype][2:]):
         raise ValueError("the bytes of a tensor do not fit its shape")
-    return TensorInfo(dtype, tuple(shape), begin, end)
+    return TensorInfo(dtype=dtype, shape=tuple(shape), begin=begin, end=end)
 
 
 def _read_values(file: BinaryIO, infos: Mapping[str, TensorInfo]) -> dict[str, np.ndarray]:
