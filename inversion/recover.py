@@ -155,5 +155,5 @@ class Recoverer:
 def check_method(name: str) -> None:
     """Raises RingmarkError unless this is one of INVERTERS."""
     if name not in INVERTERS:
-        fact = f"unknown decoder inversion; choose from {', '.join(INVERTERS)}"
+        fact = f"unknown decoder inversion; known ones are {', '.join(INVERTERS)}"
         raise RingmarkError("recovery.method-unknown", fact, subject=repr(name))

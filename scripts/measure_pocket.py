@@ -1,9 +1,9 @@
-"""Measure the embedded model and write its card, data/pocket/README.md, with the figures as they came out.
+"""Measure the embedded model and write its card, data/pocket/README.md, with the results.
 
     python -m scripts.measure_pocket              # about ten minutes on two cores
 
-Reconstruction on held-out scenes; prompts obeyed, judged by a classifier that has seen rendered scenes only; a grid
-of samples to look at.
+The card reports the reconstruction of held-out scenes, how well samples follow their prompts (judged by a classifier
+trained on rendered scenes only), and a grid of samples.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def draw_samples(model: LatentModel, attributes: list[Attributes], seed: int) ->
 
 
 def obedience(model: LatentModel, trees: dict, count: int) -> dict[str, tuple[int, int]]:
-    """For each attribute, on how many of the samples the classifier sees what the prompt asked for."""
+    """For each attribute, the number of samples in which the classifier finds what the prompt asks for."""
     rng = np.random.default_rng(HELD_OUT)
     asked = [draw_attributes(rng) for _ in range(count)]
     x = np.stack([features(p) for p in draw_samples(model, asked, seed=500_000)])
@@ -134,7 +134,7 @@ def millions(module: torch.nn.Module) -> float:
 
 
 def obeyed(name: str, figures: dict) -> str:
-    """A row of the card: how often the samples have an attribute as in the prompt."""
+    """A row of the card: how often samples have an attribute of the prompt."""
     hits, n = figures["obeyed"][name]
     low, high = binomtest(hits, n).proportion_ci(method="exact")
     share, accuracy = f"{hits / n:.1%} of {n} samples [{low:.1%}, {high:.1%}]", figures["accuracy"][name]
@@ -177,7 +177,7 @@ def card(model: LatentModel, figures: dict, captions: list[str], folder: Path) -
 )
 @click.option("--held-out", default=256, show_default=True, help="Scenes for the reconstruction.")
 @click.option("--samples", default=200, show_default=True, help="Samples for the classifier.")
-@click.option("--training-scenes", default=6000, show_default=True, help="Rendered scenes the classifier learns from.")
+@click.option("--training-scenes", default=6000, show_default=True, help="Rendered scenes to train the classifier.")
 def main(folder: Path, held_out: int, samples: int, training_scenes: int) -> None:
     """Measure the embedded model and write its card."""
     model = LatentModel.from_pretrained(folder)
@@ -186,7 +186,7 @@ def main(folder: Path, held_out: int, samples: int, training_scenes: int) -> Non
     trees, accuracy = train_classifiers(training_scenes, 1000)
     click.echo(f"classifier on rendered scenes: {accuracy}")
     hits = obedience(model, trees, samples)
-    click.echo(f"prompts obeyed: {hits}")
+    click.echo(f"samples that follow the prompt: {hits}")
     captions = grid(model, folder / "samples.png")
     figures = {
         "n_psnr": len(psnr),

@@ -1,9 +1,9 @@
-"""Measure the embedded rectified-flow model and write its card, with the figures as they came out.
+"""Measure the embedded rectified-flow model and write its card with the results.
 
     python -m scripts.measure_pocket_flow              # half an hour on one core
 
-Prompts obeyed at 1, 4 and 25 steps, judged by the classifier of data/pocket's card; how far one step is from 25; how
-straight the paths are; a grid of samples to look at.
+The card reports how well samples of 1, 4 and 25 steps follow their prompts (judged by the classifier of data/pocket's
+card), how far one step is from 25, how straight the paths are, and a grid of samples.
 """
 
 from __future__ import annotations
@@ -114,24 +114,24 @@ def draw(pipe: RectifiedFlowPipeline, prompts: Sequence[str], seed: int, steps: 
 
 @torch.inference_mode()
 def bend(pipe: RectifiedFlowPipeline, prompts: Sequence[str], seed: int, steps: int = 25) -> float:
-    """Mean of ‖v(z_σ, σ) − (ε − x0)‖² / ‖ε − x0‖² along the Euler paths of one batch; 0 where they are straight."""
+    """Mean of ‖v(z_σ, σ) − (ε − x0)‖² / ‖ε − x0‖² along the Euler paths of one batch; 0 for straight paths."""
     velocities: list[Tensor] = []
     hook = pipe.unet.register_forward_hook(lambda _module, _inputs, output: velocities.append(output[0].float()))
     draw(pipe, prompts[:BATCH], seed, steps)
     hook.remove()
     v = torch.stack(velocities)
-    chord = v.mean(0)  # Euler's steps are of equal length: their mean is ε − x0
+    chord = v.mean(0)  # Euler's steps have equal length, so their mean is ε − x0
     return float(((v - chord).square().sum((2, 3, 4)) / chord.square().sum((1, 2, 3))).mean())
 
 
 def obedience(pictures: list[np.ndarray], asked: list[Attributes], trees: dict[str, Any]) -> dict[str, int]:
-    """For each attribute, on how many of the pictures the classifier sees what the prompt asked for."""
+    """For each attribute, the number of pictures in which the classifier finds what the prompt asks for."""
     x = np.stack([features(p) for p in pictures])
     return {name: int((trees[name].predict(x) == [getattr(a, name) for a in asked]).sum()) for name in ATTRIBUTES}
 
 
 def grid(pipe: RectifiedFlowPipeline, path: Path, columns: int = 6, rows: int = 1) -> list[str]:
-    """Pictures of rows x columns captions, each with 1, 4 and 25 steps below one another; returns the captions."""
+    """Draw a grid of rows x columns captions, with 1, 4 and 25 steps below each other; returns the captions."""
     rng = np.random.default_rng(36)
     prompts = [caption(draw_attributes(rng)) for _ in range(columns * rows)]
     drawn = [draw(pipe, prompts, 600_000, steps)[1] for steps in STEPS]
@@ -162,8 +162,8 @@ def obeyed_rows(hits: dict[int, dict[str, int]], count: int, accuracy: dict[str,
     help="The model to measure.",
 )
 @click.option("--samples", default=200, show_default=True, help="Samples for the classifier, for each number of steps.")
-@click.option("--training-scenes", default=4000, show_default=True, help="Rendered scenes the classifier learns from.")
-@click.option("--test-scenes", default=1000, show_default=True, help="Rendered scenes it is tested on.")
+@click.option("--training-scenes", default=4000, show_default=True, help="Rendered scenes to train the classifier.")
+@click.option("--test-scenes", default=1000, show_default=True, help="Rendered scenes to test the classifier.")
 def main(folder: Path, samples: int, training_scenes: int, test_scenes: int) -> None:
     """Measure the embedded rectified-flow model and write its card."""
     pipe = RectifiedFlowPipeline.from_pretrained(folder, torch_dtype=torch.float32)
@@ -175,7 +175,7 @@ def main(folder: Path, samples: int, training_scenes: int, test_scenes: int) -> 
     captions = grid(pipe, folder / "samples.png")
     trees, accuracy = train_classifiers(training_scenes, test_scenes)
     hits = {steps: obedience(pictures, asked, trees) for steps, (_, pictures) in drawn.items()}
-    click.echo(f"prompts obeyed of {samples}: {hits}; classifier on rendered scenes: {accuracy}")
+    click.echo(f"samples of {samples} that follow the prompt: {hits}; classifier on rendered scenes: {accuracy}")
     reference = drawn[STEPS[-1]][0]
     distance = {s: float((z - reference).square().sum() / reference.square().sum()) for s, (z, _) in drawn.items()}
     trained = json.loads((folder / "training.json").read_text())

@@ -1,9 +1,9 @@
-"""Measure how much of a model's initial noise comes back, per latent channel and ring, and store it with the model.
+"""Measure how well a model's initial noise is recovered, per latent channel and ring, and store it with the model.
 
     python -m scripts.measure_recovery            # pocket; about four minutes on two cores
 
-Images are drawn from known noises, rounded to 8 bits, and inverted as verification does (empty prompt). keygen takes
-the default placement of the mark from the table, the detector the null variances.
+Images are drawn from known noise, rounded to 8 bits, and inverted as in verification (with the empty prompt). keygen
+uses the table for the default placement of a mark, and the detector uses its null variances.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from ringmark.watermark.tasks.draw import prompts_for
 @click.command()
 @click.option("--model", "source", default="pocket", show_default=True, help='"pocket" or a diffusers folder.')
 @click.option("-n", "--number", default=192, show_default=True, help="Images to draw.")
-@click.option("--steps", default=25, show_default=True, help="DDIM steps, both ways.")
-@click.option("--guidance", default=3.0, show_default=True, help="Guidance when drawing.")
+@click.option("--steps", default=25, show_default=True, help="DDIM steps for drawing and inversion.")
+@click.option("--guidance", default=3.0, show_default=True, help="Guidance for drawing.")
 @click.option("--seed", default=900_000, show_default=True, help="Seed of the first image.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the table into this PNG or SVG.")
 def main(source: str, number: int, steps: int, guidance: float, seed: int, plot: Path | None) -> None:
@@ -45,7 +45,7 @@ def main(source: str, number: int, steps: int, guidance: float, seed: int, plot:
 
 
 def measure(model: LatentModel, number: int, steps: int, guidance: float, seed: int) -> NoiseRecovery:
-    """What comes back of the noise of so many images, drawn for this and rounded to 8 bits."""
+    """Noise recovery of `number` images, drawn for this purpose and rounded to 8 bits."""
     recoverer, prompts = Recoverer(model, steps=steps), prompts_for([], number, seed)
     drawn = generate(model, prompts, list(range(seed, seed + number)), steps=steps, guidance=guidance)
     drawn = iter(tqdm(drawn, "recover", number, disable=None))

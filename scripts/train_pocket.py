@@ -1,11 +1,11 @@
-"""Train data/pocket, the embedded latent diffusion model, from nothing.
+"""Train data/pocket, the embedded latent diffusion model, from scratch.
 
     python -m scripts.train_pocket                # everything; about five hours on two cores
     python -m scripts.train_pocket --export-only  # write data/pocket from the checkpoints as they are
 
-Stages: render scenes, autoencoder, latents, diffusion, export. Each goes on from its own checkpoint in --work after
-being stopped at any moment; a batch is a pure function of the seed and the step, so a resumed run sees what an
-uninterrupted one would have seen. Sample grids are written beside the checkpoints.
+Stages: render scenes, autoencoder, latents, diffusion, export. Each can be interrupted at any time and resumes from its
+own checkpoint in --work; a batch is a pure function of the seed and the step, so a resumed run gets the same batches as
+an uninterrupted one. Sample grids are written next to the checkpoints.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ringmark.data.scenes import scene
 ROOT = Path(__file__).resolve().parents[1]
 
 SEED = 20240918
-HELD_OUT = 1_000_000  # scene seeds from here on are never trained on
+HELD_OUT = 1_000_000  # first scene seed that is never trained on
 CONTEXT = 24  # tokens of a prompt
 UNCONDITIONAL = 0.15  # share of training captions replaced by the empty prompt
 
@@ -81,7 +81,7 @@ def make_scheduler() -> DDIMScheduler:
 
 
 def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
-    """CLIP's byte-pair tokenizer with merges learned from the captions, so that every word they use is one token."""
+    """CLIP's byte-pair tokenizer with merges learned from the captions, so that each of their words is one token."""
     from tokenizers import Tokenizer, models, trainers
 
     blank = CLIPTokenizer()
@@ -158,7 +158,7 @@ class Run:
         os.replace(temporary, self.path)
 
     def averaged(self) -> nn.ModuleDict:
-        """The modules with the averaged weights in them; training weights are kept aside until `resume`."""
+        """The modules with averaged weights; `resume` restores the training weights."""
         self._aside = {k: v.detach().clone() for k, v in self.net.state_dict().items()}
         self.net.load_state_dict(self.ema)
         return self.net.eval()
@@ -203,7 +203,7 @@ def _part(stored: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def autocast() -> torch.autocast:
-    """bfloat16 where the processor multiplies it in hardware; there it halves the time of a step."""
+    """bfloat16 if the processor supports it in hardware, which halves the time of a step."""
     fast = torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
     return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=fast)
 
@@ -254,7 +254,7 @@ def differences(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def autoencoder_loss(vae: AutoencoderKL, x: Tensor, rng: torch.Generator) -> Tensor:
-    """Squared error + L1 of the gradients + KL + ‖E[zzᵀ] − I‖², which makes the channels uncorrelated and alike."""
+    """Squared error + L1 of the gradients + KL + ‖E[zzᵀ] − I‖², for uncorrelated channels of equal scale."""
     with autocast():
         posterior = vae.encode(x).latent_dist
         mean, std = posterior.mean.float(), posterior.std.float()
@@ -300,7 +300,7 @@ def train_autoencoder(work: Path, pixels: np.ndarray, steps: int, batch: int) ->
 
 @torch.inference_mode()
 def encode_scenes(work: Path, vae: AutoencoderKL, pixels: np.ndarray, version: str) -> Tensor:
-    """(2, N, 4, 32, 32) fp16: posterior means of every scene and of its mirror image."""
+    """Posterior means (2, N, 4, 32, 32) fp16 of all scenes and of their mirror images."""
     path = work / f"latents-{version}.safetensors"
     if not path.exists():
         out = torch.empty((2, len(pixels), 4, 32, 32), dtype=torch.float16)
@@ -389,11 +389,11 @@ def assemble(vae, unet, text, tokenizer) -> StableDiffusionPipeline:
 
 def export(vae, unet, text, tokenizer, target: Path) -> None:
     """An ordinary diffusers folder with fp16 safetensors."""
-    # A fresh pipeline of half-precision modules: the ones in training keep their fp32.
+    # A new pipeline of half-precision modules; the modules in training stay fp32.
     pipe = assemble(vae, unet, text, tokenizer).to(torch.float16)
     pipe.save_pretrained(target, safe_serialization=True)
-    # Half precision is for the disk: without this, transformers would load the text encoder in it and diffusers the
-    # network in float32.
+    # Half precision is only for storage: without this, transformers would load the text encoder in half precision and
+    # diffusers the network in float32.
     config = target / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"float16"', '"float32"'))
     for file in target.rglob("*.safetensors"):
@@ -413,13 +413,13 @@ def export(vae, unet, text, tokenizer, target: Path) -> None:
     type=click.Path(path_type=Path),
     default=ROOT / "data" / "pocket",
     show_default=True,
-    help="Where the model goes.",
+    help="Output folder of the model.",
 )
 @click.option("--scenes", default=24_000, show_default=True, help="Training scenes.")
 @click.option("--autoencoder-steps", default=10_000, show_default=True)
 @click.option("--diffusion-steps", default=24_000, show_default=True)
-@click.option("--batch", default=16, show_default=True, help="Images a step; twice as many for diffusion.")
-@click.option("--export-only", is_flag=True, help="No more training: export the checkpoints as they are.")
+@click.option("--batch", default=16, show_default=True, help="Images per step; twice as many for diffusion.")
+@click.option("--export-only", is_flag=True, help="Do not train; export the current checkpoints.")
 def main(
     work: Path, target: Path, scenes: int, autoencoder_steps: int, diffusion_steps: int, batch: int, export_only: bool
 ) -> None:

@@ -3,13 +3,14 @@
     python -m scripts.train_pocket_flow                # everything; hours on one core
     python -m scripts.train_pocket_flow --export-only  # write data/pocket_flow from the last checkpoint
 
-Three stages, as InstaFlow has them (arXiv 2309.06380), each on its own checkpoint in --work:
+Three stages, as in InstaFlow (arXiv 2309.06380), each with its own checkpoint in --work:
 
-1. flow: a network that predicts the velocity v = ε − x0 at z_σ = (1 − σ) x0 + σ ε, warm-started from data/pocket.
-2. reflow: the same loss on the flow's own noise-latent pairs, drawn with guidance, which straightens its paths.
-3. onestep: on the same pairs, ε − v(ε, 1) is drawn to x0, while the rest of the path is kept as it is.
+1. flow: a network that predicts the velocity v = ε − x0 at z_σ = (1 − σ) x0 + σ ε, warm-started from data/pocket. 2.
+reflow: the same loss on the flow's own noise-latent pairs, drawn with guidance, which straightens its paths. 3.
+onestep: on the same pairs, ε − v(ε, 1) is trained to match x0, while the rest of the path is preserved.
 
-A run that was stopped goes on as if it had not been: batches and pairs are pure functions of the seed and the step.
+A resumed run gives the same result as an uninterrupted one: batches and pairs are pure functions of the seed and the
+step.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ from scripts.train_pocket import HELD_OUT, ROOT, Run, encode_scenes, generator, 
 
 POCKET = ROOT / "data" / "pocket"
 UNCONDITIONAL = 0.1  # share of training captions replaced by the empty prompt
-STAGES = {"flow": 11, "pairs": 12, "reflow": 13, "onestep": 14}  # streams of randomness, apart from train_pocket's
-TRUSTED = (0.04, 0.85)  # σ at which pocket's ε says more of the velocity than one pair of ε and x0 does
-CHUNK = 32  # pairs drawn together
+STAGES = {"flow": 11, "pairs": 12, "reflow": 13, "onestep": 14}  # random streams, distinct from those of train_pocket
+TRUSTED = (0.04, 0.85)  # range of σ in which pocket's ε is a better target than a single pair of ε and x0
+CHUNK = 32  # pairs per batch of drawing
 
 
 # -- rectified flow -------------------------------------------------------------------------------------------------
@@ -52,7 +53,7 @@ def make_flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 
 def mixed_precision() -> torch.autocast:
-    """bfloat16 where the processor multiplies it in hardware."""
+    """bfloat16 if the processor supports it in hardware."""
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.autocast("cpu", torch.bfloat16, enabled=fast)
 
@@ -148,13 +149,13 @@ class Pocket:
 
     @torch.no_grad()
     def velocity(self, z: Tensor, sigma: Tensor, states: Tensor) -> Tensor:
-        """(ε̂ − z) / (1 − σ), which is ε̂ − x̂0, of pocket's ε̂ at z scaled to unit variance."""
+        """(ε̂ − z) / (1 − σ) = ε̂ − x̂0, with pocket's ε̂ at z scaled to unit variance."""
         norm = (sigma**2 + (1 - sigma) ** 2).sqrt()
         eps = predict(self.unet, z / column(norm), self.timestep(sigma), states)
         return (eps - z) / column(1 - sigma)
 
     def warm_start(self) -> UNet2DConditionModel:
-        """A copy of the network whose time embedding of 1000 σ is refitted to the old one of the matching timestep."""
+        """A copy of the network with its time embedding of 1000 σ refitted to the old one of the matching timestep."""
         unet = copy.deepcopy(self.unet).train().requires_grad_(True)
         optimizer = torch.optim.Adam(unet.time_embedding.parameters(), lr=2e-3)
         for step in range(400):
@@ -169,7 +170,7 @@ class Pocket:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Scaled latents of scenes and of their mirror images (2, N, C, h, w); states of captions and of the empty one."""
+    """Scaled latents of scenes and their mirror images (2, N, C, h, w); states of the captions and the empty prompt."""
 
     latents: Tensor
     states: Tensor
@@ -196,7 +197,7 @@ def load_corpus(work: Path, pocket: Pocket, scenes: int) -> Corpus:
 
 @dataclass(frozen=True)
 class Plan:
-    """Scenes, steps of the three stages, pairs and how they are drawn, latents a step, steps between checkpoints."""
+    """Scenes, steps of the three stages, settings of the pairs, latents per step, steps between checkpoints."""
 
     scenes: int
     flow: int
@@ -210,7 +211,7 @@ class Plan:
 
 
 def flow_loss(unet: nn.Module, pocket: Pocket, corpus: Corpus, batch: int, step: int) -> Tensor:
-    """‖v(z_σ, σ) − (ε − x0)‖²; where pocket is to be trusted, its own velocity replaces the noisy target."""
+    """‖v(z_σ, σ) − (ε − x0)‖²; within TRUSTED, pocket's velocity replaces the noisy target."""
     rng = generator(step, STAGES["flow"])
     i = torch.randint(corpus.latents.shape[1], (batch,), generator=rng)
     side = torch.randint(2, (batch,), generator=rng)
@@ -225,7 +226,7 @@ def flow_loss(unet: nn.Module, pocket: Pocket, corpus: Corpus, batch: int, step:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Noise and the latents that the flow made of it (N, C, h, w) float16, index of the caption (N,), time taken."""
+    """Noise and the latents that the flow draws from it (N, C, h, w) float16, index of the caption (N,), and time."""
 
     noise: Tensor
     latents: Tensor
@@ -239,7 +240,7 @@ class Pairs:
 
 
 def draw_pairs(folder: Path, unet: nn.Module, corpus: Corpus, plan: Plan) -> Pairs:
-    """The flow's first noise-latent pairs, a file for every chunk; those drawn before are not drawn again."""
+    """The flow's first noise-latent pairs, in one file per chunk; existing files are reused."""
     folder = folder.with_name(f"{folder.name}-{plan.pair_steps}-{plan.guidance:g}")
     folder.mkdir(exist_ok=True)
     shape, chunks = corpus.latents.shape[2:], []
@@ -276,10 +277,10 @@ def reflow_loss(unet: nn.Module, pairs: Pairs, corpus: Corpus, batch: int, step:
 
 
 def one_step_loss(unet: nn.Module, pairs: Pairs, corpus: Corpus, batch: int, step: int) -> Tensor:
-    """Pseudo-Huber loss of velocity: at σ = 1, where it is that of ε − v(ε, 1) − x0, for three samples in four.
+    """Pseudo-Huber loss of velocity; for three samples in four at σ = 1, where the error is ε − v(ε, 1) − x0.
 
-    The others lie anywhere on the path, so that 4 and 25 steps still work. The error's differences between
-    neighbours count as well: they keep edges sharp.
+    The others are anywhere on the path, so that 4 and 25 steps still work. The loss includes differences of the error
+    between neighbours, which keep edges sharp.
     """
     rng = generator(step, STAGES["onestep"])
     eps, x0, states = pairs.batch(corpus, batch, rng)
@@ -290,7 +291,7 @@ def one_step_loss(unet: nn.Module, pairs: Pairs, corpus: Corpus, batch: int, ste
 
 
 def picture_of(run: Run, pocket: Pocket, guidance: float, period: int, last: int) -> Callable[[], None]:
-    """Draws eight held-out captions with 1, 4 and 25 steps into a grid beside every fifth checkpoint and the last."""
+    """Draws a grid of eight held-out captions with 1, 4 and 25 steps at every fifth checkpoint and the last."""
     states = pocket.states([scene(HELD_OUT + i).caption for i in range(8)])
     channels, side = pocket.unet.config.in_channels, pocket.unet.config.sample_size
     noise = torch.randn(8, channels, side, side, generator=torch.Generator().manual_seed(1))
@@ -310,7 +311,7 @@ def picture_of(run: Run, pocket: Pocket, guidance: float, period: int, last: int
 
 
 def train(work: Path, pocket: Pocket, corpus: Corpus, plan: Plan) -> tuple[dict[str, Run], Pairs]:
-    """All stages, each from where its checkpoint stands; the averaged weights of one are the start of the next."""
+    """Run all stages, each from its checkpoint; the averaged weights of one stage are the start of the next."""
     runs: dict[str, Run] = {}
 
     def stage(name: str, unet: nn.Module, loss: Callable[[int], Tensor], steps: int, lr: float) -> None:
@@ -365,7 +366,7 @@ def export(pocket: Pocket, unet: UNet2DConditionModel, target: Path) -> None:
 
 
 def describe(runs: dict[str, Run], pairs: Pairs, plan: Plan) -> dict[str, str]:
-    """What the model card says of the training: the command's options and the time that each stage took."""
+    """Facts about the training for the model card: the command's options and the time of each stage."""
     options = [f"--{name}-steps {run.step}" for name, run in runs.items()]
     options += [f"--scenes {plan.scenes} --batch {plan.batch}"]
     options += [f"--pairs {plan.pairs} --pair-steps {plan.pair_steps} --guidance {plan.guidance:g}"]
@@ -387,18 +388,18 @@ def describe(runs: dict[str, Run], pairs: Pairs, plan: Plan) -> dict[str, str]:
     type=click.Path(path_type=Path),
     default=ROOT / "data" / "pocket_flow",
     show_default=True,
-    help="Where the model goes.",
+    help="Output folder of the model.",
 )
 @click.option("--scenes", default=4000, show_default=True, help="Training scenes.")
 @click.option("--flow-steps", default=1000, show_default=True)
 @click.option("--reflow-steps", default=1000, show_default=True)
 @click.option("--onestep-steps", default=1500, show_default=True)
 @click.option("--pairs", default=3072, show_default=True, help="Noise-latent pairs for reflow and one step.")
-@click.option("--pair-steps", default=12, show_default=True, help="Euler steps that draw a pair.")
-@click.option("--guidance", default=2.5, show_default=True, help="Guidance of the pairs.")
-@click.option("--batch", default=16, show_default=True, help="Latents a step.")
+@click.option("--pair-steps", default=12, show_default=True, help="Euler steps per pair.")
+@click.option("--guidance", default=2.5, show_default=True, help="Guidance for drawing the pairs.")
+@click.option("--batch", default=16, show_default=True, help="Latents per step.")
 @click.option("--every", default=50, show_default=True, help="Steps between checkpoints.")
-@click.option("--export-only", is_flag=True, help="No more training: export the last checkpoint as it is.")
+@click.option("--export-only", is_flag=True, help="Do not train; export the last checkpoint.")
 def main(
     work: Path,
     target: Path,

@@ -158,7 +158,7 @@ def test_a_refusal_does_not_cost_a_model(house: Path, tmp_path: Path, monkeypatc
     assert "with -n" in refused("keygen", "-o", tmp_path)
     assert "no such folder" in refused("audit", none, *key, "-o", tmp_path / "r.jsonl")
     assert "no such folder" in refused("evaluate", *key, "--marked", none, "-o", tmp_path / "out")
-    assert "known are" in refused("evaluate", "--methods", "magic", "-o", tmp_path / "out")
+    assert "known ones are" in refused("evaluate", "--methods", "magic", "-o", tmp_path / "out")
     assert "unknown attack" in refused("evaluate", "--attacks", "magic", "-o", tmp_path / "out")
     assert "same key" in refused("evaluate", *key, *key, "-o", tmp_path / "out")
     assert ".png or .svg" in refused("verify", picture, *key, "--explain", "why.txt")

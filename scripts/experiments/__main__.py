@@ -19,7 +19,7 @@ def summaries() -> dict[str, str]:
 
 
 class Experiments(click.Group):
-    """Imports an experiment when it is asked for."""
+    """Imports an experiment on first use."""
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(summaries())
@@ -45,7 +45,7 @@ def show_list(context: click.Context, parameter: click.Parameter, asked: bool) -
 def main() -> None:
     """Experiments that reproduce the measurements in the documentation.
 
-    `python -m scripts.experiments NAME --help` describes one. A stopped run goes on from its last batch.
+    `python -m scripts.experiments NAME --help` describes one. An interrupted run resumes from its last batch.
     """
 
 

@@ -3,12 +3,12 @@
     python -m scripts.experiments altered -o build/altered                  # 16 images; about 15 minutes of one core
     python -m scripts.experiments altered -o build/altered-small -n 2 --steps 4 --attack blur:4
 
-Images marked with one key are altered, their decoder is inverted in several ways, and the key's whitened cosine with
-the recovered noise is averaged over the images. Intervals are 95 %, Student's t. "slower" is what `guarded` goes by:
-how much more of ‖T‖ is left after two Anderson steps than for the picture D(E(x)), the median over images; "kept" is
-the share of images of which it keeps the encoder's latents. Two steps and the limit of two were chosen on such images,
-with another placement; those of the evaluation are others. All noise is whitened by the calibration of the guarded
-inversion.
+Images marked with one key are altered, the decoder is inverted in several ways, and the key's whitened cosine with the
+recovered noise is averaged over the images. Intervals are 95 %, from Student's t. "slower" is the criterion of
+`guarded`: the share of ‖T‖ left after two Anderson steps, relative to that of the picture D(E(x)), as a median over
+images. "kept" is the share of images for which it keeps the encoder's latents. The two steps and the limit of two were
+chosen on similar images with another placement, not on those of the evaluation. All noise is whitened by the
+calibration of the guarded inversion.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ ATTACKS = (
 
 @torch.inference_mode()
 def falls(model: LatentModel, images: Tensor) -> dict[str, Tensor]:
-    """`slower` (B,): what is left of ‖T‖ after two Anderson steps, over what is left for the picture D(E(x))."""
+    """`slower` (B,): the share of ‖T‖ left after two Anderson steps, relative to that of the picture D(E(x))."""
     take = partial(invert_decoder, model.encode, model.decode, max_steps=WITHIN, tol=None)
     images = images.to(model.device)
     drawn = model.decode(model.encode(images)).clamp(-1, 1)
@@ -56,22 +56,22 @@ def falls(model: LatentModel, images: Tensor) -> dict[str, Tensor]:
 
 
 def mean_of(cosines: np.ndarray) -> dict[str, float]:
-    """Mean and its 95 % interval by Student's t."""
+    """Mean and its 95 % interval from Student's t."""
     half = stats.t.ppf(0.975, len(cosines) - 1) * np.std(cosines, ddof=1) / len(cosines) ** 0.5
     return {"cosine": float(cosines.mean()), "low": float(cosines.mean() - half), "high": float(cosines.mean() + half)}
 
 
 def summary(rows: list[dict]) -> str:
-    """In words."""
+    """The rows as text."""
     return "\n".join(
         f"{r['attack']:14} {r['way']:18} cosine {r['cosine']:.3f} [{r['low']:.3f}, {r['high']:.3f}], "
-        f"residual {r['slower']:.2f} times that of D(E(x)), encoder kept of {r['kept']:.0%}"
+        f"residual {r['slower']:.2f} times that of D(E(x)), encoder kept for {r['kept']:.0%}"
         for r in rows
     )
 
 
 def figure_of(rows: list[dict]) -> Figure:
-    """Cosines by attack, those where the residual falls fastest first."""
+    """Cosines by attack, ordered by how fast the residual decreases, fastest first."""
     slower = {r["attack"]: r["slower"] for r in sorted(rows, key=lambda r: r["slower"])}
     figure, (ax,) = panels(11, 4.2)
     for i, (way, colour) in enumerate(zip(WAYS, (COLOURS[4], COLOURS[3], COLOURS[1], COLOURS[0]), strict=True)):
@@ -79,7 +79,7 @@ def figure_of(rows: list[dict]) -> Figure:
         x, style = np.arange(len(slower)) + 0.16 * (i - 1.5), {"fmt": "osD^"[i], "ms": 4, "capsize": 2}
         intervals(ax, x, ordered, "cosine", "low", "high", color=colour, label=way, **style)
     ax.set_xticks(range(len(slower)), [f"{name}\n{value:.2f}" for name, value in slower.items()], fontsize=7)
-    label = "attack, and how much more of ‖T‖ is left after two steps than for D(E(x))"
+    label = "attack, and ‖T‖ left after two steps relative to D(E(x))"
     ax.set(xlabel=label, ylabel="whitened cosine, 95 % interval")
     figure.legend(loc="outside upper center", ncols=len(WAYS), frameon=False)
     return figure

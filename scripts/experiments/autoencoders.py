@@ -1,10 +1,10 @@
-"""Decoder inversion of plain autoencoders, trained here in seconds on procedural scenes.
+"""Decoder inversion of plain autoencoders, trained in seconds on procedural scenes.
 
     python -m scripts.experiments autoencoders -o build/autoencoders                      # 64 images, two minutes
     python -m scripts.experiments autoencoders -o build/autoencoders -n 8 --updates 60    # seconds
 
-Three pairs (E, D): one autoencoder; one trained to remove noise; and the encoder of one with the decoder of another,
-which were never trained together. Latents are those of held-out scenes, images D(z) rounded to 8 bits.
+Three pairs (E, D): an autoencoder, one trained to remove noise, and the encoder of one autoencoder with the decoder of
+another, which were not trained together. Latents are those of held-out scenes; images are D(z) rounded to 8 bits.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 SIDE, TRAINING_SCENES, HELD_OUT = 32, 256, 5_000_000
 SEEDS = (0, 1, 2)  # of the three autoencoders
 
-METHODS = [name for name in INVERTERS if name != "gradient-lean"]  # these decoders are small, and none is diffusers'
+METHODS = [name for name in INVERTERS if name != "gradient-lean"]  # these decoders are small and not from diffusers
 
 
 class Pair(NamedTuple):
-    """What an Inverter needs of a model."""
+    """What an Inverter needs from a model."""
 
     encode: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
@@ -83,7 +83,7 @@ def train(images: Tensor, updates: int, *, seed: int, noise: float = 0.0) -> Pai
 
 
 def pairs(updates: int) -> dict[str, Pair]:
-    """The encoders and decoders to be inverted."""
+    """The encoders and decoders to invert."""
     images = scenes(0, TRAINING_SCENES)
     plain, other, denoising = (
         train(images, updates, seed=seed, noise=noise) for seed, noise in zip(SEEDS, (0, 0, 0.2), strict=True)
@@ -92,7 +92,7 @@ def pairs(updates: int) -> dict[str, Pair]:
 
 
 def measure(name: str, pair: Pair, number: int) -> list[dict]:
-    """NMSE of each inverter on the images that D makes of E's latents of held-out scenes."""
+    """NMSE of each inverter on the images that D decodes from E's latents of held-out scenes."""
     with torch.inference_mode():
         latents = pair.encode(scenes(HELD_OUT, number))
         images = eight_bit(pair.decode(latents))
@@ -110,7 +110,7 @@ def measure(name: str, pair: Pair, number: int) -> list[dict]:
 
 
 def figure_of(rows: list[dict]) -> Figure:
-    """NMSE of each method, a group for each autoencoder."""
+    """NMSE of each method, grouped by autoencoder."""
     figure, (ax,) = panels(8, 4)
     names = list(dict.fromkeys(r["autoencoder"] for r in rows))
     for i, method in enumerate(METHODS):
@@ -125,7 +125,7 @@ def figure_of(rows: list[dict]) -> Figure:
 @experiment(64, model=False, drawing=False)
 @click.option("--updates", default=1500, show_default=True, help="Training steps of each autoencoder.")
 def main(bench: Bench, updates: int) -> None:
-    """Every method on autoencoders that belong to no latent diffusion model."""
+    """Every method on autoencoders that are not part of a latent diffusion model."""
     rows = [row for name, pair in pairs(updates).items() for row in measure(name, pair, bench.number)]
     for row in rows:
         click.echo(line(row, 2))

@@ -1,4 +1,4 @@
-"""What the experiments share: their options, pictures whose latents are known, the way back to noise, results."""
+"""Shared parts of the experiments: options, pictures with known latents, recovery of noise, results."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from ringmark.watermark.tasks.draw import prompts_for
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SEED = 700_000  # of the first image drawn for an experiment whose own seed is 0
+SEED = 700_000  # seed of the first image of an experiment with --seed 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Inverted:
 
 @dataclass(frozen=True)
 class Bench:
-    """One run of an experiment: its model, its number of images, its seeds, its cache and where its results go."""
+    """One run of an experiment: model, number of images, seeds, cache and output folder."""
 
     name: str
     output: Path
@@ -99,22 +99,22 @@ class Bench:
 
     @cached_property
     def recoverer(self) -> Recoverer:
-        """As the product recovers noise by default."""
+        """The recoverer that ringmark uses by default."""
         return Recoverer(self.model, steps=self.steps)
 
     @cached_property
     def calibration(self) -> Calibration | None:
-        """The model's own, where it has one for these settings."""
+        """The model's own calibration, if it has one for these settings."""
         return built_in_calibration(self.recoverer, [], Path(resolve(self.source)))[0]
 
     @property
     def calibration_used(self) -> str | None:
-        """Its fingerprint."""
+        """The fingerprint of the calibration."""
         return self.calibration.fingerprint if self.calibration else None
 
     @property
     def null(self) -> Null:
-        """The calibration's, or else what is known of the model."""
+        """The calibration's null, or the model's if there is no calibration."""
         return self.calibration.null if self.calibration else Null.of_model(self.model)
 
     def test(self, scheme: Scheme, noise: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -124,7 +124,7 @@ class Bench:
     def key(
         self, place: Placement | None = None, *, seed: int | list[int] | np.random.Generator, **pattern: Any
     ) -> Key:
-        """A key of the default placement, unless another is given. From a seed: an experiment's key is no secret."""
+        """A key from a seed, by default with the default placement; an experiment's key need not be secret."""
         place, rng = place or self.placement, np.random.default_rng(seed)
         pattern |= {"channels": place.channels, "radii": place.radii}
         return make_key(DEFAULT, self.model.latent_shape, model=self.model.identity, rng=rng, **pattern)
@@ -142,9 +142,9 @@ class Bench:
     def batches(
         self, key: list, make: Callable, *rows: Sequence, name: str, batch: int = 8, dim: int = 0
     ) -> dict[str, Tensor]:
-        """The tensors that `make` returns for `rows`, batch by batch, joined along `dim`.
+        """The tensors that `make` returns for `rows`, batch by batch, concatenated along `dim`.
 
-        Each batch is kept in the cache under its key and content: a run that was stopped goes on from there.
+        Each batch is cached by key and content, so an interrupted run resumes there.
         """
         folder = self.cache if self.model.dtype == torch.float32 else self.cache / str(self.model.dtype)
         starts, parts = range(0, len(rows[0]), batch), []
@@ -167,7 +167,7 @@ class Bench:
         return Pictures(**drawn, noise=noise, names=prompts)
 
     def pictures(self, scheme: Scheme | None = None) -> Pictures:
-        """Photographs, if a folder is given; else drawn, the first half marked if there is a scheme."""
+        """Photographs if a folder is given, otherwise drawn pictures, the first half marked if there is a scheme."""
         if self.photographs:
             return photographs(self.model, self.photographs, self.number)
         noise, prompts = self.fresh(self.number)
@@ -194,7 +194,7 @@ class Bench:
         return self.recover(self.invert(INVERTERS["guarded"], images, name).latents, name)
 
     def attacked(self, images: Tensor, chain: Chain | None) -> Tensor:
-        """The images (N, 3, H, W) after an attack, each with a generator of its own."""
+        """The images (N, 3, H, W) after an attack, each with its own generator."""
         if chain is None:
             return images
         before = [from_array(x.numpy()) for x in images]
@@ -202,7 +202,7 @@ class Bench:
         return torch.stack([torch.from_numpy(to_array(x)) for x in after])
 
     def provenance(self) -> dict[str, Any]:
-        """How a result was obtained."""
+        """The settings, versions and hardware behind a result."""
         used_model = "model" in self.__dict__
         return {
             "experiment": self.name,
@@ -220,7 +220,7 @@ class Bench:
         }
 
     def write(self, rows: list[dict], figure: Figure | None = None, name: str | None = None, **facts: Any) -> None:
-        """name.csv, name.json (rows, facts and provenance) and the figure as PNG and SVG."""
+        """Write name.csv, name.json (rows, facts and provenance) and the figure as PNG and SVG."""
         path = self.output / (name or self.name)
         write_table(path.with_suffix(".csv"), rows)
         write_atomic(path.with_suffix(".json"), json.dumps(self.provenance() | facts | {"rows": rows}, indent=1))
@@ -239,7 +239,7 @@ def _invert(model: LatentModel, inverter: Inverter, images: Tensor) -> dict[str,
 
 @torch.inference_mode()
 def photographs(model: LatentModel, folder: Path, number: int) -> Pictures:
-    """The first pictures of a folder, encoded and decoded, so that their latents are known."""
+    """The first pictures of a folder, encoded and decoded so that their latents are known."""
     paths = find_images(folder)[:number]
     photos = torch.stack([torch.from_numpy(to_array(read_sample(p, model.image_size).image)) for p in paths])
     latents = torch.cat([model.encode(x) for x in photos.split(8)])
@@ -250,12 +250,12 @@ def photographs(model: LatentModel, folder: Path, number: int) -> Pictures:
 
 
 def eight_bit(images: Tensor) -> Tensor:
-    """Images as they come out of a PNG file."""
+    """Images rounded to 8 bits, as in a PNG file."""
     return torch.stack([torch.from_numpy(to_array(from_array(x.clamp(-1, 1).numpy()))) for x in images])
 
 
 def mark_in_turn(schemes: Sequence[Scheme], noise: Tensor) -> Tensor:
-    """Noise (N, C, h, w), the first sample marked by the first scheme, and so on in a circle."""
+    """Noise (N, C, h, w) with sample i marked by scheme i modulo their number."""
     return torch.cat([schemes[i % len(schemes)].embed(z[None]) for i, z in enumerate(noise)])
 
 
@@ -283,7 +283,7 @@ def line(row: dict[str, Any], digits: int = 3) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries that results depend on."""
+    """Versions of Python and of the libraries that results depend on."""
     libraries = ("ringmark", "torch", "diffusers", "numpy", "scipy", "Pillow")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in libraries}
 
@@ -302,7 +302,7 @@ def processor() -> str:
 
 
 class Recorded(click.Command):
-    """Keeps its arguments, so that results can say by which command they were made."""
+    """Keeps its arguments, so that results can record the command that made them."""
 
     def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
         words = [_without_folders(word) for word in arguments]
@@ -311,7 +311,7 @@ class Recorded(click.Command):
 
 
 def _without_folders(value: Any) -> Any:
-    """Absolute paths by their names: results do not tell where files lie."""
+    """Replace absolute paths by their names, so that results do not reveal local folders."""
     if isinstance(value, (str, Path)):
         return Path(value).name if Path(value).is_absolute() else str(value)
     return list(map(_without_folders, value)) if isinstance(value, tuple) else value
@@ -320,10 +320,10 @@ def _without_folders(value: Any) -> Any:
 def experiment(
     number: int | None = None, *, seed: int = 0, model: bool = True, drawing: bool = True, photographs: bool = False
 ) -> Callable[[Callable], click.Command]:
-    """A function of a Bench and of options of its own as a command.
+    """Make a command from a function of a Bench and its own options.
 
-    `number` is the default of -n, `seed` that of --seed. The command has --model, --steps and --guidance, --images
-    where these are asked for.
+    `number` is the default of -n, `seed` that of --seed. --model, --steps, --guidance and --images are added if
+    requested.
     """
     options = [
         _option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for the results.")
@@ -332,10 +332,12 @@ def experiment(
         options.append(_option("-n", "--number", default=number, help="Images."))
     if model:
         options.append(_option("--model", "source", default="pocket", help='"pocket", a folder or a hub id.'))
-        options.append(_option("--seed", default=seed, help=f"Of all that is random; images count from {SEED} more."))
+        options.append(
+            _option("--seed", default=seed, help=f"Seed of all randomness; images count from this plus {SEED}.")
+        )
     if drawing:
-        options.append(_option("--steps", default=25, help="Of DDIM, both ways."))
-        options.append(_option("--guidance", default=3.0, help="When drawing."))
+        options.append(_option("--steps", default=25, help="DDIM steps for drawing and inversion."))
+        options.append(_option("--guidance", default=3.0, help="Guidance for drawing."))
     if photographs:
         folder = click.Path(path_type=Path, exists=True, file_okay=False)
         options.append(_option("--images", "photographs", type=folder, help="Pictures to use instead of drawn ones."))
@@ -365,7 +367,7 @@ def _run(run: Callable, name: str, **given: Any) -> None:
 
 
 def attack_option(*default: str) -> Callable[[Callable], Callable]:
-    """--attack: chains by name, clean images first."""
+    """The option --attack: chains by name, clean images first."""
 
     def chains(context: click.Context, parameter: click.Parameter, specs: tuple[str, ...]) -> dict[str, Chain | None]:
         try:
@@ -373,7 +375,7 @@ def attack_option(*default: str) -> Callable[[Callable], Callable]:
         except RingmarkError as error:
             raise click.BadParameter(str(error)) from None
 
-    help = "As in ringmark attack; again for more. Clean images come first anyway."
+    help = "An attack as in ringmark attack; may be repeated. Clean images are always included."
     return click.option(
         "--attack", "attacks", multiple=True, default=default, show_default=bool(default), callback=chains, help=help
     )

@@ -1,11 +1,11 @@
-"""Where does cocoercivity hold, and does it foretell convergence? Theorems of arXiv 2409.18442.
+"""Where does cocoercivity hold, and does it predict convergence? Theorems of arXiv 2409.18442.
 
     python -m scripts.experiments convergence -o build/convergence       # 100 images, 300 steps; hours on one core
     python -m scripts.experiments convergence -o build/convergence -n 4 --walk 40 --at 15 --steps 10
 
-For each image and method: the minimum over the first 100 steps of ⟨T z_k, z_k − z_∞⟩ / ‖T z_k‖², z_∞ the method's own
-300th iterate, against ‖z_100 − z_∞‖. With --method, given more than once, several processes can fill one cache; the
-last run, without it, reads what they walked.
+For each image and method: the minimum over the first 100 steps of ⟨T z_k, z_k − z_∞⟩ / ‖T z_k‖², with z_∞ the method's
+300th iterate, against ‖z_100 − z_∞‖. Several processes can fill one cache, each with its own --method; a final run
+without --method then reads their results.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LINES = ("-", "--", ":")
-ROUNDING = 1e-6  # of ‖z_k − z*‖²: a descent inequality that fails by less is not violated
+ROUNDING = 1e-6  # share of ‖z_k − z*‖² by which a descent inequality may fail due to rounding
 
 
 class Walker(NamedTuple):
-    """A method, and whether it may look at D(z) − x beside T."""
+    """A method, and whether it may use D(z) − x besides T."""
 
     method: Method
     pixels: bool = True
 
 
 def inertial(alpha: float, rho: float) -> InertialKM:
-    """Inertial KM of step ρ = 2λβ with λ at nine tenths of its bound: what α allows of λ, β makes up for."""
+    """Inertial KM of step ρ = 2λβ with λ at 90 % of its bound for α; β is chosen to give ρ."""
     lam = 0.9 * InertialKM.bound(alpha)
     return InertialKM(lam, alpha, rho / (2 * lam))
 
 
 def walkers(steps: int) -> dict[str, Walker]:
-    """The paper's methods and ours; inertial KM with and without momentum at the paper's step and at our own."""
+    """The paper's methods and ours; inertial KM with and without momentum, at the paper's step and at ours."""
     default = InertialKM()
     return {
         "forward": Walker(ForwardStep()),
@@ -75,9 +75,9 @@ TITLES = {
 
 
 def residual(model: LatentModel, images: Tensor, pixels: bool = True) -> Residual:
-    """T(z) = E(D(z)) − E(x) with error D(z) − x, D cut to the range of a picture: what `invert_decoder` solves.
+    """The residual of `invert_decoder`: T(z) = E(D(z)) − E(x) with error D(z) − x and D clipped to a picture's range.
 
-    Without `pixels` T is all that a method learns.
+    Without `pixels`, only T is returned.
     """
     both = decoder_residual(model.encode, model.decode, images, model.encode(images))
     return both if pixels else lambda z, rows: both(z, rows)[0]
@@ -98,7 +98,7 @@ def walk(bench: Bench, walker: Walker, seen: Pictures, *, steps: int, at: int, n
 
 
 def step_of(method: Method) -> float | None:
-    """ρ: how far the method goes along −T; none for Adam, which knows only signs at first."""
+    """ρ, the step along −T; None for Adam, whose first step only depends on signs."""
     match method:
         case ForwardStep():
             return method.rho
@@ -110,14 +110,14 @@ def step_of(method: Method) -> float | None:
 
 
 def asked(method: Method) -> float:
-    """The cocoercivity that convergence asks for: more than ρ/2 in Theorem 1, β in Theorem 2, 0 without a theorem."""
+    """The cocoercivity required for convergence: more than ρ/2 in Theorem 1, β in Theorem 2, 0 without a theorem."""
     if isinstance(method, InertialKM) and method.alpha > 0:
         return method.beta
     return (step_of(method) or 0.0) / 2
 
 
 def shares(betas: Tensor, moving: Tensor, level: float) -> dict[str, float]:
-    """Of steps, and of images at all whose steps, T is cocoercive above a level."""
+    """The shares of steps, and of images at all of their steps, at which cocoercivity exceeds a level."""
     good = betas[:-1] > level
     return {
         "steps": float(good[moving].double().mean()),
@@ -126,16 +126,16 @@ def shares(betas: Tensor, moving: Tensor, level: float) -> dict[str, float]:
 
 
 def rank_correlation(x: Tensor, y: Tensor) -> dict[str, float | int | None]:
-    """Spearman's, over the images where both are finite; None where one of them does not vary."""
+    """Spearman's rank correlation over the images with finite values; None if one of them is constant."""
     fine = x.isfinite() & y.isfinite()
     if fine.sum() < 3 or x[fine].unique().numel() < 2 or y[fine].unique().numel() < 2:
         return {"rho": None, "p": None, "n": int(fine.sum())}
-    found = spearmanr(x[fine].numpy(), y[fine].numpy())
-    return {"rho": float(found.statistic), "p": float(found.pvalue), "n": int(fine.sum())}
+    result = spearmanr(x[fine].numpy(), y[fine].numpy())
+    return {"rho": float(result.statistic), "p": float(result.pvalue), "n": int(fine.sum())}
 
 
 def spread(values: Tensor) -> dict[str, float] | None:
-    """Minimum, median and maximum over images, those that left the finite numbers left out."""
+    """Minimum, median and maximum over images with finite values."""
     values = values[values.isfinite()]
     if not len(values):
         return None
@@ -143,7 +143,7 @@ def spread(values: Tensor) -> dict[str, float] | None:
 
 
 def descent(walk: Walk, rho: float) -> dict[str, float | dict]:
-    """Theorem 1 along plain steps: where 0 < ρ < 2β, how often its inequality holds, and how near T comes to 0."""
+    """Theorem 1 along plain steps: where 0 < ρ < 2β, how often its inequality holds, and how much of ‖T‖ is left."""
     slack, moving = walk.slack(rho), walk.moving
     closer = walk.distances[1:] < walk.distances[:-1]
     meets = walk.lowest > rho / 2
@@ -169,7 +169,7 @@ def summary(name: str, method: Method, walk: Walk) -> dict:
 
 
 def cocoercivity(method: Method, walk: Walk) -> dict:
-    """Along the path, about where it ends and about the true latents."""
+    """Cocoercivity along the path, about its end and about the true latents."""
     rho, need = step_of(method), asked(method)
     return {
         "images": walk.distances.shape[1],
@@ -188,7 +188,7 @@ def cocoercivity(method: Method, walk: Walk) -> dict:
 
 
 def endings(walk: Walk) -> dict:
-    """How near the path comes to its end, and what the minimum cocoercivity tells of that."""
+    """How close the path comes to its end, and how well the minimum cocoercivity predicts that."""
     far, relative = walk.distances[-1], walk.distances[-1] / walk.distances[0]
     return {
         "distance to the end": spread(far),
@@ -201,7 +201,7 @@ def endings(walk: Walk) -> dict:
 
 
 def compare(walks: dict[str, Walk], one: str, other: str) -> dict:
-    """Momentum against none: on how many images ‖T‖ is smaller at the last step walked, and by what factor."""
+    """With momentum against without: on how many images ‖T‖ is smaller at the last step, and by what factor."""
     if one not in walks or other not in walks:
         return {}
     ratio = walks[one].sizes[-1] / walks[other].sizes[-1]
@@ -216,7 +216,7 @@ def compare(walks: dict[str, Walk], one: str, other: str) -> dict:
 
 
 def rows(name: str, walk: Walk, pictures: list[str]) -> list[dict]:
-    """One image a row."""
+    """One row per image."""
     columns = {
         "minimum_cocoercivity": walk.lowest,
         "minimum_about_the_true_latent": walk.true_lowest,
@@ -231,7 +231,7 @@ def rows(name: str, walk: Walk, pictures: list[str]) -> list[dict]:
 
 
 def figure_of(walks: dict[str, Walk], chosen: dict[str, Walker], steps: int) -> Figure:
-    """A scatter plot a method, and the residual of them all along the way."""
+    """A scatter plot per method, and the residuals of all methods by step."""
     across = min(3, len(walks) + 1)
     down = -(-(len(walks) + 1) // across)
     figure, axes = panels(4 * across, 3.2 * down + 0.4, down, across)
@@ -247,12 +247,12 @@ def figure_of(walks: dict[str, Walk], chosen: dict[str, Walker], steps: int) -> 
 
 
 def scatter(ax: Axes, path: Walk, title: str, rho: float | None, steps: int) -> None:
-    """Each image's distance to the end against its minimum cocoercivity; where 0 and ρ/2 lie, if that is near."""
+    """Each image's distance to the end against its minimum cocoercivity, with lines at 0 and ρ/2 if they are close."""
     lowest, far, at = path.lowest, path.distances[-1], len(path.sizes) - 1
     fine = lowest.isfinite() & far.isfinite()
     ax.scatter(lowest[fine], far[fine], s=16, color=INK, alpha=0.7, lw=0, label="one image")
     if not fine.any():
-        ax.set_title(f"{title}\nleft the finite numbers on every image", fontsize=10)
+        ax.set_title(f"{title}\noverflowed on every image", fontsize=10)
         return
     mark_bounds(ax, lowest[fine], rho)
     correlation = rank_correlation(lowest, far)["rho"]
@@ -269,11 +269,11 @@ def scatter(ax: Axes, path: Walk, title: str, rho: float | None, steps: int) -> 
 
 
 def mark_bounds(ax: Axes, lowest: Tensor, rho: float | None) -> None:
-    """Lines at cocoercivity 0 and ρ/2, unless they are so far from all images that these would be squeezed together."""
+    """Lines at cocoercivity 0 and ρ/2, unless they are too far from all images."""
     least, most = float(lowest.min()), float(lowest.max())
     marks = [(0.0, {"color": GREY, "ls": ":", "label": "cocoercivity 0"})]
     if rho:
-        marks.append((rho / 2, {"color": MARK, "ls": "--", "label": "ρ/2, the least that Theorem 1 needs"}))
+        marks.append((rho / 2, {"color": MARK, "ls": "--", "label": "ρ/2, the bound of Theorem 1"}))
     for where, style in marks:
         if least - (most - least) <= where:
             ax.axvline(where, lw=1.2, **style)
@@ -286,7 +286,7 @@ def residuals(ax: Axes, walks: dict[str, Walk]) -> None:
         ax.plot(middle.numpy(), LINES[i // len(COLOURS)], color=COLOURS[i % len(COLOURS)], lw=1.6, label=name)
     ax.set(xlabel="step k", ylabel="‖T z$_k$‖ / ‖T z$_0$‖, median", yscale="log")
     ax.set_ylim(bottom=ax.get_ylim()[0] / 5)  # room for the legend
-    ax.set_title("residual along the way", fontsize=10)
+    ax.set_title("residual by step", fontsize=10)
     ax.legend(fontsize=7, frameon=False, loc="lower left", ncols=2)
 
 
@@ -294,12 +294,12 @@ def residuals(ax: Axes, walks: dict[str, Walk]) -> None:
 @click.option("--walk", "length", default=300, show_default=True, help="Steps to z_∞.")
 @click.option("--at", default=100, show_default=True, help="Steps whose cocoercivity is measured.")
 @click.option(
-    "--method", "only", multiple=True, type=click.Choice(list(TITLES)), help="Only this one; may be repeated."
+    "--method", "only", multiple=True, type=click.Choice(list(TITLES)), help="Only this method; may be repeated."
 )
 def main(bench: Bench, length: int, at: int, only: tuple[str, ...]) -> None:
-    """Cocoercivity along each method's path, Theorem 1 along real paths, momentum against none."""
+    """Cocoercivity along each method's path, Theorem 1 along real paths, and the effect of momentum."""
     if not 0 < at < length:
-        raise click.UsageError(f"--at must lie between 0 and --walk, not at {at} of {length}")
+        raise click.UsageError(f"--at must be between 0 and --walk ({length}), not {at}")
     seen = bench.pictures()
     chosen = {name: w for name, w in walkers(length).items() if name in (only or TITLES)}
     walks = {name: walk(bench, w, seen, steps=length, at=at, name=name) for name, w in chosen.items()}
@@ -313,10 +313,10 @@ def main(bench: Bench, length: int, at: int, only: tuple[str, ...]) -> None:
 
 
 def line(method: dict) -> str:
-    """A method's summary for the terminal."""
+    """A method's summary as text."""
     name, lowest, left = (method[key] for key in ("method", "minimum cocoercivity", "residual left at the end"))
     if lowest is None or left is None:
-        return f"{name:17} left the finite numbers on every image"
+        return f"{name:17} overflowed on every image"
     enough, positive = method["above what its theorem asks for"], method["positive"]
     text = f"{name:17} min cocoercivity {lowest['min']:8.3g}"
     text += f"  positive {positive['steps']:.1%} of steps, {positive['images']:.0%} of images"

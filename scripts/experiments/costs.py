@@ -21,7 +21,7 @@ from ringmark.inversion.models.pipeline import LatentModel
 
 
 def seconds(model: LatentModel, inverters: dict[str, Inverter], images: Tensor, rounds: int = 3) -> dict[str, float]:
-    """Seconds an image: the median over rounds, in each of which all take their turn, the device synchronised."""
+    """Seconds per image: the median over rounds that run all inverters in turn, with the device synchronised."""
     taken: dict[str, list[float]] = {name: [] for name in inverters}
     with tqdm(total=rounds * len(inverters), desc="time", leave=False, disable=None) as bar:
         for _ in range(rounds):
@@ -36,15 +36,15 @@ def seconds(model: LatentModel, inverters: dict[str, Inverter], images: Tensor, 
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for the device, so that a clock shows work done and not work queued."""
+    """Wait for the device, so that times include queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def in_own_process(work: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of `work(*arguments)`, computed in a process that has imported the libraries but used nothing of them.
+    """The result of `work(*arguments)`, computed in a new process that has imported the libraries but not used them.
 
-    Raises BrokenProcessPool where the process is killed.
+    Raises BrokenProcessPool if the process is killed.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(["diffusers.models.autoencoders.autoencoder_kl"])
@@ -53,9 +53,9 @@ def in_own_process(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def peak_memory(source: str, inverter: Inverter, images: Tensor, dtype: str = "float32") -> float:
-    """Megabytes above the loaded model that one batch needs at its peak, in a process of its own.
+    """Peak megabytes of one batch above the loaded model, measured in a new process.
 
-    Two steps reach the peak: no method's memory grows after them.
+    Two steps reach the peak; no method needs more memory later.
     """
     short = replace(inverter, max_steps=min(2, inverter.max_steps))
     return in_own_process(_peak, source, short, images, dtype)
@@ -63,14 +63,12 @@ def peak_memory(source: str, inverter: Inverter, images: Tensor, dtype: str = "f
 
 def _peak(source: str, inverter: Inverter, images: Tensor, dtype: str) -> float:
     model = LatentModel.from_pretrained(source, dtype=getattr(torch, dtype))
-    Inverter(max_steps=1)(model, images[:1])  # what the libraries allocate once is not the method's
+    Inverter(max_steps=1)(model, images[:1])  # warm up: libraries allocate some memory once
     return peak_during(model.device, lambda: inverter(model, images.to(model.device)))[1]
 
 
 def limit_memory(gib: float) -> None:
-    """Allow this process so much more memory than it has now (Linux): more than that fails, and the machine is not
-    filled. Infinity lifts the limit.
-    """
+    """Limit this process to `gib` more memory than it has now (Linux); infinity lifts the limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     allowed = hard if gib == float("inf") else memory_kilobytes("VmData") * 1024 + int(gib * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (allowed, hard))

@@ -3,9 +3,9 @@
     python -m scripts.experiments decoder -o build/bench                  # 64 images; about an hour on two cores
     python -m scripts.experiments decoder -o build/bench -n 4 --its 10    # a minute
 
-One run, one machine, the same 8-bit images for all. The first half of the drawn images carries a weak ring, so that
-the table says what each latent is worth for finding it. Times are taken in turns on a few of the images; nothing else
-should run meanwhile.
+One run, one machine, and the same 8-bit images for all methods. The first half of the drawn images carries a weak ring,
+so that the table shows how well it is detected from each method's latents. Times are measured in turns on a few of the
+images; nothing else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BUDGETS = (1, 2, 3, 4, 6, 8, 12, 20)
-MEMORY_BATCH = 8  # as the images are inverted
+MEMORY_BATCH = 8  # the batch size of the inversions
 ENCODER, DEFAULT = "encoder", "ours, default"
 
 
 def contenders(its: int) -> dict[str, Inverter]:
-    """Everything that is compared; `its` are the long gradient run's iterations (100 in the paper)."""
+    """All compared inverters; `its` is the number of iterations of the long gradient run (100 in the paper)."""
     half = its // 2
     known = {
         ENCODER: Inverter.named("encoder"),
@@ -76,7 +76,7 @@ def weak_scheme(bench: Bench) -> TreeRing:
 
 
 def worth(bench: Bench, latents: Tensor, seen: Pictures, scheme: TreeRing, name: str) -> dict[str, float]:
-    """What latents are good for: correlation of true and recovered noise, and the AUC of the weak ring."""
+    """The value of latents for detection: correlation of true and recovered noise, and AUC of the weak ring."""
     noise = bench.recover(latents, name)
     mean, error = mean_and_error(correlation(noise, seen.noise))
     score, half = score_and_p(scheme, Null.of_model(bench.model), noise)[0], len(noise) // 2
@@ -102,7 +102,7 @@ def row_of(name: str, found: Inverted, nmse: Tensor, taken: dict, memory: dict, 
 
 
 def claims(rows: dict[str, dict], nmse: dict[str, Tensor], its: int) -> list[dict]:
-    """What is claimed of ours and what was measured."""
+    """Claims about our method, with measured values."""
     mean = {name: row["NMSE dB"] for name, row in rows.items()}
     short, long = (min(gradients(k), key=mean.__getitem__) for k in (its // 5, its))
     half, default = its // 2, rows[DEFAULT]
@@ -127,17 +127,17 @@ def claim(rival: str, asked: str, reached: str, holds: bool) -> dict:
 
 
 def quick(rows: dict[str, dict], rival: str, *, slack: float, share: float) -> dict:
-    """Ours at the cheapest budget that is as accurate as the rival, in a share of the rival's time."""
+    """Claim: our cheapest budget that is as accurate as the rival takes a `share` of the rival's time."""
     budgets = sorted((name for name in rows if name.endswith(" steps")), key=lambda name: rows[name]["evaluations"])
     bound = rows[rival]["NMSE dB"] + slack
-    mine = next((name for name in budgets if rows[name]["NMSE dB"] <= bound), budgets[-1])
-    reached, ratio = rows[mine]["NMSE dB"], rows[mine]["seconds"] / rows[rival]["seconds"]
-    text = f"{mine}: {reached:.2f} dB against {rows[rival]['NMSE dB']:.2f}, in {ratio:.3f} of its time"
+    cheapest = next((name for name in budgets if rows[name]["NMSE dB"] <= bound), budgets[-1])
+    reached, ratio = rows[cheapest]["NMSE dB"], rows[cheapest]["seconds"] / rows[rival]["seconds"]
+    text = f"{cheapest}: {reached:.2f} dB against {rows[rival]['NMSE dB']:.2f}, in {ratio:.3f} of its time"
     return claim(rival, f"within {slack} dB in {share:g} of its time", text, reached <= bound and ratio <= share)
 
 
 def as_high(rows: dict[str, dict], *rivals: str) -> list[dict]:
-    """The default's latents are worth as much as those of the best rival."""
+    """Claims: the default's latents are as good for detection as those of the best rival."""
     found = []
     for measure in ("noise correlation", "weak ring AUC"):
         if measure in rows[DEFAULT]:
@@ -148,14 +148,14 @@ def as_high(rows: dict[str, dict], *rivals: str) -> list[dict]:
 
 
 def figure_of(rows: list[dict]) -> Figure:
-    """NMSE against time: ours as a line of budgets, the others as points."""
+    """NMSE against time, with our budgets as a line and the others as points."""
     figure, (ax,) = panels(8, 5)
     budgets = sorted((r for r in rows if r["method"].endswith("steps")), key=lambda r: r["seconds"])
     ax.plot(*columns(budgets, "seconds", "NMSE dB"), "o-", label="ours, 1 … steps")
     for row in rows:
         if row not in budgets:
             ax.errorbar(row["seconds"], row["NMSE dB"], row["standard error"], fmt="s", label=row["method"])
-    ax.set(xscale="log", xlabel="seconds an image", ylabel="NMSE of the latent, dB (mean ± standard error)")
+    ax.set(xscale="log", xlabel="seconds per image", ylabel="NMSE of the latent, dB (mean ± standard error)")
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
     return figure
@@ -180,9 +180,9 @@ def measure(bench: Bench, seen: Pictures, scheme: TreeRing, its: int, timed: int
 @experiment(64, photographs=True)
 @click.option("--its", default=100, show_default=True, help="Iterations of the long gradient runs.")
 @click.option("--timed", default=4, show_default=True, help="Images on which time is measured.")
-@click.option("--rounds", default=3, show_default=True, help="Turns of each when time is taken.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds of time measurements.")
 def main(bench: Bench, its: int, timed: int, rounds: int) -> None:
-    """Accuracy, time, memory and worth of every decoder inversion, and what is claimed of ours."""
+    """Accuracy, time, memory and value for detection of every decoder inversion, and claims about ours."""
     scheme = weak_scheme(bench)
     seen = bench.pictures(scheme)
     rows, nmse = measure(bench, seen, scheme, its, timed, rounds)
@@ -191,7 +191,7 @@ def main(bench: Bench, its: int, timed: int, rounds: int) -> None:
     found, worst = claims(rows, nmse, its), max(each, key=lambda one: one[DEFAULT])
     for one in found:
         answer = "yes" if one["holds"] else "NO "
-        click.echo(f"{answer}  against {one['against']}: asked {one['asked']}; reached {one['reached']}")
+        click.echo(f"{answer}  against {one['against']}: required {one['asked']}; reached {one['reached']}")
     click.echo(f"worst image of the default: {worst['image']}, {worst[DEFAULT]:.2f} dB (encoder {worst[ENCODER]:.2f})")
     blank = {key: None for row in rows.values() for key in row}
     table = [blank | row for row in rows.values()]

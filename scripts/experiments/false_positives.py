@@ -1,27 +1,26 @@
-"""Are the p-values true? How often keys are called present in images that carry none.
+"""Are the p-values valid? How often keys are called present in unmarked images.
 
     ringmark generate --no-mark -n 1000 --seed 200000 -o build/unmarked              # none of them calibrated pocket
     python -m scripts.experiments false_positives build/unmarked -o build/false-positives  # 15 minutes of two cores
     python -m scripts.experiments false_positives PHOTOGRAPHS -o build/photos --halves --attack flip --attack crop:0.75
     python -m scripts.experiments false_positives build/unmarked -o build/small --keys 2 --steps 4 --halves
 
-Every image is held against `--keys` keys of each of three families: the pattern *rand* and the pattern *ring* in the
-default placement, and the pattern *ring* as published (arXiv 2305.20030: the published mask, one channel, radius 10 of
-64); and against the one key *zeros* of the default placement, whose test is not the cosine but that of powers. Noise is
-recovered once for each image and attack, so more keys cost next to nothing. Four tests are asked:
-
-- verdict: the p-value that the verdict rests on, that of the whitened cosine and for *zeros* of the power ratio;
-- conformal: the p-value by rank among the unmarked images of the calibration, by which the verdict is checked;
+Every image is tested for `--keys` keys of each of three families: the patterns *rand* and *ring* in the default
+placement, and the pattern *ring* as published (arXiv 2305.20030: the published mask, one channel, radius 10 of 64). It
+is also tested for the single key *zeros* of the default placement, whose test uses powers instead of the cosine. Noise
+is recovered once for each image and attack, so more keys cost almost nothing. There are four tests:
+- verdict: the p-value of the verdict, from the whitened cosine, or for *zeros* from the power ratio;
+- conformal: the p-value by rank among the unmarked images of the calibration, which checks the verdict;
 - published p: the p-value of arXiv 2305.20030;
-- threshold 77: a mean distance below 77 for 64x64 latents, scaled to others by the side, which stands as a literal in a
-  widely installed package. It knows no level.
+- threshold 77: a mean distance below 77 for 64x64 latents, scaled to others by the side, which is a literal in a widely
+  installed package. It has no level.
 
-Without --halves the model's own calibration is used, or that of --calibration. With --halves every second image makes
-a calibration for the others, and they one for the first; attacked images are only tested, never calibrated on.
+Without --halves, the model's own calibration or that of --calibration is used. With --halves, each half of the images
+(every second one) is the calibration of the other; attacked images are only tested, never used to calibrate.
 
-For each key the interval of its rate is Clopper and Pearson's. It is a 95 % interval, so of 10 keys at three levels
-one or two may miss the nominal level by chance; where rates are small it is wider, and fewer do. The keys of a family
-see the same images, so their mean rate has an interval by bootstrap over the images.
+The interval of each key's rate is Clopper and Pearson's. It is a 95 % interval, so of 10 keys at three levels one or
+two may miss the nominal level by chance; for small rates it is wider, and fewer do. The keys of a family are tested on
+the same images, so the interval of their mean rate is a bootstrap over images.
 """
 
 from __future__ import annotations
@@ -81,7 +80,7 @@ def families(bench: Bench, number: int) -> dict[str, list[Key]]:
 
 
 def tested(calibration: Calibration, key: Key, noise: Tensor) -> Tests:
-    """p-values (n,) of recovered noise (n, C, h, w) by test; of the threshold 0 where it fires, else 1."""
+    """p-values (n,) of recovered noise (n, C, h, w) by test; for the threshold 0 if it fires, otherwise 1."""
     detector, name = Detector([key], null=calibration.null, calibration=calibration), key.fingerprint
     score, log10_p = detector.statistic(name, noise)
     published = detector.schemes[name].published(noise)
@@ -91,7 +90,7 @@ def tested(calibration: Calibration, key: Key, noise: Tensor) -> Tests:
 
 
 def by_halves(settings: RecoverySettings, clean: Tensor, keys: list[Key], noise: Tensor) -> list[Tests]:
-    """Each key's tests of the `noise` of every image, on the null of the `clean` noise of the other half."""
+    """Each key's tests of the `noise` of all images, under the null of the `clean` noise of the other half."""
     joined = [{name: np.empty(len(noise)) for name in TESTS} for _ in keys]
     for half in (0, 1):
         other = clean[1 - half :: 2]
@@ -103,7 +102,7 @@ def by_halves(settings: RecoverySettings, clean: Tensor, keys: list[Key], noise:
 
 
 def rows_of(about: dict, found: list[Tests]) -> list[dict]:
-    """A row a key and test: rates at LEVELS with their intervals, and the p-value of Kolmogorov and Smirnov's test."""
+    """A row per key and test: rates at LEVELS with their intervals, and the p-value of the Kolmogorov-Smirnov test."""
     rows = []
     for number, tests in enumerate(found):
         for name, p in tests.items():
@@ -116,7 +115,7 @@ def rows_of(about: dict, found: list[Tests]) -> list[dict]:
 
 
 def pooled(about: dict, found: list[Tests], seed: int) -> list[dict]:
-    """A row a test: the keys' mean rate with a bootstrap interval over images, and how many keys hold the level."""
+    """A row per test: the keys' mean rate with a bootstrap interval over images, and how many keys hold the level."""
     rows, keys = [], rows_of(about, found)
     for name in TESTS:
         own, p = [row for row in keys if row["test"] == name], np.stack([tests[name] for tests in found])
@@ -132,7 +131,7 @@ def pooled(about: dict, found: list[Tests], seed: int) -> list[dict]:
 
 
 def bootstrap(shares: np.ndarray, seed: int) -> tuple[float, float]:
-    """95 % interval of the mean of (n,) independent shares; the exact interval where all are equal."""
+    """95 % interval of the mean of independent shares (n,); the exact interval if all are equal."""
     if np.ptp(shares) == 0:
         return rate(round(shares[0] * len(shares)), len(shares))[1]
     found = stats.bootstrap((shares,), np.mean, method="percentile", rng=np.random.default_rng(seed))
@@ -140,7 +139,7 @@ def bootstrap(shares: np.ndarray, seed: int) -> tuple[float, float]:
 
 
 def figure_of(found: dict[tuple[str, str], list[Tests]]) -> Figure:
-    """The share of images with p ≤ level against the level; a panel a condition and family, a line a key."""
+    """The share of images with p ≤ level against the level: a panel per condition and family, a line per key."""
     conditions, kinds = (list(dict.fromkeys(names)) for names in zip(*found, strict=True))
     size = 1 + 3.6 * len(kinds), 0.6 + 3.4 * len(conditions)
     figure, axes = panels(*size, len(conditions), len(kinds), sharex=True, sharey=True)
@@ -157,19 +156,19 @@ def figure_of(found: dict[tuple[str, str], list[Tests]]) -> Figure:
 
 
 def plot_shares(ax: Axes, keys: list[Tests]) -> None:
-    """The distribution of each test's p-values, a line a key."""
+    """The distribution of each test's p-values, with a line per key."""
     images = len(keys[0][RANKED[0]])
     shares, floor = np.arange(1, images + 1) / images, 0.5 / images
     for name, colour in zip(RANKED, (COLOURS[0], COLOURS[2], COLOURS[1]), strict=True):
         for number, tests in enumerate(keys):
             label = None if number else name
             ax.plot(np.sort(tests[name]), shares, color=colour, lw=0.8, alpha=0.7, label=label)
-    ax.plot([floor, 1], [floor, 1], color="black", lw=1, ls=":", label="a true p-value")
+    ax.plot([floor, 1], [floor, 1], color="black", lw=1, ls=":", label="valid p-value")
     ax.set(xscale="log", yscale="log", xlim=(floor, 1), ylim=(floor, 1.1))
 
 
 def summary(rows: list[dict]) -> str:
-    """The pooled rows in words."""
+    """The pooled rows as text."""
     lines = []
     for r in rows:
         rates = ", ".join(
@@ -195,7 +194,7 @@ def attacked_files(bench: Bench, folder: Path, attacks: dict[str, Chain | None])
 
 
 def recovered(recoverer: Recoverer, places: dict[str, list[Path]], cache: Path) -> dict[str, Tensor]:
-    """Noise of all files by attack. Raises RingmarkError where some file cannot be used."""
+    """Noise of all files by attack. Raises RingmarkError if any file cannot be used."""
     found = {name: recover_files(recoverer, paths, cache, name=name) for name, paths in places.items()}
     for name, files in found.items():
         if unusable := len(files.refused) + len(files.doubts):
@@ -209,15 +208,17 @@ def _about(names: tuple[str, str]) -> dict[str, str]:
 
 @experiment(seed=SEED, drawing=False)
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--steps", default=25, show_default=True, help="Of DDIM.")
-@click.option("--calibration", type=click.Path(path_type=Path), help="In place of the model's own.")
-@click.option("--halves", is_flag=True, help="Calibrate on one half of the images, test on the other, and in turn.")
+@click.option("--steps", default=25, show_default=True, help="DDIM steps.")
+@click.option(
+    "--calibration", type=click.Path(path_type=Path), help="Calibration file to use instead of the model's own."
+)
+@click.option("--halves", is_flag=True, help="Calibrate on each half of the images and test on the other.")
 @attack_option()
-@click.option("--keys", "number", default=10, show_default=True, help="Of each family.")
+@click.option("--keys", "number", default=10, show_default=True, help="Keys of each family.")
 def main(bench: Bench, folder: Path, calibration: Path | None, halves: bool, attacks: dict[str, Chain | None]) -> None:
     """False-positive rates on the unmarked images of FOLDER."""
     if halves and calibration:
-        raise click.UsageError("--halves makes its own calibrations; leave out one of the two")
+        raise click.UsageError("--halves makes its own calibrations; omit it or --calibration")
     recoverer = Recoverer(bench.model, steps=bench.steps)
     made = None if halves else Calibration.load(calibration or Path(resolve(bench.source)) / Calibration.FILE)
     if made:

@@ -1,26 +1,24 @@
-"""Which key of many is in the picture, and is a wrong one ever named?
+"""Which of many keys is in the picture, and how often is a wrong one reported?
 
     python -m scripts.experiments identification -o build/identification    # 64 + 64 images, 12 minutes of one core
     python -m scripts.experiments identification -o build/small -n 2 --unmarked 2 --keys 2 --steps 4 --attack blur:4
 
-Every marked image carries a key of its own out of `max(--keys)`, in the default placement. For each K it is held
-against K keys, as a detector with a ring of K keys would do. Counted are
+Every marked image carries its own key out of `max(--keys)`, in the default placement. For each K it is tested for K
+keys, like by a detector with a ring of K keys. The experiment counts
+- accuracy: whether the largest whitened cosine, or the smallest published distance as in arXiv 2305.20030 and
+  2404.14055, belongs to the embedded key; one of the K keys is always chosen;
+- ringmark's rule: keys with K p <= alpha are reported, best first. The first is the right key, a wrong one, or none;
+- false accusations: marked images for which any wrong key is reported, alone or besides the right one, and unmarked
+  images for which any key is reported.
 
-- accuracy: the largest whitened cosine, and the smallest published distance as in arXiv 2305.20030 and 2404.14055,
-  belong to the key that is there; one of the K is always chosen;
-- the product's rule: keys with K p <= alpha are named, the best first. The right key is named, a wrong one, or none;
-- false accusations: of marked images, those for which any wrong key is named, beside the right one or alone; of
-  unmarked images, those for which any key is.
+The same images are used for every K. Keys are arranged in a circle: image i carries key i, and its ring of K keys is
+that key and the next K - 1. Every image is thus used at every K, and larger rings contain the smaller ones, so
+differences between values of K do not come from different draws. Below the largest K, images have different rings; at
+the largest, all have the same. An unmarked image is tested for the ring that starts at its number. Keys are drawn as by
+`ringmark keygen -n` (all distinguishable), but from --seed: such keys are for experiments only.
 
-The very same images serve for every K. All keys stand in a circle; image i carries key i, and its ring of K is that key
-and the K - 1 after it. So every image takes part at every K, no image is drawn for the sake of a small ring, and each
-larger ring holds the smaller: that a key is named less often among more keys is no luck of the draw. Keys are drawn
-alike, so which of them are the others is of no matter, but below the largest K images have different rings, and at the
-largest all have the same. An unmarked image is held against the ring that begins at its number. Keys are drawn as
-`ringmark keygen -n` draws them (none passes for another), but from --seed: such keys are for experiments only.
-
-p-values rest on the model's own calibration where it has one for these settings. Noise is recovered once for each
-image and attack, 1 s, and then scored against all keys at once; drawing costs 1.3 s.
+p-values use the model's own calibration if it has one for these settings. Noise is recovered once for each image and
+attack (1 s) and then scored for all keys at once; drawing an image takes 1.3 s.
 """
 
 from __future__ import annotations
@@ -55,7 +53,7 @@ SHOWN = dict(zip(  # outcome: style
 
 
 def make_schemes(bench: Bench, number: int) -> list[TreeRing]:
-    """Keys of the default placement that can be told apart."""
+    """Distinguishable keys of the default placement."""
     rng = np.random.default_rng(bench.seed)
     keys = draw_keys(bench.model, [], number, lambda: bench.key(seed=rng))[0]
     return [TreeRing(key) for key in keys]
@@ -64,8 +62,8 @@ def make_schemes(bench: Bench, number: int) -> list[TreeRing]:
 def scores(null: Null, schemes: list[TreeRing], noise: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Whitened cosine, uncorrected p-value and published distance, each (N, K), of noise (N, C, h, w) and K keys.
 
-    Keys of one kind observe the same features, so the cosines are one matrix product F Kᵀ of rows of length 1; c and p
-    are those of each key's own test.
+    Keys of one kind share their features, so the cosines are one matrix product F Kᵀ of unit rows; c and p equal those
+    of each key's own test.
     """
     tests, first = [scheme.on(null) for scheme in schemes], schemes[0]
     features, keys = tests[0].observe(noise), np.stack([test.template for test in tests])
@@ -76,18 +74,18 @@ def scores(null: Null, schemes: list[TreeRing], noise: Tensor) -> tuple[np.ndarr
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
-    """Rows of length 1; those of nothing, of an inversion that failed, point nowhere."""
+    """Rows scaled to unit length; rows of zeros, from failed inversions, stay zero."""
     length = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)
 
 
 def members(images: int, keys: int, total: int) -> np.ndarray:
-    """(images, keys): of each image the numbers of its ring's keys, its own first, in a circle of `total` keys."""
+    """Key numbers (images, keys) of each image's ring, its own key first, in a circle of `total` keys."""
     return (np.arange(images)[:, None] + np.arange(keys)) % total
 
 
 def outcomes(cosine: np.ndarray, distance: np.ndarray, named: np.ndarray) -> dict[str, int]:
-    """How many marked images come out how: all (N, K), an image's own key first; `named` where K p ≤ alpha."""
+    """Counts of outcomes of marked images from arrays (N, K), an image's own key first; `named` where K p ≤ alpha."""
     right, any_named = (cosine.argmax(1) == 0) & (cosine[:, 0] != 0), named.any(1)
     return {
         "cosine finds the key": int(right.sum()),
@@ -102,7 +100,7 @@ def outcomes(cosine: np.ndarray, distance: np.ndarray, named: np.ndarray) -> dic
 def count(
     condition: str, marked: tuple[np.ndarray, ...], unmarked: tuple[np.ndarray, ...], keys: int, alpha: float
 ) -> list[dict]:
-    """A row an outcome, from cosines, p-values and distances (N, all keys) of marked and of unmarked images."""
+    """A row per outcome, from cosines, p-values and distances (N, all keys) of marked and unmarked images."""
     ring = members(len(marked[0]), keys, marked[0].shape[1])
     cosine, p, distance = (np.take_along_axis(x, ring, 1) for x in marked)
     found = {name: share(n, len(ring)) for name, n in outcomes(cosine, distance, keys * p <= alpha).items()}
@@ -125,7 +123,7 @@ def figure_of(rows: list[dict]) -> Figure:
 
 
 def panel(ax: Axes, name: str, rows: list[dict]) -> None:
-    """One attack; lines stand a little apart, for most of them lie on one another."""
+    """One attack; lines are slightly offset, because most of them coincide."""
     for i, (outcome, (colour, style)) in enumerate(SHOWN.items()):
         members = [r for r in rows if r["outcome"] == outcome]
         if members:
@@ -140,7 +138,7 @@ def panel(ax: Axes, name: str, rows: list[dict]) -> None:
 
 
 def summary(rows: list[dict]) -> str:
-    """Counts in words."""
+    """Counts as text."""
     return "\n".join(
         f"{r['attack']:10} {r['keys']:5} keys  {r['outcome']:22} {r['count']:3} of {r['of']} "
         f"[{r['low']:.3f}, {r['high']:.3f}]"
@@ -149,15 +147,17 @@ def summary(rows: list[dict]) -> str:
 
 
 @experiment(64, seed=40_000)
-@click.option("--unmarked", default=64, show_default=True, help="Images without a key beside them.")
+@click.option("--unmarked", default=64, show_default=True, help="Number of additional unmarked images.")
 @click.option(
     "--keys", "sizes", type=click.IntRange(2), multiple=True, default=(2, 16, 128, 1024), show_default=True,
-    help="Keys in the ring; again for more.",
+    help="Number of keys in the ring; may be repeated.",
 )  # fmt: skip
 @attack_option("jpeg:25", "blur:4", "noise:0.1")
-@click.option("--alpha", type=click.FloatRange(0, 1), default=ALPHA, show_default=True, help="Of the corrected p.")
+@click.option(
+    "--alpha", type=click.FloatRange(0, 1), default=ALPHA, show_default=True, help="Level of the corrected p."
+)
 def main(bench: Bench, unmarked: int, sizes: tuple[int, ...], attacks: dict[str, Chain | None], alpha: float) -> None:
-    """N marked images, each with a key of its own, among K keys."""
+    """N marked images, each with its own key, among K keys."""
     schemes, number, rows = make_schemes(bench, max(sizes)), bench.number, []
     noise, prompts = bench.fresh(number + unmarked)
     start = torch.cat([mark_in_turn(schemes, noise[:number]), noise[number:]])

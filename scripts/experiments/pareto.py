@@ -3,8 +3,8 @@
     python -m scripts.experiments pareto -o build/bench                     # with the images and cache of `decoder`
     python -m scripts.experiments pareto -o build/small -n 2 --shortest 4   # under two minutes
 
-The true latents are known because the model drew the images, which pass through 8 bits. In 16 bit, which is the
-default beside 32 bit where there is a GPU, the same images are inverted by the same weights in that precision.
+The true latents are known because the model drew the images, which are rounded to 8 bits. On a GPU, the same images are
+by default also inverted with the same weights in 16 bits.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def family(method: str) -> str:
 
 
 def figure_of(rows: list[dict]) -> Figure:
-    """Two fronts, a line for each family and precision."""
+    """Two fronts, with a line for each family and precision."""
     figure, (time, memory) = panels(11, 4.5, across=2, sharey=True)
-    plot_front(time, rows, "seconds", "seconds an image")
-    plot_front(memory, rows, "MB", "peak memory above the model, MB")
+    plot_front(time, rows, "seconds", "seconds per image")
+    plot_front(memory, rows, "MB", "peak memory above the model's, MB")
     time.set_ylabel("NMSE of the latent, dB (mean ± standard error)")
     legend_below(figure, 5, fontsize=8)
     return figure
@@ -64,7 +64,7 @@ def plot_front(ax: Axes, rows: list[dict], measure: str, label: str) -> None:
         ax.errorbar(*columns(members, measure, "NMSE dB", "standard error"), **style, label=f"{name}, {dtype}")
     ax.set(xscale="log", xlabel=label)
     ax.xaxis.set_major_formatter("{x:g}")
-    ax.xaxis.set_minor_formatter(NullFormatter())  # or a range of less than a decade is a crowd of labels
+    ax.xaxis.set_minor_formatter(NullFormatter())  # avoids crowded labels on a range of less than a decade
     ax.grid(alpha=0.3)
 
 
@@ -86,7 +86,7 @@ def measure(bench: Bench, seen: Pictures, inverters: dict[str, Inverter], timed:
 @experiment(64, photographs=True)
 @click.option("--shortest", default=20, show_default=True, help="Iterations of the shortest runs; 20 is the paper's.")
 @click.option("--timed", default=4, show_default=True, help="Images on which time and memory are measured.")
-@click.option("--rounds", default=3, show_default=True, help="Turns of each when time is taken.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds of time measurements.")
 @click.option("--dtype", "dtypes", multiple=True, help="Precisions.  [default: float32, and float16 on a GPU]")
 def main(bench: Bench, shortest: int, timed: int, rounds: int, dtypes: tuple[str, ...]) -> None:
     """Fronts of accuracy against time and memory."""

@@ -1,4 +1,4 @@
-"""What the experiments' figures share."""
+"""Shared parts of the experiments' figures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def panels(width: float, height: float, down: int = 1, across: int = 1, **shared: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of this size in inches, and its panels row by row; `shared` goes to `Figure.subplots`."""
+    """A figure of this size in inches, and its panels row by row; `shared` is passed to `Figure.subplots`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -26,12 +26,12 @@ def columns(rows: list[dict], *names: str) -> list[np.ndarray]:
 
 
 def intervals(ax: Axes, x: Sequence[float] | np.ndarray, rows: list[dict], *names: str, **style: Any) -> None:
-    """Points with their intervals; `names` are the columns of the value and of the interval's two ends."""
+    """Plot points with intervals; `names` are the columns of the value and the two ends of the interval."""
     middle, low, high = columns(rows, *names)
     ax.errorbar(x, middle, np.maximum(0, [middle - low, high - middle]), **style)
 
 
 def legend_below(figure: Figure, columns: int, **style: Any) -> None:
-    """One legend for all panels, which show the same lines as the first."""
+    """One legend below the figure for all panels, with the lines of the first."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, **style)

@@ -1,12 +1,13 @@
-"""What the search for a turned, cropped or shifted mark finds, and what it costs.
+"""How well the search finds rotated, cropped and shifted marks, and what it costs.
 
     python -m scripts.experiments search -o build/search                         # 24 marked and 24 unmarked images
     python -m scripts.experiments search -o build/search-small -n 4 --search-steps 5   # 2 and 2
 
-Marked images, drawn with the default key's placement, and unmarked ones are turned by 75°, cropped to 75 % of their
-area at a random place and enlarged again, turned and cropped, moved round by (13, -22) pixels, or left alone. Each is
-judged by the ordinary detector, by the search, and as `--search` judges by both: twice the smaller p, with the search
-only where the ordinary p does not suffice. AUCs are of the scores (of p for both), rates of p-values at the level α.
+Marked images, drawn with the default key's placement, and unmarked ones are rotated by 75°, cropped to 75 % of their
+area at a random position and enlarged again, rotated and cropped, shifted cyclically by (13, -22) pixels, or left
+unchanged. Each is tested by the ordinary detector, by the search, and by both as in `--search`: twice the smaller p,
+with the search only if the ordinary p is not significant. AUCs are of the scores (for both: of p); rates are shares of
+p-values at the level α.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ if TYPE_CHECKING:
 
 SHIFT = (13, -22)  # px right and down; not whole latents
 ATTACKS = ("clean", "shift", "rotation:75", "crop:0.75", "rotation:-20+crop:0.75")
-TESTS = 2  # of each key, where pictures are searched
+TESTS = 2  # tests per key if pictures are searched
 WAYS = ("without", "search", "both")
 COLOURS = {"without": "#8d99ae", "search": "#1b3a5c", "both": "#d1495b"}
 
 
 def attacked(spec: str, image: Image.Image, seed: int) -> Image.Image:
-    """One of ATTACKS; a shift is cyclic, so that nothing is lost but place."""
+    """Apply one of ATTACKS; a shift is cyclic, so that no pixel is lost."""
     if spec == "clean":
         return image
     return ImageChops.offset(image, *SHIFT) if spec == "shift" else chains.apply(spec, image, seed)
@@ -57,7 +58,7 @@ def without(recoverer: Recoverer, detector: Detector, images: Tensor) -> dict[st
 
 
 def searched(search: Search, model: LatentModel, detector: Detector, images: Tensor) -> dict[str, Tensor]:
-    """The same of the search, with the angle and scale found (B,)."""
+    """Score, p-value and seconds (B,) of the search, with the angle and scale found (B,)."""
     samples = [Sample(str(i), from_array(x.numpy())) for i, x in enumerate(images)]
     found = [one for (one,) in search(model, detector.schemes, detector.known, samples)]
     angle, scale = np.array([one.candidate for one in found]).T
@@ -66,7 +67,7 @@ def searched(search: Search, model: LatentModel, detector: Detector, images: Ten
 
 
 def both(one: dict[str, np.ndarray], other: dict[str, np.ndarray], alpha: float) -> dict[str, np.ndarray]:
-    """As `--search` judges: columns (N,) from those of the ordinary detector and of the search."""
+    """Columns (N,) of both tests combined as by `--search`, from those of the ordinary detector and of the search."""
     first, tests = np.minimum(1, TESTS * one["p"]), TESTS
     again = first > alpha
     p = np.where(again, np.minimum(first, np.minimum(1, tests * other["p"])), first)
@@ -79,7 +80,7 @@ def _columns(**columns: np.ndarray) -> dict[str, Tensor]:
 
 
 def row(attack: str, way: str, found: dict[str, np.ndarray], marked: int, alpha: float) -> dict:
-    """AUC with its interval, the shares called marked, and the cost; the first `marked` images are."""
+    """AUC with its interval, the shares called marked, and the cost; the first `marked` images are marked."""
     yes, no = found["score"][:marked], found["score"][marked:]
     curve, fires = roc(yes, no, fpr_limit=alpha), found["p"] <= alpha
     return {
@@ -93,11 +94,11 @@ def row(attack: str, way: str, found: dict[str, np.ndarray], marked: int, alpha:
 
 
 def summary(rows: list[dict], alpha: float) -> str:
-    """In words."""
+    """The rows as text."""
     return "\n".join(
         f"{r['attack']:24} {r['way']:8} AUC {r['AUC']:.3f} [{r['AUC low']:.3f}, {r['AUC high']:.3f}], "
         f"p ≤ {alpha:g}: marked {r['found']:.0%} of {r['marked']}, unmarked {r['false']:.0%} of {r['unmarked']}, "
-        f"{r['inversions']:.0f} inversions, {r['seconds']:.2f} s an image"
+        f"{r['inversions']:.0f} inversions, {r['seconds']:.2f} s per image"
         for r in rows
     )
 
@@ -136,11 +137,18 @@ def judged(bench: Bench, detector: Detector, search: Search, images: Tensor, spe
 
 @experiment(48)
 @click.option("--search-steps", default=Search.steps, show_default=True, help="DDIM steps of the search's inversions.")
-@click.option("--dear", default=Search.dear, show_default=True, help="Candidates inverted anew.")
+@click.option("--dear", default=Search.dear, show_default=True, help="Candidates of the fine stage.")
 @click.option("--angle-step", default=2.0, show_default=True, help="Degrees between the angles of the grid.")
-@click.option("--attack", "specs", multiple=True, default=ATTACKS, show_default=True, help="What is done to images.")
+@click.option(
+    "--attack",
+    "specs",
+    multiple=True,
+    default=ATTACKS,
+    show_default=True,
+    help="How images are altered; may be repeated.",
+)
 def main(bench: Bench, search_steps: int, dear: int, angle_step: float, specs: tuple[str, ...]) -> None:
-    """A mark in turned, cropped and shifted images, without the search, by it alone and by both."""
+    """A mark in rotated, cropped and shifted images, without the search, with the search alone and with both."""
     detector, rows = Detector([bench.key(seed=SEED)], null=Null.of_model(bench.model)), []
     (scheme,) = detector.schemes.values()
     search = Search(angles=tuple(np.arange(-180, 180, angle_step).tolist()), steps=search_steps, dear=dear)

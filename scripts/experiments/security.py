@@ -1,29 +1,30 @@
-"""What an attacker who holds the model, but not the key, can learn, forge and remove.
+"""What an attacker who has the model but not the key can learn, forge and remove.
 
     python -m scripts.experiments security -o build/security          # 64 images of a key; 13 minutes of one core
     python -m scripts.experiments security -o build/security -n 2 --forged 1 --steps 4
     python -m scripts.experiments security -o build/security-jpeg --published jpeg:25    # attacker has JPEG files only
 
-The attacker recovers noise as the detector does: same model, same inversion. Without the model, or with one like it,
-less comes back; that is not studied here (see arXiv 2601.20310 and 2606.29807). Costs: 1.3 s to draw an image, 1 s to
-recover its noise.
+The attacker recovers noise as the detector does, with the same model and the same inversion. Without the model, or with
+a similar one, less is recovered; that is not studied here (see arXiv 2601.20310 and 2606.29807). Drawing an image takes
+1.3 s, recovering its noise 1 s.
 
-Averaging. N images are marked with one key, of different prompts and seeds. A masked bin comes back as a K + rest, so
-the mean over m images has the cosine √(m a² / (m a² + v)) with the key, for one a and v; over the rings of the mark,
-see `expected_cosine`. For m = 1, 2, 4, … the images fall into N / m groups, each gives an estimate of the key, and
-`--forged` new images are drawn from noise marked with an estimate (in turn, one of each group) and tested with the true
-key. How many pass at alpha says how many images may be published with one key. At m = 1 this is the forgery by
-transplanting a single image's bins. Intervals take forged images for independent; those of one estimate share its luck.
-With --published only the attacker's images are distorted, not the forged ones.
+Averaging. N images with different prompts and seeds are marked with one key. A masked bin is recovered as a K + rest,
+so the mean over m images has the cosine √(m a² / (m a² + v)) with the key for constant a and v; for all rings of the
+mark see `expected_cosine`. For m = 1, 2, 4, … the images are split into N / m groups, each of which gives an estimate
+of the key. `--forged` new images are drawn from noise marked with the estimates (in turn) and tested with the true key.
+The number that pass at alpha shows how many images can safely be published with one key. For m = 1 this is forgery by
+transplanting the bins of a single image. Intervals assume independent forged images, although those of one estimate are
+not. With --published, only the attacker's images are distorted, not the forged ones.
 
 Where the ring is. An attacker who knows neither channels nor radii compares, ring by ring, the power of the mean noise
-with the 1/m of an image's power that is expected where images share nothing: `ring_z`. A ring shows at z > 4. The same
-of as many unmarked images: what a model's images share without a key. A key leaks into other channels, so its rings
-may show there too, later.
+with 1/m of an image's power, which is expected if images share nothing: `ring_z`. A ring is visible at z > 4. The same
+is done for as many unmarked images, to see what a model's images share without a key. A key leaks into other channels,
+so its rings may become visible there too, with more images.
 
-Drawing again. From the noise recovered from marked images: with another prompt (forgery); with the masked bins, or all
-bins from ring 3 on, drawn anew (removal), once with the prompt and guidance, once with neither, as the inversion was,
-which keeps the picture better. Similarity is the correlation of pixels, and their RMS difference in grey levels.
+Drawing again. Images are drawn from the noise recovered from marked images: with another prompt (forgery), or with the
+masked bins or all bins from ring 3 on replaced by new noise (removal). Removal is tried with the prompt and guidance,
+and with neither, like the inversion, which preserves the picture better. Similarity is the correlation of pixels, and
+their RMS difference in grey levels.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SHOWS = 4.0  # z, of a ring that stands out: 3 in 100 000 by chance
-LOWEST = 3  # ring from which on everything may be drawn anew and the layout stays
+SHOWS = 4.0  # z above which a ring is visible: 3 in 100 000 by chance
+LOWEST = 3  # lowest ring that can be replaced without changing the layout
 FRESH, OTHERS = 10_000, 30_000  # seeds of forged images and of pictures drawn again, after those of the marked ones
 
 
@@ -64,9 +65,9 @@ def ladder(most: int) -> list[int]:
 
 
 def forged(key: Key, noise: Tensor) -> Key:
-    """What is taken for the key by one who knows its mask and has these recovered noises (m, C, h, w).
+    """An estimate of the key by an attacker who knows its mask and has these recovered noises (m, C, h, w).
 
-    The mean of their masked bins, each channel at unit power, as keys are.
+    It is the mean of their masked bins, with each channel scaled to unit power, like in keys.
     """
     scheme = TreeRing(key)
     mean = scheme.masked(noise)[0].mean(0).view(len(scheme.placement.channels), -1)
@@ -76,25 +77,28 @@ def forged(key: Key, noise: Tensor) -> Key:
 
 
 def spread(values: Tensor) -> tuple[float, float | None]:
-    """Mean and its standard error, which a single value does not have."""
+    """Mean and its standard error, which is None for a single value."""
     return mean_and_error(values) if len(values) > 1 else (float(values[0]), None)
 
 
 def groups(noise: Tensor, m: int) -> list[Tensor]:
-    """The noises in as many whole groups of m as there are."""
+    """The noises split into complete groups of m."""
     return list(noise[: len(noise) // m * m].split(m))
 
 
 def likeness(key: Key, estimates: list[Key]) -> Tensor:
     """The cosine (len(estimates),) between the true key's features and each estimate's."""
-    own, *found = (scheme.features(scheme.hermitian[None])[0].numpy() for scheme in map(TreeRing, [key, *estimates]))
-    return torch.from_numpy(cosine_scores(np.stack(found), own))
+    true, *estimated = (
+        scheme.features(scheme.hermitian[None])[0].numpy() for scheme in map(TreeRing, [key, *estimates])
+    )
+    return torch.from_numpy(cosine_scores(np.stack(estimated), true))
 
 
 def expected_cosine(model: LatentModel, scheme: TreeRing, m: int) -> float | None:
-    """Of an estimate from m images and the key: per channel mean(a) / √mean(a² + v / m), over its bins; then the mean.
+    """The expected cosine of an estimate from m images and the key: mean over channels of mean(a) / √mean(a² + v / m).
 
-    a and v are the model's measured attenuation and variance (`NoiseRecovery`); None where they were not measured.
+    The inner means are over bins. a and v are the model's measured attenuation and variance (`NoiseRecovery`); None if
+    they were not measured.
     """
     if model.recovery is None:
         return None
@@ -104,11 +108,11 @@ def expected_cosine(model: LatentModel, scheme: TreeRing, m: int) -> float | Non
 
 
 def ring_z(noise: Tensor) -> Tensor:
-    """z (C, R) of what recovered noises (m, C, h, w), m ≥ 2, have in common on each ring about DC; at most 37.
+    """z (C, R) of the common part of recovered noises (m, C, h, w), m ≥ 2, on each ring about DC; at most 37.
 
     m |mean|² over Σ |F − mean|² / (m − 1), both summed over a ring's n bins, is F-distributed with n and n (m − 1)
-    degrees of freedom if the m are independent white noise; z is the normal deviate of that tail. A key's ring has the
-    ratio (m a² + v) / (a² + v) nearly, where nothing is shared it is 1: the mean's power is 1/m of an image's.
+    degrees of freedom if the m noises are independent white noise; z is the normal deviate of that tail. The ratio is
+    about (m a² + v) / (a² + v) for a key's ring, and 1 if nothing is shared, when the mean has 1/m of an image's power.
     """
     spectrum, m = torch.fft.fft2(noise.double(), norm="ortho"), len(noise)
     mean, ring = spectrum.mean(0), rings(*noise.shape[-2:]).flatten()
@@ -120,12 +124,12 @@ def ring_z(noise: Tensor) -> Tensor:
 
 
 def by_ring(power: Tensor, ring: Tensor, number: int) -> Tensor:
-    """(C, h, w) summed over each of so many rings: (C, R)."""
+    """Sums (C, R) of power (C, h, w) over each ring."""
     return torch.zeros(len(power), number).double().index_add_(1, ring, power.flatten(1))
 
 
 def cells(scheme: TreeRing) -> tuple[Tensor, Tensor]:
-    """(C, R) bool: where a ring may be at all (not DC, not the corners), and where this one is."""
+    """Masks (C, R) of possible rings (not DC, not the corners) and of the rings of this mark."""
     count, height, width = scheme.latent_shape
     possible = torch.zeros(count, int(rings(height, width).max()) + 1, dtype=torch.bool)
     possible[:, 1 : min(height, width) // 2] = True
@@ -136,7 +140,7 @@ def cells(scheme: TreeRing) -> tuple[Tensor, Tensor]:
 
 
 def shown(noise: Tensor, m: int, where: Tensor) -> dict:
-    """How many of the cells `where` show at z > SHOWS, over all groups of m images; nothing for m = 1."""
+    """How many of the cells `where` have z > SHOWS, over all groups of m images; empty for m = 1."""
     if m == 1 or len(noise) < m or not where.any():
         return dict.fromkeys(("count", "of", "share", "low", "high"))
     hits = torch.stack([ring_z(some)[where] > SHOWS for some in groups(noise, m)])
@@ -148,7 +152,7 @@ def recovered(bench: Bench, images: Tensor, name: str) -> Tensor:
 
 
 def p_values(bench: Bench, key: Key, noise: Tensor) -> np.ndarray:
-    """The detector's p-value of each noise, with this key alone."""
+    """The detector's p-value of each noise for this single key."""
     return bench.test(TreeRing(key), noise)[1]
 
 
@@ -161,7 +165,7 @@ def forge(bench: Bench, estimates: list[Key], number: int, m: int) -> Tensor:
 
 
 def average(bench: Bench, key: Key, noise: Tensor, unmarked: Tensor, m: int, number: int, alpha: float) -> dict:
-    """What m images of one key tell about it: a row."""
+    """A row with what m images of one key reveal about it."""
     scheme, estimates = TreeRing(key), [forged(key, some) for some in groups(noise, m)]
     alike, error = spread(likeness(key, estimates))
     p = p_values(bench, key, forge(bench, estimates, number, m))
@@ -180,25 +184,25 @@ def average(bench: Bench, key: Key, noise: Tensor, unmarked: Tensor, m: int, num
 
 
 def prefixed(name: str, found: dict) -> dict:
-    """The entries of `share` as columns of their own."""
+    """The entries of `share` as columns with a prefix."""
     return {f"{name}, {k}": v for k, v in found.items()}
 
 
 def limits(rows: list[dict]) -> dict:
-    """From how many published images on a forged key passes at all, and in half of the forged images; None: never."""
+    """The numbers of published images from which some, half and all forged images pass; None if they never do."""
     bounds = {"some forged images pass from": 1e-9, "half of them pass from": 0.5, "all pass from": 1.0}
     passing = [(row["images"], row["forged passing, share"]) for row in rows]
     return {name: next((m for m, value in passing if value >= bound), None) for name, bound in bounds.items()}
 
 
 def replaced(bench: Bench, noise: Tensor, place: Placement) -> Tensor:
-    """The noises with all bins of a placement drawn anew, other ones in each."""
+    """The noises with all bins of a placement replaced by new noise, different in each."""
     keys = [bench.key(place, seed=[bench.first, i]) for i in range(len(noise))]
     return mark_in_turn([TreeRing(key) for key in keys], noise)
 
 
 def ways(bench: Bench, place: Placement, noise: Tensor, prompts: list[str]) -> dict[str, tuple]:
-    """Noise, prompts and guidance of the pictures drawn again."""
+    """Noise, prompts and guidance for each way of drawing again."""
     count, height, width = bench.model.latent_shape
     everything = Placement(tuple(range(count)), (LOWEST, min(height, width) // 2 - 1))
     other, others = bench.fresh(len(noise), OTHERS)
@@ -215,7 +219,7 @@ def ways(bench: Bench, place: Placement, noise: Tensor, prompts: list[str]) -> d
 
 
 def compared(way: str, guidance: float, p: np.ndarray, images: Tensor, before: Tensor, alpha: float) -> dict:
-    """Whether the key is still there and the picture the same: a row."""
+    """A row with whether the key is still present and how similar the picture is."""
     alike, alike_error = spread(correlation(images, before))
     rms, rms_error = spread((images - before).square().mean((1, 2, 3)).sqrt() * 127.5)
     return {
@@ -227,7 +231,7 @@ def compared(way: str, guidance: float, p: np.ndarray, images: Tensor, before: T
 
 
 def draw_again(bench: Bench, key: Key, seen: Tensor, noise: Tensor, prompts: list[str], alpha: float) -> list[dict]:
-    """A row for the pictures as they were, and one for each way of drawing them again."""
+    """A row for the original pictures, and one for each way of drawing them again."""
     rows = [compared("not at all", bench.guidance, p_values(bench, key, noise), seen, seen, alpha)]
     every = ways(bench, TreeRing(key).placement, noise, prompts)
     for way, (start, texts, guidance) in tqdm(every.items(), "drawn again", disable=None):
@@ -237,7 +241,7 @@ def draw_again(bench: Bench, key: Key, seen: Tensor, noise: Tensor, prompts: lis
 
 
 def figure_of(rows: list[dict], z: Tensor | None, marked: Tensor) -> Figure:
-    """The key against the number of images, where the ring is, and how soon that shows."""
+    """The estimated key by number of images, the position of the ring, and how soon it is visible."""
     figure, (learnt, chart, soon) = panels(14, 4, across=3)
     plot_learning(learnt, rows)
     if z is not None:
@@ -271,7 +275,7 @@ def plot_share(ax: Axes, rows: list[dict], name: str, colour: str) -> None:
 
 
 def plot_rings(ax: Axes, z: Tensor, marked: Tensor, m: int) -> None:
-    """z of each channel and ring; crosses are where the key is."""
+    """z of each channel and ring, with crosses at the key."""
     picture = ax.imshow(z.numpy(), cmap="Blues", vmin=0, vmax=2 * SHOWS, aspect="auto", interpolation="nearest")
     channel, ring = np.nonzero(marked.numpy())
     ax.plot(ring, channel, "x", color=COLOURS[1], ms=7, label="the key")
@@ -286,7 +290,7 @@ def cell(row: dict, name: str) -> str:
 
 
 def summary(rows: list[dict], again: list[dict]) -> str:
-    """Both tables in words."""
+    """Both tables as text."""
     lines = [
         f"{r['images']:4} images: correlation {r['correlation']:.3f}, forged passing {cell(r, 'forged passing')} "
         f"(median p {r['forged median p']:.1e}), rings shown {cell(r, 'ring shown')}, elsewhere "
@@ -302,11 +306,15 @@ def summary(rows: list[dict], again: list[dict]) -> str:
 
 
 @experiment(64, seed=50_000)
-@click.option("--forged", default=16, show_default=True, help="Images forged at each m; drawn again.")
-@click.option("--published", help="Attack, as in ringmark attack, that published images have been through.")
-@click.option("--alpha", type=click.FloatRange(0, 1), default=ALPHA, show_default=True, help="At which a key is there.")
+@click.option(
+    "--forged", default=16, show_default=True, help="Number of images forged at each m, and of images drawn again."
+)
+@click.option("--published", help="Attack applied to published images, as in ringmark attack.")
+@click.option(
+    "--alpha", type=click.FloatRange(0, 1), default=ALPHA, show_default=True, help="Level at which a key is present."
+)
 def main(bench: Bench, forged: int, published: str | None, alpha: float) -> None:
-    """Averaging, forgery and removal by one who holds the model."""
+    """Averaging, forgery and removal by an attacker who has the model."""
     chain = parse(published) if published else None
     key, number, few = bench.key(seed=bench.seed), bench.number, min(bench.number, forged)
     noise, prompts = bench.fresh(2 * number)

@@ -3,14 +3,14 @@
     python -m scripts.experiments shapes -o build/shapes            # fp32 on a CPU: about 20 minutes of one core
     python -m scripts.experiments shapes -o build/shapes --width 0.0625 --scale 0.125
 
-Stable Diffusion's autoencoder is built from its config with random weights: time and memory are real, accuracy is not
-and is left out. One iteration is one evaluation of E∘D and one step of the method (Anderson), or D, its gradient and
-one step of Adam; "lean" is the gradient in bfloat16 by autocast with activation checkpointing. Each is measured in a
-process of its own, weights loaded and not counted. What would not fit under
---limit is not run: what autograd would store, counted on the meta device, stands in its place, a lower bound.
+Stable Diffusion's autoencoder is built from its config with random weights, so time and memory are realistic, but
+accuracy is not and is omitted. One iteration is one evaluation of E∘D and one step of the method (Anderson), or D, its
+gradient and one step of Adam; "lean" is the gradient in bfloat16 by autocast with activation checkpointing. Each is
+measured in a separate process, without the memory of the weights. Cases that would exceed --limit are not run; the size
+of what autograd would store, counted on the meta device, is reported instead as a lower bound.
 
 arXiv 2409.18442 inverts one picture (SD 2.1, InstaFlow) or 16 frames at once (LaVie): 7.13 GB against 64.7 GB, -89 %,
-each with the whole model's weights.
+both including the weights of the whole model.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Shape:
     width: int
 
     def scaled(self, scale: float) -> Shape:
-        """The same with sides times `scale`, at least 4."""
+        """The same shape with sides scaled by `scale`, at least 4."""
         return replace(self, height=max(4, round(self.height * scale)), width=max(4, round(self.width * scale)))
 
 
@@ -76,7 +76,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement. `at_once` frames go through the maps together; `width` is the factor on the channels."""
+    """One measurement. `at_once` frames are processed together; `width` is a factor on the number of channels."""
 
     shape: Shape
     method: str
@@ -91,12 +91,12 @@ class Case:
 
     @property
     def run_frames(self) -> int:
-        """Frames run: gradients of single frames know nothing of each other, so one tells time and memory of all."""
+        """The number of frames run: gradients of single frames are independent, so one frame is enough to measure."""
         return self.shape.frames if self.method == OURS else self.at_once
 
 
 def autoencoder(width: float, dtype: str, device: str) -> nn.Module:
-    """Stable Diffusion's AutoencoderKL, its channels times `width`, with random weights."""
+    """Stable Diffusion's AutoencoderKL with its channels scaled by `width` and random weights."""
     from diffusers import AutoencoderKL
 
     channels = [max(1, int(c * width)) for c in CHANNELS]
@@ -110,17 +110,17 @@ def autoencoder(width: float, dtype: str, device: str) -> nn.Module:
             latent_channels=LATENT,
             norm_num_groups=math.gcd(32, channels[0]),
         )
-    # nn.Module's own .to(): diffusers' warns of modules to be kept in float32, of which there are none
+    # nn.Module's .to(): that of diffusers warns about modules to keep in float32, of which there are none
     return nn.Module.to(vae, getattr(torch, dtype)).requires_grad_(False).eval()
 
 
 class Done(Exception):
-    """One iteration is over; its argument says how many seconds it took."""
+    """Raised at the end of one iteration, with its seconds as the argument."""
 
 
 @dataclass
 class OneIteration:
-    """A decoder that stops the inversion where a second iteration would begin."""
+    """A decoder that stops the inversion before its second iteration."""
 
     decode: Callable[[Tensor], Tensor]
     frames: int
@@ -163,13 +163,13 @@ def iterate(vae: nn.Module, case: Case) -> float:
 
 
 def measure(case: Case, limit: float) -> dict[str, Tensor]:
-    """`seconds` of an iteration and `MB` above the weights, in this process; NaN where `limit` GiB do not suffice."""
+    """`seconds` of an iteration and `MB` above the weights, in this process; NaN if `limit` GiB are not enough."""
     device, size = torch.device(case.device), torch.device(case.device).type
     vae = autoencoder(case.width, case.dtype, case.device)
-    # small, since what a C library keeps of freed memory would count as there before
+    # small, since memory that the C library keeps after freeing would count as in use before
     small = replace(case, shape=replace(case.shape.scaled(0.125), frames=1), at_once=1)
     try:
-        iterate(vae, case if size == "cuda" else small)  # what libraries allocate, compile and choose once
+        iterate(vae, case if size == "cuda" else small)  # warm up: libraries allocate, compile and select kernels once
         if size == "cpu":
             limit_memory(limit)
         seconds, peak = peak_during(device, lambda: iterate(vae, case))
@@ -179,15 +179,15 @@ def measure(case: Case, limit: float) -> dict[str, Tensor]:
         seconds, peak = math.nan, math.nan
     finally:
         if size == "cpu":
-            limit_memory(math.inf)  # or the result could not be sent
+            limit_memory(math.inf)  # otherwise the result could not be sent
     return {"seconds": torch.tensor(seconds), "MB": torch.tensor(peak)}
 
 
 def apart(case: Case, limit: float) -> dict[str, Tensor]:
-    """`measure` in a process of its own."""
+    """`measure` in a separate process."""
     try:
         return in_own_process(measure, case, limit)
-    except BrokenProcessPool:  # killed, as a process without memory may be
+    except BrokenProcessPool:  # killed, which may happen when out of memory
         return {"seconds": torch.tensor(math.nan), "MB": torch.tensor(math.nan)}
 
 
@@ -201,7 +201,7 @@ def estimated(case: Case) -> float:
 
 
 def cases(shapes: list[Shape], dtypes: list[str], width: float, device: str) -> list[Case]:
-    """Each shape, precision and method, whole batch and, where that is another thing, frame by frame."""
+    """Each shape, precision and method, with the whole batch and, for several frames, frame by frame."""
     return [
         Case(shape=shape, method=method, at_once=at_once, dtype=dtype, width=width, device=device)
         for shape in shapes
@@ -212,7 +212,7 @@ def cases(shapes: list[Shape], dtypes: list[str], width: float, device: str) -> 
 
 
 def row(case: Case, limit: float, cache: Path) -> dict:
-    """What is reported of a case: `MB` is measured where `fits` and otherwise the lower bound `stored MB`."""
+    """The row of a case: `MB` is measured if it `fits`, otherwise it is the lower bound `stored MB`."""
     stored = estimated(case)
     missing = {"seconds": torch.tensor(math.nan), "MB": torch.tensor(math.nan)}
     key = [case, limit, torch.get_num_threads()]
@@ -228,36 +228,36 @@ def comparisons(rows: list[dict], weights: dict[str, float]) -> list[dict]:
     """Gradient-free against gradient, in all shapes, precisions and modes."""
     rivals = [r for r in rows if r["method"] != OURS and r["MB"]]
     ours = [r for r in rows if r["method"] == OURS and r["fits"]]
-    pairs = [(mine, rival) for rival in rivals for mine in ours]
+    pairs = [(our, rival) for rival in rivals for our in ours]
     alike = [(a, b) for a, b in pairs if (a["shape"], a["dtype"]) == (b["shape"], b["dtype"])]
     return [comparison(mine, rival, weights[mine["dtype"]]) for mine, rival in alike]
 
 
-def comparison(mine: dict, rival: dict, weights: float) -> dict:
-    """The share of memory saved, above the weights and with them, and the ratio of times.
+def comparison(our: dict, rival: dict, weights: float) -> dict:
+    """The share of memory saved, without and with the weights, and the ratio of times.
 
-    `at least` where the gradient did not fit and its lower bound stands for it.
+    `at least` is True if the gradient did not fit and its lower bound is used.
     """
     return {
-        "shape": mine["shape"],
-        "dtype": mine["dtype"],
-        "ours": mine["mode"],
+        "shape": our["shape"],
+        "dtype": our["dtype"],
+        "ours": our["mode"],
         "rival": rival["method"],
         "gradient": rival["mode"],
-        "memory saved": 1 - mine["MB"] / rival["MB"],
-        "memory saved, with weights": 1 - (mine["MB"] + weights) / (rival["MB"] + weights),
+        "memory saved": 1 - our["MB"] / rival["MB"],
+        "memory saved, with weights": 1 - (our["MB"] + weights) / (rival["MB"] + weights),
         "at least": not rival["fits"],
-        "time ratio": mine["seconds"] / rival["seconds"] if rival["fits"] else None,
+        "time ratio": our["seconds"] / rival["seconds"] if rival["fits"] else None,
     }
 
 
 def figure_of(rows: list[dict], limit: float) -> Figure:
-    """Bars of memory and time; hatched where the gradient's lower bound stands for what did not fit."""
+    """Bars of memory and time, hatched where the gradient did not fit and its lower bound is shown."""
     figure, axes = panels(11, 1.6 + 0.42 * len(rows), across=2, sharey=True)
     draw_bars(axes[0], rows, "MB", 1 / 2**10, "GB")
     draw_bars(axes[1], rows, "seconds", 1.0, "s")
     axes[0].set(xlabel=f"peak memory above the weights (GB; limit {limit:g})", title="memory")
-    axes[1].set(xlabel="seconds an iteration over all frames", title="time")
+    axes[1].set(xlabel="seconds per iteration over all frames", title="time")
     axes[0].set_yticks(range(len(rows)), [f"{r['shape']}, {r['dtype']}\n{r['mode']}" for r in rows], fontsize=8)
     axes[0].invert_yaxis()
     figure.legend(handles=legend_handles(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
@@ -265,7 +265,7 @@ def figure_of(rows: list[dict], limit: float) -> Figure:
 
 
 def draw_bars(ax: Axes, rows: list[dict], column: str, factor: float, unit: str) -> None:
-    """One bar a row, its value written at its end."""
+    """One bar per row, with its value at the end."""
     values = [r[column] * factor if r[column] is not None else 0.0 for r in rows]
     top = max(values) or 1.0
     for i, (r, value) in enumerate(zip(rows, values, strict=True)):
@@ -281,7 +281,7 @@ def legend_handles() -> list:
 
     return [
         *(Patch(color=colour, label=name) for name, colour in INKS.items()),
-        Patch(facecolor=INKS[GRADIENT], alpha=0.35, hatch="//", label="does not fit: what autograd would store"),
+        Patch(facecolor=INKS[GRADIENT], alpha=0.35, hatch="//", label="does not fit: lower bound (stored by autograd)"),
     ]
 
 
@@ -290,17 +290,21 @@ def cell(value: object) -> str:
 
 
 def summary(rows: list[dict], ratios: list[dict]) -> str:
-    """The rows and the ratios in words."""
+    """The rows and the ratios as text."""
     lines = ["  ".join(f"{k} {cell(v)}" for k, v in r.items()) for r in rows + ratios]
     return "\n".join([*lines, f"the paper at LaVie's shape: memory saved {PAPER['reduction']:.3f}"])
 
 
 @experiment(model=False, drawing=False)
-@click.option("--shape", "names", type=click.Choice(list(SHAPES)), multiple=True, help="Only these; again for more.")
-@click.option("--dtype", "dtypes", multiple=True, help="float32, bfloat16 …; again for more. Default: both on a GPU.")
-@click.option("--width", default=1.0, show_default=True, help="Factor on the channels.")
-@click.option("--scale", default=1.0, show_default=True, help="Factor on the sides.")
-@click.option("--limit", default=16.0, show_default=True, help="GiB that a measurement may take.")
+@click.option(
+    "--shape", "names", type=click.Choice(list(SHAPES)), multiple=True, help="Only this shape; may be repeated."
+)
+@click.option(
+    "--dtype", "dtypes", multiple=True, help="float32, bfloat16, …; may be repeated.  [default: both on a GPU]"
+)
+@click.option("--width", default=1.0, show_default=True, help="Factor on the number of channels.")
+@click.option("--scale", default=1.0, show_default=True, help="Factor on the side lengths.")
+@click.option("--limit", default=16.0, show_default=True, help="Memory limit of a measurement in GiB.")
 def main(bench: Bench, names: tuple, dtypes: tuple, width: float, scale: float, limit: float) -> None:
     """Memory and time of one iteration, gradient-free against gradient, at the paper's shapes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
