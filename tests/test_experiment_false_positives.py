@@ -91,7 +91,7 @@ def test_end_to_end_with_halves_and_an_attack(experiment, tmp_path, monkeypatch)
 def test_halves_make_their_own_calibration(tmp_path):
     options = [str(tmp_path), "-o", str(tmp_path), "--halves", "--calibration", "my.cal"]
     given = CliRunner().invoke(script.main, options)
-    assert given.exit_code == 2 and "leave out one" in given.output
+    assert given.exit_code == 2 and "omit it or" in given.output
 
 
 def test_a_true_p_value_is_found_true_and_a_false_one_not(keys, settings):
