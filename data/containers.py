@@ -231,11 +231,11 @@ class Jpeg:
             elif marker == 0xDD:
                 restarts = True
             elif marker == 0xDA:
-                found = JPEG_MARKER.search(content, at)
-                if not found:
+                match = JPEG_MARKER.search(content, at)
+                if not match:
                     raise Damaged("no end of the image")
-                scans.append((at, found.start()))
-                at = found.start()
+                scans.append((at, match.start()))
+                at = match.start()
         if not sizes or not scans or content[at : at + 2] != b"\xff\xd9":
             raise Damaged("no end of the image" if sizes and scans else "no pixels")
         frame, size = sizes[0]

@@ -206,10 +206,10 @@ class Calibration:
         return digest.hexdigest()[:16]
 
     def _tensors(self) -> dict[str, NDArray[Any]]:
-        found: dict[str, NDArray[Any]] = {"power": self.power, "spectra": self.spectra}
+        tensors: dict[str, NDArray[Any]] = {"power": self.power, "spectra": self.spectra}
         if self.recovery:
-            found |= {field: getattr(self.recovery, field).numpy() for field in RECOVERY}
-        return {name: np.ascontiguousarray(values) for name, values in found.items()}
+            tensors |= {field: getattr(self.recovery, field).numpy() for field in RECOVERY}
+        return {name: np.ascontiguousarray(values) for name, values in tensors.items()}
 
     def _description(self) -> dict[str, Any]:
         return {

@@ -149,8 +149,8 @@ class Bench:
         folder = self.cache if self.model.dtype == torch.float32 else self.cache / str(self.model.dtype)
         starts, parts = range(0, len(rows[0]), batch), []
         for i in tqdm(starts, name, leave=False, disable=None):
-            some = [row[i : i + batch] for row in rows]
-            parts.append(cached(folder, [self.model.identity, *key, *some], partial(make, *some)))
+            batch_rows = [row[i : i + batch] for row in rows]
+            parts.append(cached(folder, [self.model.identity, *key, *batch_rows], partial(make, *batch_rows)))
         return {column: torch.cat([part[column] for part in parts], dim) for column in parts[0]}
 
     @torch.inference_mode()

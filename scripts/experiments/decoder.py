@@ -138,13 +138,13 @@ def quick(rows: dict[str, dict], rival: str, *, slack: float, share: float) -> d
 
 def as_high(rows: dict[str, dict], *rivals: str) -> list[dict]:
     """Claims: the default's latents are as good for detection as those of the best rival."""
-    found = []
+    claimed = []
     for measure in ("noise correlation", "weak ring AUC"):
         if measure in rows[DEFAULT]:
-            best, mine = max(rivals, key=lambda name: rows[name][measure]), rows[DEFAULT][measure]
-            reached = f"{mine:.4f} against {rows[best][measure]:.4f}"
-            found.append(claim(best, f"{measure} as high", reached, mine >= rows[best][measure]))
-    return found
+            best, default_value = max(rivals, key=lambda name: rows[name][measure]), rows[DEFAULT][measure]
+            reached = f"{default_value:.4f} against {rows[best][measure]:.4f}"
+            claimed.append(claim(best, f"{measure} as high", reached, default_value >= rows[best][measure]))
+    return claimed
 
 
 def figure_of(rows: list[dict]) -> Figure:
@@ -164,17 +164,17 @@ def figure_of(rows: list[dict]) -> Figure:
 def measure(bench: Bench, seen: Pictures, scheme: TreeRing, its: int, timed: int, rounds: int) -> tuple[dict, dict]:
     """Rows and errors (N,) in dB by contender."""
     inverters = contenders(its)
-    found = {name: bench.invert(inverter, seen.images, name) for name, inverter in inverters.items()}
-    nmse = {name: nmse_db(f.latents, seen.latents) for name, f in found.items()}
+    inverted = {name: bench.invert(inverter, seen.images, name) for name, inverter in inverters.items()}
+    nmse = {name: nmse_db(f.latents, seen.latents) for name, f in inverted.items()}
     rivals = [ENCODER, adam(its), *gradients(its // 5)]
     value = {}
     if seen.noise is not None:
         compared = [*rivals, *gradients(its), ours(12), DEFAULT]
-        value = {name: worth(bench, found[name].latents, seen, scheme, name) for name in compared}
+        value = {name: worth(bench, inverted[name].latents, seen, scheme, name) for name in compared}
     few = seen.images[:MEMORY_BATCH]
     memory = {name: peak_memory(bench.source, inverters[name], few) for name in (*rivals, lean(its), DEFAULT)}
     taken = seconds(bench.model, inverters, seen.images[:timed], rounds)
-    return {name: row_of(name, found[name], nmse[name], taken, memory, value) for name in inverters}, nmse
+    return {name: row_of(name, inverted[name], nmse[name], taken, memory, value) for name in inverters}, nmse
 
 
 @experiment(64, photographs=True)
@@ -188,11 +188,11 @@ def main(bench: Bench, its: int, timed: int, rounds: int) -> None:
     rows, nmse = measure(bench, seen, scheme, its, timed, rounds)
     each = [{"image": name} | {n: float(nmse[n][i]) for n in rows} for i, name in enumerate(seen.names)]
     write_table(bench.output / "decoder_images.csv", each)
-    found, worst = claims(rows, nmse, its), max(each, key=lambda one: one[DEFAULT])
-    for one in found:
-        answer = "yes" if one["holds"] else "NO "
-        click.echo(f"{answer}  against {one['against']}: required {one['asked']}; reached {one['reached']}")
+    claimed, worst = claims(rows, nmse, its), max(each, key=lambda one: one[DEFAULT])
+    for row in claimed:
+        answer = "yes" if row["holds"] else "NO "
+        click.echo(f"{answer}  against {row['against']}: required {row['asked']}; reached {row['reached']}")
     click.echo(f"worst image of the default: {worst['image']}, {worst[DEFAULT]:.2f} dB (encoder {worst[ENCODER]:.2f})")
     blank = {key: None for row in rows.values() for key in row}
     table = [blank | row for row in rows.values()]
-    bench.write(table, figure_of(table), claims=found, worst=worst)
+    bench.write(table, figure_of(table), claims=claimed, worst=worst)

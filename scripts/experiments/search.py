@@ -60,9 +60,9 @@ def without(recoverer: Recoverer, detector: Detector, images: Tensor) -> dict[st
 def searched(search: Search, model: LatentModel, detector: Detector, images: Tensor) -> dict[str, Tensor]:
     """Score, p-value and seconds (B,) of the search, with the angle and scale found (B,)."""
     samples = [Sample(str(i), from_array(x.numpy())) for i, x in enumerate(images)]
-    found = [one for (one,) in search(model, detector.schemes, detector.known, samples)]
-    angle, scale = np.array([one.candidate for one in found]).T
-    values = {name: [getattr(one, name) for one in found] for name in ("score", "p_value", "seconds", "inversions")}
+    fits = [fit for (fit,) in search(model, detector.schemes, detector.known, samples)]
+    angle, scale = np.array([fit.candidate for fit in fits]).T
+    values = {name: [getattr(fit, name) for fit in fits] for name in ("score", "p_value", "seconds", "inversions")}
     return _columns(p=values.pop("p_value"), **values, angle=angle, scale=scale)
 
 

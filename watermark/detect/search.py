@@ -129,10 +129,10 @@ class Search:
         look = _Look(
             search=self, recoverer=Recoverer(model, self.inverter, self.steps), schemes=schemes, null=null, batch=batch
         )
-        samples, found = iter(samples), []
+        samples, fits = iter(samples), []
         while group := list(islice(samples, batch)):
-            found += look.at(group)
-        return found
+            fits += look.at(group)
+        return fits
 
 
 @dataclass(frozen=True, eq=False)

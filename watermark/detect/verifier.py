@@ -92,8 +92,8 @@ class Verifier:
         assert self.search
         missed = [i for i, j in enumerate(judged) if not j.present and any(v.present is False for v in j.verdicts)]
         schemes, null = self.detector.schemes, self.detector.known
-        found = self.search(self.recoverer.model, schemes, null, [judged[i].sample for i in missed], batch=batch)
-        for i, fits in zip(missed, found, strict=True):
+        best_fits = self.search(self.recoverer.model, schemes, null, [judged[i].sample for i in missed], batch=batch)
+        for i, fits in zip(missed, best_fits, strict=True):
             pairs = zip(judged[i].verdicts, fits, strict=True)
             judged[i] = judged[i]._replace(verdicts=[self._better(verdict, fit) for verdict, fit in pairs])
         return judged
@@ -141,5 +141,5 @@ def built_in_calibration(
     recoverer: Recoverer, keys: Sequence[Key], folder: Path
 ) -> tuple[Calibration | None, CalibrationError | None]:
     """`fitting_calibration` for the one in a model's folder. Raises CalibrationError for a damaged file."""
-    found = Calibration.built_in(folder)
-    return fitting_calibration(recoverer, keys, found) if found else (None, None)
+    calibration = Calibration.built_in(folder)
+    return fitting_calibration(recoverer, keys, calibration) if calibration else (None, None)

@@ -102,8 +102,8 @@ def audit(
         KeyFileError, CalibrationError, ModelError, SchemeError: Keys, calibration and model do not match.
 
     Example:
-        >>> found = ringmark.audit("pictures", ["my.key", "old.key"], "results.jsonl")
-        >>> found.present, found.by_key
+        >>> counts = ringmark.audit("pictures", ["my.key", "old.key"], "results.jsonl")
+        >>> counts.present, counts.by_key
     """
     verifier, _ = load_verifier(
         keys,

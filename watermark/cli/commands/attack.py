@@ -84,9 +84,9 @@ def attack(
 
     chains = expand(specs)
     needed = model.load() if any(chain.needs_model for chain in chains) else None
-    found = attack_files(images, output, chains, seed=seed, model=needed, force=force)
+    result = attack_files(images, output, chains, seed=seed, model=needed, force=force)
     if not as_json:
-        warn(found.errors)
-    text = f"{counted(found.written, 'attacked image')} written, {found.kept} kept from earlier runs; in {output}"
-    say(asdict(found), text, as_json)
-    ctx.exit(EXIT_USAGE if found.errors else 0)
+        warn(result.errors)
+    text = f"{counted(result.written, 'attacked image')} written, {result.kept} kept from earlier runs; in {output}"
+    say(asdict(result), text, as_json)
+    ctx.exit(EXIT_USAGE if result.errors else 0)

@@ -165,8 +165,8 @@ def evaluate(
         calibration=calibration,
         force=force,
     )
-    found = carry_out(model.load(), plan, Path(resolve(model.source)))
+    evaluation = carry_out(model.load(), plan, Path(resolve(model.source)))
     if not as_json:
-        warn(found.refused)
-    refused = counted(len(found.refused), "file")
-    say(found.record(), f"{summary(found)}\n{refused} refused; tables and plots in {output}", as_json)
+        warn(evaluation.refused)
+    refused = counted(len(evaluation.refused), "file")
+    say(evaluation.record(), f"{summary(evaluation)}\n{refused} refused; tables and plots in {output}", as_json)

@@ -66,5 +66,5 @@ def info(model: ModelOptions, as_json: bool) -> None:
     """
     from ringmark.watermark.tasks import info as tasks
 
-    found = tasks.facts(model.load())
-    say(found, "\n".join(f"{name:18} {value}" for name, value in found.items()), as_json)
+    facts = tasks.facts(model.load())
+    say(facts, "\n".join(f"{name:18} {value}" for name, value in facts.items()), as_json)

@@ -137,17 +137,19 @@ def audit(
 
     check_folder(folder)
     verifier, unchecked = detection.prepare(model, inversion)
-    found = audit_folder(verifier, folder, output, follow_links=follow_links, batch=batch)
-    keys = "".join(f"\n  key {name[:8]}: {count}" for name, count in found.by_key.items())
+    counts = audit_folder(verifier, folder, output, follow_links=follow_links, batch=batch)
+    keys = "".join(f"\n  key {name[:8]}: {count}" for name, count in counts.by_key.items())
     text = (
-        f"{counted(found.images, 'image')}: {found.present} with a key, {found.absent} without, "
-        f"{found.inconclusive} inconclusive, {found.unreadable} unreadable; "
-        f"{skipped(found.skipped)}records in {output}{keys}"
+        f"{counted(counts.images, 'image')}: {counts.present} with a key, {counts.absent} without, "
+        f"{counts.inconclusive} inconclusive, {counts.unreadable} unreadable; "
+        f"{skipped(counts.skipped)}records in {output}{keys}"
     )
     if not as_json:
-        warn(found.errors)
-        if found.outside:
-            warn([f"{counted(len(found.outside), 'link')} out of the folder not followed; add --follow-links to do so"])
-    say(asdict(found), text, as_json)
-    if unchecked and found.present and not as_json:
+        warn(counts.errors)
+        if counts.outside:
+            warn(
+                [f"{counted(len(counts.outside), 'link')} out of the folder not followed; add --follow-links to do so"]
+            )
+    say(asdict(counts), text, as_json)
+    if unchecked and counts.present and not as_json:
         warn([f"{UNCHECKED} ({unchecked})"])
