@@ -324,14 +324,14 @@ def test_a_key_beyond_the_stored_rings_is_refused(calibration, changes):
     calibration.reference_scores(scheme(radii=(3, 9)))
     some = scheme(**{"radii": (3, 8)} | changes)
     for act in (calibration.reference_scores, calibration.check_reach):
-        with pytest.raises(CalibrationError, match=r"^calibration: holds rings up to 9, ") as caught:
+        with pytest.raises(CalibrationError, match=r"\b9\b") as caught:
             act(some)
         assert caught.value.code == "calibration.reach"
 
 
 def test_too_few_images_for_a_level(calibration):
     calibration.check_level(0.01)
-    with pytest.raises(CalibrationError, match=r"300 unmarked images cannot confirm p below 0.0033, ") as caught:
+    with pytest.raises(CalibrationError, match=r"300 .*0\.0033") as caught:
         calibration.check_level(1e-3)
     assert caught.value.code == "calibration.level" and caught.value.details["needed"] == 999
 
@@ -601,7 +601,7 @@ def test_saving_is_whole_or_not_at_all(path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(ringmark.data.files.os, "replace", fail)
-    with pytest.raises(CalibrationError, match="No space left") as caught:
+    with pytest.raises(CalibrationError) as caught:
         made.save(path)
     assert (caught.value.code, caught.value.subject) == ("file.full", path)
     monkeypatch.undo()

@@ -177,7 +177,7 @@ def test_greys_and_powers() -> None:
 
 
 def test_a_picture_too_wide_for_webp() -> None:
-    with pytest.raises(AttackError, match="WEBP cannot hold 20000x1 pixels") as error:
+    with pytest.raises(AttackError, match="20000x1") as error:
         apply("webp", Image.new("RGB", (20000, 1)), 0)
     assert error.value.code == "attack.size"
 

@@ -151,8 +151,9 @@ def test_one_more_attack_method_or_key_costs_no_more_than_itself(found, model, p
     called.clear()
     evaluate(model, replace(plan, keys=(*plan.keys, keys["ring"]), attacks=("flip",)))
     assert images_of("decoder") == [3, 2] * 2 * 2  # the new key's, clean and flipped, by two methods
-    with pytest.raises(StoreError, match="number was 5, is 6"):
+    with pytest.raises(StoreError, match="number was 5, is 6") as error:
         evaluate(model, replace(plan, number=6))
+    assert error.value.code == "results.settings"
 
 
 @pytest.mark.slow
@@ -238,10 +239,12 @@ def test_a_calibration_is_used_where_it_fits_and_refused_where_it_fits_nowhere(m
     assert "max_steps was 0, is 1" in found.settings["calibration_unfit"].pop("forward")
     assert found.settings["calibration_unfit"] == {}
     assert {cell.method for cell in found.cells if cell.statistic == task.CONFORMAL} == {"encoder"}
-    with pytest.raises(CalibrationError, match=r"own.safetensors.*method"):
+    with pytest.raises(CalibrationError, match="method") as error:
         evaluate(model, replace(small, methods=("forward",), output=tmp_path / "none"))
-    with pytest.raises(CalibrationError, match=r"missing.safetensors"):
+    assert (error.value.code, error.value.subject) == ("evaluation.calibration", small.calibration)
+    with pytest.raises(CalibrationError) as error:
         replace(small, calibration=tmp_path / "missing.safetensors")
+    assert (error.value.code, error.value.subject) == ("calibration.missing", tmp_path / "missing.safetensors")
 
 
 def test_what_is_refused(model, plan, keys, tmp_path):
@@ -259,10 +262,12 @@ def test_what_is_refused(model, plan, keys, tmp_path):
         with pytest.raises(EvaluationError) as error:
             replace(plan, **changes)
         assert error.value.code == code and "--" not in str(error.value)
-    with pytest.raises(RingmarkError, match="magic"):
+    with pytest.raises(RingmarkError, match="magic") as error:
         replace(plan, methods=("magic",))
-    with pytest.raises(AttackError, match="magic"):
+    assert error.value.code == "recovery.method-unknown"
+    with pytest.raises(AttackError, match="magic") as error:
         replace(plan, attacks=("magic",))
+    assert error.value.code == "attack.unknown"
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "evaluation.md").write_text("# My evaluation\n")
     with pytest.raises(StoreError) as refused:
@@ -273,17 +278,17 @@ def test_what_is_refused(model, plan, keys, tmp_path):
 def test_labels_that_do_not_fit_are_refused(plan, keys, tmp_path):
     folder = folder_of(tmp_path / "m", ["a.png", "b.png"], labels=0)
     swapped = {"keys": (keys["rand"],), "marked": folder, "output": tmp_path / "out"}
-    with pytest.raises(EvaluationError, match=r"labels 2 of 2 images as unmarked") as error:
+    with pytest.raises(EvaluationError) as error:
         replace(plan, **swapped)
     assert (error.value.code, error.value.details) == ("evaluation.labels", {"kind": "unmarked"})
     (folder / "labels.csv").write_text("path,label\nelsewhere.png,1\n")
-    with pytest.raises(EvaluationError, match=r"no label of 1 fits an image") as error:
+    with pytest.raises(EvaluationError) as error:
         replace(plan, **swapped)
     assert (error.value.code, error.value.details) == ("evaluation.unlabelled", {"example": "a.png"})
     (folder / "labels.csv").unlink()
     for carried, text in ((None, "no key"), ("0123456789abcdef", "key 01234567")):
         Results(folder / "drawn.jsonl", {"key": carried}).close()
-        with pytest.raises(EvaluationError, match=f"m: was drawn with {text}, not") as error:
+        with pytest.raises(EvaluationError, match=text) as error:
             replace(plan, **swapped)
         assert error.value.code == "evaluation.carried"
         (folder / "drawn.jsonl").unlink()
@@ -291,12 +296,13 @@ def test_labels_that_do_not_fit_are_refused(plan, keys, tmp_path):
 
 def test_images_that_cannot_be_used_are_refused(model, plan, keys, tmp_path):
     (tmp_path / "empty folder").mkdir()
-    with pytest.raises(ImageError, match="no images"):
+    with pytest.raises(ImageError) as error:
         replace(plan, keys=(keys["rand"],), marked=tmp_path / "empty folder")
+    assert error.value.code == "image.none"
     (tmp_path / "m").mkdir()
     for name in ("a.png", "b.png"):
         (tmp_path / "m" / name).write_text("no image")
     given = replace(plan, unmarked=tmp_path / "m", attacks=(), methods=("encoder",), output=tmp_path / "empty")
-    with pytest.raises(EvaluationError, match=r"no image can be used, of 2; last: .*b.png") as error:
+    with pytest.raises(EvaluationError, match=r"b\.png") as error:
         evaluate(model, given)
     assert error.value.code == "evaluation.images"

@@ -92,7 +92,7 @@ def test_an_average_over_rotated_keys_shows_no_ring_and_hardly_any_key():
 
 
 def test_one_free_number_tells_nothing_apart():
-    with pytest.raises(SchemeError, match="free number") as caught:
+    with pytest.raises(SchemeError) as caught:
         draw_keys(MODEL, [], 2, maker(place=Placement((0,), (3, 3)), pattern="ring"))
     assert caught.value.code == "scheme.no-free-numbers"
 
@@ -165,7 +165,7 @@ def test_a_placement_with_too_few_free_numbers_says_so(place, most, monkeypatch)
     monkeypatch.setattr(keygen, "TRIES", 100)
     keys, _ = draw_keys(MODEL, [], most, maker(place=place, pattern="ring"))
     assert len(keys) == most
-    with pytest.raises(SchemeError, match=f"{len(place.channels)} free numbers.* {most} were found") as caught:
+    with pytest.raises(SchemeError, match=rf"\b{len(place.channels)}\b.*\b{most}\b") as caught:
         draw_keys(MODEL, [], most + 1, maker(place=place, pattern="ring"))
     assert caught.value.code == "scheme.crowded"
 
@@ -223,7 +223,7 @@ def test_what_is_no_folder_or_no_key_is_left_alone(tmp_path):
 def test_another_models_keys_do_not_join(tmp_path):
     grow(MODEL, tmp_path, 1, maker(), {})
     other = type("Other", (type(MODEL),), {"identity": MODEL.identity | {"fingerprint": "1"}})()
-    with pytest.raises(KeyFileError, match="made for model") as caught:
+    with pytest.raises(KeyFileError) as caught:
         grow(other, tmp_path, 1, maker(model=other), keys_in(tmp_path))
     assert caught.value.code == "key.model"
 

@@ -164,5 +164,6 @@ def test_labels_that_contradict_each_other_are_refused(tmp_path):
         match_labels({"a.png"}, [one, other])
     assert caught.value.code == "labels.contradiction" and caught.value.subject == other
     both = labels(tmp_path / "both.json", {"a.png": 1, "./a.png": 0})
-    with pytest.raises(EvaluationError, match=r"a\.png"):
+    with pytest.raises(EvaluationError, match=r"a\.png") as caught:
         match_labels({"a.png"}, [both])
+    assert caught.value.code == "labels.contradiction"

@@ -154,7 +154,7 @@ def test_a_limit_that_is_met_exactly_is_met(negatives):
 
 @pytest.mark.parametrize("marked, unmarked", [([], [1.0]), ([1.0], []), ([], [])])
 def test_both_classes_are_needed(marked, unmarked):
-    with pytest.raises(EvaluationError, match=f"there are {len(marked)} and {len(unmarked)}") as error:
+    with pytest.raises(EvaluationError, match=f"{len(marked)} and {len(unmarked)}") as error:
         roc(marked, unmarked)
     assert error.value.code == "evaluation.classes"
 
@@ -332,16 +332,18 @@ def test_a_threshold_chosen_on_one_half_holds_on_the_other(limit):
 
 
 def test_too_few_to_choose_a_threshold():
-    with pytest.raises(EvaluationError, match="at least 197") as error:
+    with pytest.raises(EvaluationError) as error:
         split_operating_point([1, 2], np.arange(196), 0.01, 0)
     assert error.value.code == "evaluation.few" and error.value.details == {"needed": 197}
     assert split_operating_point([1000, 2000], np.arange(197), 0.01, 0).tpr == 1
-    with pytest.raises(EvaluationError, match="there are 0 and 3"):
-        split_operating_point([], [1, 2, 3], 0.5, 0)
-    with pytest.raises(EvaluationError, match=r"at least 2$"):
-        split_operating_point([1], [1], 1.0, 0)
-    with pytest.raises(EvaluationError, match="not finite"):
-        tpr_at([np.nan], [1, 2], 0.1)
+    for act, code in (
+        (lambda: split_operating_point([], [1, 2, 3], 0.5, 0), "evaluation.classes"),
+        (lambda: split_operating_point([1], [1], 1.0, 0), "evaluation.few"),
+        (lambda: tpr_at([np.nan], [1, 2], 0.1), "evaluation.scores"),
+    ):
+        with pytest.raises(EvaluationError) as error:
+            act()
+        assert error.value.code == code
 
 
 def test_confusion_by_hand():

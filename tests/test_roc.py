@@ -42,11 +42,12 @@ def test_what_shows_nothing_is_the_least_marked_of_all():
 @pytest.mark.parametrize("score", [None, float("nan"), float("inf"), "7", [1.0], True])
 def test_a_score_that_is_no_number_is_named(score):
     truth = {"m\n": True, "u": False}
-    with pytest.raises(EvaluationError, match=r"record of m\\n: its score is .*, not a number") as error:
+    with pytest.raises(EvaluationError, match=r"m\\n.*score") as error:
         curves([record("m\n", 1.0) | {"score": score}, record("u", 0.0)], truth, name="")
     assert error.value.code == "evaluation.number"
-    with pytest.raises(EvaluationError, match="its score is null"):
+    with pytest.raises(EvaluationError, match="null") as error:
         curves([{"sample_id": "u"}, record("m\n", 1.0)], truth, name="")
+    assert error.value.code == "evaluation.number"
     nothing = record("m\n", 1.0, shows=False) | {"score": score}
     assert curves([nothing, record("u", 0.0)], truth, name="")["score"].auc == 0
 
@@ -54,7 +55,7 @@ def test_a_score_that_is_no_number_is_named(score):
 def test_audits_of_other_settings_are_not_taken_together(tmp_path):
     one = results(tmp_path / "one.jsonl", record("a.png", 1.0), steps=25, folder="a", keys=["0"])
     other = results(tmp_path / "other.jsonl", record("b.png", 0.0), steps=10, folder="b", keys=["1"])
-    with pytest.raises(EvaluationError, match=r"other.jsonl: .* than .*one.jsonl \(.*steps was 25, is 10") as error:
+    with pytest.raises(EvaluationError, match=r"other\.jsonl.*one\.jsonl.*steps was 25, is 10") as error:
         roc_of_files([one, other], [labels(tmp_path / "labels.csv", a=1, b=0)])
     assert error.value.code == "evaluation.settings" and "keys was" in str(error.value)
     same = results(tmp_path / "same.jsonl", record("b.png", 0.0), steps=25, folder="b", keys=["0"])
@@ -75,7 +76,7 @@ def test_audits_are_taken_together_but_no_record_twice(tmp_path):
     assert (report.curves["score"].positives, report.curves["score"].negatives) == (2, 1)
     assert report.coverage()[0] == "3 of 3 records labelled"
     again = results(tmp_path / "again.jsonl", record("a.png", 1.0))
-    with pytest.raises(EvaluationError, match=r"again.jsonl: has a record of a.png, as .*one.jsonl does") as error:
+    with pytest.raises(EvaluationError, match=r"again\.jsonl.*a\.png.*one\.jsonl") as error:
         roc_of_files([one, again], [truth])
     assert error.value.code == "evaluation.twice"
 

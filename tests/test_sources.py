@@ -61,8 +61,9 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", forbid)
     (error,) = list_images(tmp_path).unlisted
     assert error.path == closed and error.code == "image.unlisted"
-    with pytest.raises(ImageError, match="cannot be listed"):
+    with pytest.raises(ImageError) as caught:
         find_images(tmp_path)
+    assert caught.value.code == "image.unlisted"
 
 
 def test_links_out_of_a_folder_are_followed_only_if_asked(tmp_path):
@@ -99,7 +100,7 @@ def test_folders_without_images_are_refused(tmp_path):
     assert code(find_images, tmp_path / "missing") == code(check_folder, tmp_path / "missing") == "image.no-folder"
     assert code(find_images, tmp_path / "photo.png") == "image.not-folder"
     assert code(find_images, tmp_path / "other") == code(find_images, tmp_path / "empty") == "image.none"
-    with pytest.raises(ImageError, match=r"2 other files \(no suffix, \.heic"):
-        find_images(tmp_path / "other")
-    with pytest.raises(ImageError, match=r"1 link out of it not followed$"):
-        find_images(tmp_path / "empty")
+    for folder, fact in (("other", r"2 .*\.heic"), ("empty", "1 link")):
+        with pytest.raises(ImageError, match=fact) as caught:
+            find_images(tmp_path / folder)
+        assert caught.value.code == "image.none"
