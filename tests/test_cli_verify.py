@@ -146,7 +146,7 @@ def test_an_explanation_replaces_no_file_of_others(house: Path, tmp_path: Path, 
 
 def test_a_folder_is_for_audit(house: Path) -> None:
     result = run("verify", house / "images", "--key", house / "my.key", *QUICK, code=2)
-    assert f"is a folder; name a file in it, or look at all of them with: ringmark audit {house}" in result.stderr
+    assert f"is a folder; give a file in it, or test all of them with: ringmark audit {house}" in result.stderr
 
 
 def test_the_calibration_is_noted_once_and_only_where_a_key_was_found(house: Path) -> None:

@@ -270,7 +270,7 @@ class Calibration:
             size = np.linalg.eigvalsh(self._null(parts).covariance)
             if (size[:, 0] <= 1e-9 * size[:, -1]).any():
                 return (
-                    f"the recovered noise has no power of its own in some channel on ring {int(np.argmin(size[:, 0]))}"
+                    f"the recovered noise has no independent power in some channel on ring {int(np.argmin(size[:, 0]))}"
                 )
         return None
 

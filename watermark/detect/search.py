@@ -178,10 +178,10 @@ class _Look:
     def _fits(self, image: Tensor, noise: Tensor) -> list[_Fit]:
         """The best fits in one image (3, H, W) with this noise (C, h, w), one per key."""
         tried = [IDENTITY, *self.promising(noise)]
-        noises = torch.cat([noise[None], *self._anew(image, tried[1:])])
+        noises = torch.cat([noise[None], *self._inverted_again(image, tried[1:])])
         return [self._fit(scheme, noises, tried) for scheme in self.schemes.values()]
 
-    def _anew(self, image: Tensor, candidates: list[Candidate]) -> list[Tensor]:
+    def _inverted_again(self, image: Tensor, candidates: list[Candidate]) -> list[Tensor]:
         """Recovered noise of one image (3, H, W) after each candidate is undone on it, in batches."""
         parts = [candidates[i : i + self.batch] for i in range(0, len(candidates), self.batch)]
         return [self._noise(undo(image.expand(len(c), -1, -1, -1), c).clamp(-1, 1)) for c in parts]

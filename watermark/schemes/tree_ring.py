@@ -115,7 +115,7 @@ class PowerTest:
 
     @property
     def template(self) -> None:
-        """There is none: the score is no cosine."""
+        """None: the score is not a cosine."""
         return None
 
     def observe(self, noise: Tensor) -> Array:

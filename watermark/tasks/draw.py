@@ -49,7 +49,7 @@ def draw(
     batch: int = 8,
     force: bool = False,
 ) -> list[Path]:
-    """Draw an image for each prompt into `folder` as PNG, with labels.csv beside them (path, label, prompt, seed).
+    """Draw an image for each prompt into `folder` as PNG, and write labels.csv (path, label, prompt, seed).
 
     Images are named by their seeds, which count up from `first_seed`; images drawn by an earlier run are kept. Raises
     StoreError for a folder with images of other settings or prompts and, without `force`, if a file that an earlier run
