@@ -151,8 +151,9 @@ def refuse_existing(path: PathLike, *, force: bool = False) -> None:
 def refuse_foreign(path: PathLike, force: bool = False) -> None:
     """Raise StoreError if writing to `path` would replace a file that ringmark did not write, also through links.
 
-    A path is accepted if nothing exists there, if its file was written by ringmark (`is_ours`), or with `force`.
-    Folders, devices and pipes are always refused; broken links are refused without `force`.
+    A path is accepted if nothing exists there, if its file was written by ringmark (`is_ours`) in the format that the
+    path's suffix names, or with `force`: a link why.png to a key is refused. Folders, devices and pipes are always
+    refused; broken links are refused without `force`.
     """
     if os.path.isdir(path):
         raise StoreError("file.folder", "is a folder", subject=path)
@@ -172,16 +173,21 @@ def is_ours(path: PathLike) -> bool:
     - Markdown: its first line is a comment that starts with "ringmark".
     - CSV has no place for a signature: the file lies next to a ringmark journal (a *.jsonl file written by `Results`).
 
-    Other files, empty files and unreadable files are not ours.
+    A path that ends in .png, .svg, .json, .jsonl, .csv or .md must hold that format. Other files, empty files and
+    unreadable files are not ours.
     """
     try:
         with open_regular(path) as file:
             head = file.read(HEAD_BYTES)
     except StoreError:
         return False
-    if Path(path).suffix.lower() == ".csv" and b"\0" not in head:
-        return _beside_journal(Path(path))
-    return any(has_mark(head) for has_mark in (_in_png, _in_svg, _in_json, _in_safetensors, _in_markdown))
+    suffix = Path(path).suffix.lower()
+    if suffix == ".csv":
+        return b"\0" not in head and _beside_journal(Path(path))
+    marks = {".png": _in_png, ".svg": _in_svg, ".json": _in_json, ".jsonl": _in_json, ".md": _in_markdown}
+    return any(
+        has_mark(head) for has_mark in ([marks[suffix]] if suffix in marks else [*marks.values(), _in_safetensors])
+    )
 
 
 def _in_png(head: bytes) -> bool:

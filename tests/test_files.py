@@ -162,6 +162,20 @@ def test_our_own_files_may_be_replaced_and_no_others(tmp_path):
         assert not code(refuse_foreign, path, force=True) and not code(refuse_foreign, link, force=True)
 
 
+@pytest.mark.parametrize("name", ["why.png", "why.svg", "public.json", "results.jsonl", "table.md", "labels.csv"])
+def test_a_link_of_another_kind_does_not_replace_our_tensors(tmp_path, name):
+    (tmp_path / "my.key").write_bytes(save(VALUES, {"ringmark": "{}"}))
+    (tmp_path / name).symlink_to(tmp_path / "my.key")
+    assert code(refuse_foreign, tmp_path / name) == "file.foreign"
+    assert not code(refuse_foreign, tmp_path / "my.key")
+
+
+def test_a_link_named_like_a_figure_does_not_replace_our_results(tmp_path):
+    Results(tmp_path / "results.jsonl", {}).close()
+    (tmp_path / "roc.png").symlink_to(tmp_path / "results.jsonl")
+    assert code(refuse_foreign, tmp_path / "roc.png") == "file.foreign"
+
+
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_figures_are_ours(tmp_path, suffix):
     from matplotlib.figure import Figure
