@@ -76,7 +76,8 @@ def _text(path: PathLike) -> str:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ImageError("labels.encoding", f"line {line} is not {encoding[:6].upper()} text", subject=path) from error
+        name = encoding.upper().removesuffix("-SIG")
+        raise ImageError("labels.encoding", f"line {line} is not {name} text", subject=path) from error
 
 
 def _label(value: object) -> bool | None:

@@ -167,3 +167,10 @@ def test_labels_that_contradict_each_other_are_refused(tmp_path):
     with pytest.raises(EvaluationError, match=r"a\.png") as caught:
         match_labels({"a.png"}, [both])
     assert caught.value.code == "labels.contradiction"
+
+
+def test_labels_in_another_encoding_are_refused_with_its_name(tmp_path):
+    (tmp_path / "labels.csv").write_bytes("path,label\nbär.png,1\n".encode("latin-1"))
+    with pytest.raises(ImageError) as caught:
+        read_labels(tmp_path / "labels.csv")
+    assert caught.value.code == "labels.encoding" and caught.value.fact == "line 2 is not UTF-8 text"
