@@ -52,6 +52,22 @@ def test_pictures_are_verified_in_python(house: Path) -> None:
         ringmark.verify(house / "none.png", key, **quick)
 
 
+def test_verifying_without_a_key_or_a_level_is_refused(house: Path) -> None:
+    with pytest.raises(ringmark.KeyFileError) as caught:
+        ringmark.verify([], [])
+    assert caught.value.code == "key.not-given"
+    for alpha in (0, 1, float("nan")):
+        with pytest.raises(ringmark.RingmarkError) as refused:
+            ringmark.verify([], house / "my.key", alpha=alpha)
+        assert refused.value.code == "detector.alpha"
+
+
+def test_a_device_that_is_none_is_named_in_a_few_words(house: Path) -> None:
+    with pytest.raises(ringmark.ModelError) as caught:
+        ringmark.verify([], house / "my.key", device="tpu")
+    assert caught.value.code == "model.device" and "Expected one of" not in caught.value.fact
+
+
 def test_a_folder_is_audited_in_python(house: Path, tmp_path: Path) -> None:
     found = ringmark.audit(str(house / "images"), house, tmp_path / "results.jsonl", steps=4, max_steps=1)
     assert (found.images, found.present, found.absent, found.unreadable) == (4, 2, 2, 0)

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
-from ringmark.errors import ModelError
+from ringmark.errors import KeyFileError, ModelError, RingmarkError
 from ringmark.inversion.models.loading import resolve
 from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.inversion.recover import Recoverer
@@ -60,6 +60,10 @@ def load_model(source: str = "pocket", device: str = "auto", dtype: str = "auto"
 def _check_device(device: str) -> None:
     """Raises ModelError unless a tensor can be put on this device."""
     try:
+        torch.device(device)
+    except RuntimeError as error:  # torch's message lists every kind that it was ever built for
+        raise ModelError("model.device", "is not a name of a device", subject=f"device {device}") from error
+    try:
         torch.empty(1, device=device)
     except (AssertionError, RuntimeError) as error:  # torch asserts that it was built with CUDA
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -90,10 +94,14 @@ def load_verifier(
     """A verifier for these keys, with this calibration or with the model's own if that fits.
 
     A loaded `model` is used as it is; `device` and `dtype` are then ignored. Keys and calibration are read before the
-    model is loaded, so that mistakes there show early. Raises KeyFileError, CalibrationError, ModelError and, for a key
-    that cannot be searched for, SchemeError.
+    model is loaded, so that mistakes there show early. Raises KeyFileError, also if `keys` is empty, CalibrationError,
+    ModelError, SchemeError for a key that cannot be searched for, and RingmarkError for an `alpha` outside (0, 1).
     """
+    if not 0 < alpha < 1:
+        raise RingmarkError("detector.alpha", "must lie strictly between 0 and 1", subject=f"alpha {alpha:g}")
     loaded = load_keys(keys)
+    if not loaded:
+        raise KeyFileError("key.not-given", "no key to look for")
     given = Calibration.load(Path(calibration)) if isinstance(calibration, (str, PathLike)) else calibration
     if given:
         given.check_level(alpha)
