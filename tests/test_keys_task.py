@@ -9,7 +9,7 @@ from identity import key
 
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.schemes.base import DEFAULT
-from ringmark.watermark.tasks.keys import listing
+from ringmark.watermark.tasks.keys import card, listing
 
 
 def test_a_listing_is_a_line_a_key_whatever_is_in_it():
@@ -34,3 +34,9 @@ def test_keys_of_an_unknown_scheme_are_listed_beside_others():
     own = {"scheme": "unheard-of", "latent_shape": [1, 2, 2], "model": {}, "created": "now", "strength": 3}
     lines = listing({Path("a.key"): key(1), Path("b.key"): Key(np.ones(3, np.float32), own)}).split("\n")
     assert "strength" in lines[0] and "unheard-of" in lines[2] and "?" in lines[2] and lines[2].endswith("b.key")
+
+
+def test_a_card_names_the_model_and_shows_fields_as_options_take_them():
+    facts = dict(line.split(None, 1) for line in card(key(1)).split("\n"))
+    assert facts["channels"] == "0,2" and facts["radii"] == "2-8" and facts["commitment"] == key(1).commitment
+    assert "(fingerprint " in facts["model"] and "{" not in facts["model"] + facts["latent_shape"]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ringmark.errors import one_line
+from ringmark.watermark.keys.folder import describe
 from ringmark.watermark.keys.key import COMMON, Key
 from ringmark.watermark.schemes.base import description
 
-__all__ = ["listing"]
+__all__ = ["card", "listing"]
 
 
 def listing(ring: dict[Path, Key]) -> str:
@@ -22,3 +23,12 @@ def listing(ring: dict[Path, Key]) -> str:
         rows.append((key.fingerprint, *map(one_line, [*texts, meta["created"], path])))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def card(key: Key) -> str:
+    """What may be told of one key, a line a fact; the model by name and fingerprint."""
+    model = key.metadata["model"]
+    texts = describe(key) | description(key.metadata, COMMON)
+    texts |= {"latent_shape": "x".join(map(str, key.metadata["latent_shape"]))}
+    texts |= {"model": f"{model.get('name', '?')} (fingerprint {model.get('fingerprint', '?')})"}
+    return "\n".join(f"{name:14}{one_line(text)}" for name, text in texts.items())

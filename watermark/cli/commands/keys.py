@@ -186,6 +186,7 @@ def keys_show(path: Path, plot: Path | None, force: bool, as_json: bool) -> None
     from ringmark.data.files import refuse_foreign
     from ringmark.watermark.keys.folder import describe
     from ringmark.watermark.keys.key import Key
+    from ringmark.watermark.tasks.keys import card
 
     if plot:
         refuse_foreign(plot, force)
@@ -195,7 +196,7 @@ def keys_show(path: Path, plot: Path | None, force: bool, as_json: bool) -> None
 
         save_figure(key_figure(key), plot, 0o600, force=force)
     description = describe(key)
-    say(description, "\n".join(f"{name:14}{value}" for name, value in description.items()), as_json)
+    say(description, card(key), as_json)
 
 
 @keys.command("export-public")
