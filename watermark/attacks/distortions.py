@@ -90,7 +90,7 @@ def wrapnoise(image: Image.Image, sigma: float, rng: np.random.Generator) -> Ima
 
 
 def brightness(image: Image.Image, most: float, rng: np.random.Generator) -> Image.Image:
-    """Multiply by a factor drawn uniformly from [0, most], as in the tree-ring paper."""
+    """Multiply by a factor drawn uniformly from 0 to this number, as in the tree-ring paper."""
     return brighten(image, most * rng.random(), rng)
 
 
@@ -130,7 +130,7 @@ def flip(image: Image.Image, strength: None, rng: np.random.Generator) -> Image.
 
 
 def sharpen(image: Image.Image, amount: float, rng: np.random.Generator) -> Image.Image:
-    """Unsharp mask: add this many times what a Gaussian blur (SHARPEN_RADIUS, 2 px) removes."""
+    """Unsharp mask: add this many times what a Gaussian blur of 2 px removes."""
     return image.filter(ImageFilter.UnsharpMask(SHARPEN_RADIUS, round(100 * amount), 0))
 
 
@@ -145,7 +145,7 @@ def text(image: Image.Image, opacity: float, rng: np.random.Generator) -> Image.
 
 
 def screenshot(image: Image.Image, scale: float, rng: np.random.Generator) -> Image.Image:
-    """Resize by this scale, save as JPEG (SCREENSHOT_QUALITY, 80) and resize back."""
+    """Resize by this scale, save as JPEG of quality 80 and resize back."""
     return _there_and_back(image, scale, lambda shown: _through(shown, "JPEG", SCREENSHOT_QUALITY))
 
 
