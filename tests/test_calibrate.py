@@ -190,6 +190,14 @@ def test_the_command_refuses_before_a_model_is_loaded(house, run, tmp_path, monk
         assert message.startswith(beginning) and "\n" not in message
 
 
+def test_a_plot_that_cannot_be_drawn_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(load, "load_model", lambda *_, **__: MODEL)
+    folder, plot = drawn(tmp_path / "few", LEAST), tmp_path / "plot.png"
+    args = ["calibrate", folder, "-o", tmp_path / "my.cal", "--plot", plot, *WAY]
+    done = CliRunner().invoke(main, [str(arg) for arg in args])
+    assert done.exit_code == 0 and f"{plot}: not drawn" in done.stderr and not plot.exists()
+
+
 # --- keygen
 
 

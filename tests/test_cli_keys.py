@@ -65,6 +65,11 @@ def test_an_interrupted_keygen_says_how_many_keys_there_are(tmp_path: Path, monk
     assert "interrupted: 0 of 2 keys" in said
 
 
+@pytest.mark.parametrize("budget", ["x", "0", "5", "nan"])
+def test_a_budget_that_is_no_share_is_refused_in_one_way(tmp_path: Path, budget: str) -> None:
+    assert "use a share above 0 and at most 1" in refused("keygen", "--budget", budget, "-o", tmp_path / "a.key")
+
+
 def test_keys_are_listed_without_torch(house: Path) -> None:
     script = """
 import sys

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ringmark.watermark.schemes.base import Parameter, SchemeEntry, register
 
 __all__: list[str] = []
@@ -34,7 +36,10 @@ def _range(text: str) -> tuple[int, int]:
 
 
 def _share(text: str) -> float:
-    share = float(text)
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
     if not 0 < share <= 1:
         raise ValueError(f"{text!r}: use a share above 0 and at most 1, as in 0.08")
     return share

@@ -70,7 +70,9 @@ def calibrate(
     if not as_json:
         warn(calibrated.errors)
     say(calibrated.record(), calibrated.sentence(), as_json)
-    if plot and calibrated.calibration.recovery:
+    if plot and not calibrated.calibration.recovery:
+        warn([f"{plot}: not drawn; this needs {tasks.KNOWN} images drawn by this model"])
+    elif plot:
         from ringmark.watermark.figures import recovery_figure, save_figure
 
         save_figure(recovery_figure(calibrated.calibration.recovery), plot, force=force)
