@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from ringmark.errors import ImageError
+from ringmark.errors import ImageError, counted
 
 __all__ = ["SUFFIXES", "Listing", "check_folder", "find_images", "list_images", "stamp_of"]
 
@@ -88,12 +88,8 @@ def _nothing(folder: PathLike, skipped: Counter[str], links: int) -> ImageError:
             f", but {skipped.total()} other files ({', '.join(suffix or 'no suffix' for suffix in sorted(skipped))})"
         )
     if links:
-        fact += f"; {_count(links, 'link')} out of it not followed"
+        fact += f"; {counted(links, 'link')} out of it not followed"
     return ImageError("image.none", fact, subject=folder, suffixes=", ".join("*" + suffix for suffix in SUFFIXES))
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 class _Walk:

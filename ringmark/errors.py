@@ -14,6 +14,7 @@ __all__ = [
     "RingmarkError",
     "SchemeError",
     "StoreError",
+    "counted",
     "one_line",
 ]
 
@@ -21,6 +22,11 @@ __all__ = [
 def one_line(text: object) -> str:
     """str(text) with line breaks and other unprintable characters escaped, for messages."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def counted(number: int, noun: str) -> str:
+    """'1 image', '2 images'."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 class RingmarkError(ValueError):

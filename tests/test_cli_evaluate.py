@@ -29,7 +29,7 @@ def test_roc_from_an_audit(house: Path, tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("path,label\nelsewhere.png,1\n")
     (tmp_path / "more.csv").write_text("path,label\nelsewhere.png,1\nmarked/0000000.png,1\nunmarked/0000002.png,0\n")
     partly = run("roc", results, "--labels", tmp_path / "more.csv")
-    assert "2 of 4 records labelled" in partly.stdout and "at least 99 unmarked images; there are 1" in partly.stdout
+    assert "2 of 4 records labelled" in partly.stdout and "at least 99 unmarked images, not 1" in partly.stdout
     assert "2 without a label: marked/0000001.png, unmarked/0000003.png" in partly.stderr
     assert "1 labelled but without a record: elsewhere.png" in partly.stderr
     assert "no label matches" in refused("roc", results, "--labels", tmp_path / "labels.csv")

@@ -187,6 +187,7 @@ def test_displays_draw_their_numbers() -> None:
     few, many = roc([2.0, 3.0], [0.0, 1.0], name="few"), roc([2.0, 3.0], np.arange(99) / 99, name="many")
     assert RocDisplay([few]).floor == 0.25 and RocDisplay([few, many]).floor == 0.5 / 99
     lines = [len(roc_figure(curves).axes[0].lines) for curves in ([few], [many])]
+    assert roc_figure([roc([2.0, 3.0], [0.0])]).axes[0].get_title() == "2 marked, 1 unmarked image"
     assert lines == [2, 3]  # no line at an FPR that two images cannot tell
     recovery = NoiseRecovery(torch.full((4, 5), 0.6).double(), torch.full((4, 5), 0.64).double())
     assert RecoveryDisplay.of(recovery).correlation == pytest.approx(np.full((4, 5), 0.6))

@@ -108,7 +108,7 @@ def audit_of(tmp_path, unmarked: int):
 @pytest.mark.parametrize("unmarked", [2, 24, 98])
 def test_a_rate_that_nobody_can_know_is_left_out(tmp_path, unmarked):
     report = audit_of(tmp_path, unmarked)
-    assert f"needs at least 99 unmarked images; there are {unmarked}" in report.table()
+    assert f"needs at least 99 unmarked images, not {unmarked}" in report.table()
     row = report.table().splitlines()[2]
     assert "1.000 [" in row and row.count("[") == 1  # the AUC alone
     one = report.record()[0]

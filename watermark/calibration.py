@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ringmark.data.files import TensorInfo, read_tensors, write_atomic
 from ringmark.data.settings import differences
-from ringmark.errors import CalibrationError, one_line
+from ringmark.errors import CalibrationError, counted, one_line
 from ringmark.inversion.noise_recovery import NoiseRecovery, rings
 from ringmark.watermark.null import Array, Null
 from ringmark.watermark.statistics import needed_references
@@ -281,7 +281,7 @@ def check_number(n: int) -> None:
         raise CalibrationError(
             "calibration.too-few",
             f"a calibration needs at least {LEAST}, for p ≤ 0.05, and {needed_references(1e-3)} for p ≤ 0.001",
-            subject=f"{n} unmarked images",
+            subject=counted(n, "unmarked image"),
         )
 
 

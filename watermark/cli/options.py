@@ -227,8 +227,3 @@ def warn(lines: Iterable[str]) -> None:
     """Print lines on stderr."""
     for line in lines:
         click.echo(line, err=True)
-
-
-def counted(number: int, noun: str) -> str:
-    """'1 image', '2 images'."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

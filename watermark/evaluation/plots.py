@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ringmark.errors import counted
 from ringmark.watermark.attacks.chains import parse
 from ringmark.watermark.attacks.distortions import ATTACKS
 from ringmark.watermark.evaluation.cells import CLEAN, DISTANCE, Cell, Evaluation
@@ -71,7 +72,9 @@ def roc_figure(curves: Sequence[Curve], title: str = "") -> Figure:
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     ax = figure.subplots()
     RocDisplay(curves).plot(ax)
-    ax.set_title(title or f"{curves[0].positives} marked, {curves[0].negatives} unmarked images", fontsize=10)
+    ax.set_title(
+        title or f"{curves[0].positives} marked, {counted(curves[0].negatives, 'unmarked image')}", fontsize=10
+    )
     return figure
 
 
@@ -127,7 +130,9 @@ def roc_panels(cells: Sequence[Cell]) -> Figure:
         RocDisplay([replace(cell.curve, name=cell.method) for cell in chosen]).plot(ax)
         ax.set_title(f"{_key_name(chosen[0])}, {chosen[0].statistic}", fontsize=10)
     first = cells[0]
-    figure.suptitle(f"{first.attack}: {len(first.marked)} marked, {len(first.unmarked)} unmarked images", fontsize=11)
+    figure.suptitle(
+        f"{first.attack}: {len(first.marked)} marked, {counted(len(first.unmarked), 'unmarked image')}", fontsize=11
+    )
     return figure
 
 

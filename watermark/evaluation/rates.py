@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import special, stats
 
-from ringmark.errors import EvaluationError
+from ringmark.errors import EvaluationError, counted
 from ringmark.watermark.statistics import needed_references
 
 __all__ = [
@@ -221,7 +221,7 @@ def split_operating_point(marked: Array, unmarked: Array, fpr: float, seed: int)
         raise EvaluationError(
             "evaluation.few",
             f"a threshold for an FPR of {fpr:g}, chosen on one half and scored on the other, needs at least {least}",
-            subject=f"{len(unmarked)} unmarked images",
+            subject=counted(len(unmarked), "unmarked image"),
             needed=least,
         )
     ranks = np.arange(1, len(choosing) + 2) / (len(choosing) + 1)

@@ -14,7 +14,7 @@ import numpy as np
 from ringmark.data.labels import match_labels
 from ringmark.data.results import read_records
 from ringmark.data.settings import differences
-from ringmark.errors import EvaluationError
+from ringmark.errors import EvaluationError, counted
 from ringmark.watermark.evaluation.rates import Curve, check_fpr, roc, tied_below
 from ringmark.watermark.evaluation.tables import interval_text, markdown
 
@@ -56,8 +56,8 @@ class RocReport:
         if first.point:
             return text
         return (
-            f"{text}\n\nNo TPR and threshold at {first.fpr_limit:.3g} FPR: this needs at least {first.needed} "
-            f"unmarked images; there are {first.negatives}."
+            f"{text}\n\nNo TPR and threshold at {first.fpr_limit:.3g} FPR: this needs at least "
+            f"{counted(first.needed, 'unmarked image')}, not {first.negatives}."
         )
 
     def coverage(self) -> list[str]:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
+from ringmark.errors import counted
 from ringmark.watermark.cli.options import (
     EXIT_USAGE,
     PATH,
     SEED,
     ModelOptions,
-    counted,
     force_option,
     json_option,
     model_options,

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
+from ringmark.errors import counted
 from ringmark.watermark.cli.options import (
     PATH,
     ModelOptions,
     batch_option,
-    counted,
     force_option,
     guidance_option,
     json_option,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from ringmark.errors import counted
 from ringmark.watermark.cli.options import (
     FIGURE,
     KEYS_HELP,
@@ -14,7 +15,6 @@ from ringmark.watermark.cli.options import (
     ModelOptions,
     batch_option,
     calibration_option,
-    counted,
     force_option,
     guidance_option,
     json_option,

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
+from ringmark.errors import counted
 from ringmark.watermark.cli.options import (
     PATH,
     InversionOptions,
     ModelOptions,
-    counted,
     force_option,
     inversion_options,
     json_option,

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ringmark.errors import counted
 from ringmark.watermark.cli.options import (
     FIGURE,
     PATH,
     FilePath,
     ModelOptions,
-    counted,
     force_option,
     json_option,
     model_options,

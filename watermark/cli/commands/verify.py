@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from ringmark.errors import counted
 from ringmark.watermark.cli.options import (
     EXIT_ABSENT,
     EXIT_INCONCLUSIVE,
@@ -18,7 +19,6 @@ from ringmark.watermark.cli.options import (
     InversionOptions,
     ModelOptions,
     batch_option,
-    counted,
     detection_options,
     force_option,
     inversion_options,
