@@ -31,7 +31,6 @@ __all__ = [
     "read_tensors",
     "refuse_existing",
     "refuse_foreign",
-    "remedy",
     "write_atomic",
 ]
 
@@ -130,11 +129,6 @@ def _age(path: Path) -> float:
         return time.time() - path.stat().st_mtime
     except OSError:
         return 0.0
-
-
-def remedy(error: OSError, otherwise: str) -> str:
-    """What to do about a file that cannot be written: free disk space if the disk is full, otherwise `otherwise`."""
-    return "make room on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else otherwise
 
 
 # -- what may be replaced ---------------------------------------------------------------------------------------------

@@ -360,7 +360,7 @@ def test_nothing_large_is_allocated(path):
         with path.open("r+b") as file:
             file.truncate(1 << 32)  # sparse
         refused(lambda: Key.load(path), path)
-        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24  # what is claimed begins at 1 << 40
     finally:
         tracemalloc.stop()
         path.unlink()
