@@ -39,6 +39,7 @@ class Status(Enum):
     CONVERGED = "converged"  # its residual reached the tolerance
     STALLED = "stalled"  # its best residual no longer improves
     MAX_STEPS = "max steps"
+    NO_STEPS = "no steps"  # none were asked for; the value is the start
     START_KEPT = "start kept"  # its residual decreased too little to be reliable; the value is the start
     ROUNDED = "16-bit rounding"  # 16-bit maps lose more than the rounding of an 8-bit image; 32 bits are more accurate
     DIVERGED = "diverged"  # NaN, overflow, or a residual far above the first; the value is still the best iterate
@@ -189,6 +190,6 @@ def solve(
         residuals=sizes.stack(),
         merits=merits.stack(),
         steps=best.steps,
-        status=best.status,
+        status=best.status if max_steps else [Status.NO_STEPS] * len(start),
         chosen=best.chosen,
     )

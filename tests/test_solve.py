@@ -116,7 +116,7 @@ def test_no_steps_return_the_start_and_evaluate_nothing(method):
     done = solve(residual, start, method, max_steps=0, tol=1.0)
     assert torch.equal(done.value, start) and done.value is not start
     assert done.steps.tolist() == [0, 0, 0] and done.residuals.shape == done.merits.shape == (0, 3)
-    assert done.status == [Status.MAX_STEPS] * 3
+    assert done.status == [Status.NO_STEPS] * 3
 
 
 def test_max_steps_counts_steps_not_evaluations():

@@ -37,7 +37,7 @@ def _progress(recovered: Recovered) -> dict[str, Any]:
     solution = recovered.solution
     inverted = len(solution.residuals) > 0
     return {
-        "status": solution.status[0].value if inverted else "encoder only",
+        "status": solution.status[0].value,
         "evaluations": int(solution.steps[0]),
         "residual": float(solution.at_value(solution.residuals)[0]) if inverted else None,
         "residuals": solution.residuals[:, 0].tolist(),

@@ -85,6 +85,8 @@ def verify(
             warn([f"{UNCHECKED} ({unchecked})"])
     if explain:
         explain_first(verifier, outcomes, explain, force=force)
+        if any(outcome.judged for outcome in outcomes):
+            click.echo(f"explanation drawn into {explain}; it shows the key, keep it secret", err=True)
     exit_code = {True: 0, False: EXIT_ABSENT, None: EXIT_INCONCLUSIVE}
     codes = [EXIT_USAGE if outcome.error else exit_code[outcome.present] for outcome in outcomes]
     ctx.exit(max(codes, key=[0, EXIT_ABSENT, EXIT_INCONCLUSIVE, EXIT_USAGE].index))
