@@ -58,4 +58,4 @@ def test_evaluate_compares_methods_and_attacks(tmp_path: Path, monkeypatch) -> N
     assert "unmarked was null, is images/unmarked" in refused(*args, *own, "--unmarked", unmarked)
     assert "unknown decoder inversion" in refused(*args, "--methods", "magic")
     assert "--key" in refused(*args, "--marked", unmarked)
-    assert "2 of 2 images are unmarked" in refused(*args[:2], tmp_path / "o", *own, "--marked", unmarked)
+    assert "2 of 2 images as unmarked" in refused(*args[:2], tmp_path / "o", *own, "--marked", unmarked)

@@ -99,7 +99,7 @@ def test_the_python_of_the_library_page_runs(tmp_path, monkeypatch):
         exec(compile(block, "library.md", "exec"), names)
     assert names["noise"].shape == (1, 4, 32, 32)
     assert len(names["latents"]) == 1
-    assert names["found"].images == 1
+    assert names["counts"].images == 1
 
 
 def test_the_readme_is_short_and_starts_with_what_matters():

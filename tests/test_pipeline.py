@@ -219,7 +219,7 @@ def test_a_schedule_that_ends_in_pure_noise(copy, steps):
     [
         ({"addition_embed_type": "text", "addition_embed_type_num_heads": 2}, "SDXL"),
         ({"in_channels": 9}, "inpainting"),
-        ({"num_class_embeds": 3}, "more than a prompt"),
+        ({"num_class_embeds": 3}, "more inputs than a prompt"),
     ],
 )
 def test_networks_that_need_more_than_a_prompt(copy, config, word):
