@@ -70,9 +70,10 @@ def calibrate(
     if not as_json:
         warn(calibrated.errors)
     say(calibrated.record(), calibrated.sentence(), as_json)
-    if plot and not calibrated.calibration.recovery:
-        warn([f"{plot}: not drawn; this needs {tasks.KNOWN} images drawn by this model"])
-    elif plot:
+    recovery = calibrated.calibration.recovery
+    if plot and recovery:
         from ringmark.watermark.figures import recovery_figure, save_figure
 
-        save_figure(recovery_figure(calibrated.calibration.recovery), plot, force=force)
+        save_figure(recovery_figure(recovery), plot, force=force)
+    elif plot:
+        warn([f"{plot}: not drawn; this needs {tasks.KNOWN} images drawn by this model"])
