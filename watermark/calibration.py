@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ringmark.data.files import TensorInfo, read_tensors, write_atomic
-from ringmark.data.settings import differences
+from ringmark.data.settings import differences, typed
 from ringmark.errors import CalibrationError, counted, one_line
 from ringmark.inversion.noise_recovery import NoiseRecovery, rings
 from ringmark.watermark.null import Array, Null
@@ -343,17 +343,29 @@ def _sound(recovery: NoiseRecovery) -> bool:
     return bool((both & (recovery.variance > 0)).all())
 
 
+@dataclass(frozen=True)
+class _Description:
+    """What a calibration file says of its calibration."""
+
+    latent_shape: list[int]
+    reach: int
+    settings: dict[str, Any]
+    sources: dict[str, int]
+    fingerprint: str
+
+
 def _check_file(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> None:
     """Check description, types and shapes before values are read. Raises ValueError, LookupError or TypeError."""
-    stored = json.loads(metadata[HEADER])
-    whole = [*stored["latent_shape"], stored["reach"], *stored["sources"].values()]
-    if not all(type(x) is int and x >= 0 for x in whole) or not isinstance(stored["settings"]["model"], dict):
-        raise ValueError("a field has the wrong type")
-    channels, height, width = stored["latent_shape"]
-    if not 0 < channels * height * width <= MAX_LATENT or not isinstance(stored["fingerprint"], str):
+    stored = typed(_Description, json.loads(metadata[HEADER]))
+    if min(*stored.latent_shape, stored.reach, *stored.sources.values()) < 0:
+        raise ValueError("a number is negative")
+    if not isinstance(stored.settings["model"], dict):
+        raise ValueError("the model is not described")
+    channels, height, width = stored.latent_shape
+    if not 0 < channels * height * width <= MAX_LATENT:
         raise ValueError("the latents are empty or too large")
     number_of_rings = int(rings(height, width).max()) + 1
-    bins = int(_stored_bins(height, width, stored["reach"]).sum())
+    bins = int(_stored_bins(height, width, stored.reach).sum())
     n = infos["spectra"].shape[0]
     expected: dict[str, tuple[str, tuple[int, ...]]] = {
         "power": ("F64", (FOLDS, number_of_rings, channels, channels)),

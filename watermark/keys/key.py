@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ringmark.data.files import TensorInfo, read_tensors, write_atomic
+from ringmark.data.settings import typed
 from ringmark.errors import KeyFileError
 
 __all__ = ["COMMON", "READABLE", "Key", "refuse_existing"]
@@ -24,7 +25,7 @@ __all__ = ["COMMON", "READABLE", "Key", "refuse_existing"]
 MAX_BYTES = 64 << 20
 FULL = (errno.ENOSPC, errno.EDQUOT)
 READABLE = "RINGMARK_READABLE_KEYS"  # environment variable; if set, keys that others can read are allowed
-COMMON = {"scheme": str, "latent_shape": list, "model": dict, "created": str}
+COMMON = ("scheme", "latent_shape", "model", "created")
 """Fields of every key's description; schemes add their own."""
 
 
@@ -129,18 +130,22 @@ class Key:
 
 def _check_file(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> None:
     """Raises ValueError unless the header has one float32 tensor "values" and a description; reads no values."""
-    description = json.loads(metadata["ringmark"])
-    if not isinstance(description, dict) or "fingerprint" not in description or not _described(description):
-        raise ValueError("no description of a key")
+    shape = typed(_Description, json.loads(metadata["ringmark"])).latent_shape
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError("no shape of latents")
     if set(infos) != {"values"} or infos["values"].dtype != "F32":
         raise ValueError("no values of a key")
 
 
-def _described(metadata: dict[str, Any]) -> bool:
-    """Whether every common field is present and has the right type; the scheme checks the other fields."""
-    shape = metadata.get("latent_shape")
-    typed = all(isinstance(metadata.get(name), kind) for name, kind in COMMON.items())
-    return typed and isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
+@dataclass(frozen=True)
+class _Description:
+    """What a key file says of its key; the scheme checks the fields of its own."""
+
+    scheme: str
+    latent_shape: list[int]
+    model: dict[str, Any]
+    created: str
+    fingerprint: str
 
 
 def refuse_existing(path: Path) -> None:
