@@ -134,12 +134,17 @@ def _age(path: Path) -> float:
 # -- what may be replaced ---------------------------------------------------------------------------------------------
 
 
-def refuse_existing(path: PathLike, *, force: bool = False) -> None:
-    """Raise StoreError if `path` is a folder or, without `force`, if anything exists there, including a link."""
+def refuse_existing(
+    path: PathLike, *, force: bool = False, error: type[RingmarkError] = StoreError, room: str = "file"
+) -> None:
+    """Raise `error` if `path` is a folder or, without `force`, if anything exists there, including a link.
+
+    The codes are `room`.folder and `room`.exists.
+    """
     if os.path.isdir(path):
-        raise StoreError("file.folder", "is a folder", subject=path)
+        raise error(f"{room}.folder", "is a folder", subject=path)
     if os.path.lexists(path) and not force:
-        raise StoreError("file.exists", "exists already", subject=path)
+        raise error(f"{room}.exists", "exists already", subject=path)
 
 
 def refuse_foreign(path: PathLike, force: bool = False) -> None:

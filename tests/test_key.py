@@ -10,6 +10,7 @@ import stat
 import struct
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ringmark.watermark.keys.key
+from ringmark.data.files import refuse_existing
 from ringmark.errors import KeyFileError, SchemeError
-from ringmark.watermark.keys.key import COMMON, READABLE, Key, refuse_existing
+from ringmark.watermark.keys.key import COMMON, READABLE, Key
 from ringmark.watermark.schemes.base import scheme_of
 
 VALUES = np.array([[0.7310586, -1.2345678], [3.1415927, -0.0987654]], np.float32)
@@ -194,7 +196,7 @@ def test_where_nothing_can_be_written(path, tmp_path):
     below = path / "x.key"  # its folder is a file
     assert refused(lambda: KEY.save(below), below) == "key.unwritable"
     assert refused(lambda: KEY.save(tmp_path, overwrite=True), tmp_path) == "key.unwritable"
-    assert refused(lambda: KEY.save(tmp_path), tmp_path) == "key.output-folder"
+    assert refused(lambda: KEY.save(tmp_path), tmp_path) == "key.folder"
     assert os.listdir(tmp_path) == ["my.key"]
 
 
@@ -442,8 +444,9 @@ def test_a_commitment_binds_values_and_description_but_not_the_date():
 
 
 def test_a_name_that_is_taken_is_refused(path, tmp_path):
-    refuse_existing(tmp_path / "new.key")
-    assert refused(lambda: refuse_existing(path), path) == "key.exists"
-    assert refused(lambda: refuse_existing(tmp_path), tmp_path) == "key.output-folder"
+    refuse_key = partial(refuse_existing, error=KeyFileError, room="key")
+    refuse_key(tmp_path / "new.key")
+    assert refused(lambda: refuse_key(path), path) == "key.exists"
+    assert refused(lambda: refuse_key(tmp_path), tmp_path) == "key.folder"
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
-    assert refused(lambda: refuse_existing(tmp_path / "dangling"), tmp_path / "dangling") == "key.exists"
+    assert refused(lambda: refuse_key(tmp_path / "dangling"), tmp_path / "dangling") == "key.exists"

@@ -46,6 +46,15 @@ def is_room(node: ast.AST) -> bool:
     return isinstance(node, ast.keyword) and node.arg == "room" and isinstance(node.value, ast.Constant)
 
 
+def default_rooms(tree: ast.Module) -> Iterator[str]:
+    """Defaults of parameters called room."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            last = zip(reversed(node.args.args), reversed(node.args.defaults), strict=False)
+            pairs = [*last, *zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)]
+            yield from (value.value for arg, value in pairs if arg.arg == "room" and isinstance(value, ast.Constant))
+
+
 def codes(call: ast.Call) -> set[str]:
     """The codes that a call gives; a conditional expression gives several."""
     return {text for text in texts(call.args[0]) if CODE.fullmatch(text)} if call.args else set()
@@ -53,6 +62,7 @@ def codes(call: ast.Call) -> set[str]:
 
 CODES = {code: name for name, tree in TREES.items() for call in raised(tree) for code in codes(call)}
 ROOMS = {keyword.value.value for tree in TREES.values() for keyword in ast.walk(tree) if is_room(keyword)}
+ROOMS |= {room for tree in TREES.values() for room in default_rooms(tree)}
 """Rooms whose codes are made where a file is opened: f"{room}.missing", and so on."""
 CONSTANTS = {text for tree in TREES.values() for text in texts(tree)}
 CONSTANTS |= {room + text for room in ROOMS for text in CONSTANTS if text.startswith(".")}

@@ -88,7 +88,7 @@ REMEDIES: dict[str, str] = {
     "recovery.method-unknown": "choose one of these with --method",
     # Keys and schemes
     "key.missing": "make one with: ringmark keygen -o {quoted}",
-    "key.folder": "give a key file in it",
+    "key.folder": "give a key file, or the number of new keys with -n",
     "key.denied": "change its permissions",
     "key.unreadable": "check the name",
     "key.special": "give a key file",
@@ -97,7 +97,6 @@ REMEDIES: dict[str, str] = {
     "key.fingerprint": "restore it from a copy",
     "key.readable": "run: chmod 600 {quoted} (or set RINGMARK_READABLE_KEYS=1 if that is not possible)",
     "key.exists": "choose another name, or replace it with --force, after which marks made with the old key are lost",
-    "key.output-folder": "give a file name, or give the number of keys with -n",
     "key.unwritable": "choose another name",
     "key.not-a-folder": "with -n, give a folder for the keys with -o",
     "key.unlisted": "give a folder of keys",

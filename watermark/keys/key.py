@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ringmark.data.files import TensorInfo, read_tensors, write_atomic
+from ringmark.data.files import TensorInfo, read_tensors, refuse_existing, write_atomic
 from ringmark.data.settings import typed
 from ringmark.errors import KeyFileError
 
-__all__ = ["COMMON", "READABLE", "Key", "refuse_existing"]
+__all__ = ["COMMON", "READABLE", "Key"]
 
 MAX_BYTES = 64 << 20
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -148,21 +148,13 @@ class _Description:
     fingerprint: str
 
 
-def refuse_existing(path: Path) -> None:
-    """Raises KeyFileError if something has this name."""
-    if os.path.isdir(path):
-        raise KeyFileError("key.output-folder", "is a folder", subject=path)
-    if os.path.lexists(path):
-        raise KeyFileError("key.exists", "exists already", subject=path)
-
-
 def _reserve(path: Path) -> None:
     """Reserve the name with an empty file, so that only one writer succeeds. Raises KeyFileError if it is taken."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except FileExistsError:
-        refuse_existing(path)
+        refuse_existing(path, error=KeyFileError, room="key")
         raise
 
 

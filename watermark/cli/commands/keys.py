@@ -107,16 +107,18 @@ def keygen(
       ringmark keygen -o my.key
       ringmark keygen -n 64 -o ring
     """
+    from ringmark.data.files import refuse_existing
+    from ringmark.errors import KeyFileError
     from ringmark.watermark.calibration import Calibration
     from ringmark.watermark.keys.folder import describe
-    from ringmark.watermark.keys.key import COMMON, refuse_existing
+    from ringmark.watermark.keys.key import COMMON
     from ringmark.watermark.schemes.base import description, scheme_of
     from ringmark.watermark.statistics import ALPHA
     from ringmark.watermark.tasks.keygen import grow, keys_in, new_key
 
     old = keys_in(output) if number else {}
     if not (number or force):
-        refuse_existing(output)
+        refuse_existing(output, error=KeyFileError, room="key")
     measured = Calibration.load(calibration) if calibration else None
     loaded = model.load()
     chosen = {name: value for name, value in parameters.items() if value is not None}
