@@ -201,7 +201,7 @@ def power_scores(inside: Array, beside: list[Array], weights: Array) -> Array:
 
     where P is the mean power of the real features `inside` (B, C, d) and Q that of the complex bins on a side of the
     mask, each with its conjugate; `weights` w, one per side, sum to 1. Attacks also remove power from high frequencies:
-    with `TreeRing.side_weights`, any power law in an image's spectrum cancels out, in each channel.
+    with weights that fit the sides' frequencies, any power law in an image's spectrum cancels out, in each channel.
     """
     logs = np.tensordot(weights, [np.log(np.maximum(q.mean(-1), TINY)) for q in beside], 1)
     return np.asarray((logs - np.log(np.maximum(np.square(inside).mean(-1), TINY))).mean(-1))

@@ -55,7 +55,7 @@ PREDICTIONS: dict[str, Callable[[Tensor, Tensor, float, float], Pair]] = {
     "sample": from_sample,
     "flow_prediction": from_velocity,
 }
-"""Maps from latents z, the network's output, signal and noise to (x̂₀, ε̂), by diffusers' name of the prediction type."""
+"""Maps (latents, network output, signal, noise) to (x̂₀, ε̂), by diffusers' name of the prediction type."""
 
 ON_ALPHA_BAR = ("epsilon", "v_prediction", "sample")
 
@@ -219,8 +219,8 @@ class LatentModel:
     def predict(self, latents: Tensor, level: int, schedule: Schedule, cond: Tensor) -> tuple[Tensor, Tensor]:
         """(x̂₀, ε̂), each (B, C, h, w), of latents at `level` = 1 … N, for any type of prediction.
 
-        latents = a x̂₀ + s ε̂ with the level's signal and noise. Computed in float32, or in the latents' dtype if that is
-        wider. Raises ModelError at a level without signal if the network predicts ε.
+        latents = a x̂₀ + s ε̂ with the level's signal and noise. Computed in float32, or in the latents' dtype if
+        that is wider. Raises ModelError at a level without signal if the network predicts ε.
         """
         signal, noise = schedule.at(level)
         if signal == 0 and self.prediction == "epsilon":

@@ -23,7 +23,7 @@ from ringmark.watermark.schemes.base import Scheme, SchemeTest, make_key, scheme
 from ringmark.watermark.statistics import ALPHA, cosine_scores
 from ringmark.watermark.tasks.calibrate import recovery_of
 
-__all__ = ["TRIES", "Grown", "Ring", "draw_keys", "grow", "keys_in", "new_key"]
+__all__ = ["TRIES", "Grown", "Ring", "draw_keys", "grow", "keys_in", "new_key", "write_key"]
 
 TRIES = 1000  # draws of one key before giving up; next to N other keys, 1 / (1 − alpha)^N are needed on average
 
@@ -45,6 +45,17 @@ def new_key(model: Model, scheme: str, calibration: Calibration | None = None, *
     """
     recovery = recovery_of(model, calibration)
     return make_key(scheme, model.latent_shape, model=model.identity, recovery=recovery, **parameters)
+
+
+def write_key(output: Path, make: Callable[[], Key], *, force: bool = False) -> Key:
+    """Make one key and write it to a file; `force` replaces a key that is there.
+
+    Raises SchemeError for a key of too few free numbers to be detected, KeyFileError if the file cannot be written.
+    """
+    key = make()
+    scheme_of(key).check_findable(ALPHA)
+    key.save(output, overwrite=force)
+    return key
 
 
 @dataclass

@@ -112,9 +112,8 @@ def keygen(
     from ringmark.watermark.calibration import Calibration
     from ringmark.watermark.keys.folder import describe
     from ringmark.watermark.keys.key import COMMON
-    from ringmark.watermark.schemes.base import description, scheme_of
-    from ringmark.watermark.statistics import ALPHA
-    from ringmark.watermark.tasks.keygen import grow, keys_in, new_key
+    from ringmark.watermark.schemes.base import description
+    from ringmark.watermark.tasks.keygen import grow, keys_in, new_key, write_key
 
     old = keys_in(output) if number else {}
     if not (number or force):
@@ -131,9 +130,7 @@ def keygen(
         )
         say([{"path": str(path)} | describe(key) for path, key in grown.new.items()], text, as_json)
         return
-    key = make()
-    scheme_of(key).check_findable(ALPHA)
-    key.save(output, overwrite=force)
+    key = write_key(output, make, force=force)
     record = {"path": str(output), "fingerprint": key.fingerprint} | key.metadata
     details = ", ".join(f"{name} {value}" for name, value in description(key.metadata, COMMON).items())
     text = f"key {key.fingerprint} written to {output}: {scheme} ({details}) for model {loaded.name}. Keep it secret."
