@@ -125,6 +125,12 @@ def test_no_scheme_is_asked_for_by_name(name):
     assert {"tree-ring", "pattern", "rand"} <= names and not asked_for(TREES[name]) & names
 
 
+def test_schemes_are_reached_through_their_registry():
+    schemes = {m for m in FILES if room(m) == "ringmark.watermark.schemes"}
+    registry = {"ringmark.watermark.schemes", "ringmark.watermark.schemes.base"}
+    assert len(schemes) > 3 and not [n for n in set(FILES) - schemes - {"ringmark"} if EVER[n] & (schemes - registry)]
+
+
 def test_one_adapter():
     users = {name for name, modules in EVER.items() if {"diffusers", "transformers"} & {top(m) for m in modules}}
     assert users and all(name.startswith("ringmark.inversion.models") for name in users)

@@ -112,6 +112,7 @@ def test_only_enough_images_of_this_very_model_tell_how_well_noise_comes_back(tm
     one_more = drawn(tmp_path / "one more", 1, 500)
     found = calibrate(recoverer(), Unmarked.of([*folders, one_more]), tmp_path / "my.cal")
     assert found.calibration.recovery is not None and "recommended mark: channels" in found.sentence()
+    assert set(found.record()["recommended"]) == {"channels", "radii"}
 
 
 def test_a_stopped_run_goes_on(tmp_path):

@@ -28,7 +28,6 @@ def drawn_seeds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             seeds.append(seed)
             yield Drawn(
                 image=torch.zeros(3, 8, 8),
-                latent=torch.zeros(4, 1, 1),
                 noise=torch.zeros(4, 1, 1),
                 prompt=prompt,
                 seed=seed,

@@ -34,9 +34,10 @@ from ringmark.watermark.schemes.base import (
     SchemeEntry,
     Statistic,
     make_key,
+    parameters_text,
+    recommended,
     register,
     scheme_of,
-    unregister,
 )
 from ringmark.watermark.tasks.keygen import Ring, draw_keys, grow, keys_in
 from ringmark.watermark.tasks.keys import listing
@@ -94,6 +95,10 @@ class Sign:
         signs = (rng or Key.system_rng()).choice([-1.0, 1.0], shape)
         return Key.new(signs, scheme="sign", block=block, latent_shape=list(latent_shape), model=model)
 
+    @staticmethod
+    def recommend(recovery, latent_shape) -> dict[str, int]:
+        return {"block": min(latent_shape[1:]) // 4}
+
     @property
     def kind(self) -> tuple[str, int]:
         return ("sign", self.block)
@@ -137,8 +142,7 @@ def registered():
     block = Parameter(name="block", help="Side of a block, in latent pixels.", parse=int, default=4)
     register(SchemeEntry(name="sign", home=Sign, parameters=(block,)))
     yield
-    unregister("sign")
-    assert "sign" not in REGISTRY
+    del REGISTRY["sign"]
 
 
 def key(seed: int, **parameters: Any) -> Key:
@@ -158,6 +162,14 @@ def test_its_name_is_taken_and_its_parameters_are_its_own():
     with pytest.raises(SchemeError) as caught:
         key(1, radii=(2, 8))
     assert caught.value.code == "scheme.parameter"
+
+
+@pytest.mark.parametrize("name, text", [("sign", "block 8"), ("tree-ring", "channels 0,1,2, radii 2-5")])
+def test_a_scheme_recommends_parameters_of_new_keys(name, text):
+    best = recommended(name, None, (3, 32, 32))
+    assert parameters_text(name, best) == text
+    made = make_key(name, (3, 32, 32), model=MODEL.identity, **best)
+    assert best.items() <= made.metadata.items()
 
 
 def test_p_values_of_unmarked_noise_are_uniform_and_marked_noise_is_found():
@@ -246,7 +258,7 @@ def test_a_key_whose_description_does_not_fit_it_is_refused_by_the_scheme(tmp_pa
 def test_once_forgotten_its_keys_are_listed_but_not_used(tmp_path):
     made, entry = key(1), REGISTRY["sign"]
     made.save(tmp_path / "my.key")
-    unregister("sign")
+    del REGISTRY["sign"]
     try:
         loaded = load_folder(tmp_path)
         assert "sign" in listing(loaded) and export_public(made, tmp_path / "public.json")["block"] == 4

@@ -17,10 +17,9 @@ __all__ = ["Drawn", "generate", "initial_noise"]
 
 @dataclass(frozen=True)
 class Drawn:
-    """A drawn image: pixels (3, H, W) in [-1, 1] and, for measurements, its true latent and noise."""
+    """A drawn image: pixels (3, H, W) in [-1, 1] and, for measurements, its true noise."""
 
     image: Tensor
-    latent: Tensor
     noise: Tensor
     prompt: str
     seed: int
@@ -54,7 +53,7 @@ def generate(
         noise = (scheme.embed(noise) if scheme else noise).to(model.device)
         latents = sample(model, noise, model.embed(batch_prompts), schedule, guidance=guidance)
         images = model.decode(latents).float().cpu().clamp(-1, 1)
-        for drawn in zip(images, latents.float().cpu(), noise.float().cpu(), batch_prompts, batch_seeds, strict=True):
+        for drawn in zip(images, noise.float().cpu(), batch_prompts, batch_seeds, strict=True):
             yield Drawn(*drawn)
         if progress:
             progress(len(batch_seeds))

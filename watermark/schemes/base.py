@@ -32,9 +32,10 @@ __all__ = [
     "Statistic",
     "description",
     "make_key",
+    "parameters_text",
+    "recommended",
     "register",
     "scheme_of",
-    "unregister",
 ]
 
 DEFAULT = "tree-ring"
@@ -144,7 +145,8 @@ class SchemeEntry:
     """A scheme by name. `home` is "module:Class", imported on first use, or the class itself.
 
     The class takes a key, and its `new_key(latent_shape, *, model, recovery, rng, **parameters)` makes one: `model` is
-    the model's identity, `recovery` how well its noise is recovered, if known, and `rng` a NumPy generator.
+    the model's identity, `recovery` how well its noise is recovered, if known, and `rng` a NumPy generator. Its
+    `recommend(recovery, latent_shape)` gives the parameters that it recommends for new keys, by name; may be empty.
     """
 
     name: str
@@ -168,11 +170,6 @@ def register(entry: SchemeEntry) -> None:
     if entry.name in REGISTRY:
         raise SchemeError("scheme.registered", "is registered already", subject=f"scheme {entry.name!r}")
     REGISTRY[entry.name] = entry
-
-
-def unregister(name: str) -> None:
-    """Remove a scheme from the registry."""
-    REGISTRY.pop(name, None)
 
 
 def _entry(name: str) -> SchemeEntry:
@@ -210,6 +207,21 @@ def make_key(
     chosen = {p.name: p.default if (given := parameters.get(p.name)) is None else given for p in entry.parameters}
     key: Key = entry.kind.new_key(latent_shape, model=dict(model), recovery=recovery, rng=rng, **chosen)
     return key
+
+
+def recommended(name: str, recovery: NoiseRecovery | None, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """The parameters that a scheme recommends for new keys of latents (C, h, w), by name.
+
+    `recovery` says how well the model's noise is recovered; None if not measured. Raises SchemeError for an unknown
+    scheme.
+    """
+    parameters: dict[str, Any] = _entry(name).kind.recommend(recovery, latent_shape)
+    return parameters
+
+
+def parameters_text(name: str, parameters: Mapping[str, Any]) -> str:
+    """Parameters of a scheme as text: "channels 0,2, radii 4-10"."""
+    return ", ".join(map(" ".join, description({"scheme": name, **parameters}, ("scheme",)).items()))
 
 
 def description(metadata: Mapping[str, Any], common: Collection[str]) -> dict[str, str]:

@@ -220,6 +220,12 @@ class TreeRing:
             model=model,
         )
 
+    @staticmethod
+    def recommend(recovery: NoiseRecovery | None, latent_shape: tuple[int, int, int]) -> dict[str, list[int]]:
+        """Channels and radii of new keys, where the noise is recovered best."""
+        best = recommend(recovery, latent_shape)
+        return {"channels": list(best.channels), "radii": list(best.radii)}
+
     @property
     def label(self) -> str:
         """The pattern, and the mask unless it is the centred one."""

@@ -19,7 +19,7 @@ from ringmark.inversion.noise_recovery import NoiseRecovery
 from ringmark.inversion.recover import Model, Recoverer
 from ringmark.watermark.calibration import Calibration, check_number
 from ringmark.watermark.embed import initial_noise
-from ringmark.watermark.schemes.fourier import Placement, recommend
+from ringmark.watermark.schemes.base import DEFAULT, parameters_text, recommended
 from ringmark.watermark.statistics import ALPHA, needed_references
 from ringmark.watermark.tasks.draw import DRAWN
 from ringmark.watermark.tasks.recover import RecoveredFiles, recover_files
@@ -95,21 +95,21 @@ class Calibrated:
     errors: list[str]
 
     @property
-    def recommended(self) -> Placement | None:
-        """The best placement of a mark; None if noise recovery was not measured."""
+    def recommended(self) -> dict[str, Any] | None:
+        """The parameters recommended for new keys of the default scheme; None if noise recovery was not measured."""
         recovery = self.calibration.recovery
-        return recommend(recovery, self.calibration.latent_shape) if recovery else None
+        return recommended(DEFAULT, recovery, self.calibration.latent_shape) if recovery else None
 
     def record(self) -> dict[str, Any]:
         """The result as plain values for JSON."""
-        made, best = self.calibration, self.recommended
+        made = self.calibration
         return {
             "path": str(self.output),
             "fingerprint": made.fingerprint,
             "images": made.n,
             "sources": made.sources,
             "reach": made.reach,
-            "recommended": best and {"channels": list(best.channels), "radii": list(best.radii)},
+            "recommended": self.recommended,
             "errors": self.errors,
         }
 
@@ -126,7 +126,7 @@ class Calibrated:
             "The file holds rough copies of the images: keep it as private as they are."
         ]
         if best:
-            lines.append(f"recommended mark: {best}")
+            lines.append(f"recommended mark: {parameters_text(DEFAULT, best)}")
         else:
             lines.append(f"no recommended mark: this needs {KNOWN} images drawn by this model, not {self.known}")
         return "\n".join(lines)

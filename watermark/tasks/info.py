@@ -6,14 +6,14 @@ import platform
 from importlib.metadata import version
 
 from ringmark.inversion.models.pipeline import LatentModel
-from ringmark.watermark.schemes.fourier import recommend
+from ringmark.watermark.schemes.base import DEFAULT, parameters_text, recommended
 
 __all__ = ["facts"]
 
 
 def facts(model: LatentModel) -> dict[str, str]:
     """Facts about a model and this installation, by name."""
-    best = recommend(model.recovery, model.latent_shape)
+    best = recommended(DEFAULT, model.recovery, model.latent_shape)
     return {
         "model": model.name,
         "fingerprint": model.identity["fingerprint"],
@@ -23,7 +23,7 @@ def facts(model: LatentModel) -> dict[str, str]:
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "noise recovery": "measured" if model.recovery else "not measured",
-        "default mark": f"channels {list(best.channels)}, radii {best.radii[0]}-{best.radii[1]}",
+        "default mark": parameters_text(DEFAULT, best),
         **{name: version(name) for name in ("ringmark", "torch", "diffusers", "transformers")},
         "python": platform.python_version(),
     }
