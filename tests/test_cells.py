@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from ringmark.errors import EvaluationError
-from ringmark.watermark.evaluation.cells import CLEAN, DISTANCE, Cell
+from ringmark.watermark.evaluation.cells import CLEAN, Cell
 from ringmark.watermark.evaluation.rates import tpr_at
+from ringmark.watermark.schemes.base import published_statistics
+
+DISTANCE = published_statistics()["published_distance"]
 
 
 def cell(attack: str, marked, unmarked, **changes) -> Cell:
@@ -20,11 +23,12 @@ def cell(attack: str, marked, unmarked, **changes) -> Cell:
         scheme="rand",
         attack=attack,
         method="encoder",
-        statistic=DISTANCE,
+        statistic=DISTANCE.label,
         marked=marked,
         unmarked=unmarked,
         groups=groups,
         p=None,
+        published=DISTANCE,
         seconds=0.5,
         megabytes=np.nan,
     )

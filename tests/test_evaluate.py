@@ -19,7 +19,7 @@ from ringmark.inversion.recover import Recoverer
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.verifier import Verifier
 from ringmark.watermark.evaluation import cells
-from ringmark.watermark.evaluation.cells import CLEAN, DISTANCE, Evaluation
+from ringmark.watermark.evaluation.cells import CLEAN, Evaluation
 from ringmark.watermark.evaluation.plots import write_plots
 from ringmark.watermark.evaluation.rates import roc
 from ringmark.watermark.evaluation.report import summary
@@ -90,7 +90,7 @@ def rows_of(path) -> list[dict]:
 
 def test_the_table_says_what_the_scores_say(found, plan):
     columns = {"whitened cosine": "score", "power ratio": "score", "matched filter": "matched_filter"}
-    columns |= {DISTANCE: "published_distance", "published p": "published_p"}
+    columns |= {"published distance": "published_distance", "published p": "published_p"}
     table, scores = rows_of(plan.output / "evaluation.csv"), rows_of(plan.output / "scores.csv")
     assert len(scores) == 2 * 5 * 2 * 3 * 2 and len(table) == (4 + 3) * 3 * 2
     assert {row["statistic"] for row in table} == set(columns)

@@ -125,6 +125,8 @@ def test_separate_classes_have_no_interval():
 
 def test_a_scheme_need_not_have_a_published_distance():
     images = [r | {"published_distance": None} if r["key"] == "bb22" else r for r in table()]
+    without = [{n: v for n, v in r.items() if v is not None or n != "published_distance"} for r in images]
+    assert compare_ways(without, ["flip"], draws=20) == compare_ways(images, ["flip"], draws=20)
     assert {way for g in compare_ways(images, ["flip"], draws=20) for way in (g.of, g.over)} == {
         Way("aa11", "encoder", "score"),
         Way("aa11", "encoder", "published_distance"),

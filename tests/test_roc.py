@@ -99,6 +99,12 @@ def test_a_scheme_without_a_published_distance_has_one_curve(tmp_path):
     assert list(report.curves) == ["score"] and len(report.record()) == 1 and "published" not in report.table()
 
 
+def test_a_statistic_that_only_some_records_have_has_no_curve():
+    """The best keys of an audit may be of several schemes."""
+    some = [record("m", 1.0), {"sample_id": "u", "score": 0.0}]
+    assert list(curves(some, {"m": True, "u": False})) == ["score"]
+
+
 def audit_of(tmp_path, unmarked: int):
     records = [record(f"m{i}.png", 500.0 + i) for i in range(3)] + [record(f"u{i}.png", i) for i in range(unmarked)]
     truth = labels(tmp_path / "labels.csv", **{r["sample_id"][:-4]: int(r["sample_id"][0] == "m") for r in records})

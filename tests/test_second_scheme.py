@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from ringmark.watermark.cli.main import main
 from ringmark.watermark.detect.detector import Detector
 from ringmark.watermark.detect.search import Search
 from ringmark.watermark.embed import initial_noise
+from ringmark.watermark.evaluation.gain import compared_columns
 from ringmark.watermark.keys.folder import describe, export_public, load_folder
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.null import Array, Null
@@ -31,17 +34,19 @@ from ringmark.watermark.schemes.base import (
     REGISTRY,
     Panel,
     Parameter,
+    PublishedStatistic,
     SchemeEntry,
-    Statistic,
     make_key,
     parameters_text,
     recommended,
     register,
     scheme_of,
 )
+from ringmark.watermark.tasks.evaluate import scores_of
 from ringmark.watermark.tasks.keygen import Ring, draw_keys, grow, keys_in
 from ringmark.watermark.tasks.keys import listing
 
+AGREEMENT = PublishedStatistic(name="sign_agreement", label="sign agreement", larger_if_marked=True)
 FAINTEST = 1e-3  # magnitude that carries a sign where the noise itself is nothing
 
 
@@ -123,8 +128,9 @@ class Sign:
     def on(self, null: Null) -> SignTest:
         return SignTest(self, null)
 
-    def published(self, noise: Tensor) -> dict[str, Statistic]:
-        return {}
+    def published(self, noise: Tensor) -> dict[str, Array]:
+        observed = self.on(Null.white(self.latent_shape)).observe(noise)
+        return {AGREEMENT.name: np.mean(np.sign(observed) == self.signs.flatten().numpy(), axis=1)}
 
     def panels(self, noise: Tensor) -> list[Panel]:
         return []
@@ -140,7 +146,7 @@ class Sign:
 def registered():
     """The scheme is known while this file's tests run, and to nobody after."""
     block = Parameter(name="block", help="Side of a block, in latent pixels.", parse=int, default=4)
-    register(SchemeEntry(name="sign", home=Sign, parameters=(block,)))
+    register(SchemeEntry(name="sign", home=Sign, parameters=(block,), published=(AGREEMENT,)))
     yield
     del REGISTRY["sign"]
 
@@ -158,6 +164,9 @@ def test_its_name_is_taken_and_its_parameters_are_its_own():
     with pytest.raises(SchemeError) as caught:
         register(SchemeEntry(name="sign", home=Sign))
     assert caught.value.code == "scheme.registered"
+    with pytest.raises(SchemeError) as caught:
+        register(SchemeEntry(name="other", home=Sign, published=(replace(AGREEMENT, larger_if_marked=False),)))
+    assert caught.value.code == "scheme.registered" and "other" not in REGISTRY
     assert key(1).metadata["block"] == 4 and key(1, block=8).metadata["block"] == 8
     with pytest.raises(SchemeError) as caught:
         key(1, radii=(2, 8))
@@ -186,7 +195,10 @@ def test_pictures_are_judged_beside_those_of_another_scheme():
     noise[0:1], noise[1:2] = scheme_of(mine).embed(noise[0:1]), scheme_of(other).embed(noise[1:2])
     judged = list(verifier([mine, other]).scan(samples(noise)))
     assert [[v.present for v in j.verdicts] for j in judged] == [[True, False], [False, True], [False, False]]
-    assert judged[0].best.statistics == {} and set(judged[1].best.statistics) == {"published_distance", "published_p"}
+    assert judged[0].best.statistics == {AGREEMENT.name: 1.0} and set(judged[1].best.statistics) == {
+        "published_distance",
+        "published_p",
+    }
     assert judged[0].best.record()["score"] > 5 and judged[0].sentence().startswith(
         f"carries key {mine.fingerprint[:8]}"
     )
@@ -331,13 +343,38 @@ def test_a_verdict_is_explained_without_panels(house, tmp_path):
 def test_roc_of_an_audit(house, tmp_path):
     run("audit", house / "images", "--key", house / "my.key", "-o", tmp_path / "results.jsonl", *QUICK)
     labels = [x for kind in ("marked", "unmarked") for x in ("--labels", house / "images" / kind / "labels.csv")]
-    (curve, *_) = json.loads(run("roc", tmp_path / "results.jsonl", *labels, "--json"))
-    assert curve["auc"] == 1.0
+    score, agreement = json.loads(run("roc", tmp_path / "results.jsonl", *labels, "--json"))
+    assert (score["name"], agreement["name"]) == ("score", AGREEMENT.name)
+    assert score["auc"] == agreement["auc"] == 1.0 and agreement["larger_if_marked"]
+
+
+def test_its_own_published_statistic_is_among_those_of_an_evaluation():
+    noise = initial_noise(list(range(6)), MODEL.latent_shape)
+    detector = Detector([key(1)], null=Null.white(MODEL.latent_shape))
+    scores, _ = scores_of(detector, key(1).fingerprint, torch.cat([scheme_of(key(1)).embed(noise[:3]), noise[3:]]))
+    assert list(scores) == [Sign.score_name, AGREEMENT.label]
+    assert scores[AGREEMENT.label][:3].tolist() == [1.0] * 3 and (scores[AGREEMENT.label][3:] < 0.8).all()
+    assert compared_columns() == {"score": 1, "published_distance": -1, AGREEMENT.name: 1}
 
 
 @pytest.mark.slow
-def test_evaluate_measures_it(house, tmp_path):
-    args = ["--key", house / "my.key", "-n", 2, "--methods", "encoder", "--steps", 4, "--json"]
-    rows = json.loads(run("evaluate", "-o", tmp_path / "evaluation", *args))["rows"]
-    assert {row["statistic"] for row in rows} >= {Sign.score_name} and {row["attack"] for row in rows} == {"clean"}
-    assert all(row["auc"] == 1.0 for row in rows if row["statistic"] == Sign.score_name)
+@pytest.mark.parametrize("published", [(AGREEMENT,), ()])
+def test_evaluate_measures_it_beside_another_scheme(house, tmp_path, monkeypatch, published):
+    monkeypatch.setitem(REGISTRY, "sign", replace(REGISTRY["sign"], published=published))
+    if not published:
+        monkeypatch.setattr(Sign, "published", lambda self, noise: {})
+    run("keygen", "-o", tmp_path / "other.key")
+    keys = ["--key", house / "my.key", "--key", tmp_path / "other.key"]
+    args = [*keys, "-n", 2, "--methods", "encoder", "--steps", 4, "-o", tmp_path / "evaluation"]
+    found = json.loads(run("evaluate", *args, "--json"))
+    labels = {statistic.label for statistic in published}
+    of_sign = [row for row in found["rows"] if row["scheme"] == Sign.label]
+    assert {row["statistic"] for row in of_sign} == {Sign.score_name} | labels
+    assert all(row["auc"] == 1.0 for row in of_sign) and {row["attack"] for row in of_sign} == {"clean"}
+    with (tmp_path / "evaluation/scores.csv").open(newline="") as file:
+        images = list(csv.DictReader(file))
+    assert len(images) == 8 and (AGREEMENT.name in images[0]) == bool(published)
+    assert [bool(row["published_distance"]) for row in images] == [False] * 4 + [True] * 4
+    ways = {(gain["of"][0], gain["of"][2]) for gain in found["gains"]} | {tuple(g["over"][::2]) for g in found["gains"]}
+    assert {column for _, column in ways} == {"score", "published_distance"} | {s.name for s in published}
+    assert (f"AUC, {AGREEMENT.label}" in run("evaluate", *args)) == bool(published)

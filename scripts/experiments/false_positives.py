@@ -84,9 +84,9 @@ def tested(calibration: Calibration, key: Key, noise: Tensor) -> Tests:
     detector, name = Detector([key], null=calibration.null, calibration=calibration), key.fingerprint
     score, log10_p = detector.statistic(name, noise)
     published = detector.schemes[name].published(noise)
-    fires = published["published_distance"].values < LITERAL * min(calibration.latent_shape[1:]) / 64
+    fires = published["published_distance"] < LITERAL * min(calibration.latent_shape[1:]) / 64
     conformal = conformal_p(score, detector.reference_scores(name))
-    return dict(zip(TESTS, (10**log10_p, conformal, published["published_p"].values, 1.0 - fires), strict=True))
+    return dict(zip(TESTS, (10**log10_p, conformal, published["published_p"], 1.0 - fires), strict=True))
 
 
 def by_halves(settings: RecoverySettings, clean: Tensor, keys: list[Key], noise: Tensor) -> list[Tests]:

@@ -153,7 +153,7 @@ class Detector:
                     p_value=10**log10,
                     log10_p=log10,
                     score=float(scores[i]),
-                    statistics={name: float(statistic.values[i]) for name, statistic in published.items()},
+                    statistics={name: float(values[i]) for name, values in published.items()},
                     residual=residuals[i],
                     status=recovered.solution.status[i].value,
                     seconds=recovered.seconds,

@@ -21,12 +21,12 @@ from ringmark.watermark.evaluation.rates import (
     split_operating_point,
     tpr_at,
 )
+from ringmark.watermark.schemes.base import PublishedStatistic
 from ringmark.watermark.statistics import needed_references
 
-__all__ = ["CLEAN", "DISTANCE", "FPRS", "Cell", "Evaluation", "Row"]
+__all__ = ["CLEAN", "FPRS", "Cell", "Evaluation", "Row"]
 
 CLEAN = "clean"  # no attack
-DISTANCE = "published distance"
 FPRS = (0.01, 0.001)
 NAMES = ("key", "scheme", "attack", "method", "statistic")
 
@@ -39,8 +39,9 @@ class Cell:
     """Scores of marked (m,) and unmarked images (n,), larger if marked.
 
     `groups` assigns images to groups; images of one group may be dependent. `scheme` is the scheme's label. `p` holds
-    the p-values of both classes and is only set for the detector's score (`is_default`). `seconds` is the median time
-    per image, `megabytes` the memory of a batch, NaN if it cannot be measured.
+    the p-values of both classes and is only set for the detector's score (`is_default`), `published` only for a
+    published statistic. `seconds` is the median time per image, `megabytes` the memory of a batch, NaN if it cannot be
+    measured.
     """
 
     key: str
@@ -52,6 +53,7 @@ class Cell:
     unmarked: Array
     groups: Groups
     p: tuple[Array, Array] | None
+    published: PublishedStatistic | None
     seconds: float
     megabytes: float
 
@@ -59,6 +61,11 @@ class Cell:
     def is_default(self) -> bool:
         """Whether the statistic is the detector's score."""
         return self.p is not None
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether plots and short tables show the statistic beside the detector's score."""
+        return self.published is not None and self.published.compared
 
     @cached_property
     def curve(self) -> Curve:

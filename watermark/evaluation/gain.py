@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ringmark.watermark.evaluation.rates import GROUPS, Array, Groups, Interval
+from ringmark.watermark.schemes.base import published_statistics
 
-__all__ = ["COLUMNS", "Gain", "Scores", "Way", "compare_ways", "paired_gain", "resampled", "ways_of"]
+__all__ = ["Gain", "Scores", "Way", "compare_ways", "compared_columns", "paired_gain", "resampled", "ways_of"]
 
 SEED = 700_000  # seed of the bootstrap in published measurements
-COLUMNS = {"score": 1, "published_distance": -1}
-"""Compared columns of an evaluation's records, and the sign that makes them larger for marked images."""
 
 
 class Way(NamedTuple):
@@ -72,6 +71,11 @@ class Gain:
     unmarked: int
 
 
+def compared_columns() -> dict[str, int]:
+    """The columns of results that are compared, and the sign that makes each larger for marked images."""
+    return {"score": 1} | {s.name: s.sign for s in published_statistics().values() if s.compared}
+
+
 def compare_ways(
     images: Sequence[Mapping[str, Any]], attacks: Sequence[str], *, draws: int = 2000, seed: int = SEED
 ) -> list[Gain]:
@@ -92,15 +96,16 @@ def compare_ways(
 
 
 def ways_of(images: Iterable[Mapping[str, Any]]) -> list[Way]:
-    """The ways that an evaluation compares, in its order; a scheme may lack the published distance."""
+    """The ways that an evaluation compares, in its order; a scheme may lack published statistics."""
+    columns = list(compared_columns())
     known = {
         Way(record["key"], record["method"], column): None
         for record in images
-        for column in COLUMNS
-        if record[column] is not None
+        for column in columns
+        if record.get(column) is not None
     }
     order = list(dict.fromkeys(way[:2] for way in known))
-    return sorted(known, key=lambda way: (order.index(way[:2]), list(COLUMNS).index(way.column)))
+    return sorted(known, key=lambda way: (order.index(way[:2]), columns.index(way.column)))
 
 
 def paired_gain(of: Scores, over: Scores, *, draws: int = 2000, seed: int = SEED) -> tuple[float, Interval]:
@@ -187,7 +192,7 @@ Table = dict[str, dict[_Image, _Entry]]
 
 def _table(images: Iterable[Mapping[str, Any]], way: Way) -> Table:
     """The entries of one way; an image that cannot be tested ranks below all others."""
-    sign = COLUMNS[way.column]
+    sign = compared_columns()[way.column]
     table: Table = {}
     for record in images:
         if (record["key"], record["method"]) == (way.key, way.method):

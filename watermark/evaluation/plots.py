@@ -13,7 +13,7 @@ import numpy as np
 from ringmark.errors import counted
 from ringmark.watermark.attacks.chains import parse
 from ringmark.watermark.attacks.distortions import ATTACKS
-from ringmark.watermark.evaluation.cells import CLEAN, DISTANCE, Cell, Evaluation
+from ringmark.watermark.evaluation.cells import CLEAN, Cell, Evaluation
 from ringmark.watermark.evaluation.rates import Array, Curve, pointwise_band
 from ringmark.watermark.figures import COLOURS, GREY, INK, MARK, save_figure
 
@@ -81,9 +81,9 @@ def roc_figure(curves: Sequence[Curve], title: str = "") -> Figure:
 def write_plots(evaluation: Evaluation, folder: Path, *, force: bool = False) -> None:
     """Draw ROC curves and histograms for each attack, and AUC by strength for attacks at several strengths.
 
-    The figures show the detector's score and the published distance.
+    The figures show the detector's score and the published statistics that are compared with it.
     """
-    shown = [cell for cell in evaluation.cells if cell.is_default or cell.statistic == DISTANCE]
+    shown = [cell for cell in evaluation.cells if cell.is_default or cell.is_compared]
     for attack in dict.fromkeys(cell.attack for cell in shown):
         cells = [cell for cell in shown if cell.attack == attack]
         slug = CLEAN if attack == CLEAN else parse(attack).slug
@@ -101,6 +101,13 @@ def _key_name(cell: Cell) -> str:
 
 def _statistic_name(cell: Cell) -> str:
     return "detector's score" if cell.is_default else cell.statistic
+
+
+def _score_label(cell: Cell) -> str:
+    """The name of the cell's scores, which are negated values of a statistic that is smaller for marked images."""
+    if cell.published is None:
+        return "score"
+    return cell.statistic if cell.published.larger_if_marked else f"−{cell.statistic}"
 
 
 def _panels(
@@ -161,7 +168,7 @@ def histogram_figure(cells: Sequence[Cell]) -> Figure:
     """Scores of marked and unmarked images under one attack: a row per key and statistic, a column per method."""
     figure, panels = _panels(cells, lambda c: c.method, lambda c: f"{_key_name(c)}\n{c.statistic}", (3.6, 2.5))
     for ax, (cell,) in panels:
-        HistogramDisplay(cell.marked, cell.unmarked, "score" if cell.is_default else "−distance").plot(ax)
+        HistogramDisplay(cell.marked, cell.unmarked, _score_label(cell)).plot(ax)
         ax.set_title(f"{cell.method}, {_key_name(cell)}\n{cell.statistic}", fontsize=8)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9, frameon=False)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ringmark.data.files import write_atomic
-from ringmark.watermark.evaluation.cells import CLEAN, DISTANCE, FPRS, Cell, Evaluation, Row
+from ringmark.watermark.evaluation.cells import CLEAN, FPRS, Cell, Evaluation, Row
 from ringmark.watermark.evaluation.gain import Gain
 from ringmark.watermark.evaluation.rates import GROUPS
 from ringmark.watermark.evaluation.tables import interval_text, markdown, write_table
@@ -43,17 +43,18 @@ def _gain_row(gain: Gain) -> Row:
 
 
 def summary(evaluation: Evaluation) -> str:
-    """The short table: AUC of the detector's score and of the published distance, by key, attack and method."""
-    published = {_place(cell): cell for cell in evaluation.cells if cell.statistic == DISTANCE}
+    """The short table: AUC of the detector's score and of the published statistics, by key, attack and method."""
+    published = {(cell.statistic, *_place(cell)): cell for cell in evaluation.cells if cell.is_compared}
+    labels = list(dict.fromkeys(label for label, *_ in published))
     rows = []
     for cell in evaluation.cells:
         if cell.is_default:
-            other = published.get(_place(cell))
-            texts = {
-                "AUC, detector's score": interval_text(cell.row, "auc"),
-                "AUC, published distance": interval_text(other.row, "auc") if other else "",
-            }
-            rows.append({name: cell.row[name] for name in ("key", "scheme", "attack", "method")} | texts)
+            row = {name: cell.row[name] for name in ("key", "scheme", "attack", "method")}
+            row["AUC, detector's score"] = interval_text(cell.row, "auc")
+            for label in labels:
+                other = published.get((label, *_place(cell)))
+                row[f"AUC, {label}"] = interval_text(other.row, "auc") if other else ""
+            rows.append(row)
     return markdown(rows)
 
 

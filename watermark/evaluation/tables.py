@@ -24,7 +24,7 @@ def markdown(table: DataFrame | Sequence[Mapping[str, object]]) -> str:
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows with the same columns to a CSV file with a header. None and NaN leave a cell empty.
+    """Write rows to a CSV file with a header of all their columns. None, NaN and missing values leave a cell empty.
 
     Characters that UTF-8 cannot encode (from file names in another encoding) are escaped.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ringmark.watermark.schemes.base import Parameter, SchemeEntry, register
+from ringmark.watermark.schemes.base import Parameter, PublishedStatistic, SchemeEntry, register
 
 __all__: list[str] = []
 
@@ -79,6 +79,10 @@ register(
                 help="Maximum share of the noise's coefficients that the mark may alter.  [default: 0.08]",
                 parse=_share,
             ),
+        ),
+        published=(
+            PublishedStatistic(name="published_distance", label="published distance", larger_if_marked=False),
+            PublishedStatistic(name="published_p", label="published p", larger_if_marked=False, compared=False),
         ),
     )
 )

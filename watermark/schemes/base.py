@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ringmark.errors import SchemeError
@@ -26,26 +27,20 @@ __all__ = [
     "REGISTRY",
     "Panel",
     "Parameter",
+    "PublishedStatistic",
     "Scheme",
     "SchemeEntry",
     "SchemeTest",
-    "Statistic",
     "description",
     "make_key",
     "parameters_text",
+    "published_statistics",
     "recommended",
     "register",
     "scheme_of",
 ]
 
 DEFAULT = "tree-ring"
-
-
-class Statistic(NamedTuple):
-    """A statistic of images: values (B,), and whether they are larger or smaller for marked images."""
-
-    values: Array
-    larger_if_marked: bool
 
 
 class Panel(NamedTuple):
@@ -108,8 +103,8 @@ class Scheme(Protocol):
         """The test of this key under `null`."""
         ...
 
-    def published(self, noise: Tensor) -> dict[str, Statistic]:
-        """Published statistics of noise (B, C, h, w), by name, for comparison; may be empty."""
+    def published(self, noise: Tensor) -> dict[str, Array]:
+        """Values (B,) of the entry's published statistics of noise (B, C, h, w), by name; may be empty."""
         ...
 
     def panels(self, noise: Tensor) -> list[Panel]:
@@ -141,6 +136,24 @@ class Parameter:
 
 
 @dataclass(frozen=True)
+class PublishedStatistic:
+    """A statistic of a scheme as published: `name` is its column in results, `label` its name in tables and plots.
+
+    ROC curves, plots and gains compare it with the score if `compared`.
+    """
+
+    name: str
+    label: str
+    larger_if_marked: bool
+    compared: bool = True
+
+    @property
+    def sign(self) -> int:
+        """The sign that makes it larger for marked images."""
+        return 1 if self.larger_if_marked else -1
+
+
+@dataclass(frozen=True)
 class SchemeEntry:
     """A scheme by name. `home` is "module:Class", imported on first use, or the class itself.
 
@@ -152,6 +165,7 @@ class SchemeEntry:
     name: str
     home: str | type
     parameters: tuple[Parameter, ...] = ()
+    published: tuple[PublishedStatistic, ...] = ()
 
     @property
     def kind(self) -> Any:
@@ -166,10 +180,18 @@ REGISTRY: dict[str, SchemeEntry] = {}
 
 
 def register(entry: SchemeEntry) -> None:
-    """Register a scheme. Raises SchemeError if its name is taken."""
+    """Register a scheme. Raises SchemeError if its name, or that of one of its statistics, is taken."""
     if entry.name in REGISTRY:
         raise SchemeError("scheme.registered", "is registered already", subject=f"scheme {entry.name!r}")
+    for new, old in product(entry.published, published_statistics().values()):
+        if new != old and (new.name == old.name or new.label == old.label):
+            raise SchemeError("scheme.registered", "is registered already", subject=f"statistic {new.name!r}")
     REGISTRY[entry.name] = entry
+
+
+def published_statistics() -> dict[str, PublishedStatistic]:
+    """The published statistics of all schemes, by name."""
+    return {statistic.name: statistic for entry in REGISTRY.values() for statistic in entry.published}
 
 
 def _entry(name: str) -> SchemeEntry:

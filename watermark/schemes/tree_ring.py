@@ -18,7 +18,7 @@ from ringmark.errors import SchemeError
 from ringmark.inversion.noise_recovery import NoiseRecovery, rings
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.null import Array, Null, spectrum
-from ringmark.watermark.schemes.base import Panel, SchemeTest, Statistic
+from ringmark.watermark.schemes.base import Panel, SchemeTest
 from ringmark.watermark.schemes.fourier import (
     BUDGET,
     CosineTest,
@@ -278,12 +278,12 @@ class TreeRing:
         template = self.features(null.whiten(self.hermitian[None], channels))[0].numpy()
         return CosineTest(template, lambda noise: self.features(self.whitened(noise, null)).numpy())
 
-    def published(self, noise: Tensor) -> dict[str, Statistic]:
+    def published(self, noise: Tensor) -> dict[str, Array]:
         """The L1 distance and the p-value of arXiv 2305.20030."""
         recovered, key = (x.numpy() for x in self.masked(noise))
         return {
-            "published_distance": Statistic(published_distance(recovered, key), larger_if_marked=False),
-            "published_p": Statistic(published_p_value(recovered, key), larger_if_marked=False),
+            "published_distance": published_distance(recovered, key),
+            "published_p": published_p_value(recovered, key),
         }
 
     def panels(self, noise: Tensor) -> list[Panel]:

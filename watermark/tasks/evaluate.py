@@ -28,14 +28,14 @@ from ringmark.watermark.attacks.chains import Chain, expand
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.detector import Detector
 from ringmark.watermark.detect.verifier import Verifier, fitting_calibration
-from ringmark.watermark.evaluation.cells import CLEAN, DISTANCE, Cell, Evaluation, Row
+from ringmark.watermark.evaluation.cells import CLEAN, Cell, Evaluation, Row
 from ringmark.watermark.evaluation.gain import compare_ways
 from ringmark.watermark.evaluation.plots import write_plots
 from ringmark.watermark.evaluation.rates import Array, tied_below
 from ringmark.watermark.evaluation.report import TABLES, write_tables
 from ringmark.watermark.keys.folder import describe, load_ring
 from ringmark.watermark.keys.key import Key
-from ringmark.watermark.schemes.base import DEFAULT, make_key
+from ringmark.watermark.schemes.base import DEFAULT, make_key, published_statistics
 from ringmark.watermark.statistics import conformal_p
 from ringmark.watermark.tasks.attack import attack_files, attacked_name
 from ringmark.watermark.tasks.draw import DRAWN, draw, prompts_for
@@ -44,7 +44,7 @@ from ringmark.watermark.tasks.recover import RecoveredFiles, recover_files
 
 __all__ = ["Plan", "evaluate", "scores_of"]
 
-UNMARKED, MATCHED, CONFORMAL, PUBLISHED_P = "unmarked", "matched filter", "conformal p", "published p"
+UNMARKED, MATCHED, CONFORMAL = "unmarked", "matched filter", "conformal p"
 GIVEN = "images are taken from the given folders; marked and unmarked images are assumed to be independent"
 INDEPENDENT = (
     "marked and unmarked images are independent, with different seeds, random draws of attacks and draws of prompts "
@@ -210,8 +210,9 @@ def scores_of(detector: Detector, key: str, noise: Tensor) -> tuple[dict[str, Ar
         scores[MATCHED] = matched
     if (references := detector.reference_scores(key)) is not None:
         scores[CONFORMAL] = -conformal_p(score, references)
-    for name, statistic in scheme.published(noise).items():
-        scores[name.replace("_", " ")] = statistic.values if statistic.larger_if_marked else -statistic.values
+    for name, values in scheme.published(noise).items():
+        statistic = published_statistics()[name]
+        scores[statistic.label] = statistic.sign * values
     return scores, 10**log10_p
 
 
@@ -256,15 +257,15 @@ class _Scored:
             yield row | {"p": float(self.p[i])} | scores
 
     def _columns(self) -> dict[str, Array]:
-        """Columns of scores.csv; distances and p-values have their usual sign."""
+        """Columns of scores.csv; p-values and published statistics have their usual sign."""
         unknown = np.full(len(self.p), np.nan)
-        return {
+        columns = {
             "score": next(iter(self.values.values())),
             "matched_filter": self.values.get(MATCHED, unknown),
-            "published_distance": -self.values.get(DISTANCE, unknown),
             "conformal_p": -self.values.get(CONFORMAL, unknown),
-            "published_p": -self.values.get(PUBLISHED_P, unknown),
         }
+        known = [s for s in published_statistics().values() if s.label in self.values]
+        return columns | {s.name: s.sign * self.values[s.label] for s in known}
 
 
 @dataclass(frozen=True)
@@ -341,6 +342,7 @@ def _cells(about: dict[str, str], marked: _Scored, unmarked: _Scored, megabytes:
     seconds = torch.cat([marked.recovered.files.seconds, unmarked.recovered.files.seconds])
     doubtful = np.concatenate([marked.doubtful, unmarked.doubtful])
     default = next(iter(marked.values))
+    published = {statistic.label: statistic for statistic in published_statistics().values()}
     for statistic, values in marked.values.items():
         scores = tied_below(np.concatenate([values, unmarked.values[statistic]]), doubtful)
         yield Cell(
@@ -350,6 +352,7 @@ def _cells(about: dict[str, str], marked: _Scored, unmarked: _Scored, megabytes:
             unmarked=scores[len(values) :],
             groups=(marked.recovered.groups, unmarked.recovered.groups),
             p=(marked.p, unmarked.p) if statistic == default else None,
+            published=published.get(statistic),
             seconds=float(seconds.median()),
             megabytes=megabytes,
         )

@@ -15,13 +15,11 @@ from ringmark.data.labels import match_labels
 from ringmark.data.results import read_records
 from ringmark.data.settings import differences
 from ringmark.errors import EvaluationError, counted
+from ringmark.watermark.evaluation.gain import compared_columns
 from ringmark.watermark.evaluation.rates import Curve, check_fpr, roc, tied_below
 from ringmark.watermark.evaluation.tables import interval_text, markdown
 
-__all__ = ["STATISTICS", "RocReport", "curves", "roc_of_files"]
-
-STATISTICS = {"score": 1, "published_distance": -1}
-"""Statistics of a record, and the sign that makes them larger for marked images."""
+__all__ = ["RocReport", "curves", "roc_of_files"]
 
 Record = Mapping[str, Any]
 NAMED = 20  # most names listed in a message
@@ -47,11 +45,13 @@ class RocReport:
 
         If `larger_if_marked`, images at or above the threshold are called marked, otherwise those at or below it.
         """
-        return [_curve_record(curve, STATISTICS[name]) for name, curve in self.curves.items()]
+        signs = compared_columns()
+        return [_curve_record(curve, signs[name]) for name, curve in self.curves.items()]
 
     def table(self) -> str:
         """The curves' numbers as a Markdown table, with a note if there are too few unmarked images for the FPR."""
-        text = markdown([_row(curve.summary(), STATISTICS[name]) for name, curve in self.curves.items()])
+        signs = compared_columns()
+        text = markdown([_row(curve.summary(), signs[name]) for name, curve in self.curves.items()])
         first = self.curves["score"]
         if first.point:
             return text
@@ -125,7 +125,7 @@ def roc_of_files(results: Sequence[Path], label_files: Sequence[Path], fpr_limit
 def curves(
     records: Sequence[Record], labels: Mapping[str, bool], *, name: str = "", fpr_limit: float = 0.01
 ) -> dict[str, Curve]:
-    """An ROC curve for each of STATISTICS that the records have, oriented so that marked images score higher.
+    """ROC curves of the score and of each published statistic that all records have; marked images score higher.
 
     The statistics are those of the best key. An image that shows nothing ranks below all others. Raises
     EvaluationError: evaluation.number for a record without a number, and as `roc` does.
@@ -133,10 +133,11 @@ def curves(
     judged = [r for r in records if r["sample_id"] in labels and "error" not in r]
     marked = np.array([labels[r["sample_id"]] for r in judged], bool)
     blank = np.array([not r.get("shows", True) for r in judged], bool)
-    known = [name for name in STATISTICS if name == "score" or any(name in r for r in judged)]
+    signs = compared_columns()
+    known = [name for name in signs if name == "score" or all(name in r for r in judged)]
     by_statistic = {}
     for statistic in known:
-        scores = STATISTICS[statistic] * np.array([_number(r, statistic) for r in judged], float)
+        scores = signs[statistic] * np.array([_number(r, statistic) for r in judged], float)
         values, title = tied_below(scores, blank), f"{name} {statistic}".strip()
         by_statistic[statistic] = roc(values[marked], values[~marked], name=title, fpr_limit=fpr_limit)
     return by_statistic
