@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ringmark.inversion.condition import Condition
 from ringmark.inversion.schedule import Schedule
 from ringmark.inversion.solve import Method, norms, solve
 
@@ -20,15 +21,9 @@ __all__ = ["Denoiser", "invert", "sample", "transfer"]
 class Denoiser(Protocol):
     """What sampling and inversion need from a model."""
 
-    def predict(self, latents: Tensor, level: int, schedule: Schedule, cond: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, latents: Tensor, level: int, schedule: Schedule, cond: Condition) -> tuple[Tensor, Tensor]:
         """(x̂₀, ε̂) of latents at `level` ≥ 1, with latents = a x̂₀ + s ε̂, in 32 bits or more."""
         ...
-
-    def embed(self, prompts: list[str]) -> Tensor: ...
-
-
-Predict = Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]]
-"""(latents, level, rows) → (x̂₀, ε̂); `rows` are the indices of the latents' prompts in the batch."""
 
 
 def transfer(x0: Tensor, eps: Tensor, signal: float, noise: float) -> Tensor:
@@ -36,42 +31,23 @@ def transfer(x0: Tensor, eps: Tensor, signal: float, noise: float) -> Tensor:
     return signal * x0 + noise * eps
 
 
-def guided(model: Denoiser, schedule: Schedule, cond: Tensor, guidance: float) -> Predict:
-    """Predictions with classifier-free guidance: p_∅ + g (p_c − p_∅) for both x̂₀ and ε̂ (arXiv 2207.12598).
-
-    Both prompts are evaluated in one network call; g = 1 needs no empty prompt.
-    """
-    if guidance == 1.0:
-        return lambda z, level, rows: model.predict(z, level, schedule, cond[rows])
-    nothing = model.embed([""]).expand_as(cond)
-
-    def predict(z: Tensor, level: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        both = model.predict(torch.cat([z, z]), level, schedule, torch.cat([nothing[rows], cond[rows]]))
-        (x0, x0_cond), (eps, eps_cond) = (pair.chunk(2) for pair in both)
-        return x0 + guidance * (x0_cond - x0), eps + guidance * (eps_cond - eps)
-
-    return predict
-
-
 @torch.inference_mode()
 def sample(
     model: Denoiser,
     noise: Tensor,
-    cond: Tensor,
+    cond: Condition,
     schedule: Schedule,
     *,
-    guidance: float = 1.0,
     progress: Callable[[], None] | None = None,
 ) -> Tensor:
     """Latents (B, C, h, w) drawn deterministically from unit normal noise of that shape.
 
-    `cond` (B, L, W) are the prompts' embeddings; guidance ≥ 1, where 1 turns it off. `progress()` is called after each
-    move. Agrees with diffusers' DDIMScheduler at η = 0.
+    `cond` has one row per latent. `progress()` is called after each move. Agrees with diffusers' DDIMScheduler at η = 0
+    and with its FlowMatchEulerDiscreteScheduler.
     """
-    predict, z = guided(model, schedule, cond, guidance), noise
-    rows = torch.arange(len(z), device=cond.device)
+    z = noise
     for level in range(len(schedule), 0, -1):
-        z = transfer(*predict(z, level, rows), *schedule.at(level - 1)).to(noise.dtype)
+        z = transfer(*model.predict(z, level, schedule, cond), *schedule.at(level - 1)).to(noise.dtype)
         if progress:
             progress()
     return z
@@ -81,10 +57,9 @@ def sample(
 def invert(
     model: Denoiser,
     latents: Tensor,
-    cond: Tensor,
+    cond: Condition,
     schedule: Schedule,
     *,
-    guidance: float = 1.0,
     method: Method | None = None,
     max_steps: int = 3,
     tol: float = 1e-3,
@@ -94,13 +69,12 @@ def invert(
 
     Given the cleaner latent z, the noisier z′ solves T(z′) = w (a x̂₀(z′) + s ε̂(z′) − z) = 0. Naive inversion
     (`method` None) takes one step from z′ = z to z − T(z), which for DDIM is the usual inversion. Exact inversion
-    continues from there with a fixed-point method, at most `max_steps` steps per move, until ‖T‖ ≤ `tol` ‖z′‖. `cond`,
-    `guidance` and `progress` are as in `sample`.
+    continues from there with a fixed-point method, at most `max_steps` steps per move, until ‖T‖ ≤ `tol` ‖z′‖. `cond`
+    and `progress` are as in `sample`.
     """
-    predict, z = guided(model, schedule, cond, guidance), latents
-    rows = torch.arange(len(z), device=cond.device)
+    z, rows = latents, torch.arange(len(latents), device=latents.device)
     for level in range(1, len(schedule) + 1):
-        missed = _Missed(predict, schedule, level, z)
+        missed = _Missed(model, schedule, level, z, cond)
         noisier = z - missed(z, rows)
         if method is not None:
             noisier = solve(missed, noisier, method, max_steps=max_steps, tol=tol * norms(noisier)).value
@@ -116,13 +90,14 @@ class _Missed:
     The weight w gives T slope 1 in z′ for a fixed output of the network, so that plain steps contract.
     """
 
-    def __init__(self, predict: Predict, schedule: Schedule, level: int, cleaner: Tensor) -> None:
-        self.predict, self.level, self.cleaner = predict, level, cleaner
+    def __init__(self, model: Denoiser, schedule: Schedule, level: int, cleaner: Tensor, cond: Condition) -> None:
+        self.model, self.schedule, self.level = model, schedule, level
+        self.cleaner, self.cond = cleaner, cond
         self.signal, self.noise = schedule.at(level - 1)
         self.weight = _weight(schedule, level)
 
     def __call__(self, noisier: Tensor, rows: Tensor) -> Tensor:
-        pair = self.predict(noisier.to(self.cleaner.dtype), self.level, rows)
+        pair = self.model.predict(noisier.to(self.cleaner.dtype), self.level, self.schedule, self.cond[rows])
         return self.weight * (transfer(*pair, self.signal, self.noise) - self.cleaner[rows])
 
 

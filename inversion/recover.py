@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ringmark.errors import RingmarkError
+from ringmark.inversion.condition import Condition
 from ringmark.inversion.decoder import INVERTERS, Autoencoder, Inverter
 from ringmark.inversion.diffusion import Denoiser, invert
 from ringmark.inversion.noise_recovery import NoiseRecovery
@@ -42,6 +43,9 @@ class Model(Autoencoder, Denoiser, Protocol):
 
     @property
     def dtype(self) -> torch.dtype: ...
+
+    @property
+    def nothing(self) -> Condition: ...
 
     def schedule(self, steps: int) -> Schedule: ...
 
@@ -108,7 +112,7 @@ class Recoverer:
     def __init__(self, model: Model, inverter: Inverter = INVERTERS["guarded"], steps: int = 25) -> None:
         self.model, self.inverter, self.steps = model, inverter, steps
         self.schedule = model.schedule(steps)
-        self._nothing = model.embed([""])
+        self._nothing = model.nothing
 
     @classmethod
     def named(cls, model: Model, method: str, max_steps: int | None = None, steps: int = 25) -> Recoverer:
@@ -140,7 +144,7 @@ class Recoverer:
     @torch.inference_mode()
     def noise(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) → the initial noise they were drawn from, float32 on the CPU."""
-        cond = self._nothing.expand(len(latents), -1, -1)
+        cond = self._nothing.expand(len(latents))
         return invert(self.model, latents.to(self.model.device), cond, self.schedule).float().cpu()
 
     def __call__(self, images: Tensor) -> Recovered:

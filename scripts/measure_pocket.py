@@ -146,18 +146,18 @@ def card(model: LatentModel, figures: dict, captions: list[str], folder: Path) -
     from ringmark.data.scenes import GROUNDS, RELIEFS, SKIES
 
     trained = json.loads((folder / "training.json").read_text())
-    config = model.scheduler.config
+    config = model.pipe.scheduler.config
     return CARD.format(
         size=model.image_size[0],
         factor=model.image_size[0] // model.latent_shape[1],
         channels=model.latent_shape[0],
         grid="samples.png",
         captions=fill(f"Captions of the grid, row by row: {'; '.join(captions)}.", 120),
-        scale=model.scale,
-        vocabulary=len(model.tokenizer),
+        scale=model.vae.config.scaling_factor,
+        vocabulary=len(model.pipe.tokenizer),
         vae_parameters=millions(model.vae),
-        unet_parameters=millions(model.unet),
-        text_parameters=millions(model.text_encoder),
+        unet_parameters=millions(model.network),
+        text_parameters=millions(model.pipe.text_encoder),
         beta_start=config.beta_start,
         beta_end=config.beta_end,
         grounds=", ".join(GROUNDS),

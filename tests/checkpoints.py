@@ -62,6 +62,20 @@ def write_model(folder, tokenizer, *, vae, unet, scheduler):
     return folder
 
 
+def pipeline(parts):
+    """A pipeline of these modules."""
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
+def wrap(parts, name="tiny"):
+    """A model of these modules."""
+    from ringmark.inversion.models.pipeline import LatentModel
+
+    return LatentModel(pipeline(parts), name=name)
+
+
 def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ringmark.data.images import Sample, from_array
+from ringmark.inversion.condition import Condition
 from ringmark.inversion.recover import Recoverer
 from ringmark.inversion.schedule import Schedule
 from ringmark.watermark.detect.verifier import Verifier
@@ -19,7 +20,9 @@ class Identity:
     """Pixels are latents are noise, up to scale."""
 
     name, latent_shape, image_size, recovery = "identity", (3, 32, 32), (32, 32), None
-    identity = {"name": "identity", "fingerprint": "0", "latent_shape": [3, 32, 32]}
+    channels, factor = 3, 1
+    kind = {"family": "identity", "channels": 3, "factor": 1}
+    identity = {"name": "identity", "fingerprint": "0", **kind}
     device, dtype = torch.device("cpu"), torch.float32
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
@@ -28,10 +31,14 @@ class Identity:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return latents / 4
 
-    def embed(self, prompts: list[str]) -> torch.Tensor:
-        return torch.zeros(len(prompts), 1, 1)
+    def condition(self, prompts: list[str], *, guidance: float = 1.0) -> Condition:
+        return Condition({"prompt_embeds": torch.zeros(len(prompts), 1, 1)})
 
-    def predict(self, latents: torch.Tensor, level: int, schedule: Schedule, cond: torch.Tensor) -> tuple:
+    @property
+    def nothing(self) -> Condition:
+        return self.condition([""])
+
+    def predict(self, latents: torch.Tensor, level: int, schedule: Schedule, cond: Condition) -> tuple:
         return latents / schedule.at(level)[0], torch.zeros_like(latents)
 
     def schedule(self, steps: int) -> Schedule:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints import wrap
 from PIL import Image
 
 from ringmark.inversion.models.pipeline import LatentModel
@@ -30,7 +31,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def tiny(tiny_parts) -> LatentModel:
-    return LatentModel(**tiny_parts, name="tiny")
+    return wrap(tiny_parts)
 
 
 def run(*args: object, code: int = 0):
@@ -175,9 +176,7 @@ def test_a_model_is_loaded_where_one_is_named(album: Path, tmp_path: Path, tiny:
     monkeypatch.setattr(load, "load_model", lambda *_: tiny)
     args = [album, tmp_path / "out", "--attack", "vae", "--attack", "diffuse:0.05"]
     assert "4 attacked images written" in run(*args).stdout and "0 attacked images written, 4" in run(*args).stdout
-    other = LatentModel(
-        **{f: getattr(tiny, f) for f in ("vae", "unet", "text_encoder", "tokenizer", "scheduler")}, name="other"
-    )
+    other = LatentModel(tiny.pipe, name="other")
     monkeypatch.setattr(load, "load_model", lambda *_: other)
     assert "model name was tiny, is other" in refused(*args)
 

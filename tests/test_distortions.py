@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from checkpoints import wrap
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -38,7 +39,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def tiny(tiny_parts) -> LatentModel:
-    return LatentModel(**tiny_parts, name="tiny")
+    return wrap(tiny_parts)
 
 
 @st.composite

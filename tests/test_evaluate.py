@@ -10,11 +10,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from checkpoints import wrap
 from PIL import Image
 
 from ringmark.data.results import Results
 from ringmark.errors import AttackError, CalibrationError, EvaluationError, ImageError, RingmarkError, StoreError
-from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.inversion.recover import Recoverer
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.verifier import Verifier
@@ -32,7 +32,7 @@ from ringmark.watermark.tasks.evaluate import Plan, evaluate, scores_of
 
 @pytest.fixture(scope="module")
 def model(tiny_parts):
-    return LatentModel(**tiny_parts, name="tiny", recovery=None)
+    return wrap(tiny_parts)
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy as copying
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoints import BETAS, WEIGHTS, draw, edit, make_unet, refused
+from checkpoints import BETAS, WEIGHTS, draw, edit, make_unet, pipeline, refused, wrap
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from ringmark.errors import ModelError
 from ringmark.inversion.memory import stored_bytes
@@ -30,12 +28,13 @@ from ringmark.inversion.schedule import Schedule
 def test_everything_is_read_from_the_configs(request, which, latent_shape, image_size, scale, prediction):
     model = LatentModel.from_pretrained(request.getfixturevalue(which))
     assert model.latent_shape == latent_shape and model.image_size == image_size
-    assert model.scale == scale and model.prediction == prediction
+    assert model.vae.config.scaling_factor == scale and model.prediction == prediction
     assert model.name == which and model.recovery is None
-    assert set(model.identity) == {"name", "fingerprint", "latent_shape"} and json.dumps(model.identity)
+    assert set(model.identity) == {"name", "fingerprint", *model.kind} and json.dumps(model.identity)
+    assert model.kind == {"family": "stable-diffusion", "channels": 4, "factor": image_size[0] // latent_shape[1]}
     assert model.dtype == torch.float32 and model.device.type == "cpu"
-    assert not any(p.requires_grad for m in (model.vae, model.unet, model.text_encoder) for p in m.parameters())
-    assert not (model.vae.training or model.unet.training or model.text_encoder.training)
+    assert not any(p.requires_grad for m in (model.vae, model.network, model.pipe.text_encoder) for p in m.parameters())
+    assert not (model.vae.training or model.network.training or model.pipe.text_encoder.training)
 
     with torch.inference_mode():
         images = draw(2, 3, *image_size).clamp(-1, 1)
@@ -44,8 +43,10 @@ def test_everything_is_read_from_the_configs(request, which, latent_shape, image
         decoded = model.decode(latents)
         assert decoded.shape == images.shape and decoded.isfinite().all()
 
-        cond = model.embed(["a lake", ""])
-        assert cond.shape == (2, 24, 16) and not torch.equal(cond[0], cond[1])
+        cond = model.condition(["a lake", ""])
+        states = cond.rows["prompt_embeds"]
+        assert states.shape == (2, 24, 16) and not torch.equal(states[0], states[1])
+        assert torch.allclose(states[1:], model.empty["prompt_embeds"], atol=1e-6)
         schedule = model.schedule(2)
         x0, eps = model.predict(latents, 2, schedule, cond)
         assert x0.shape == eps.shape == latents.shape and eps.isfinite().all()
@@ -84,43 +85,63 @@ def test_the_tiny_autoencoder_has_latents_and_no_posterior(taesd):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_whatever_is_predicted_becomes_x0_and_eps(tiny_parts, monkeypatch, prediction, t):
     scheduler = DDIMScheduler(**BETAS, prediction_type=prediction)
-    model = LatentModel(**tiny_parts | {"scheduler": scheduler}, name="tiny")
+    model = wrap(tiny_parts | {"scheduler": scheduler})
     x, eps, at = draw(2, 4, 8, 8), draw(2, 4, 8, 8, seed=1), torch.tensor([t])
     z = scheduler.add_noise(x, eps, at)
     answer = {"epsilon": eps, "sample": x, "v_prediction": scheduler.get_velocity(x, eps, at)}[prediction]
-    monkeypatch.setattr(model.unet, "forward", lambda *args, **kwargs: (answer,))
+    monkeypatch.setattr(model.network, "forward", lambda *args, **kwargs: (answer,))
     schedule = Schedule.from_alpha_bar(scheduler.alphas_cumprod, at)
-    x0_found, eps_found = model.predict(z, 1, schedule, None)
+    x0_found, eps_found = model.predict(z, 1, schedule, model.nothing.expand(2))
     assert torch.allclose(eps_found, eps, rtol=1e-4, atol=2e-5)
     assert torch.allclose(x0_found, x, rtol=1e-3, atol=2e-5)
 
 
-def test_embed_is_the_text_encoders_last_state(sd1):
+def test_a_condition_is_the_text_encoders_last_state(sd1):
     model = LatentModel.from_pretrained(sd1)
     long = "a lake under the hills " * 20
-    ids = model.tokenizer([long], truncation=True, max_length=24, return_tensors="pt").input_ids
+    ids = model.pipe.tokenizer([long], truncation=True, max_length=24, return_tensors="pt").input_ids
     assert ids.shape == (1, 24)
+    states = model.condition([long]).rows["prompt_embeds"]
     with torch.inference_mode():
-        assert torch.allclose(model.embed([long]), model.text_encoder(ids).last_hidden_state)
-    assert torch.allclose(model.embed(["a", long])[1:], model.embed([long]), atol=1e-6)
+        assert torch.allclose(states, model.pipe.text_encoder(ids).last_hidden_state)
+    assert torch.allclose(model.condition(["a", long]).rows["prompt_embeds"][1:], states, atol=1e-6)
+
+
+def test_guidance_leads_away_from_the_negative_prompt(sd1):
+    model = LatentModel.from_pretrained(sd1)
+    plain, guided = model.condition(["a", "b"]), model.condition(["a", "b"], guidance=3.0, negative="c")
+    assert set(plain.rows) == {"prompt_embeds"} and plain.options == {"guidance_scale": 1.0}
+    assert guided.options == {"guidance_scale": 3.0}
+    away = model.condition(["c"]).expand(2).rows["prompt_embeds"]
+    assert torch.equal(guided.rows["negative_prompt_embeds"], away)
+
+
+def test_the_empty_prompt_needs_no_text_encoder_if_it_is_known(tiny_parts):
+    model = wrap(tiny_parts)
+    blind = pipeline(tiny_parts | {"text_encoder": None, "tokenizer": None})
+    again = LatentModel(blind, name="tiny", empty=model.empty)
+    z, schedule = draw(2, *model.latent_shape), model.schedule(4)
+    for one, other in zip(*(m.predict(z, 2, schedule, m.nothing.expand(2)) for m in (model, again)), strict=True):
+        assert torch.equal(one, other)
+    assert again.identity == model.identity
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.inference_mode()
 def test_a_model_in_sixteen_bits_is_the_same_model(sd1, dtype):
     model, half = LatentModel.from_pretrained(sd1), LatentModel.from_pretrained(str(sd1), dtype=dtype)
-    assert half.dtype == half.vae.dtype == half.text_encoder.dtype == dtype
+    assert half.dtype == half.vae.dtype == half.pipe.text_encoder.dtype == dtype
     assert half.identity == model.identity
     images = draw(1, 3, 64, 96).clamp(-1, 1)
     latents = half.encode(images)
     whole = model.encode(images)
     assert latents.dtype == dtype and (latents.float() - whole).norm() < 0.2 * whole.norm()
     for dtype in (latents.dtype, torch.float32):
-        x0, eps = half.predict(latents.to(dtype), 1, half.schedule(5), half.embed([""]))
+        x0, eps = half.predict(latents.to(dtype), 1, half.schedule(5), half.nothing)
         assert x0.dtype == eps.dtype == torch.float32
 
 
-@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("part", ["unet", "vae"])
 def test_the_fingerprint_changes_with_any_weight(copy, part):
     before = LatentModel.from_pretrained(copy).identity
     assert LatentModel.from_pretrained(copy).identity == before
@@ -149,42 +170,40 @@ def test_the_fingerprint_changes_with_what_the_weights_predict(copy, part, chang
     assert LatentModel.from_pretrained(copy).identity["fingerprint"] != before["fingerprint"]
 
 
-def test_the_fingerprint_does_not_depend_on_the_version_of_transformers(tiny_parts):
-    """Version 4 holds the text encoder's tensors under text_model."""
-
-    class Version4(nn.Module):
-        def __init__(self, encoder):
-            super().__init__()
-            self.text_model = encoder
-
-    old = tiny_parts | {"text_encoder": Version4(tiny_parts["text_encoder"])}
-    assert LatentModel(**old, name="a").identity == LatentModel(**tiny_parts, name="a").identity
-
-
+@torch.no_grad()
 def test_a_pipeline_is_wrapped_as_it_is(tiny_parts):
-    from diffusers import StableDiffusionPipeline
-
-    pipe = StableDiffusionPipeline(
-        **tiny_parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
+    pipe = pipeline(tiny_parts)
+    before = dict(vars(pipe))
     pipe.to(torch.bfloat16)
     try:
-        model = LatentModel.from_pipeline(pipe, name="mine")
-        assert model.vae is pipe.vae is tiny_parts["vae"] and model.unet is pipe.unet
-        assert model.text_encoder is pipe.text_encoder and model.tokenizer is pipe.tokenizer
-        assert model.scheduler is pipe.scheduler and model.name == "mine"
-        assert {p.dtype for p in model.unet.parameters()} == {torch.bfloat16} == {model.dtype}
-        assert all(p.requires_grad for p in model.unet.parameters())
+        model = LatentModel(pipe, name="mine")
+        assert model.vae is pipe.vae is tiny_parts["vae"] and model.network is pipe.unet
+        assert model.pipe is not pipe and type(model.pipe) is type(pipe) and model.name == "mine"
+        assert {p.dtype for p in model.network.parameters()} == {torch.bfloat16} == {model.dtype}
+        assert all(p.requires_grad for p in model.network.parameters())
+        model.predict(draw(1, *model.latent_shape), 1, model.schedule(2), model.nothing)
+        assert vars(pipe) == before and isinstance(pipe.scheduler, DDIMScheduler)
     finally:
         pipe.to(torch.float32)
+
+
+@pytest.mark.parametrize(("size", "shape"), [((16, 16), (4, 8, 8)), ((24, 40), (4, 12, 20))])
+def test_noise_of_a_picture_of_any_size(tiny_parts, size, shape):
+    assert wrap(tiny_parts).noise_shape(size) == shape
+
+
+@pytest.mark.parametrize("size", [(16, 17), (0, 16), (-8, 16), (12, 16), (8, 8 * 10**6)])
+def test_sizes_that_cannot_be_drawn(tiny_parts, size):
+    with pytest.raises(ModelError) as caught:
+        wrap(tiny_parts).noise_shape(size)
+    assert caught.value.code == "model.size"
 
 
 def test_a_pipeline_whose_tokenizer_is_beyond_its_text_encoder(tiny_parts):
     tokenizer = copying.deepcopy(tiny_parts["tokenizer"])
     tokenizer.add_tokens(["<mine>"])
-    pipe = SimpleNamespace(**tiny_parts | {"tokenizer": tokenizer})
     with pytest.raises(ModelError) as caught:
-        LatentModel.from_pipeline(pipe, name="mine")
+        wrap(tiny_parts | {"tokenizer": tokenizer}, name="mine")
     assert (caught.value.code, caught.value.subject) == ("model.damaged", "mine")
 
 
@@ -192,10 +211,10 @@ def test_a_pipeline_whose_tokenizer_is_beyond_its_text_encoder(tiny_parts):
 def test_levels_ascend_through_the_schedule(request, which):
     model = LatentModel.from_pretrained(request.getfixturevalue(which))
     for steps in (1, 2, 7, 50, 500):
-        schedule, alpha_bar = model.schedule(steps), model.scheduler.alphas_cumprod.double()
+        schedule, alpha_bar = model.schedule(steps), model.pipe.scheduler.alphas_cumprod.double()
         assert len(schedule) == steps and schedule.signal.shape == (steps + 1,)
         assert (schedule.timesteps.diff() > 0).all() and (schedule.signal[1:].diff() < 0).all()
-        assert schedule.timesteps[0] == {"sd1": 1, "sd2": 1, "taesd": 0}[which]
+        assert schedule.timesteps[0] == 1  # diffusers' pipelines correct an offset of 0, which taesd has
         assert schedule.at(0)[0] == (1.0 if which == "taesd" else float(alpha_bar[0]) ** 0.5)
         assert torch.equal(schedule.signal[1:], alpha_bar[schedule.timesteps].sqrt())
 
@@ -204,7 +223,7 @@ def test_levels_ascend_through_the_schedule(request, which):
 def test_steps_that_the_schedule_has_not(tiny_parts, steps):
     """With an offset of 1 the thousandth step would start beyond the schedule."""
     with pytest.raises(ModelError) as caught:
-        LatentModel(**tiny_parts, name="tiny").schedule(steps)
+        wrap(tiny_parts).schedule(steps)
     assert (caught.value.code, caught.value.subject) == ("model.steps", "tiny")
 
 
@@ -242,7 +261,6 @@ def test_an_autoencoder_without_a_usable_scale(copy, value):
 @pytest.mark.parametrize(
     ("changes", "code", "word"),
     [
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "model.prediction", "FlowMatchEulerDiscreteScheduler"),
         ({"_class_name": "Nonesuch"}, "model.damaged", "Nonesuch"),
         ({"_class_name": "StableDiffusionPipeline"}, "model.damaged", "StableDiffusionPipeline"),
         ({"_class_name": None}, "model.damaged", "None"),
@@ -255,7 +273,7 @@ def test_schedulers_without_a_schedule_of_alpha_bar(copy, changes, code, word):
 
 
 def test_lean_gradients_store_less_and_are_nearly_the_same(tiny_parts):
-    model = LatentModel(**tiny_parts, name="tiny")
+    model = wrap(tiny_parts)
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def gradient():

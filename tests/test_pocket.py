@@ -18,7 +18,7 @@ def test_an_unmodified_pipeline_draws_what_ringmark_draws():
     noise = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     prompt = "lake at sunset with snowy mountains, clouds"
     theirs = pipe(prompt, latents=noise, num_inference_steps=5, guidance_scale=3.0, output_type="latent").images
-    ours = sample(model, noise, model.embed([prompt]), model.schedule(5), guidance=3.0)
+    ours = sample(model, noise, model.condition([prompt], guidance=3.0), model.schedule(5))
     assert torch.allclose(ours, theirs, atol=1e-3)
     picture = np.asarray(pipe(prompt, latents=noise, num_inference_steps=2, guidance_scale=3.0).images[0])
     assert picture.shape == (128, 128, 3) and picture.std() > 10

@@ -7,12 +7,13 @@ import json
 
 import pytest
 import torch
+from checkpoints import wrap
 
 from ringmark.errors import ModelError, RingmarkError
+from ringmark.inversion.condition import Condition
 from ringmark.inversion.decoder import INVERTERS, Inverter
 from ringmark.inversion.diffusion import invert, sample
 from ringmark.inversion.methods import ForwardStep
-from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.inversion.recover import Recoverer, RecoverySettings
 from ringmark.inversion.schedule import Schedule
 
@@ -21,18 +22,17 @@ class Identity:
     """Pixels are latents and the network predicts no noise, so that noise is latents up to a known scale."""
 
     image_size, device, dtype = (8, 8), torch.device("cpu"), torch.float32
-    identity = {"name": "identity", "fingerprint": "0", "latent_shape": [3, 8, 8]}
+    identity = {"name": "identity", "fingerprint": "0", "family": "identity", "channels": 3, "factor": 1}
 
     def encode(self, images):
         return images
 
     decode = encode
 
-    def embed(self, prompts):
-        return torch.zeros(len(prompts), 1, 1)
+    nothing = Condition({"prompt_embeds": torch.zeros(1, 1, 1)})
 
     def predict(self, latents, level, schedule, cond):
-        assert cond.shape == (len(latents), 1, 1)
+        assert len(cond) == len(latents)
         return latents / schedule.at(level)[0], torch.zeros_like(latents)
 
     def schedule(self, steps):
@@ -41,7 +41,7 @@ class Identity:
 
 @pytest.fixture
 def model(tiny_parts):
-    return LatentModel(**tiny_parts, name="tiny")
+    return wrap(tiny_parts)
 
 
 def draw(*shape, seed=0):
@@ -61,14 +61,14 @@ def test_noise_and_latents_are_those_of_the_two_inversions(model):
     recovered = recoverer(images)
     solution = Inverter(ForwardStep(), 2)(model, images)
     torch.testing.assert_close(recovered.solution.value, solution.value)
-    expected = invert(model, solution.value, model.embed(["", ""]), model.schedule(3))
+    expected = invert(model, solution.value, model.nothing.expand(2), model.schedule(3))
     torch.testing.assert_close(recovered.noise, expected)
     torch.testing.assert_close(recoverer.noise(recoverer.latents(images).value), expected)
 
 
 def test_noise_of_drawn_latents_resembles_what_they_were_drawn_from(model):
     noise = draw(2, *model.latent_shape)
-    latents = sample(model, noise, model.embed(["", ""]), model.schedule(25))
+    latents = sample(model, noise, model.nothing.expand(2), model.schedule(25))
     recovered = Recoverer(model).noise(latents)
     assert (recovered - noise).norm() < 0.5 * noise.norm()
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import wrap
 from PIL import Image
 
 from ringmark.data.images import read_sample, to_array
 from ringmark.inversion.decoder import Inverter
 from ringmark.inversion.methods import Anderson, ForwardStep
-from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.inversion.recover import Recoverer
 from ringmark.watermark.tasks.recover import recover_files
 
@@ -20,7 +20,7 @@ from ringmark.watermark.tasks.recover import recover_files
 @pytest.fixture
 def model(tiny_parts):
     parts = {k: tiny_parts[k] for k in ("vae", "unet", "text_encoder", "tokenizer", "scheduler")}
-    return LatentModel(**parts, name="tiny", recovery=None)
+    return wrap(parts)
 
 
 @pytest.fixture

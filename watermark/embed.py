@@ -51,7 +51,7 @@ def generate(
         batch_prompts, batch_seeds = prompts[i : i + batch], seeds[i : i + batch]
         noise = initial_noise(batch_seeds, model.latent_shape)
         noise = (scheme.embed(noise) if scheme else noise).to(model.device)
-        latents = sample(model, noise, model.embed(batch_prompts), schedule, guidance=guidance)
+        latents = sample(model, noise, model.condition(batch_prompts, guidance=guidance), schedule)
         images = model.decode(latents).float().cpu().clamp(-1, 1)
         for drawn in zip(images, noise.float().cpu(), batch_prompts, batch_seeds, strict=True):
             yield Drawn(*drawn)

@@ -12,7 +12,7 @@ import torch
 
 from ringmark.errors import ModelError
 
-__all__ = ["POCKET", "check_tokenizer", "load_parts", "quiet", "resolve"]
+__all__ = ["POCKET", "check_tokenizer", "load_pipeline", "quiet", "resolve"]
 
 POCKET = Path(__file__).resolve().parents[2] / "data" / "pocket"
 """The folder of the model that ships with ringmark."""
@@ -28,13 +28,13 @@ def resolve(source: str | Path) -> str:
     return str(source)
 
 
-def load_parts(source: str) -> dict[str, Any]:
-    """`vae`, `unet`, `text_encoder`, `tokenizer` and `scheduler` of a diffusers folder or hub id, in float32.
+def load_pipeline(source: str) -> Any:
+    """The pipeline of a diffusers folder or hub id, in float32.
 
     Raises ModelError, with the code "model.unreachable" if there is no such model, otherwise "model.damaged".
     """
     try:
-        return _load_parts(source)
+        return _assemble(_load_parts(source))
     except Exception as error:  # three libraries raise all kinds of errors for missing, damaged or wrong files
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if not Path(source).is_dir():
@@ -62,6 +62,16 @@ def _load_parts(source: str) -> dict[str, Any]:
     }
     check_tokenizer(tokenizer, parts["text_encoder"])
     return parts
+
+
+def _assemble(parts: dict[str, Any]) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
+
+    from ringmark.inversion.models.flow import RectifiedFlowPipeline
+
+    flows = isinstance(parts["scheduler"], FlowMatchEulerDiscreteScheduler)
+    kind = RectifiedFlowPipeline if flows else StableDiffusionPipeline
+    return kind(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
 def _whole(kind: Any, source: str, part: str, **dtype: torch.dtype) -> Any:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,20 @@ import torch
 from torch import Tensor
 
 from ringmark.errors import ModelError
-from ringmark.inversion.models.loading import check_tokenizer, load_parts, quiet, resolve
+from ringmark.inversion.condition import Condition
+from ringmark.inversion.models.families import Family, family_of, network_of
+from ringmark.inversion.models.loading import check_tokenizer, load_pipeline, quiet, resolve
+from ringmark.inversion.models.walk import OneCall, flow_schedule, with_scheduler
 from ringmark.inversion.noise_recovery import NoiseRecovery
 from ringmark.inversion.schedule import Schedule
 
 __all__ = ["PREDICTIONS", "LatentModel", "lean"]
 
+LEAST_MULTIPLE = 8  # the sides that pipelines of diffusers accept, whatever the autoencoder
 MAX_SIDE = 2048  # of latents; an image of 16384 pixels per side at a factor of 8
 SCHEDULE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
 
+Size = tuple[int, int]
 Pair = tuple[Tensor, Tensor]
 
 
@@ -57,44 +63,51 @@ PREDICTIONS: dict[str, Callable[[Tensor, Tensor, float, float], Pair]] = {
 }
 """Maps (latents, network output, signal, noise) to (x̂₀, ε̂), by diffusers' name of the prediction type."""
 
+
 ON_ALPHA_BAR = ("epsilon", "v_prediction", "sample")
 
 
 class LatentModel:
     """A latent diffusion model as maps between images, latents and noise.
 
-    `latent_shape` (C, h, w); `image_size` (H, W); `identity`: name, fingerprint and latent shape, as recorded in keys
-    and results; `recovery`: how well its noise is recovered, if that has been measured. The given modules are wrapped,
-    neither copied nor changed. Raises ModelError for an unsupported kind of model.
+    Wraps a loaded diffusers pipeline without changing it: `pipe` is a shallow copy, of the same modules. `empty` holds
+    the pipeline's arguments for the empty prompt; if it is given, the pipeline needs no text encoder to invert images.
+
+    `image_size` (H, W) and `latent_shape` (C, h, w) are the native ones; `sizes` are the usual ones of its family, the
+    native first. `channels` of latents, and `factor`, pixels per latent and side. `kind` (family, channels, factor) is
+    what keys are bound to; `identity` adds name and fingerprint, as recorded in keys and results. `recovery`: how well
+    its noise is recovered, if that has been measured. Raises ModelError for an unsupported kind of model.
     """
 
     def __init__(
         self,
-        vae: Any,
-        unet: Any,
-        text_encoder: Any,
-        tokenizer: Any,
-        scheduler: Any,
+        pipe: Any,
         *,
         name: str,
         recovery: NoiseRecovery | None = None,
+        empty: Mapping[str, Any] | None = None,
     ) -> None:
-        self.vae, self.unet, self.text_encoder = vae, unet, text_encoder
-        self.tokenizer, self.scheduler = tokenizer, scheduler
-        self.name, self.recovery = name, recovery
-        self.prediction: str = scheduler.config.get("prediction_type", "epsilon")
-        self._check_network()
-        self._check_scheduler()
-        height, width = self._latent_size()
-        factor = 2 ** (len(vae.config.get("block_out_channels", vae.config.get("decoder_block_out_channels"))) - 1)
-        self.latent_shape: tuple[int, int, int] = (vae.config.latent_channels, height, width)
-        self.image_size = (height * factor, width * factor)
-        self.scale, self.shift = self._number("scaling_factor"), self._number("shift_factor", 0.0)
-        self.identity: dict[str, Any] = {
-            "name": name,
-            "fingerprint": self._fingerprint(),
-            "latent_shape": list(self.latent_shape),
+        self.family: Family = family_of(pipe)
+        self.name, self.recovery, self._empty = name, recovery, empty
+        if objection := self.family.objection(pipe):
+            raise ModelError("model.conditioning", objection, subject=name)
+        _check_tokenizers(pipe, name)
+        self._call = OneCall(pipe.scheduler.config)
+        self.pipe, self._asked = with_scheduler(pipe, pipe.scheduler), with_scheduler(pipe, self._call)
+        self.vae, self.network = pipe.vae, network_of(pipe)
+        self.prediction = self._prediction()
+        height, width = self._native_size()
+        self.channels, self.factor = self._channels(), int(pipe.vae_scale_factor)
+        self.latent_shape: tuple[int, int, int] = (self.channels, height, width)
+        self.image_size: Size = (height * self.factor, width * self.factor)
+        usual = self.family.sizes if self.image_size in self.family.sizes else ()
+        self.sizes: tuple[Size, ...] = tuple(dict.fromkeys([self.image_size, *usual]))
+        self.kind: dict[str, Any] = {
+            "family": self.family.name,
+            "channels": self.channels,
+            "factor": self.factor,
         }
+        self.identity: dict[str, Any] = {"name": name, "fingerprint": self._fingerprint(), **self.kind}
 
     @classmethod
     def from_pretrained(
@@ -109,47 +122,31 @@ class LatentModel:
         where = resolve(source)
         name = Path(where).resolve().name if Path(where).is_dir() else where
         with quiet():
-            model = cls(**load_parts(where), name=name, recovery=NoiseRecovery.load(Path(where)))
-            for module in (model.vae, model.unet, model.text_encoder):
-                module.to(place, dtype).requires_grad_(False).eval()
+            # Wrapped before it is converted, so that the fingerprint is that of the stored weights.
+            model = cls(load_pipeline(where), name=name, recovery=NoiseRecovery.load(Path(where)))
+            for part in model.pipe.components.values():
+                if isinstance(part, torch.nn.Module):
+                    part.to(place, dtype).requires_grad_(False).eval()
             # Channels last makes convolutions on large maps faster, but not the network's, on small maps.
             model.vae.to(memory_format=torch.channels_last)
         return model
 
-    @classmethod
-    def from_pipeline(cls, pipe: Any, *, name: str) -> LatentModel:
-        """Wrap the modules of a loaded diffusers pipeline, keeping their device and dtype."""
-        try:
-            check_tokenizer(pipe.tokenizer, pipe.text_encoder)
-        except ValueError as error:
-            raise ModelError("model.damaged", str(error), subject=name) from error
-        return cls(
-            vae=pipe.vae,
-            unet=pipe.unet,
-            text_encoder=pipe.text_encoder,
-            tokenizer=pipe.tokenizer,
-            scheduler=pipe.scheduler,
-            name=name,
+    def _prediction(self) -> str:
+        """What the network predicts, by diffusers' name. Raises ModelError for what is not supported."""
+        scheduler = self.pipe.scheduler
+        flows = "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("use_flow_sigmas")
+        prediction: str = "flow_prediction" if flows else scheduler.config.get("prediction_type", "epsilon")
+        if flows or (prediction in ON_ALPHA_BAR and hasattr(scheduler, "alphas_cumprod")):
+            return prediction
+        fact = (
+            f"its {type(scheduler).__name__} predicts {prediction!r}; "
+            f"only {', '.join(ON_ALPHA_BAR)} on a schedule of ᾱ, and rectified flow, are supported"
         )
+        raise ModelError("model.prediction", fact, subject=self.name)
 
-    def _check_network(self) -> None:
-        config = self.unet.config
-        more = [config.get(k) for k in ("addition_embed_type", "class_embed_type", "num_class_embeds")]
-        if any(more) or config.in_channels != self.vae.config.latent_channels:
-            fact = "its network needs more inputs than a prompt and latents, like those of SDXL and inpainting models"
-            raise ModelError("model.conditioning", fact, subject=self.name)
-
-    def _check_scheduler(self) -> None:
-        if self.prediction not in ON_ALPHA_BAR or not hasattr(self.scheduler, "alphas_cumprod"):
-            fact = (
-                f"its {type(self.scheduler).__name__} predicts {self.prediction!r}; "
-                f"only {', '.join(ON_ALPHA_BAR)} on a schedule of ᾱ are supported"
-            )
-            raise ModelError("model.prediction", fact, subject=self.name)
-
-    def _latent_size(self) -> tuple[int, int]:
-        """(h, w) from the network's config."""
-        size = self.unet.config.sample_size
+    def _native_size(self) -> Size:
+        """(h, w) of latents, from the network's config or from the pipeline's default."""
+        size = self.network.config.get("sample_size", getattr(self.pipe, "default_sample_size", None))
         sides = size if isinstance(size, (list, tuple)) else [size, size]
         if len(sides) != 2 or not all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides):
             fact = (
@@ -159,25 +156,27 @@ class LatentModel:
             raise ModelError("model.sample-size", fact, subject=self.name)
         return sides[0], sides[1]
 
-    def _number(self, field: str, default: float | None = None) -> float:
-        """A number in the autoencoder's config by which latents are scaled or shifted."""
-        value = self.vae.config.get(field) or default
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            fact = f"the {field} of its autoencoder is {str(value)[:40]!r}; it must be a finite number"
-            raise ModelError("model.scaling", fact, subject=self.name)
-        return value
+    def _channels(self) -> int:
+        config = self.vae.config
+        channels: int = config.get("latent_channels") or config.get("z_dim")
+        try:
+            self.family.normalise(self.vae, torch.zeros(1, channels, 2, 2))
+        except ValueError as error:
+            raise ModelError("model.scaling", str(error), subject=self.name) from error
+        return channels
 
     @torch.inference_mode()
     def _fingerprint(self) -> str:
         """16 hex digits of a hash over a few values of every tensor, which takes milliseconds, and over the settings.
 
-        The same weights with another prediction type, schedule or scaling of latents are a different model.
+        The same weights with another prediction type, schedule or scaling of latents are a different model. The text
+        encoder, which verification does without, is not part of it.
         """
-        schedule = [self.scheduler.config.get(name) or None for name in SCHEDULE]  # unset and False are the same
-        digest = hashlib.sha256(repr([self.prediction, self.scale, self.shift, *schedule]).encode())
-        for module in (self.vae, self.unet, self.text_encoder):
-            # transformers 4 calls the same tensors text_model.…
-            for key, p in sorted((k.removeprefix("text_model."), p) for k, p in module.state_dict().items()):
+        schedule = [self.pipe.scheduler.config.get(name) or None for name in SCHEDULE]  # unset and False are the same
+        scaling = [self.vae.config.get(n) for n in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")]
+        digest = hashlib.sha256(repr([self.prediction, *scaling, *schedule]).encode())
+        for module in (self.vae, self.network):
+            for key, p in sorted(module.state_dict().items()):
                 flat = p.detach().flatten()
                 values = flat[:: max(1, flat.numel() // 8)][:8].float().cpu().contiguous()
                 digest.update(key.encode() + values.numpy().tobytes())
@@ -185,38 +184,73 @@ class LatentModel:
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.unet.device
+        """Where the model computes."""
+        device: torch.device = self.pipe._execution_device
         return device
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.unet.dtype
+        """The dtype of the network."""
+        dtype: torch.dtype = self.network.dtype
         return dtype
+
+    def noise_shape(self, size: Size) -> tuple[int, int, int]:
+        """(C, h, w) of the noise of a picture (H, W). Raises ModelError for a size that the model cannot draw."""
+        multiple = math.lcm(self.factor * self.family.patch, LEAST_MULTIPLE)
+        if not all(side > 0 and side % multiple == 0 for side in size) or max(size) > MAX_SIDE * self.factor:
+            height, width = size
+            fact = f"draws pictures whose sides are multiples of {multiple} pixels, not {width}x{height}"
+            raise ModelError("model.size", fact, subject=self.name, multiple=multiple)
+        return (self.channels, size[0] // self.factor, size[1] // self.factor)
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] → (B, C, h, w): the posterior mean, scaled as the network expects it."""
-        out = self.vae.encode(images.to(self.device, self.vae.dtype))
-        z: Tensor = out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latents
-        return (z - self.shift) * self.scale
+        pixels = images.to(self.device, self.vae.dtype)
+        out = self.vae.encode(pixels.unsqueeze(2) if self.family.video else pixels)
+        z: Tensor = out.latent_dist.mode() if hasattr(out, "latent_dist") else out[0]
+        return self.family.normalise(self.vae, z.squeeze(2) if self.family.video else z)
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) → (B, 3, H, W), about [-1, 1], not clipped."""
-        z = latents.to(self.device, self.vae.dtype) / self.scale + self.shift
-        images: Tensor = self.vae.decode(z, return_dict=False)[0]
-        return images
+        z = self.family.denormalise(self.vae, latents.to(self.device, self.vae.dtype))
+        images: Tensor = self.vae.decode(z.unsqueeze(2) if self.family.video else z, return_dict=False)[0]
+        return images.squeeze(2) if self.family.video else images
 
     def lean(self) -> AbstractContextManager[None]:
         """Context in which gradients of `decode` need less memory: see `lean`."""
         return lean(self.vae)
 
     @torch.inference_mode()
-    def embed(self, prompts: list[str]) -> Tensor:
-        """The text encoder's hidden states (B, L, W); long prompts are truncated."""
-        ids = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        states: Tensor = self.text_encoder(ids.to(self.device)).last_hidden_state
-        return states
+    def condition(self, prompts: list[str], *, guidance: float = 1.0, negative: str = "") -> Condition:
+        """Prompts as the network takes them, one row each; long prompts are truncated.
 
-    def predict(self, latents: Tensor, level: int, schedule: Schedule, cond: Tensor) -> tuple[Tensor, Tensor]:
+        `guidance` is the scale of classifier-free guidance away from the `negative` prompt; 1 turns it off.
+        """
+        family = self.family
+        with quiet():
+            rows = dict(family.encode(self.pipe, prompts))
+        scale = family.unguided if guidance == 1 else guidance
+        if family.negative and scale != family.unguided:
+            away = Condition(self.empty if negative == "" else family.encode(self.pipe, [negative]))
+            rows |= {f"negative_{name}": values for name, values in away.expand(len(prompts)).rows.items()}
+        return Condition(rows, {family.guidance: scale, **family.options})
+
+    @cached_property
+    @torch.inference_mode()
+    def empty(self) -> Mapping[str, Any]:
+        """The pipeline's arguments for the empty prompt, of one row."""
+        if self._empty is not None:
+            return self._empty
+        with quiet():
+            return self.family.empty(self.pipe) if self.family.empty else self.family.encode(self.pipe, [""])
+
+    @property
+    def nothing(self) -> Condition:
+        """The condition of the empty prompt without guidance, of one row."""
+        family = self.family
+        return Condition(self.empty, {family.guidance: family.unguided, **family.options})
+
+    def predict(self, latents: Tensor, level: int, schedule: Schedule, cond: Condition) -> tuple[Tensor, Tensor]:
         """(x̂₀, ε̂), each (B, C, h, w), of latents at `level` = 1 … N, for any type of prediction.
 
         latents = a x̂₀ + s ε̂ with the level's signal and noise. Computed in float32, or in the latents' dtype if
@@ -229,25 +263,57 @@ class LatentModel:
             )
             raise ModelError("model.no-signal", fact, subject=self.name)
         z = latents.to(self.device, torch.promote_types(latents.dtype, torch.float32))
-        t = schedule.timestep(level)
-        out = self.unet(latents.to(self.device, self.dtype), t, encoder_hidden_states=cond, return_dict=False)[0]
+        out = self._output(latents.to(self.device, self.dtype), schedule.timestep(level), cond)
         return PREDICTIONS[self.prediction](z, out.to(z.dtype), signal, noise)
 
-    def schedule(self, steps: int) -> Schedule:
-        """The levels of a sampler with this many steps, spaced as in the model's scheduler. Raises ModelError."""
-        from diffusers import DDIMScheduler
+    def _output(self, latents: Tensor, timestep: int | float, cond: Condition) -> Tensor:
+        """The network's output (B, C, h, w) after guidance, by one call of the pipeline."""
+        self._call.at = timestep
+        self._asked(num_inference_steps=1, **self._arguments(latents, cond))
+        return self.family.unpack(self.pipe, self._call.output, (latents.shape[-2], latents.shape[-1]))
 
-        ddim = DDIMScheduler.from_config(self.scheduler.config)
-        most = ddim.config.num_train_timesteps
+    def _arguments(self, latents: Tensor, cond: Condition) -> dict[str, Any]:
+        """The arguments of a call of the pipeline that starts from these latents."""
+        height, width = (side * self.factor for side in latents.shape[-2:])
+        given = (self.family.given or self.family.pack)(self.pipe, latents)
+        size = {"height": height, "width": width, "output_type": "latent"}
+        return {"latents": given, **size, **cond.rows, **cond.options}
+
+    def schedule(self, steps: int, size: Size | None = None) -> Schedule:
+        """The levels of a sampler with this many steps, spaced as in the model's scheduler. Raises ModelError.
+
+        DDIM on a schedule of ᾱ, Euler for rectified flow, whose levels may depend on the `size` (H, W) of the picture.
+        """
+        most = self.pipe.scheduler.config.get("num_train_timesteps", 1000)
         if not 1 <= steps <= most:
             fact = f"the number of steps must be from 1 to {most}, not {steps}"
             raise ModelError("model.steps", fact, subject=self.name, most=most)
-        ddim.set_timesteps(steps)
         try:
-            return Schedule.from_alpha_bar(ddim.alphas_cumprod, ddim.timesteps, float(ddim.final_alpha_cumprod))
+            if self.prediction == "flow_prediction":
+                latents = torch.zeros(1, *self.noise_shape(size or self.image_size), device=self.device)
+                return flow_schedule(self.pipe, steps, **self._arguments(latents.to(self.dtype), self.nothing))
+            return self._ddim(steps)
         except ValueError as error:
             fact = f"its schedule does not work with {steps} steps ({error})"
             raise ModelError("model.steps", fact, subject=self.name, most=most) from error
+
+    def _ddim(self, steps: int) -> Schedule:
+        from diffusers import DDIMScheduler
+
+        ddim = DDIMScheduler.from_config(self.pipe.scheduler.config)
+        ddim.set_timesteps(steps)
+        return Schedule.from_alpha_bar(ddim.alphas_cumprod, ddim.timesteps, float(ddim.final_alpha_cumprod))
+
+
+def _check_tokenizers(pipe: Any, name: str) -> None:
+    """Raises ModelError if a tokenizer has tokens for which its text encoder has no embedding."""
+    for suffix in ("", "_2", "_3"):
+        tokenizer, encoder = (getattr(pipe, f"{part}{suffix}", None) for part in ("tokenizer", "text_encoder"))
+        if tokenizer is not None and encoder is not None:
+            try:
+                check_tokenizer(tokenizer, encoder)
+            except ValueError as error:
+                raise ModelError("model.damaged", str(error), subject=name) from error
 
 
 @contextmanager

@@ -160,7 +160,7 @@ class Bench:
         schedule, model = self.model.schedule(self.steps), self.model
 
         def make(some: Tensor, texts: list[str]) -> dict[str, Tensor]:
-            latents = sample(model, some.to(model.device), model.embed(texts), schedule, guidance=guidance)
+            latents = sample(model, some.to(model.device), model.condition(texts, guidance=guidance), schedule)
             return {"images": eight_bit(model.decode(latents).float().cpu()), "latents": latents.float().cpu()}
 
         drawn = self.batches(["draw", self.steps, guidance], make, noise, prompts, name=f"{name}: draw")

@@ -177,7 +177,7 @@ def _diffused(z: Tensor, share: float, rng: np.random.Generator, model: LatentMo
     part = int((whole.timesteps - level).abs().argmin()) + 1 if share else 0
     eps = z.new_tensor(rng.standard_normal(tuple(z.shape), np.float32))
     noisy = transfer(z, eps, *whole.at(part)) if part else z
-    return sample(model, noisy, model.embed([""]), whole.until(part))
+    return sample(model, noisy, model.nothing, whole.until(part))
 
 
 def _through(image: Image.Image, form: str, quality: float) -> Image.Image:
