@@ -8,23 +8,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ringmark.errors import ModelError
 
 __all__ = ["FAMILIES", "Family", "family_of", "network_of"]
 
 
-def as_is(pipe: Any, latents: Tensor) -> Tensor:
+MEGAPIXEL = (
+    *((1024, 1024), (1152, 896), (896, 1152), (1216, 832), (832, 1216)),
+    *((1344, 768), (768, 1344), (1536, 640), (640, 1536)),
+)
+"""(H, W) in pixels of pictures of about a megapixel."""
+
+
+def as_is(latents: Tensor) -> Tensor:
     """Latents (B, C, h, w), which the pipeline does not pack."""
     return latents
 
 
-def unpacked(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+def unpacked(latents: Tensor, size: tuple[int, int]) -> Tensor:
     """Latents (B, C, h, w) of a pipeline that does not pack them."""
     return latents
 
@@ -64,34 +73,38 @@ def no_objection(pipe: Any) -> str:
     return ""
 
 
+Encode = Callable[[Any, list[str]], dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class Family:
     """A family of latent diffusion models in diffusers.
 
     `pipelines`: class names of its text-to-image pipelines. `encode(pipe, prompts)` returns the pipeline's arguments
-    for prompts, one row each; `empty(pipe)` those of the empty prompt if they differ. If `negative`, guidance needs the
-    same arguments again, with the prefix negative_. `guidance` is the argument for the scale of guidance, `unguided`
-    the value that turns it off; `options` are further arguments. `patch`: the sides of latents are multiples of it.
+    for prompts, one row each. `negative(pipe, prompts)` returns the same for negative prompts, whose arguments have the
+    prefix negative_; it is None if guidance needs none. `guidance` is the argument for the scale of guidance,
+    `unguided` the value that turns it off; `options` are further arguments. `patch`: the sides of latents are multiples
+    of it.
 
-    `pack(pipe, latents)` turns latents (B, C, h, w) into those of the pipeline's loop, and `unpack(pipe, latents,
-    (h, w))` back; `given` is what the pipeline takes as its argument `latents`, if that is something else. `normalise`
-    and `denormalise` translate between latents of the autoencoder and of the network. `video`: the autoencoder expects
-    a frame axis. `sizes`: usual (H, W) in pixels of models whose native size is among them. `objection(pipe)` says why
-    a pipeline of this family cannot be used, or "".
+    `pack(latents)` turns latents (B, C, h, w) into those of the pipeline's loop, and `unpack(latents, (h, w))` back;
+    `given(latents)` is what the pipeline takes as its argument `latents`, if that is something else. `normalise` and
+    `denormalise` translate between latents of the autoencoder and of the network. `video`: the autoencoder expects a
+    frame axis. `sizes`: usual (H, W) in pixels of models whose native size is among them; the first is the native size
+    where neither network nor pipeline says one. `objection(pipe)` says why a pipeline of this family cannot be used, or
+    "".
     """
 
     name: str
     pipelines: tuple[str, ...]
-    encode: Callable[[Any, list[str]], dict[str, Any]]
-    empty: Callable[[Any], dict[str, Any]] | None = None
-    negative: bool = True
+    encode: Encode
+    negative: Encode | None
     guidance: str = "guidance_scale"
     unguided: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
     patch: int = 1
-    pack: Callable[[Any, Tensor], Tensor] = as_is
-    unpack: Callable[[Any, Tensor, tuple[int, int]], Tensor] = unpacked
-    given: Callable[[Any, Tensor], Tensor] | None = None
+    pack: Callable[[Tensor], Tensor] = as_is
+    unpack: Callable[[Tensor, tuple[int, int]], Tensor] = unpacked
+    given: Callable[[Tensor], Tensor] | None = None
     normalise: Callable[[Any, Tensor], Tensor] = normalise
     denormalise: Callable[[Any, Tensor], Tensor] = denormalise
     video: bool = False
@@ -126,6 +139,7 @@ STABLE_DIFFUSION = Family(
     name="stable-diffusion",
     pipelines=("StableDiffusionPipeline", "StableDiffusionControlNetPipeline"),
     encode=encode_sd,
+    negative=encode_sd,
     sizes=((512, 512), (768, 512), (512, 768), (768, 768)),
     objection=objection_sd,
 )
@@ -134,6 +148,7 @@ RECTIFIED_FLOW = Family(
     name="rectified-flow",
     pipelines=("RectifiedFlowPipeline",),
     encode=encode_sd,
+    negative=encode_sd,
     sizes=((512, 512),),
     objection=objection_sd,
 )
@@ -148,10 +163,10 @@ def encode_sdxl(pipe: Any, prompts: list[str]) -> dict[str, Any]:
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
-def empty_sdxl(pipe: Any) -> dict[str, Any]:
-    """Zeros if the network was trained with zeros for dropped prompts."""
-    rows = encode_sdxl(pipe, [""])
-    zeros = pipe.config.get("force_zeros_for_empty_prompt", True)
+def negative_sdxl(pipe: Any, prompts: list[str]) -> dict[str, Any]:
+    """Zeros without a prompt, if the network was trained with them."""
+    rows = encode_sdxl(pipe, prompts)
+    zeros = not any(prompts) and pipe.config.get("force_zeros_for_empty_prompt", True)
     return {name: torch.zeros_like(values) if zeros else values for name, values in rows.items()}
 
 
@@ -159,7 +174,7 @@ SDXL = Family(
     name="sdxl",
     pipelines=("StableDiffusionXLPipeline", "StableDiffusionXLControlNetPipeline"),
     encode=encode_sdxl,
-    empty=empty_sdxl,
+    negative=negative_sdxl,
     sizes=(
         *((1024, 1024), (1152, 896), (896, 1152), (1216, 832), (832, 1216)),
         *((1344, 768), (768, 1344), (1536, 640), (640, 1536), (512, 512)),
@@ -167,7 +182,190 @@ SDXL = Family(
 )
 
 
-FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION, RECTIFIED_FLOW, SDXL)
+# -- Latents in tokens of 2×2 ----------------------------------------------------------------------------------------
+
+
+def pack_map(latents: Tensor) -> Tensor:
+    """(B, C, h, w) → (B, 4C, h/2, w/2): the 2×2 latents of each patch, channel by channel."""
+    return pixel_unshuffle(latents, 2)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """(B, C, h, w) → tokens (B, hw/4, 4C), one a patch."""
+    return pack_map(latents).flatten(2).transpose(1, 2)
+
+
+def unpack(latents: Tensor, size: tuple[int, int]) -> Tensor:
+    """The inverse of `pack` for latents of this size (h, w)."""
+    patches = latents.transpose(1, 2).reshape(len(latents), -1, size[0] // 2, size[1] // 2)
+    return pixel_shuffle(patches, 2)
+
+
+# -- Stable Diffusion 3 ----------------------------------------------------------------------------------------------
+
+
+def encode_sd3(pipe: Any, prompts: list[str]) -> dict[str, Any]:
+    embeds, _, pooled, _ = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
+    return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+
+SD3 = Family(
+    name="sd3",
+    pipelines=("StableDiffusion3Pipeline", "StableDiffusion3ControlNetPipeline"),
+    encode=encode_sd3,
+    negative=encode_sd3,
+    patch=2,
+    sizes=MEGAPIXEL,
+)
+
+# -- FLUX ------------------------------------------------------------------------------------------------------------
+
+
+def encode_flux_1(pipe: Any, prompts: list[str]) -> dict[str, Any]:
+    embeds, pooled, _ = pipe.encode_prompt(prompts, None)
+    return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+
+FLUX_1 = Family(
+    name="flux.1",
+    pipelines=("FluxPipeline", "FluxControlNetPipeline"),
+    encode=encode_flux_1,
+    negative=None,
+    patch=2,
+    pack=pack,
+    unpack=unpack,
+    sizes=MEGAPIXEL,
+)
+
+
+def encode_flux_2(pipe: Any, prompts: list[str]) -> dict[str, Any]:
+    embeds, _ = pipe.encode_prompt(prompts)
+    return {"prompt_embeds": embeds}
+
+
+def statistics(vae: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the 2×2 patches of latents, each (4C, 1, 1)."""
+    variance = vae.bn.running_var + vae.config.batch_norm_eps
+    return vae.bn.running_mean.to(z).view(-1, 1, 1), variance.sqrt().to(z).view(-1, 1, 1)
+
+
+def normalise_flux_2(vae: Any, v: Tensor) -> Tensor:
+    mean, deviation = statistics(vae, v)
+    return pixel_shuffle((pixel_unshuffle(v, 2) - mean) / deviation, 2)
+
+
+def denormalise_flux_2(vae: Any, z: Tensor) -> Tensor:
+    mean, deviation = statistics(vae, z)
+    return pixel_shuffle(pixel_unshuffle(z, 2) * deviation + mean, 2)
+
+
+FLUX_2 = Family(
+    name="flux.2",
+    pipelines=("Flux2Pipeline",),
+    encode=encode_flux_2,
+    negative=None,
+    patch=2,
+    pack=pack,
+    unpack=unpack,
+    given=pack_map,
+    normalise=normalise_flux_2,
+    denormalise=denormalise_flux_2,
+    sizes=MEGAPIXEL,
+)
+
+FLUX_2_KLEIN = replace(FLUX_2, pipelines=("Flux2KleinPipeline",), negative=encode_flux_2)
+
+# -- Z-Image ---------------------------------------------------------------------------------------------------------
+
+
+def encode_z_image(pipe: Any, prompts: list[str]) -> dict[str, Any]:
+    """A list of tensors (L, W), one a prompt. The pipeline changes the list of prompts that it is given."""
+    embeds, _ = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False)
+    return {"prompt_embeds": embeds}
+
+
+def in_float32(latents: Tensor) -> Tensor:
+    """Latents in the only dtype that the pipeline takes."""
+    return latents.float()
+
+
+Z_IMAGE = Family(
+    name="z-image",
+    pipelines=("ZImagePipeline", "ZImageControlNetPipeline"),
+    encode=encode_z_image,
+    negative=encode_z_image,
+    unguided=0.0,
+    patch=2,
+    given=in_float32,
+    sizes=MEGAPIXEL,
+)
+
+# -- Qwen-Image ------------------------------------------------------------------------------------------------------
+
+
+def encode_qwen_image(pipe: Any, prompts: list[str]) -> dict[str, Any]:
+    embeds, mask = pipe.encode_prompt(prompts)
+    mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
+    return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
+
+
+QWEN_IMAGE = Family(
+    name="qwen-image",
+    pipelines=("QwenImagePipeline", "QwenImageControlNetPipeline"),
+    encode=encode_qwen_image,
+    negative=encode_qwen_image,
+    guidance="true_cfg_scale",
+    patch=2,
+    pack=pack,
+    unpack=unpack,
+    video=True,
+    sizes=MEGAPIXEL,
+)
+
+# -- Sana and PixArt-Σ -----------------------------------------------------------------------------------------------
+
+
+def encode_sana(pipe: Any, prompts: list[str]) -> dict[str, Any]:
+    """After the instruction that the pipeline puts before every prompt unless told otherwise."""
+    instruction = signature(type(pipe).__call__).parameters["complex_human_instruction"].default
+    embeds, mask, *_ = pipe.encode_prompt(prompts, False, complex_human_instruction=instruction)
+    return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+
+def negative_sana(pipe: Any, prompts: list[str]) -> dict[str, Any]:
+    """Without the instruction."""
+    embeds, mask, *_ = pipe.encode_prompt(prompts, False)
+    return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+
+def encode_pixart(pipe: Any, prompts: list[str]) -> dict[str, Any]:
+    embeds, mask, *_ = pipe.encode_prompt(prompts, False, clean_caption=True)
+    return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+
+SANA = Family(
+    name="sana",
+    pipelines=("SanaPipeline", "SanaControlNetPipeline"),
+    encode=encode_sana,
+    negative=negative_sana,
+    options={"use_resolution_binning": False, "negative_prompt": None},
+    sizes=MEGAPIXEL,
+)
+
+PIXART_SIGMA = Family(
+    name="pixart-sigma",
+    pipelines=("PixArtSigmaPipeline",),
+    encode=encode_pixart,
+    negative=encode_pixart,
+    options={"use_resolution_binning": False, "negative_prompt": None},
+    patch=2,
+    sizes=MEGAPIXEL,
+)
+
+FAMILIES: tuple[Family, ...] = (
+    *(STABLE_DIFFUSION, RECTIFIED_FLOW, SDXL, SD3, FLUX_1, FLUX_2, FLUX_2_KLEIN),
+    *(Z_IMAGE, QWEN_IMAGE, SANA, PIXART_SIGMA),
+)
 
 
 def family_of(pipe: Any) -> Family:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 
 __all__ = ["RectifiedFlowPipeline", "uniform_sigmas"]
 
@@ -25,8 +25,7 @@ class RectifiedFlowPipeline(StableDiffusionPipeline):  # type: ignore[misc]  # d
     def __call__(
         self, *args: Any, num_inference_steps: int = 25, sigmas: list[float] | None = None, **kwargs: Any
     ) -> Any:
-        if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
-            sigmas = uniform_sigmas(num_inference_steps) if sigmas is None else sigmas
+        sigmas = uniform_sigmas(num_inference_steps) if sigmas is None else sigmas
         return super().__call__(*args, num_inference_steps=num_inference_steps, sigmas=sigmas, **kwargs)
 
     def prepare_latents(self, *args: Any, **kwargs: Any) -> Any:

@@ -145,8 +145,9 @@ class LatentModel:
         raise ModelError("model.prediction", fact, subject=self.name)
 
     def _native_size(self) -> Size:
-        """(h, w) of latents, from the network's config or from the pipeline's default."""
-        size = self.network.config.get("sample_size", getattr(self.pipe, "default_sample_size", None))
+        """(h, w) of latents, from the network's config, the pipeline's default or the first of the family's sizes."""
+        usual = self.family.sizes[0][0] // int(self.pipe.vae_scale_factor)
+        size = self.network.config.get("sample_size", getattr(self.pipe, "default_sample_size", usual))
         sides = size if isinstance(size, (list, tuple)) else [size, size]
         if len(sides) != 2 or not all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides):
             fact = (
@@ -231,7 +232,7 @@ class LatentModel:
             rows = dict(family.encode(self.pipe, prompts))
         scale = family.unguided if guidance == 1 else guidance
         if family.negative and scale != family.unguided:
-            away = Condition(self.empty if negative == "" else family.encode(self.pipe, [negative]))
+            away = Condition(self.empty if negative == "" else family.negative(self.pipe, [negative]))
             rows |= {f"negative_{name}": values for name, values in away.expand(len(prompts)).rows.items()}
         return Condition(rows, {family.guidance: scale, **family.options})
 
@@ -242,7 +243,7 @@ class LatentModel:
         if self._empty is not None:
             return self._empty
         with quiet():
-            return self.family.empty(self.pipe) if self.family.empty else self.family.encode(self.pipe, [""])
+            return (self.family.negative or self.family.encode)(self.pipe, [""])
 
     @property
     def nothing(self) -> Condition:
@@ -270,12 +271,12 @@ class LatentModel:
         """The network's output (B, C, h, w) after guidance, by one call of the pipeline."""
         self._call.at = timestep
         self._asked(num_inference_steps=1, **self._arguments(latents, cond))
-        return self.family.unpack(self.pipe, self._call.output, (latents.shape[-2], latents.shape[-1]))
+        return self.family.unpack(self._call.output, (latents.shape[-2], latents.shape[-1]))
 
     def _arguments(self, latents: Tensor, cond: Condition) -> dict[str, Any]:
         """The arguments of a call of the pipeline that starts from these latents."""
         height, width = (side * self.factor for side in latents.shape[-2:])
-        given = (self.family.given or self.family.pack)(self.pipe, latents)
+        given = (self.family.given or self.family.pack)(latents)
         size = {"height": height, "width": width, "output_type": "latent"}
         return {"latents": given, **size, **cond.rows, **cond.options}
 

@@ -102,7 +102,7 @@ def flow_schedule(pipe: Any, steps: int, **call: Any) -> Schedule:
     if not (isinstance(own, FlowMatchEulerDiscreteScheduler) or own.config.get("use_flow_sigmas")):
         own = FlowMatchEulerDiscreteScheduler.from_config(own.config)
     try:
-        with_scheduler(pipe, _Listening(own))(num_inference_steps=steps, output_type="latent", **call)
+        with_scheduler(pipe, _Listening(own))(num_inference_steps=steps, **call)
     except _Heard:
         pass
     return Schedule.from_sigma(own.sigmas.flip(0), own.timesteps.flip(0))

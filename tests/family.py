@@ -1,0 +1,115 @@
+"""What holds for every family of models, as tests to inherit: `class TestX(FamilyTests): name = "x"`."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from checkpoints import draw
+from families import build
+from torch import Tensor
+
+from ringmark.inversion.diffusion import invert, sample
+from ringmark.inversion.methods import ForwardStep
+from ringmark.inversion.metrics import nmse_db
+from ringmark.inversion.models.pipeline import LatentModel
+
+PROMPTS = ["a red lake", "old hills under the moon"]
+
+
+def ddim(scheduler: Any) -> Any:
+    """The deterministic sampler on another scheduler's levels."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+
+
+def packed(latents: Tensor) -> Tensor:
+    """(B, C, h, w) → (B, hw/4, 4C), as the pipelines of FLUX.1 do it."""
+    from diffusers import FluxPipeline
+
+    return FluxPipeline._pack_latents(latents, *latents.shape)
+
+
+class FamilyTests:
+    """Tests of the tiny pipeline of this name. Pictures are not square, and guidance has another value than usual."""
+
+    name: ClassVar[str]
+    family: ClassVar[str]
+    channels: ClassVar[int] = 16
+    factor: ClassVar[int] = 8
+    native: ClassVar[tuple[int, int]] = (128, 128)
+    size: ClassVar[tuple[int, int]] = (64, 96)
+    call: ClassVar[dict[str, Any]] = {}  # arguments of the pipeline's call besides the usual ones
+
+    def deterministic(self, scheduler: Any) -> Any:
+        """A scheduler that takes the steps that we invert, on the levels of the pipeline's own."""
+        return scheduler
+
+    def given(self, noise: Tensor) -> Tensor:
+        """Noise (B, C, h, w) as the pipeline takes it."""
+        return noise
+
+    def guided(self, guidance: float) -> dict[str, Any]:
+        """The pipeline's arguments for this scale of guidance; 1 turns it off."""
+        return {"guidance_scale": guidance}
+
+    @pytest.fixture(scope="class")
+    def pipe(self) -> Any:
+        pipe = build(self.name)
+        pipe.scheduler = self.deterministic(pipe.scheduler)
+        return pipe
+
+    @pytest.fixture(scope="class")
+    def model(self, pipe: Any) -> LatentModel:
+        return LatentModel(pipe, name=self.name)
+
+    @pytest.fixture(scope="class")
+    def noise(self) -> Tensor:
+        return draw(2, self.channels, *(side // self.factor for side in self.size))
+
+    def test_latents_are_those_of_the_family(self, model, noise):
+        assert model.kind == {"family": self.family, "channels": self.channels, "factor": self.factor}
+        assert model.image_size == self.native
+        assert model.noise_shape(self.size) == noise.shape[1:]
+
+    @pytest.mark.parametrize("guidance", [1.0, 3.0])
+    def test_our_walk_draws_the_pipelines_picture(self, pipe, model, noise, guidance):
+        condition = model.condition(PROMPTS, guidance=guidance)
+        pictures = model.decode(sample(model, noise, condition, model.schedule(4, self.size))) / 2 + 0.5
+        height, width = self.size
+        call = {"height": height, "width": width, "num_inference_steps": 4, "output_type": "pt"} | self.call
+        drawn = pipe(prompt=PROMPTS, latents=self.given(noise), **call, **self.guided(guidance)).images
+        assert drawn.shape == (2, 3, *self.size) and drawn.std() > 0.05
+        assert torch.allclose(pictures.clamp(0, 1), drawn, rtol=0, atol=1e-4)
+
+    @torch.inference_mode()
+    def test_encoding_scales_latents_as_decoding_expects_them(self, model):
+        images = draw(1, 3, *self.size).clamp(-1, 1)
+        latents = model.encode(images)
+        assert latents.shape == (1, *model.noise_shape(self.size))
+        assert torch.allclose(model.family.normalise(model.vae, self.posterior_mean(model.vae, images)), latents)
+        assert torch.allclose(model.decode(latents), self.reconstruction(model.vae, images), atol=1e-5)
+
+    def posterior_mean(self, vae: Any, images: Tensor) -> Tensor:
+        return vae.encode(images).latent_dist.mode()
+
+    def reconstruction(self, vae: Any, images: Tensor) -> Tensor:
+        return vae.decode(self.posterior_mean(vae, images)).sample
+
+    def test_exact_inversion_recovers_the_noise(self, model, noise):
+        condition, schedule = model.condition(PROMPTS, guidance=3.0), model.schedule(8, self.size)
+        latents = sample(model, noise, condition, schedule)
+        naive = nmse_db(invert(model, latents, condition, schedule), noise)
+        exact = invert(model, latents, condition, schedule, method=ForwardStep(), max_steps=6, tol=1e-5)
+        assert nmse_db(exact, noise).max() < -50 < naive.min() < naive.max() < -10
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_draws_nearly_the_same(self, model, noise, dtype):
+        half = LatentModel(build(self.name).to(dtype), name=self.name)
+        schedule = model.schedule(2, self.size)
+        latents, rounded = (sample(m, noise, m.condition(PROMPTS), schedule) for m in (model, half))
+        assert half.dtype == dtype and rounded.dtype == torch.float32
+        assert nmse_db(rounded, latents).max() < -20
+        assert nmse_db(half.decode(rounded).float(), model.decode(latents)).max() < -20

@@ -1,0 +1,16 @@
+"""PixArt-Σ, whose network also predicts variances."""
+
+from __future__ import annotations
+
+from family import FamilyTests, ddim
+
+
+class TestPixArtSigma(FamilyTests):
+    name, family, channels = "pixart-sigma", "pixart-sigma", 4
+    call = {"use_resolution_binning": False}
+
+    def deterministic(self, scheduler):
+        return ddim(scheduler)
+
+    def test_the_network_predicts_twice_as_many_channels(self, model):
+        assert model.network.config.out_channels == 2 * model.channels
