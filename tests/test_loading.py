@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy as copying
+import json
 import pickle
 import shutil
 from pathlib import Path
 
 import pytest
-from checkpoints import WEIGHTS, refused
+import torch
+from checkpoints import WEIGHTS, edit, refused
 from safetensors.torch import load_file, save_file
 
 from ringmark.errors import ModelError
-from ringmark.inversion.models.loading import resolve
+from ringmark.inversion.models.loading import load_pipeline, resolve
 from ringmark.inversion.models.pipeline import LatentModel
 
 
@@ -32,8 +34,9 @@ def test_a_folder_that_is_missing(source):
 
 def test_a_folder_or_file_that_is_no_model(tmp_path):
     refused(tmp_path, "model.not-one", "model_index.json")
-    (tmp_path / "model.safetensors").touch()
-    refused(tmp_path / "model.safetensors", "model.not-one")
+    for name, code in (("model.txt", "not-one"), ("model.ckpt", "pickled"), ("model.safetensors", "no-configs")):
+        (tmp_path / name).touch()
+        refused(tmp_path / name, f"model.{code}")
 
 
 @pytest.mark.parametrize("source", ["somebody/some-model", "some-model"])
@@ -55,7 +58,7 @@ def test_a_relative_or_home_folder_is_found(copy, monkeypatch):
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
 def test_a_part_that_is_missing(copy, part):
     shutil.rmtree(copy / part)
-    refused(copy, "model.damaged")
+    refused(copy, "model.incomplete", part)
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage"])
@@ -94,7 +97,7 @@ def test_nothing_is_unpickled(copy, part):
     exploded = copy / "exploded"
     for name in ("diffusion_pytorch_model.bin", "pytorch_model.bin", "diffusion_pytorch_model.pth"):
         (copy / part / name).write_bytes(pickle.dumps(Bomb(exploded)))
-    refused(copy, "model.damaged")
+    refused(copy, "model.pickled", part)
     assert not exploded.exists()
 
 
@@ -130,6 +133,94 @@ def test_loading_is_silent_and_leaves_the_libraries_as_they_were(copy, capfd):
     before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in (ours, theirs)]
     LatentModel.from_pretrained(copy)
     shutil.rmtree(copy / "vae")
-    refused(copy, "model.damaged")
+    refused(copy, "model.incomplete")
     assert [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in (ours, theirs)] == before
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("part", "entry", "code"),
+    [
+        ("vae", ["diffusers", "Nonesuch"], "part"),
+        ("scheduler", ["diffusers", "Nonesuch"], "part"),
+        ("unet", ["mine", "UNet2DConditionModel"], "part"),
+        ("text_encoder", ["transformers", "AutoModel.from_pretrained"], "part"),
+        ("unet", ["diffusers"], "part"),
+        ("vae", ["diffusers", "UNet2DConditionModel"], "damaged"),
+        ("unet", [None, None], "incomplete"),
+    ],
+)
+def test_a_part_of_a_wrong_class(copy, part, entry, code):
+    edit(copy / "model_index.json", **{part: entry})
+    refused(copy, f"model.{code}")
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("Nonesuch", "model.family"),
+        ("DDIMScheduler", "model.family"),
+        ("StableDiffusionXLPipeline", "model.incomplete"),
+        ("StableDiffusionUpscalePipeline", "model.family"),
+        (["pipeline", "Mine"], "model.damaged"),
+        (None, "model.damaged"),
+    ],
+)
+def test_a_pipeline_of_a_wrong_class(copy, name, code):
+    edit(copy / "model_index.json", _class_name=name)
+    refused(copy, code)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "tokenizer", "scheduler"])
+def test_a_part_that_is_not_named(copy, part):
+    index = json.loads((copy / "model_index.json").read_text())
+    del index[part]
+    (copy / "model_index.json").write_text(json.dumps(index))
+    refused(copy, "model.incomplete", part)
+
+
+def test_text_parts_are_loaded_only_if_needed(copy):
+    pipe = load_pipeline(copy, text=False)
+    assert pipe.text_encoder is None and pipe.tokenizer is None and pipe.unet.config.sample_size == 8
+    shutil.rmtree(copy / "text_encoder")
+    assert load_pipeline(copy, text=False).vae is not None
+
+
+def test_what_draws_no_picture_is_never_loaded(copy):
+    edit(copy / "model_index.json", image_encoder=["transformers", "CLIPVisionModelWithProjection"])
+    pipe = load_pipeline(copy)
+    assert pipe.safety_checker is pipe.feature_extractor is pipe.image_encoder is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_have_the_dtype_asked_for(copy, dtype):
+    pipe = load_pipeline(copy, dtype=dtype)
+    assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {dtype}
+    assert not (pipe.unet.training or pipe.vae.training or pipe.text_encoder.training)
+
+
+@pytest.mark.parametrize("length", [None, 10_000, 20])
+def test_a_tokenizer_has_at_most_the_length_of_its_encoder(copy, length):
+    path = copy / "tokenizer" / "tokenizer_config.json"
+    config = {key: value for key, value in json.loads(path.read_text()).items() if key != "model_max_length"}
+    path.write_text(json.dumps(config if length is None else config | {"model_max_length": length}))
+    pipe = load_pipeline(copy)
+    assert pipe.tokenizer.model_max_length == min(length or 77, pipe.text_encoder.config.max_position_embeddings)
+
+
+def test_a_flow_stored_as_stable_diffusion(copy):
+    from ringmark.inversion.models.flow import RectifiedFlowPipeline
+
+    edit(copy / "model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
+    assert type(load_pipeline(copy)) is RectifiedFlowPipeline
+
+
+def test_no_code_of_a_model_is_run(copy):
+    (copy / "pipeline.py").write_text("from pathlib import Path\nPath('exploded').touch()\n")
+    edit(copy / "model_index.json", _class_name=["pipeline", "Mine"], custom_pipeline="pipeline")
+    edit(copy / "text_encoder" / "config.json", auto_map={"AutoModel": "mine.Mine"})
+    (copy / "text_encoder" / "mine.py").write_text("from pathlib import Path\nPath('exploded').touch()\n")
+    refused(copy, "model.damaged")
+    edit(copy / "model_index.json", _class_name="StableDiffusionPipeline")
+    load_pipeline(copy)
+    assert not Path("exploded").exists()

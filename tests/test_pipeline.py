@@ -261,9 +261,6 @@ def test_an_autoencoder_without_a_usable_scale(copy, value):
 @pytest.mark.parametrize(
     ("changes", "code", "word"),
     [
-        ({"_class_name": "Nonesuch"}, "model.damaged", "Nonesuch"),
-        ({"_class_name": "StableDiffusionPipeline"}, "model.damaged", "StableDiffusionPipeline"),
-        ({"_class_name": None}, "model.damaged", "None"),
         ({"prediction_type": "flow_prediction"}, "model.prediction", "flow_prediction"),
     ],
 )

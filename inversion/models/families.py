@@ -369,8 +369,8 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def family_of(pipe: Any) -> Family:
-    """The family of a loaded pipeline. Raises ModelError for a pipeline of another kind."""
-    names = [kind.__name__ for kind in type(pipe).__mro__]
+    """The family of a pipeline or of a class of pipelines. Raises ModelError for another kind of pipeline."""
+    names = [kind.__name__ for kind in (pipe if isinstance(pipe, type) else type(pipe)).__mro__]
     for name in names:
         for family in FAMILIES:
             if name in family.pipelines:

@@ -1,103 +1,247 @@
-"""Find a model and load its parts, from safetensors only: nothing is unpickled."""
+"""Load diffusers pipelines, from safetensors only: nothing is unpickled, and no code of a model is run."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ringmark.errors import ModelError
+from ringmark.inversion.models.families import family_of
+from ringmark.inversion.models.lora import fuse_lora
+from ringmark.inversion.models.place import INDEX, POCKET, UNUSED, Place, download, is_text, locate, resolve
 
 __all__ = ["POCKET", "check_tokenizer", "load_pipeline", "quiet", "resolve"]
 
-POCKET = Path(__file__).resolve().parents[2] / "data" / "pocket"
-"""The folder of the model that ships with ringmark."""
+FLOW_SCHEDULER = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+DENOISERS = ("unet", "transformer")
+VAE_IN_FILE = ("first_stage_model.", "vae.")
+TEXT_IN_FILE = ("cond_stage_model.", "conditioner.", "text_encoders.")
 
 
-def resolve(source: str | Path) -> str:
-    """The path or hub id of "pocket", a folder or a hub id. Raises ModelError for a path that is not a model."""
-    folder = POCKET if str(source) == "pocket" else Path(source).expanduser()
-    if (folder / "model_index.json").is_file():
-        return str(folder)
-    if folder.exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
-        raise ModelError("model.not-one", "not a diffusers model (it has no model_index.json)", subject=source)
-    return str(source)
+class Part(NamedTuple):
+    """A part of a pipeline: its class, and where its weights are if it has any."""
+
+    kind: Any
+    variant: str | None = None
+    in_file: bool = False
 
 
-def load_pipeline(source: str) -> Any:
-    """The pipeline of a diffusers folder or hub id, in float32.
+class Plan(NamedTuple):
+    """A pipeline's class and its arguments: a Part, None or a plain value each."""
 
-    Raises ModelError, with the code "model.unreachable" if there is no such model, otherwise "model.damaged".
+    kind: Any
+    arguments: dict[str, Any]
+
+
+def load_pipeline(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    loras: Iterable[str | Path] = (),
+    text: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """The diffusers pipeline of "pocket", a diffusers folder, a hub id or a single safetensors file, on the CPU.
+
+    What the hub's cache holds of a hub id is used as it is; only the rest is downloaded. For a single file see
+    `locate`. Each of `loras` is a safetensors file or "file:scale", which is fused into the weights. Without `text`,
+    text encoders and tokenizers are None. Prints nothing. Raises ModelError.
     """
+    with quiet():
+        place = locate(source, revision, dtype)
+        try:
+            plan = _plan(place, text, dtype)
+        except ModelError as error:
+            if error.code != "model.incomplete" or Path(place.source).exists():
+                raise
+            place = download(place.source, revision, dtype)  # the rest of an interrupted download
+            plan = _plan(place, text, dtype)
+        pipe = _assemble(place, plan, dtype)
+        for lora in loras:
+            fuse_lora(pipe, lora, text=text)
+    return pipe
+
+
+def _plan(place: Place, text: bool, dtype: torch.dtype) -> Plan:
+    """What to load. Nothing is loaded yet, but what is missing is found. Raises ModelError."""
+    index = place.index()
+    kind = _pipeline_class(place, index)
+    optional, held = getattr(kind, "_optional_components", ()), _held(place)
+    arguments: dict[str, Any] = {}
+    for name, parameter in signature(kind).parameters.items():
+        if name == "requires_safety_checker":
+            arguments[name] = False
+        elif name in UNUSED or (is_text(name) and not text):
+            arguments[name] = None
+        elif name in index:
+            arguments[name] = _part(place, name, index[name], dtype, held)
+        elif parameter.default is parameter.empty:
+            arguments[name] = None
+        needed = parameter.default is parameter.empty and name not in (*UNUSED, *optional)
+        spared = is_text(name) and (name in index or not text)  # Stable Diffusion 3 does without one of three
+        if needed and not spared and arguments[name] is None:
+            fact = f"its {INDEX} names no {name}, without which there is no {kind.__name__}"
+            raise place.refusal("model.incomplete", fact)
+    return Plan(kind, arguments)
+
+
+def _pipeline_class(place: Place, index: dict[str, Any]) -> Any:
+    """The pipeline's class. diffusers has none for a UNet with velocity, which is stored as Stable Diffusion is."""
+    import diffusers
+
+    kind = getattr(diffusers, index["_class_name"], None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+        fact = f"is a {index['_class_name']}, which diffusers {diffusers.__version__} does not have"
+        raise place.refusal("model.family", fact)
+    if kind is diffusers.StableDiffusionPipeline and index.get("scheduler") == FLOW_SCHEDULER:
+        from ringmark.inversion.models.flow import RectifiedFlowPipeline
+
+        return RectifiedFlowPipeline
     try:
-        return _assemble(_load_parts(source))
-    except Exception as error:  # three libraries raise all kinds of errors for missing, damaged or wrong files
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        if not Path(source).is_dir():
-            fact = f"no such folder, and no model of this name in the cache or reachable on the hub ({reason})"
-            raise ModelError("model.unreachable", fact, subject=source) from error
-        fact = f"cannot be loaded as a latent diffusion model: {reason}"
-        raise ModelError("model.damaged", fact, subject=source) from error
+        family_of(kind)
+    except ModelError as error:
+        raise place.refusal(error.code, f"is a {kind.__name__}, which {error.fact}") from error
+    return kind
 
 
-def _load_parts(source: str) -> dict[str, Any]:
-    from diffusers import DDIMScheduler, ModelMixin, SchedulerMixin, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+def _part(place: Place, name: str, entry: Any, dtype: torch.dtype, held: list[str]) -> Any:
+    """An entry of model_index.json: a Part for [library, class], None for [null, null], and other values as they are.
 
-    vae = _class_of(UNet2DConditionModel.load_config(source, subfolder="vae"), ModelMixin)
-    schedule = DDIMScheduler.load_config(source, subfolder="scheduler")
-    tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ValueError("the tokenizer has no vocabulary")
+    `held` are the names of tensors in the single file.
+    """
+    if not isinstance(entry, list):
+        return entry
+    if entry == [None, None]:
+        return None
+    kind = _class(place, name, entry)
+    if not issubclass(kind, torch.nn.Module):
+        if not (place.folder / name).is_dir():
+            raise place.refusal("model.incomplete", f"lacks its {name}")
+        return Part(kind)
+    begin = VAE_IN_FILE if name == "vae" else TEXT_IN_FILE
+    if place.file and (name in DENOISERS or any(key.startswith(begin) for key in held)):
+        return Part(kind, in_file=True)
+    return Part(kind, place.variant(name, dtype))
+
+
+def _class(place: Place, name: str, entry: list[Any]) -> Any:
+    """The class that model_index.json names, if it is one of diffusers or transformers that can be loaded."""
+    import diffusers
+    import transformers
+
+    library = {"diffusers": diffusers, "transformers": transformers}.get(str(entry[0]))
+    kind = getattr(library, str(entry[-1]), None)
+    if not (isinstance(kind, type) and hasattr(kind, "from_pretrained")):
+        versions = f"diffusers {diffusers.__version__} nor transformers {transformers.__version__}"
+        fact = f"its {name} is a {'.'.join(map(str, entry))}, which neither {versions} has"
+        raise place.refusal("model.part", fact)
+    return kind
+
+
+def _held(place: Place) -> list[str]:
+    """The names of the tensors in the single file."""
+    from safetensors import safe_open
+
+    if place.file is None:
+        return []
+    place.check_header(place.file)
+    with safe_open(place.file, framework="pt") as file:
+        return list(file.keys())
+
+
+def _assemble(place: Place, plan: Plan, dtype: torch.dtype) -> Any:
+    """The pipeline of this plan. Raises ModelError for parts that are damaged or do not fit together."""
     parts = {
-        "vae": _whole(vae, source, "vae", torch_dtype=torch.float32),
-        "unet": _whole(UNet2DConditionModel, source, "unet", torch_dtype=torch.float32),
-        "text_encoder": _whole(CLIPTextModel, source, "text_encoder", dtype=torch.float32),
-        "tokenizer": tokenizer,
-        "scheduler": _class_of(schedule, SchedulerMixin).from_config(schedule),
+        name: _load(place, name, value, dtype) if isinstance(value, Part) else value
+        for name, value in plan.arguments.items()
     }
-    check_tokenizer(tokenizer, parts["text_encoder"])
-    return parts
+    try:
+        for name, tokenizer in parts.items():
+            encoder = parts.get(name.replace("tokenizer", "text_encoder"))
+            if name.startswith("tokenizer") and None not in (tokenizer, encoder):
+                _fit(getattr(tokenizer, "tokenizer", tokenizer), encoder)  # a processor has a tokenizer
+        return plan.kind(**parts)
+    except Exception as error:
+        raise place.refusal("model.damaged", f"its parts do not fit together: {_reason(error)}") from error
 
 
-def _assemble(parts: dict[str, Any]) -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
-
-    from ringmark.inversion.models.flow import RectifiedFlowPipeline
-
-    flows = isinstance(parts["scheduler"], FlowMatchEulerDiscreteScheduler)
-    kind = RectifiedFlowPipeline if flows else StableDiffusionPipeline
-    return kind(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+def _fit(tokenizer: Any, encoder: Any) -> None:
+    """Limit the tokenizer, which may have no limit, to the encoder's positions. Raises ValueError."""
+    check_tokenizer(tokenizer, encoder)
+    longest = getattr(encoder.config, "max_position_embeddings", None)
+    if longest and tokenizer.model_max_length > longest:
+        tokenizer.model_max_length = longest
 
 
-def _whole(kind: Any, source: str, part: str, **dtype: torch.dtype) -> Any:
+def _load(place: Place, name: str, part: Part, dtype: torch.dtype) -> Any:
+    """A part of a pipeline. Raises ModelError."""
+    try:
+        if part.in_file:
+            return _from_file(place, name, part.kind, dtype)
+        if not issubclass(part.kind, torch.nn.Module):
+            return part.kind.from_pretrained(str(place.folder), subfolder=name, local_files_only=True)
+        return _module(place, name, part, dtype)
+    except Exception as error:  # three libraries raise all kinds of errors for damaged or wrong files
+        raise place.refusal("model.damaged", f"its {name} cannot be loaded: {_reason(error)}") from error
+
+
+def _module(place: Place, name: str, part: Part, dtype: torch.dtype) -> Any:
     """A module with all of its weights; the libraries would fill missing ones with random numbers."""
-    module, info = kind.from_pretrained(source, subfolder=part, use_safetensors=True, output_loading_info=True, **dtype)
+    from diffusers import ModelMixin
+
+    module, info = part.kind.from_pretrained(
+        str(place.folder),
+        subfolder=name,
+        variant=part.variant,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+        **{"torch_dtype" if issubclass(part.kind, ModelMixin) else "dtype": dtype},
+    )
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{part}: {len(missing)} tensors are missing, the first is {missing[0]}")
-    return module
+        raise ValueError(f"{len(missing)} tensors are missing, the first is {missing[0]}")
+    return module.eval()
+
+
+def _from_file(place: Place, name: str, kind: Any, dtype: torch.dtype) -> Any:
+    """A module whose weights are in the single file, in the layout of its authors or in that of diffusers."""
+    import diffusers.pipelines
+    from diffusers.loaders.single_file import load_single_file_sub_model
+    from safetensors.torch import load_file
+
+    module = load_single_file_sub_model(
+        library_name=kind.__module__.partition(".")[0],
+        class_name=kind.__name__,
+        name=name,
+        checkpoint=load_file(str(place.file)),  # mapped into memory; conversions change the dictionary
+        pipelines=diffusers.pipelines,
+        is_pipeline_module=False,
+        cached_model_config_path=str(place.folder),
+        local_files_only=True,
+        torch_dtype=dtype,
+    )
+    if missing := sorted(key for key, tensor in module.state_dict().items() if tensor.is_meta):
+        raise ValueError(f"{len(missing)} tensors are missing, the first is {missing[0]}")
+    return module.eval()
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def check_tokenizer(tokenizer: Any, text_encoder: Any) -> None:
-    """Raises ValueError if the tokenizer has tokens for which the text encoder has no embedding."""
+    """Raises ValueError if the tokenizer has no vocabulary, or tokens for which the text encoder has no embedding."""
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError("the tokenizer has no vocabulary")
     needed, rows = max(tokenizer.get_vocab().values()) + 1, text_encoder.get_input_embeddings().num_embeddings
     if needed > rows:
         raise ValueError(f"the tokenizer has {needed} tokens, but the text encoder embeds only {rows}")
-
-
-def _class_of(config: dict[str, Any], base: Any) -> Any:
-    """The class of diffusers that a config names."""
-    import diffusers
-
-    name = config.get("_class_name")
-    kind = getattr(diffusers, str(name), None)
-    if not (isinstance(kind, type) and issubclass(kind, base)):
-        raise ValueError(f"{name!r} is not a {base.__name__} of diffusers {diffusers.__version__}")
-    return kind
 
 
 @contextmanager
@@ -113,7 +257,7 @@ def quiet() -> Iterator[None]:
         log.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
+            warnings.simplefilter("ignore")
             yield
     finally:
         for log, verbosity, bars in before:
