@@ -9,8 +9,9 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -34,7 +35,8 @@ PATIENCE = 2.0  # seconds for the hub's first answer, which takes a tenth of tha
 WHOLE, BLOCK, BLOCKS = 1 << 20, 1 << 12, 64  # bytes; see Place.text_digest
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """A model's name as it was given, its diffusers folder, and the single file that holds its weights, if any."""
 
     source: str
@@ -108,9 +110,9 @@ class Place(NamedTuple):
     def text_digest(self, loras: Sequence[Path] = ()) -> str:
         """32 hex digits of a hash over all that decides how a prompt is encoded.
 
-        That are the files of text encoders and tokenizers, the single file and LoRA files: names, sizes and contents;
-        of files of more than 1 MiB the first MiB, which holds the header of a safetensors file, and 64 blocks of 4 KiB
-        at equal distances, so that gigabytes are read in milliseconds.
+        These are the files of text encoders and tokenizers, the single file and LoRA files, with their names and sizes.
+        Of a file of more than 1 MiB, the first MiB, which holds the header of a safetensors file, and 64 blocks of
+        4 KiB at equal distances are hashed, so that gigabytes take milliseconds.
         """
         files = [path for path in sorted(self.folder.glob("*/*")) if is_text(path.parent.name) and path.is_file()]
         digest = hashlib.sha256(str(self.index()["_class_name"]).encode())
