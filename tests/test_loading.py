@@ -160,7 +160,7 @@ def test_a_part_of_a_wrong_class(copy, part, entry, code):
     [
         ("Nonesuch", "model.family"),
         ("DDIMScheduler", "model.family"),
-        ("StableDiffusionXLPipeline", "model.incomplete"),
+        ("StableDiffusionControlNetPipeline", "model.incomplete"),
         ("StableDiffusionUpscalePipeline", "model.family"),
         (["pipeline", "Mine"], "model.damaged"),
         (None, "model.damaged"),
