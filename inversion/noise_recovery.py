@@ -13,14 +13,21 @@ from torch import Tensor
 
 from ringmark.errors import ModelError
 
-__all__ = ["NoiseRecovery", "rings"]
+__all__ = ["NoiseRecovery", "radial_frequencies", "rings"]
+
+TIE = 1e-9  # far above the error of `radial_frequencies`, so that every platform rounds a tie alike
 
 
-def rings(height: int, width: int) -> Tensor:
-    """The radius (h, w) int64 of each bin of an unshifted 2-D DFT, in whole frequencies of the shorter side."""
-    short = min(height, width)
-    ky, kx = torch.fft.fftfreq(height, 1 / short), torch.fft.fftfreq(width, 1 / short)
-    return torch.hypot(ky[:, None], kx[None]).round().long()
+def radial_frequencies(height: int, width: int, side: int | None = None) -> Tensor:
+    """Frequencies (h, w) float64 of the bins of an unshifted 2-D DFT in cycles per `side` pixels, the shorter side."""
+    side = side or min(height, width)
+    ky, kx = (torch.fft.fftfreq(n, dtype=torch.float64) * side for n in (height, width))
+    return torch.hypot(ky[:, None], kx[None])
+
+
+def rings(height: int, width: int, side: int | None = None) -> Tensor:
+    """The ring (h, w) int64 of each bin: its rounded radial frequency, rounded down in a tie."""
+    return (radial_frequencies(height, width, side) - 0.5 - TIE).ceil().long()
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,9 @@ class Model(Autoencoder, Denoiser, Protocol):
     def identity(self) -> dict[str, Any]: ...
 
     @property
+    def kind(self) -> dict[str, Any]: ...
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]: ...
 
     @property

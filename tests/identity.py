@@ -12,7 +12,7 @@ from ringmark.inversion.condition import Condition
 from ringmark.inversion.recover import Recoverer
 from ringmark.inversion.schedule import Schedule
 from ringmark.watermark.detect.verifier import Verifier
-from ringmark.watermark.keys.key import Key
+from ringmark.watermark.keys.key import SECRET_BYTES, Key
 from ringmark.watermark.schemes.base import make_key
 
 
@@ -48,13 +48,24 @@ class Identity:
 MODEL = Identity()
 
 
+def secret(seed: int) -> bytes:
+    """A secret that is none."""
+    return seed.to_bytes(SECRET_BYTES, "big")
+
+
+def of_shape(shape: tuple[int, int, int], **model: Any) -> dict[str, Any]:
+    """What a key says of a model with latents of this shape that are its pixels, as arguments of `make_key`."""
+    return {"kind": {"family": "none", "channels": shape[0], "factor": 1}, "reference": shape[1:], "model": model}
+
+
 def key(seed: int, pattern: str = "ring", radii: tuple[int, int] = (2, 8), **changes: Any) -> Key:
     """A key in channels 0 and 2; `changes` are those of the model's identity."""
     return make_key(
         "tree-ring",
-        (3, 32, 32),
+        kind=MODEL.kind,
+        reference=MODEL.image_size,
         model=MODEL.identity | changes,
-        rng=np.random.default_rng(seed),
+        secret=secret(seed),
         pattern=pattern,
         channels=(0, 2),
         radii=radii,
@@ -64,6 +75,13 @@ def key(seed: int, pattern: str = "ring", radii: tuple[int, int] = (2, 8), **cha
 def samples(noise: torch.Tensor) -> list[Sample]:
     """8-bit pictures of noise, within ± 4 deviations."""
     return [Sample(str(i), from_array(np.clip(x.numpy() / 4, -1, 1))) for i, x in enumerate(noise)]
+
+
+def old_key(described: Key, spectrum: torch.Tensor) -> Key:
+    """A key as of an older file, with the description of another and this spectrum (c, h, w)."""
+    metadata = {name: value for name, value in described.metadata.items() if name not in ("kind", "reference")}
+    latent_shape = [described.latent_shape[0], *spectrum.shape[1:]]
+    return Key(metadata | {"latent_shape": latent_shape}, values=torch.view_as_real(spectrum).float().numpy())
 
 
 def verifier(

@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 
 import pytest
+from identity import of_shape
 from shell import refused, run
 
 from ringmark.watermark.schemes.base import make_key
@@ -41,7 +42,8 @@ def test_generate_needs_a_key_or_no_mark(house: Path) -> None:
 
 def test_a_key_of_another_model_marks_nothing(tmp_path: Path) -> None:
     for name, shape in (("other", (4, 32, 32)), ("larger", (4, 64, 64))):
-        key = make_key("tree-ring", shape, model={"name": name, "fingerprint": "0"}, channels=(0,), radii=(3, 6))
+        described = of_shape(shape, name=name, fingerprint="0")
+        key = make_key("tree-ring", **described, channels=(0,), radii=(3, 6))
         key.save(tmp_path / f"{name}.key")
         said = refused("generate", "--key", tmp_path / f"{name}.key", "-n", 1, "-o", tmp_path / "out")
         assert key.fingerprint[:8] in said and name in said and not (tmp_path / "out").exists()

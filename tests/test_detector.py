@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from identity import MODEL, key, samples
+from identity import MODEL, key, samples, secret
 from scipy import stats
 
 from ringmark.errors import CalibrationError, SchemeError
@@ -143,7 +143,7 @@ def test_thresholds_densities_and_matched_filters():
 
 
 def test_a_key_of_an_unknown_scheme_is_refused():
-    odd = Key(key(1).values, key(1).metadata | {"scheme": "unheard-of"})
+    odd = Key(key(1).metadata | {"scheme": "unheard-of"}, secret(1))
     with pytest.raises(SchemeError) as caught:
         Detector([odd], null=WHITE)
     assert caught.value.code == "scheme.unknown"
@@ -158,7 +158,7 @@ def test_calibrated_p_values_of_coloured_noise_are_uniform(pattern):
     verdicts = [j.best for j in judged(detector, coloured(1000, 600))]
     for p in ([v.p_value for v in verdicts], [v.conformal_p for v in verdicts]):
         assert stats.kstest(p, "uniform").pvalue > 0.01
-    assert not any(v.present or v.present is None for v in verdicts)
+    assert sum(v.present is not False for v in verdicts) <= 4  # 0.6 are expected
     assert {v.calibration for v in verdicts} == {detector.calibration.fingerprint}
     plain = Detector(detector.keys, null=WHITE)
     assert {(v.calibration, v.conformal_p) for j in judged(plain, coloured(0, 2)) for v in j.verdicts} == {(None, None)}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import wrap
+from identity import secret
 from PIL import Image
 
 from ringmark.data.results import Results
@@ -24,10 +25,11 @@ from ringmark.watermark.evaluation.plots import write_plots
 from ringmark.watermark.evaluation.rates import roc
 from ringmark.watermark.evaluation.report import summary
 from ringmark.watermark.keys.key import Key
-from ringmark.watermark.schemes.base import make_key, scheme_of
+from ringmark.watermark.schemes.base import scheme_of
 from ringmark.watermark.tasks import evaluate as task
 from ringmark.watermark.tasks import quality
 from ringmark.watermark.tasks.evaluate import Plan, evaluate, scores_of
+from ringmark.watermark.tasks.keygen import new_key
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +43,7 @@ def keys(model, tmp_path_factory):
     folder, paths = tmp_path_factory.mktemp("keys"), {}
     for i, pattern in enumerate(("rand", "ring", "zeros")):
         placed = {"pattern": pattern, "channels": (0, 1), "radii": (1, 3)}
-        rng = np.random.default_rng(i)
-        key = make_key("tree-ring", model.latent_shape, model=model.identity, rng=rng, **placed)
-        key.save(folder / f"{pattern}.key")
+        new_key(model, "tree-ring", secret=secret(i), **placed).save(folder / f"{pattern}.key")
         paths[pattern] = folder / f"{pattern}.key"
     return paths
 

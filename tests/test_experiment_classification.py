@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from identity import of_shape, secret
 
 from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.schemes.base import make_key
@@ -13,15 +14,13 @@ from ringmark.watermark.schemes.tree_ring import TreeRing
 from ringmark.watermark.statistics import published_distance
 from scripts.experiments import classification as script
 
-SHAPE, PLACE, NONE = (4, 32, 32), Placement((3,), (6, 10)), {"name": "none", "fingerprint": "0"}
+SHAPE, PLACE = (4, 32, 32), Placement((3,), (6, 10))
 
 
 @pytest.fixture(scope="module")
 def scheme():
-    key = make_key(
-        "tree-ring", SHAPE, model=NONE, rng=np.random.default_rng(3), channels=PLACE.channels, radii=PLACE.radii
-    )
-    return TreeRing(key)
+    placed = {"channels": PLACE.channels, "radii": PLACE.radii}
+    return TreeRing(make_key("tree-ring", **of_shape(SHAPE), secret=secret(3), **placed))
 
 
 def test_a_weak_mark_is_between_none_and_the_schemes_own(scheme):

@@ -177,9 +177,9 @@ def test_displays_draw_their_numbers() -> None:
     values = np.zeros((9, 8))
     inside = np.zeros((9, 8), bool)
     inside[4, 4:6] = True
-    assert SpectrumDisplay(Panel(title="title", values=values, inside=inside, radii=(0, 1))).scale == 1
+    assert SpectrumDisplay(Panel(title="title", values=values, inside=inside, radii=(0, 1), side=2)).scale == 1
     values[4, 4] = 3.0
-    display = SpectrumDisplay(Panel(title="title", values=values, inside=inside, radii=(0, 1)))
+    display = SpectrumDisplay(Panel(title="title", values=values, inside=inside, radii=(0, 1), side=2))
     assert display.scale == pytest.approx(np.sqrt(9 / 2))
     ax = Figure().subplots()
     display.plot(ax)

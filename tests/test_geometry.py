@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from identity import of_shape, secret
 from scipy import stats
 
 from ringmark.errors import SchemeError
@@ -27,8 +28,8 @@ def scheme_of(
     mask: str = "centred",
     seed: int = 0,
 ) -> TreeRing:
-    rng, placed = np.random.default_rng(seed), {"channels": placement.channels, "radii": placement.radii}
-    return TreeRing(make_key("tree-ring", shape, model={}, pattern=pattern, mask=mask, rng=rng, **placed))
+    placed = {"channels": placement.channels, "radii": placement.radii}
+    return TreeRing(make_key("tree-ring", **of_shape(shape), pattern=pattern, mask=mask, secret=secret(seed), **placed))
 
 
 def white(number: int, shape: tuple[int, int, int] = SHAPE, seed: int = 0) -> torch.Tensor:
@@ -41,7 +42,7 @@ WHITE = Null.white(SHAPE)
 def some_null(shape: tuple[int, int, int] = SHAPE, seed: int = 0) -> Null:
     """Of a covariance a ring, of different sizes and correlations."""
     roots = np.random.default_rng(seed).normal(size=(int(rings(*shape[1:]).max()) + 1, shape[0], shape[0]))
-    return Null(roots @ roots.transpose(0, 2, 1) + 0.1 * np.eye(shape[0]))
+    return Null(roots @ roots.transpose(0, 2, 1) + 0.1 * np.eye(shape[0]), min(shape[1:]))
 
 
 def ordinary(scheme: TreeRing, noise: torch.Tensor, null: Null) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import json
 import os
@@ -20,21 +21,19 @@ from hypothesis import strategies as st
 import ringmark.watermark.keys.key
 from ringmark.data.files import refuse_existing
 from ringmark.errors import KeyFileError, SchemeError
-from ringmark.watermark.keys.key import COMMON, READABLE, Key
+from ringmark.watermark.keys.key import COMMON, READABLE, SECRET_BYTES, Key
 from ringmark.watermark.schemes.base import scheme_of
 
+SECRET = bytes(range(101, 101 + SECRET_BYTES))
 VALUES = np.array([[0.7310586, -1.2345678], [3.1415927, -0.0987654]], np.float32)
-PUBLIC = {
-    "scheme": "tree-ring",
-    "pattern": "ring",
-    "mask": "centred",
-    "channels": [0, 2],
-    "radii": [3, 8],
-    "latent_shape": [4, 32, 32],
-    "model": {"name": "pocket", "fingerprint": "0123456789abcdef"},
-}
+MARK = {"scheme": "tree-ring", "pattern": "ring", "mask": "centred", "channels": [0, 2], "radii": [3, 8]}
+MADE = {"model": {"name": "pocket", "fingerprint": "0123456789abcdef"}}
+LATENTS = {"kind": {"family": "stable-diffusion", "channels": 4, "factor": 8}, "reference": [256, 384]}
+PUBLIC = MARK | LATENTS | MADE
 CREATED = {"created": "2026-01-01T00:00:00+00:00"}
-KEY = Key(VALUES, PUBLIC | CREATED)
+KEY = Key(PUBLIC | CREATED, SECRET)
+OLD = Key(MARK | {"latent_shape": [4, 32, 32]} | MADE | CREATED, values=VALUES)
+OTHER = bytes(SECRET_BYTES)
 
 
 @pytest.fixture
@@ -71,52 +70,64 @@ def refused(act, path) -> str:
 
 
 def shows_values(text: str) -> bool:
-    return any(f"{abs(x):.3f}"[:-1] in text for x in VALUES.flat)
+    ways = (SECRET.hex(), base64.b64encode(SECRET).decode(), repr(SECRET)[2:-1], ", ".join(map(str, SECRET)))
+    return any(way in text for way in ways) or any(f"{abs(x):.3f}"[:-1] in text for x in VALUES.flat)
 
 
 def test_there_and_back(tmp_path):
-    key = Key.new(VALUES, **PUBLIC)
+    key = Key.new(SECRET, **PUBLIC)
     key.save(tmp_path / "a.key")
     back = Key.load(tmp_path / "a.key")
-    assert back.values.dtype == np.float32 and np.array_equal(back.values, VALUES)
+    assert back.secret == SECRET and back.values is None and back.latent_shape == (4, 32, 48)
     assert back.metadata == key.metadata and back.fingerprint == key.fingerprint
+    header, body = parts(tmp_path / "a.key")
+    assert (header["secret"]["dtype"], header["secret"]["shape"], body) == ("U8", [SECRET_BYTES], SECRET)
 
 
-def test_non_contiguous_and_wider_values_come_back_as_float32(tmp_path):
-    key = Key.new(np.arange(12.0).reshape(3, 4).T, **PUBLIC)
-    key.save(tmp_path / "a.key")
-    assert np.array_equal(Key.load(tmp_path / "a.key").values, np.arange(12.0).reshape(3, 4).T)
+def test_an_old_key_comes_back_as_it_was(tmp_path):
+    OLD.save(tmp_path / "a.key")
+    back = Key.load(tmp_path / "a.key")
+    assert back.values.dtype == np.float32 and np.array_equal(back.values, VALUES) and back.secret == b""
+    assert back.metadata == OLD.metadata and back.latent_shape == (4, 32, 32)
+    assert parts(tmp_path / "a.key")[0]["values"]["dtype"] == "F32"
+    back.save(tmp_path / "b.key")
+    assert (tmp_path / "a.key").read_bytes() == (tmp_path / "b.key").read_bytes()
 
 
-def test_the_fingerprint_of_a_known_key_never_changes():
-    assert KEY.fingerprint == "6d974d3b8170ea53"
+def test_non_contiguous_values_come_back(tmp_path):
+    Key(OLD.metadata, values=np.arange(12, dtype=np.float32).reshape(3, 4).T).save(tmp_path / "a.key")
+    assert np.array_equal(Key.load(tmp_path / "a.key").values, np.arange(12).reshape(3, 4).T)
 
 
-@given(st.integers(0, 3), st.booleans())
-def test_any_value_changes_the_fingerprint(index, up):
-    values = VALUES.copy()
-    values.flat[index] = np.nextafter(values.flat[index], np.float32(np.inf if up else -np.inf))
-    assert Key(values, KEY.metadata).fingerprint != KEY.fingerprint
+def test_the_fingerprints_of_known_keys_never_change():
+    assert (KEY.fingerprint, OLD.fingerprint) == ("ccd4ac856bf234fd", "6d974d3b8170ea53")
+
+
+@given(st.integers(0, 8 * SECRET_BYTES - 1))
+def test_any_bit_of_the_secret_changes_the_fingerprint(bit):
+    secret = (int.from_bytes(SECRET, "big") ^ 1 << bit).to_bytes(SECRET_BYTES, "big")
+    assert Key(KEY.metadata, secret).fingerprint != KEY.fingerprint
 
 
 @pytest.mark.parametrize("field", [*PUBLIC, "another"])
 def test_any_public_field_changes_the_fingerprint(field):
-    assert Key(VALUES, KEY.metadata | {field: "other"}).fingerprint != KEY.fingerprint
+    assert Key(KEY.metadata | {field: "other"}, SECRET).fingerprint != KEY.fingerprint
 
 
 def test_neither_time_nor_order_of_fields_changes_the_fingerprint():
-    assert Key(VALUES, KEY.metadata | {"created": "2030"}).fingerprint == KEY.fingerprint
-    assert Key(VALUES, dict(reversed(KEY.metadata.items()))).fingerprint == KEY.fingerprint
+    assert Key(KEY.metadata | {"created": "2030"}, SECRET).fingerprint == KEY.fingerprint
+    assert Key(dict(reversed(KEY.metadata.items())), SECRET).fingerprint == KEY.fingerprint
 
 
 def test_two_system_keys_differ():
-    a, b = (Key.new(Key.system_rng().normal(size=8), **PUBLIC) for _ in range(2))
-    assert not np.array_equal(a.values, b.values) and a.fingerprint != b.fingerprint
+    a, b = (Key.new(**PUBLIC) for _ in range(2))
+    assert a.secret != b.secret and len(a.secret) == len(b.secret) == SECRET_BYTES and a.fingerprint != b.fingerprint
 
 
 def test_a_printed_key_shows_its_fingerprint_alone():
-    for text in (repr(KEY), str(KEY), f"{KEY}", repr([KEY])):
-        assert KEY.fingerprint in text and not shows_values(text)
+    for key in (KEY, OLD):
+        for text in (repr(key), str(key), f"{key}", repr([key])):
+            assert key.fingerprint in text and not shows_values(text)
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
@@ -138,7 +149,7 @@ def test_only_the_owner_may_read_it(tmp_path, umask, overwrite):
 
 def test_a_key_is_never_replaced_unasked(path):
     before = path.read_bytes()
-    other = Key.new(-VALUES, **PUBLIC)
+    other = Key.new(OTHER, **PUBLIC)
     assert refused(lambda: other.save(path), path) == "key.exists"
     assert path.read_bytes() == before and os.listdir(path.parent) == ["my.key"]
 
@@ -146,14 +157,14 @@ def test_a_key_is_never_replaced_unasked(path):
 def test_replacing_is_atomic(path):
     reader, before = path.with_name("reader"), path.read_bytes()
     os.link(path, reader)  # stands for a process that has the old file open
-    other = Key.new(-VALUES, **PUBLIC)
+    other = Key.new(OTHER, **PUBLIC)
     other.save(path, overwrite=True)
     assert Key.load(path).fingerprint == other.fingerprint
     assert reader.read_bytes() == before and sorted(os.listdir(path.parent)) == ["my.key", "reader"]
 
 
 def test_of_many_writers_one_wins(tmp_path):
-    keys = [Key.new(VALUES + i, **PUBLIC) for i in range(8)]
+    keys = [Key.new(bytes([i] * SECRET_BYTES), **PUBLIC) for i in range(8)]
 
     def save(key):
         try:
@@ -175,14 +186,14 @@ def test_a_failed_save_leaves_no_trace(path, monkeypatch, overwrite, call):
 
     target, before = path if overwrite else path.with_name("new.key"), path.read_bytes()
     monkeypatch.setattr(ringmark.watermark.keys.key.os, call, fail)
-    code = refused(lambda: Key.new(-VALUES, **PUBLIC).save(target, overwrite=overwrite), target)
+    code = refused(lambda: Key.new(OTHER, **PUBLIC).save(target, overwrite=overwrite), target)
     assert code == "file.full"
     assert path.read_bytes() == before and os.listdir(path.parent) == ["my.key"]
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
 def test_replacing_follows_links_and_leaves_what_is_no_file(path, tmp_path):
-    link, pipe, other = tmp_path / "link.key", tmp_path / "pipe.key", Key.new(-VALUES, **PUBLIC)
+    link, pipe, other = tmp_path / "link.key", tmp_path / "pipe.key", Key.new(OTHER, **PUBLIC)
     link.symlink_to(path)
     os.mkfifo(pipe)
     other.save(link, overwrite=True)
@@ -230,7 +241,7 @@ def test_a_truncated_or_lengthened_key(path):
         refused(lambda: Key.load(path), path)
 
 
-def test_no_bit_of_the_values_can_be_turned(path):
+def test_no_bit_of_the_secret_can_be_turned(path):
     header, body = parts(path)
     for i in range(8 * len(body)):
         turned = bytearray(body)
@@ -242,8 +253,9 @@ def test_no_bit_of_the_values_can_be_turned(path):
 @pytest.mark.parametrize("field", [*PUBLIC, "fingerprint"])
 def test_no_field_may_be_altered_or_missing(path, field):
     stored = json.loads(parts(path)[0]["__metadata__"]["ringmark"])
-    same_type = {list: [1, 2, 3][: len(stored[field])], dict: {}, str: "other"}[type(stored[field])]
-    put_description(path, json.dumps(stored | {field: same_type}))
+    other = {"kind": LATENTS["kind"] | {"factor": 4}, "reference": [256, 256], "model": {}}
+    same_type = [1, 2] if isinstance(stored[field], list) else "other"
+    put_description(path, json.dumps(stored | {field: other.get(field, same_type)}))
     assert refused(lambda: Key.load(path), path) == "key.fingerprint"
     put_description(path, json.dumps({k: v for k, v in stored.items() if k != field}))
     common = field in (*COMMON, "fingerprint")
@@ -252,11 +264,38 @@ def test_no_field_may_be_altered_or_missing(path, field):
 
 @pytest.mark.parametrize(
     "field, value",
-    [*((field, 7) for field in COMMON), ("latent_shape", [4, 32]), ("latent_shape", [4, None, 32])]
-    + [("latent_shape", [4, 32, 0]), ("latent_shape", [4, True, 32])],
+    [(field, 7) for field in (*LATENTS, "scheme", "model", "created")]
+    + [
+        ("reference", sides)
+        for sides in ([256], [256, None], [256, 0], [256, -8], [True, 256], [256, 260], [2**40] * 2)
+    ]
+    + [("kind", LATENTS["kind"] | change) for change in ({"channels": 0}, {"factor": "8"}, {"family": None})]
+    + [("kind", {})],
 )
 def test_types_are_checked_even_if_the_fingerprint_fits(path, field, value):
-    Key(VALUES, KEY.metadata | {field: value}).save(path, overwrite=True)
+    Key(KEY.metadata | {field: value}, SECRET).save(path, overwrite=True)
+    assert refused(lambda: Key.load(path), path) == "key.damaged"
+
+
+@pytest.mark.parametrize("shape", [7, [4, 32], [4, None, 32], [4, 32, 0], [4, True, 32]])
+def test_types_of_an_old_key_are_checked_too(path, shape):
+    Key(OLD.metadata, values=VALUES).save(path, overwrite=True)
+    Key.load(path)
+    stored = json.loads(parts(path)[0]["__metadata__"]["ringmark"])
+    put_description(path, json.dumps(stored | {"latent_shape": shape}))
+    assert refused(lambda: Key.load(path), path) == "key.damaged"
+
+
+@pytest.mark.parametrize("size", [0, 16, 31, 33, 64])
+def test_a_secret_has_256_bits(path, size):
+    Key(KEY.metadata, bytes(size)).save(path, overwrite=True)
+    assert refused(lambda: Key.load(path), path) == "key.damaged"
+
+
+def test_a_key_has_a_secret_or_values_and_not_both(path):
+    header, body = parts(path)
+    info = {"dtype": "F32", "shape": [1], "data_offsets": [len(body), len(body) + 4]}
+    put(path, header | {"values": info}, body + bytes(4))
     assert refused(lambda: Key.load(path), path) == "key.damaged"
 
 
@@ -266,7 +305,7 @@ WRONG += [("channels", ["0"]), ("channels", [True]), ("channels", [{}]), ("radii
 
 @pytest.mark.parametrize("field, value", WRONG)
 def test_types_of_a_schemes_own_fields_are_checked_by_the_scheme(path, field, value):
-    Key(VALUES, KEY.metadata | {field: value}).save(path, overwrite=True)
+    Key(KEY.metadata | {field: value}, SECRET).save(path, overwrite=True)
     with pytest.raises(SchemeError) as caught:
         scheme_of(Key.load(path))
     assert "\n" not in str(caught.value) and caught.value.code in ("scheme.pattern", "scheme.description")
@@ -292,9 +331,9 @@ def test_nesting_at_the_very_limit_of_json(path):
 def test_no_description_at_all(path):
     header, body = parts(path)
     for some in ({}, {"__metadata__": {}}, {"__metadata__": {"other": "x"}}):
-        put(path, {"values": header["values"]} | some, body)
+        put(path, {"secret": header["secret"]} | some, body)
         refused(lambda: Key.load(path), path)
-    put(path, {"other": header["values"], "__metadata__": header["__metadata__"]}, body)
+    put(path, {"other": header["secret"], "__metadata__": header["__metadata__"]}, body)
     refused(lambda: Key.load(path), path)
 
 
@@ -304,7 +343,7 @@ def test_no_description_at_all(path):
 )
 def test_the_same_bytes_as_other_numbers(path, dtype, size):
     header, body = parts(path)
-    put(path, header | {"values": header["values"] | {"dtype": dtype, "shape": [len(body) // size]}}, body)
+    put(path, header | {"secret": header["secret"] | {"dtype": dtype, "shape": [len(body) // size]}}, body)
     refused(lambda: Key.load(path), path)
 
 
@@ -312,7 +351,7 @@ def test_the_same_bytes_as_other_numbers(path, dtype, size):
 def test_values_that_are_not_numbers(path, value):
     values = VALUES.copy()
     values[0, 0] = value
-    Key(values, KEY.metadata).save(path, overwrite=True)
+    Key(OLD.metadata, values=values).save(path, overwrite=True)
     refused(lambda: Key.load(path), path)
 
 
@@ -357,7 +396,7 @@ def test_nothing_large_is_allocated(path):
     tracemalloc.start()
     try:
         for claim in claims:
-            put(path, header | {"values": header["values"] | claim}, body)
+            put(path, header | {"secret": header["secret"] | claim}, body)
             refused(lambda: Key.load(path), path)
         with path.open("r+b") as file:
             file.truncate(1 << 32)  # sparse
@@ -409,7 +448,7 @@ def test_a_damaged_file_is_refused_or_still_the_same_key(tmp_path_factory, data)
     folder = tmp_path_factory.getbasetemp() / "damaged"
     folder.mkdir(exist_ok=True)
     path = folder / "x.key"
-    key = Key(np.random.default_rng(0).normal(size=(1, 32, 32, 2)).astype(np.float32), KEY.metadata)
+    key = data.draw(st.sampled_from([KEY, OLD]))
     key.save(path, overwrite=True)
     content = bytearray(path.read_bytes())
     at = data.draw(st.integers(0, 700) | st.integers(0, len(content) - 1))
@@ -434,13 +473,14 @@ def test_a_key_that_others_may_read_is_refused_unless_told(path, mode, monkeypat
     assert Key.load(path).fingerprint == KEY.fingerprint
 
 
-def test_a_commitment_binds_values_and_description_but_not_the_date():
+def test_a_commitment_binds_secret_and_description_but_not_the_date():
     values = VALUES.copy()
     values.flat[0] *= 1 + 1e-6
     assert KEY.commitment.startswith(KEY.fingerprint) and len(KEY.commitment) == 64
-    assert Key(values, KEY.metadata).commitment != KEY.commitment
-    assert Key(VALUES, KEY.metadata | {"radii": [2, 7]}).commitment != KEY.commitment
-    assert Key(VALUES, KEY.metadata | {"created": "1999"}).commitment == KEY.commitment
+    assert Key(KEY.metadata, OTHER).commitment != KEY.commitment
+    assert Key(OLD.metadata, values=values).commitment != OLD.commitment
+    assert Key(KEY.metadata | {"radii": [2, 7]}, SECRET).commitment != KEY.commitment
+    assert Key(KEY.metadata | {"created": "1999"}, SECRET).commitment == KEY.commitment
 
 
 def test_a_name_that_is_taken_is_refused(path, tmp_path):

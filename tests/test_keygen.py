@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from identity import MODEL
+from identity import MODEL, old_key
 from scipy import stats
 
 from ringmark.errors import KeyFileError, SchemeError
@@ -17,9 +17,8 @@ from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.watermark.detect.detector import Detector
 from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.keys.folder import load_ring
-from ringmark.watermark.keys.key import Key
+from ringmark.watermark.keys.key import SECRET_BYTES, Key
 from ringmark.watermark.null import Null
-from ringmark.watermark.schemes.base import make_key
 from ringmark.watermark.schemes.fourier import Placement, recommend
 from ringmark.watermark.schemes.tree_ring import TreeRing
 from ringmark.watermark.statistics import ALPHA, cosine_bound, cosine_p
@@ -32,9 +31,7 @@ SHAPE, PLACE = (3, 32, 32), Placement((0, 2), (2, 8))
 def maker(seed: int = 0, place: Placement = PLACE, pattern: str = "rand", model=MODEL) -> Callable[[], Key]:
     """Keys in a row, from one generator."""
     rng, parameters = np.random.default_rng(seed), {"channels": place.channels, "radii": place.radii}
-    return lambda: make_key(
-        "tree-ring", model.latent_shape, model=model.identity, rng=rng, pattern=pattern, **parameters
-    )
+    return lambda: new_key(model, "tree-ring", secret=rng.bytes(SECRET_BYTES), pattern=pattern, **parameters)
 
 
 def mark(key: Key) -> torch.Tensor:
@@ -61,8 +58,7 @@ def turned(key: Key, cosine: float, seed: int = 9) -> Key:
     a, b = template(key), template(maker(seed, scheme.placement)())
     rest = other.spectrum - (a @ b) / (a @ a) * scheme.spectrum
     rest *= scheme.spectrum.norm() / rest.norm()
-    values = cosine * scheme.spectrum + (1 - cosine**2) ** 0.5 * rest
-    return Key(torch.view_as_real(values).float().numpy(), key.metadata)
+    return old_key(key, cosine * scheme.spectrum + (1 - cosine**2) ** 0.5 * rest)
 
 
 def admits(old: list[Key], key: Key, alpha: float = ALPHA) -> bool:
@@ -111,14 +107,13 @@ def test_a_key_is_admitted_once_and_so_is_its_opposite():
     key = maker()()
     ring = Ring(MODEL, [])
     assert ring.admits(key) and not ring.admits(key)
-    assert ring.admits(Key(-key.values, key.metadata))
+    assert ring.admits(old_key(key, -TreeRing(key).spectrum))
 
 
 def test_keys_of_other_placements_are_compared_where_they_overlap():
     wide = maker(1, Placement((0,), (3, 9)))()
     inner = maker(2, Placement((0,), (3, 8)))()
-    values = np.where(TreeRing(inner).inside[..., None].numpy(), wide.values, 0)
-    copy = Key(values.astype(np.float32), inner.metadata)  # the same mark, but for the outermost ring
+    copy = old_key(inner, TreeRing(wide).spectrum * TreeRing(inner).inside)  # the same mark, but for the outermost ring
     apart = maker(3, Placement((2,), (3, 9)))()
     assert not admits([wide], copy) and not admits([copy], wide)
     assert admits([wide], inner) and admits([wide, inner], apart)
@@ -220,18 +215,21 @@ def test_what_is_no_folder_or_no_key_is_left_alone(tmp_path):
     assert (caught.value.code, caught.value.subject) == ("key.damaged", tmp_path / "server.key")
 
 
-def test_another_models_keys_do_not_join(tmp_path):
+def test_keys_of_another_kind_do_not_join_and_those_of_other_weights_do(tmp_path):
     grow(MODEL, tmp_path, 1, maker(), {})
-    other = type("Other", (type(MODEL),), {"identity": MODEL.identity | {"fingerprint": "1"}})()
+    tuned = type("Tuned", (type(MODEL),), {"identity": MODEL.identity | {"fingerprint": "1"}})()
+    assert grow(tuned, tmp_path, 1, maker(1, model=tuned), keys_in(tmp_path)).kept == 1
+    other = type("Other", (type(MODEL),), {"kind": MODEL.kind | {"family": "other"}})()
     with pytest.raises(KeyFileError) as caught:
         grow(other, tmp_path, 1, maker(model=other), keys_in(tmp_path))
-    assert caught.value.code == "key.model"
+    assert caught.value.code == "key.latents"
 
 
 def test_a_new_key_is_for_the_model_and_by_the_scheme_of_ones_choice():
     made = new_key(MODEL, "tree-ring", pattern="ring", channels=(1,), radii=(3, 6))
     described = {"scheme": "tree-ring", "pattern": "ring", "mask": "centred", "channels": [1], "radii": [3, 6]}
     assert described.items() <= made.metadata.items() and made.metadata["model"] == MODEL.identity
+    assert (made.metadata["kind"], made.metadata["reference"]) == (MODEL.kind, list(MODEL.image_size))
     assert new_key(MODEL, "tree-ring").metadata["channels"] == [0, 1, 2]  # nothing is known of this model
     for scheme, parameters, code in (
         ("unheard-of", {}, "scheme.unknown"),

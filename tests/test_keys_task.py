@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from identity import key
+from identity import key, secret
 
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.schemes.base import DEFAULT
@@ -14,7 +14,7 @@ from ringmark.watermark.tasks.keys import card, listing
 
 def test_a_listing_is_a_line_a_key_whatever_is_in_it():
     keys = {Path(f"{seed}.key"): key(seed) for seed in range(3)}
-    odd = Key(np.ones((1, 1), np.float32), keys[Path("0.key")].metadata | {"model": {"name": "a\nb\x1b[2J"}})
+    odd = Key(keys[Path("0.key")].metadata | {"model": {"name": "a\nb\x1b[2J"}}, secret(9))
     lines = listing(keys | {Path("odd.key"): odd}).split("\n")
     assert len(lines) == 5 and r"a\nb\x1b[2J" in lines[-1] and lines[0].startswith("fingerprint")
 
@@ -32,11 +32,12 @@ def test_the_fields_of_a_scheme_are_columns_as_its_parameters_are_written():
 
 def test_keys_of_an_unknown_scheme_are_listed_beside_others():
     own = {"scheme": "unheard-of", "latent_shape": [1, 2, 2], "model": {}, "created": "now", "strength": 3}
-    lines = listing({Path("a.key"): key(1), Path("b.key"): Key(np.ones(3, np.float32), own)}).split("\n")
+    lines = listing({Path("a.key"): key(1), Path("b.key"): Key(own, values=np.ones(3, np.float32))}).split("\n")
     assert "strength" in lines[0] and "unheard-of" in lines[2] and "?" in lines[2] and lines[2].endswith("b.key")
 
 
 def test_a_card_names_the_model_and_shows_fields_as_options_take_them():
     facts = dict(line.split(None, 1) for line in card(key(1)).split("\n"))
     assert facts["channels"] == "0,2" and facts["radii"] == "2-8" and facts["commitment"] == key(1).commitment
-    assert "(fingerprint " in facts["model"] and "{" not in facts["model"] + facts["latent_shape"]
+    assert "(fingerprint " in facts["model"] and "{" not in facts["model"] + facts["kind"]
+    assert facts["kind"] == "identity (3 channels, factor 1)" and facts["reference"] == "32x32 pixels"

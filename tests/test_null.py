@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from identity import MODEL
+from identity import MODEL, of_shape, secret
 from scipy import stats
 
 from ringmark.inversion.noise_recovery import NoiseRecovery, rings
@@ -47,7 +47,7 @@ def within(p_values, level: float) -> bool:
 def test_whitening_makes_the_covariance_the_identity(channels):
     rng, size = np.random.default_rng(9), (8, 12)
     covariance = some_covariance(3, size, rng)
-    white = Null(covariance).whitened(coloured(covariance, size, 6000, rng), channels)
+    white = Null(covariance, min(size)).whitened(coloured(covariance, size, 6000, rng), channels)
     assert white.shape == (6000, len(channels), *size)
     ring = rings(*size)
     for radius in range(number_of_rings(*size)):
@@ -61,7 +61,7 @@ def test_the_root_of_the_covariance_comes_out_as_unit_vectors():
     covariance = some_covariance(3, size, rng)
     roots = np.linalg.cholesky(covariance)[rings(*size).numpy()]  # (h, w, C, C): each column of L is a transform
     columns = torch.from_numpy(np.moveaxis(roots, -1, 0).transpose(0, 3, 1, 2).copy()).to(torch.complex128)
-    white = Null(covariance).whiten(columns, (0, 1, 2))
+    white = Null(covariance, min(size)).whiten(columns, (0, 1, 2))
     assert torch.allclose(white, torch.eye(3)[:, :, None, None].to(white).expand_as(white), atol=1e-9)
 
 
@@ -70,7 +70,7 @@ def test_the_root_of_the_covariance_comes_out_as_unit_vectors():
 def test_products_of_whitened_vectors_are_those_of_the_precision(channels, size, seed):
     rng = np.random.default_rng(seed)
     covariance = some_covariance(channels, size, rng)
-    null, marked = Null(covariance), list(rng.permutation(channels)[: rng.integers(1, channels + 1)])
+    null, marked = Null(covariance, min(size)), list(rng.permutation(channels)[: rng.integers(1, channels + 1)])
     parts = rng.normal(size=(2, 2, 1, len(marked), *size))
     f, k = torch.from_numpy(parts[0] + 1j * parts[1])
     precision = np.linalg.inv(covariance[:, np.array(marked)[:, None], marked])[rings(*size).numpy()]
@@ -82,7 +82,7 @@ def test_products_of_whitened_vectors_are_those_of_the_precision(channels, size,
 def test_whitening_of_one_channel_divides_by_the_deviation():
     size = (6, 6)
     variance = np.linspace(1, 9, number_of_rings(*size))
-    null = Null(np.stack([np.full_like(variance, 7.0), variance], 1)[:, :, None] * np.eye(2))
+    null = Null(np.stack([np.full_like(variance, 7.0), variance], 1)[:, :, None] * np.eye(2), min(size))
     noise = torch.from_numpy(np.random.default_rng(1).normal(size=(3, 2, *size)))
     expected = torch.fft.fft2(noise[:, 1:], norm="ortho") / torch.from_numpy(variance)[rings(*size)].sqrt()
     assert torch.allclose(null.whitened(noise, (1,)), expected)
@@ -91,11 +91,13 @@ def test_whitening_of_one_channel_divides_by_the_deviation():
 def test_the_mean_is_taken_away():
     rng, size = np.random.default_rng(2), (8, 8)
     covariance, mean = some_covariance(2, size, rng), torch.from_numpy(rng.normal(size=(2, *size)))
-    null, noise = Null(covariance, mean), coloured(covariance, size, 5, rng)
-    assert torch.allclose(null.whitened(noise + mean, (0, 1)), Null(covariance).whitened(noise, (0, 1)))
+    null, noise = Null(covariance, min(size), mean), coloured(covariance, size, 5, rng)
+    assert torch.allclose(null.whitened(noise + mean, (0, 1)), Null(covariance, min(size)).whitened(noise, (0, 1)))
     assert null.whitened(mean[None], (1, 0)).abs().max() == 0
     transform = spectrum(noise, (0, 1))
-    assert torch.equal(null.whiten(transform, (0, 1)), Null(covariance).whiten(transform, (0, 1)))  # of keys, nothing
+    assert torch.equal(
+        null.whiten(transform, (0, 1)), Null(covariance, min(size)).whiten(transform, (0, 1))
+    )  # of keys, nothing
 
 
 def test_a_white_null_leaves_the_spectrum_as_it_is():
@@ -124,7 +126,7 @@ def test_the_null_of_a_model_is_what_was_measured_of_it_or_white():
 
 def test_printing_a_null_and_using_it_again_changes_nothing():
     rng, size = np.random.default_rng(3), (8, 8)
-    null = Null(some_covariance(2, size, rng))
+    null = Null(some_covariance(2, size, rng), min(size))
     noise = torch.from_numpy(rng.normal(size=(1, 2, *size)))
     first, other = null.whitened(noise, (0, 1)), null.whitened(noise, (1, 0))
     assert torch.equal(null.whitened(noise, (0, 1)), first) and not torch.equal(first, other)
@@ -135,9 +137,9 @@ def test_printing_a_null_and_using_it_again_changes_nothing():
 def test_correlated_channels_need_the_covariance_and_not_the_variance_alone(test):
     shape, channels = (3, 24, 24), (0, 1, 2)
     rng, covariance = np.random.default_rng(10), 0.1 * np.eye(3) + 0.9  # correlation .9 between channels
-    null = Null(np.tile(covariance, (number_of_rings(24, 24), 1, 1)))
+    null = Null(np.tile(covariance, (number_of_rings(24, 24), 1, 1)), 24)
     noise = coloured(null.covariance, (24, 24), 4000, rng)
-    scheme = TreeRing(make_key("tree-ring", shape, model={}, rng=rng, channels=channels, radii=(2, 5)))
+    scheme = TreeRing(make_key("tree-ring", **of_shape(shape), secret=secret(10), channels=channels, radii=(2, 5)))
     scheme.spectrum[:] = scheme.spectrum[0].clone()  # the same in every channel: variances add up
 
     def p_values(whitening: Null) -> np.ndarray:
@@ -145,5 +147,5 @@ def test_correlated_channels_need_the_covariance_and_not_the_variance_alone(test
         return test(scheme.features(whitening.whitened(noise, channels)).numpy(), key.numpy())[1]
 
     assert uniform(p_values(null)) and within(p_values(null), 0.001)
-    variances = Null(null.covariance * np.eye(3))
+    variances = Null(null.covariance * np.eye(3), 24)
     assert not uniform(p_values(variances)) and not uniform(p_values(Null.white(shape)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from identity import of_shape, secret
 
 from ringmark.data.images import Sample, from_array
 from ringmark.errors import SchemeError
@@ -17,13 +18,14 @@ from ringmark.watermark.embed import generate
 from ringmark.watermark.null import Null
 from ringmark.watermark.schemes.base import make_key, scheme_of
 from ringmark.watermark.schemes.tree_ring import TreeRing
+from ringmark.watermark.tasks.keygen import new_key
 
 SHAPE = (4, 32, 32)
 
 
 def made(seed: int, radii: tuple[int, int] = (3, 5), pattern: str = "rand") -> TreeRing:
-    rng = np.random.default_rng(seed)
-    return TreeRing(make_key("tree-ring", SHAPE, model={}, rng=rng, pattern=pattern, channels=(0, 2), radii=radii))
+    placed = {"pattern": pattern, "channels": (0, 2), "radii": radii}
+    return TreeRing(make_key("tree-ring", **of_shape(SHAPE), secret=secret(seed), **placed))
 
 
 @pytest.fixture(scope="module")
@@ -109,16 +111,7 @@ def test_what_cannot_be_searched_for_is_refused(pocket):
 
 @pytest.mark.slow
 def test_the_search_finds_a_turned_and_a_cropped_picture(pocket):
-    keys = [
-        make_key(
-            "tree-ring",
-            pocket.latent_shape,
-            model=pocket.identity,
-            recovery=pocket.recovery,
-            rng=np.random.default_rng(i),
-        )
-        for i in (0, 1)
-    ]
+    keys = [new_key(pocket, "tree-ring", secret=secret(i)) for i in (0, 1)]
     schemes, null = {key.fingerprint: scheme_of(key) for key in keys}, Null.of_model(pocket)
     first = schemes[keys[0].fingerprint]
     (drawn,) = generate(pocket, ["lake at day with green hills"], [3], scheme=first, steps=10)

@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from identity import MODEL, samples, verifier
+from identity import MODEL, of_shape, samples, secret, verifier
 from scipy import stats
 from torch import Tensor
 from torch.nn import functional
@@ -27,6 +27,7 @@ from ringmark.watermark.detect.detector import Detector
 from ringmark.watermark.detect.search import Search
 from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.evaluation.gain import compared_columns
+from ringmark.watermark.keys.expansion import normal
 from ringmark.watermark.keys.folder import describe, export_public, load_folder
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.null import Array, Null
@@ -43,7 +44,7 @@ from ringmark.watermark.schemes.base import (
     scheme_of,
 )
 from ringmark.watermark.tasks.evaluate import scores_of
-from ringmark.watermark.tasks.keygen import Ring, draw_keys, grow, keys_in
+from ringmark.watermark.tasks.keygen import Ring, draw_keys, grow, keys_in, new_key
 from ringmark.watermark.tasks.keys import listing
 
 AGREEMENT = PublishedStatistic(name="sign_agreement", label="sign agreement", larger_if_marked=True)
@@ -82,23 +83,17 @@ class Sign:
 
     label, score_name, searchable = "sign", "block correlation", False
 
-    def __init__(self, key: Key) -> None:
-        meta, subject = key.metadata, f"key {key.fingerprint}"
-        channels, height, width = self.latent_shape = tuple(meta["latent_shape"])
-        self.block = meta.get("block")
+    def __init__(self, key: Key, latent_shape: tuple[int, int, int]) -> None:
+        channels, height, width = self.latent_shape = latent_shape
+        self.block = key.metadata.get("block")
         if type(self.block) is not int or self.block < 1 or height % self.block or width % self.block:
-            raise SchemeError("scheme.block", f"{self.block} does not divide the latent", subject=subject)
-        expected = (channels, height // self.block, width // self.block)
-        if key.values.shape != expected or not np.isin(key.values, (-1, 1)).all():
-            raise SchemeError("scheme.values", f"its values are not {expected} signs", subject=subject)
-        self.signs = torch.from_numpy(key.values)
+            raise SchemeError("scheme.block", f"{self.block} does not divide the latent", subject=f"key {key}")
+        shape = (channels, height // self.block, width // self.block)
+        self.signs = torch.from_numpy(np.sign(normal(key.secret, f"sign {shape}", math.prod(shape))).reshape(shape))
 
     @classmethod
-    def new_key(cls, latent_shape, *, model, recovery=None, rng=None, block: int = 4) -> Key:
-        channels, height, width = latent_shape
-        shape = (channels, height // block, width // block)
-        signs = (rng or Key.system_rng()).choice([-1.0, 1.0], shape)
-        return Key.new(signs, scheme="sign", block=block, latent_shape=list(latent_shape), model=model)
+    def fields(cls, latent_shape, *, recovery=None, block: int = 4) -> dict[str, Any]:
+        return {"block": block}
 
     @staticmethod
     def recommend(recovery, latent_shape) -> dict[str, int]:
@@ -153,8 +148,7 @@ def registered():
 
 def key(seed: int, **parameters: Any) -> Key:
     """A key for the model whose every map is the identity."""
-    rng = np.random.default_rng(seed)
-    return make_key("sign", MODEL.latent_shape, model=MODEL.identity, rng=rng, **parameters)
+    return new_key(MODEL, "sign", secret=secret(seed), **parameters)
 
 
 # --- in the library
@@ -177,7 +171,7 @@ def test_its_name_is_taken_and_its_parameters_are_its_own():
 def test_a_scheme_recommends_parameters_of_new_keys(name, text):
     best = recommended(name, None, (3, 32, 32))
     assert parameters_text(name, best) == text
-    made = make_key(name, (3, 32, 32), model=MODEL.identity, **best)
+    made = new_key(MODEL, name, **best)
     assert best.items() <= made.metadata.items()
 
 
@@ -190,7 +184,7 @@ def test_p_values_of_unmarked_noise_are_uniform_and_marked_noise_is_found():
 
 
 def test_pictures_are_judged_beside_those_of_another_scheme():
-    mine, other = key(1), make_key("tree-ring", MODEL.latent_shape, model=MODEL.identity, rng=np.random.default_rng(2))
+    mine, other = key(1), new_key(MODEL, "tree-ring", secret=secret(2))
     noise = initial_noise([5, 6, 7], MODEL.latent_shape)
     noise[0:1], noise[1:2] = scheme_of(mine).embed(noise[0:1]), scheme_of(other).embed(noise[1:2])
     judged = list(verifier([mine, other]).scan(samples(noise)))
@@ -205,16 +199,15 @@ def test_pictures_are_judged_beside_those_of_another_scheme():
 
 
 def test_rings_of_its_keys_are_told_apart(tmp_path):
-    rng = np.random.default_rng(0)
-    drawn = grow(MODEL, tmp_path, 6, lambda: make_key("sign", MODEL.latent_shape, model=MODEL.identity, rng=rng), {})
+    drawn = grow(MODEL, tmp_path, 6, lambda: new_key(MODEL, "sign"), {})
     assert len(keys_in(tmp_path)) == 6
     mine, *_ = keys = list(drawn.new.values())
     ring = Ring(MODEL, keys)
     assert not any(ring.admits(k) for k in keys) and ring.admits(key(1))
-    rings_of_others = make_key("tree-ring", MODEL.latent_shape, model=MODEL.identity, rng=rng)
+    rings_of_others = new_key(MODEL, "tree-ring")
     assert ring.admits(rings_of_others) and not ring.admits(rings_of_others)
     with pytest.raises(SchemeError) as caught:
-        draw_keys(MODEL, [], 2, lambda: make_key("sign", (1, 2, 2), model=MODEL.identity, block=2))
+        draw_keys(MODEL, [], 2, lambda: make_key("sign", **of_shape((1, 2, 2)), block=2))
     assert caught.value.code == "scheme.no-free-numbers"
     assert mine.fingerprint in listing(drawn.new)
 
@@ -247,21 +240,21 @@ def test_a_calibration_that_holds_every_ring_checks_its_p_values():
 def test_a_key_comes_back_from_its_file(tmp_path_factory, channels, rows, columns, block, seed):
     path = tmp_path_factory.getbasetemp() / "sign" / "my.key"
     shape, rng = (channels, rows * block, columns * block), np.random.default_rng(seed)
-    made = make_key("sign", shape, model=MODEL.identity, rng=rng, block=block)
+    made = make_key("sign", **of_shape(shape), secret=rng.bytes(32), block=block)
     made.save(path, overwrite=True)
     back, noise = Key.load(path), torch.from_numpy(rng.normal(size=(2, *shape)))
-    assert back.metadata == made.metadata and np.array_equal(back.values, made.values)
+    assert back.metadata == made.metadata and back.secret == made.secret
     assert (back.fingerprint, back.commitment) == (made.fingerprint, made.commitment)
     assert torch.equal(scheme_of(back).embed(noise), scheme_of(made).embed(noise))
     assert (
         scheme_of(back).free == channels * rows * columns and load_folder(path.parent)[path].metadata == made.metadata
     )
-    assert describe(back)["block"] == block and "values" not in describe(back)
+    assert describe(back)["block"] == block and "secret" not in describe(back)
 
 
-@pytest.mark.parametrize("change", [{"block": 5}, {"block": "4"}, {"latent_shape": [3, 32, 64]}])
+@pytest.mark.parametrize("change", [{"block": 5}, {"block": "4"}, {"block": 64}])
 def test_a_key_whose_description_does_not_fit_it_is_refused_by_the_scheme(tmp_path, change):
-    Key(key(1).values, key(1).metadata | change).save(tmp_path / "my.key")
+    Key(key(1).metadata | change, secret(1)).save(tmp_path / "my.key")
     with pytest.raises(SchemeError) as caught:
         scheme_of(Key.load(tmp_path / "my.key"))
     assert "\n" not in str(caught.value)

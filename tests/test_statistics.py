@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from identity import of_shape, secret
 from scipy import integrate, special, stats
 
 from ringmark.watermark.schemes.base import make_key
@@ -282,9 +283,8 @@ def white_noise(pattern: str, seed: int, number: int = 2000):
     """A key of one small latent channel and transforms of white noise on its mask, published and independent."""
     key = make_key(
         "tree-ring",
-        (1, 32, 32),
-        model={},
-        rng=np.random.default_rng(seed),
+        **of_shape((1, 32, 32)),
+        secret=secret(seed),
         pattern=pattern,
         mask="published",
         channels=(0,),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from identity import of_shape, old_key, secret
 from scipy import stats
 
 from ringmark.errors import SchemeError
 from ringmark.inversion.noise_recovery import rings
+from ringmark.watermark.keys.expansion import normal
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.null import Null
 from ringmark.watermark.schemes.base import REGISTRY, make_key, scheme_of
@@ -21,14 +23,12 @@ PLACEMENTS = [Placement((0,), (1, 5)), Placement((3, 1), (3, 6)), Placement((0, 
 
 
 def made(shape, placement: Placement, **options) -> Key:
-    """A key with this placement; `options` are the scheme's other parameters, or rng."""
-    return make_key(
-        "tree-ring", shape, model={"name": "none"}, channels=placement.channels, radii=placement.radii, **options
-    )
+    """A key with this placement; `options` are the scheme's other parameters, or its secret."""
+    return make_key("tree-ring", **of_shape(shape), channels=placement.channels, radii=placement.radii, **options)
 
 
 def scheme(shape, placement, pattern="ring", mask="centred", seed=0) -> TreeRing:
-    return TreeRing(made(shape, placement, pattern=pattern, mask=mask, rng=np.random.default_rng(seed)))
+    return TreeRing(made(shape, placement, pattern=pattern, mask=mask, secret=secret(seed)))
 
 
 def white(shape, number=2, seed=0) -> torch.Tensor:
@@ -489,7 +489,6 @@ def test_unknown_patterns_and_masks():
         ("pattern", ["rand"], "scheme.pattern"),
         ("mask", "round", "scheme.pattern"),
         ("mask", 7, "scheme.pattern"),
-        ("channels", [0, 1], "scheme.values"),
         ("channels", [7], "scheme.channels"),
         ("channels", 7, "scheme.description"),
         ("channels", ["0"], "scheme.description"),
@@ -499,13 +498,11 @@ def test_unknown_patterns_and_masks():
         ("radii", 7, "scheme.description"),
         ("radii", [1, 2, 3], "scheme.description"),
         ("radii", [1.5, 3], "scheme.description"),
-        ("latent_shape", [4, 32, 33], "scheme.values"),
-        ("latent_shape", [4, 10**9, 10**9], "scheme.values"),
     ],
 )
 def test_a_key_whose_description_does_not_fit_it(field, value, code):
     key = made((4, 32, 32), PLACEMENTS[0])
-    odd = Key(key.values, key.metadata | {field: value})
+    odd = Key(key.metadata | {field: value}, key.secret)
     with pytest.raises(SchemeError) as caught:
         TreeRing(odd)
     assert caught.value.code == code and "\n" not in str(caught.value)
@@ -518,7 +515,155 @@ def test_a_key_whose_description_does_not_fit_it(field, value, code):
 def test_a_key_whose_description_lacks_a_field(field):
     key = made((4, 32, 32), PLACEMENTS[0])
     with pytest.raises(SchemeError):
-        scheme_of(Key(key.values, {name: value for name, value in key.metadata.items() if name != field}))
+        scheme_of(Key({name: value for name, value in key.metadata.items() if name != field}, key.secret))
+
+
+# At every size
+
+
+SIZES = [(24, 40), (32, 32), (48, 48), (64, 32), (20, 20), (33, 47)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s)))
+def test_a_radius_is_the_same_frequency_in_pixels_at_every_size(size):
+    s = scheme_of(made((4, 32, 32), Placement((0, 2), (7, 9))), (4, *size))
+    ky, kx = (np.fft.fftfreq(n) for n in size)  # cycles per latent pixel
+    frequency = 32 * np.hypot(ky[:, None], kx[None])
+    inside = s.inside.numpy()
+    assert frequency[inside].min() >= 6.5 - 1e-9 and frequency[inside].max() <= 9.5 + 1e-9
+    assert not ((frequency > 6.5 + 1e-6) & (frequency < 9.5 - 1e-6) & ~inside).any()
+    assert np.abs(s.ring.numpy() - frequency).max() <= 0.5 + 1e-6
+    assert inside.mean() == pytest.approx(np.pi * (9.5**2 - 6.5**2) / 32**2, rel=0.06)  # the same share of bins
+
+
+@every_mask
+def test_rings_of_the_native_size_are_whole_frequencies(mask):
+    assert torch.equal(ring_index(mask, 32, 32), ring_index(mask, 32, 32, 32))
+    ky, kx = signed_frequencies(32, 32)
+    distance = torch.hypot(ky, kx).round() if mask == "centred" else torch.hypot(ky + 1, kx).ceil().clamp_min(1)
+    assert torch.equal(ring_index(mask, 32, 32), distance.long())
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s)))
+@every_mask
+@every_pattern
+def test_what_is_embedded_at_another_size_is_found_there(size, pattern, mask):
+    shape = (4, *size)
+    s = scheme_of(made((4, 32, 32), Placement((0, 2), (5, 9)), pattern=pattern, mask=mask), shape)
+    test, noise = s.on(Null.white(shape).at(shape)), white(shape, 4)
+    marked = s.embed(noise)
+    if mask == "centred":
+        assert (s.spectrum - opposite(s.spectrum).conj()).abs().max() < 1e-9
+        found, key = features(s, marked)
+        assert (found - key).abs().max() < 1e-5 and found.shape[1] == s.numbers
+    if pattern != "zeros":
+        assert (s.spectrum.abs().square()[:, s.inside].mean(1) - 1).abs().max() < 1e-9
+    p = 10 ** test.log10_p(test.score(test.observe(torch.cat([marked, noise]))))
+    assert p[:4].max() < 1e-3 < p[4:].min()
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_rings_have_the_same_values_at_every_size(mask):
+    key = made((4, 32, 32), Placement((1, 3), (5, 9)), pattern="ring", mask=mask, secret=secret(1))
+    rows = []
+    for size in SIZES:
+        s = scheme_of(key, (4, *size))
+        turn = middle_phase(*size).conj() if mask == "centred" else 1
+        circles = [(s.spectrum * turn)[:, s.ring == r] for r in range(5, 10)]
+        assert all((circle - circle[:, :1]).abs().max() < 1e-9 for circle in circles)
+        row = torch.stack([circle[:, 0] for circle in circles], 1)
+        rows.append(row / row.norm(dim=1, keepdim=True))  # but for the scale of unit power
+    assert all((row - rows[0]).abs().max() < 1e-9 for row in rows)
+
+
+def test_random_values_of_one_size_say_nothing_of_another():
+    key = made((1, 32, 32), Placement((0,), (3, 12)), secret=secret(2))
+    some, other = (scheme_of(key, (1, *size)).spectrum[0] for size in ((32, 32), (64, 64)))
+    common = scheme_of(key, (1, 64, 64)).inside[::2, ::2] & scheme_of(key).inside  # every second bin
+    a, b = some[common], other[::2, ::2][common]
+    assert abs((a.conj() * b).mean().real) < 4 / len(a) ** 0.5
+
+
+def test_values_are_those_of_the_published_expansion():
+    key = made((2, 16, 16), Placement((1,), (2, 4)), secret=secret(3))
+    s = scheme_of(key, (2, 12, 20))
+    numbers = iter(normal(key.secret, "tree-ring rand centred 12x20 channel 1", 1000))
+    expected = np.zeros((12, 20), complex)
+    for i, j in np.argwhere(s.inside.numpy()):
+        if not expected[i, j]:  # no bin of this mask is its own mirror
+            value = (next(numbers) + 1j * next(numbers)) / 2**0.5
+            expected[i, j], expected[-i % 12, -j % 20] = value, value.conjugate()
+    expected /= (np.abs(expected[s.inside.numpy()]) ** 2).mean() ** 0.5
+    assert np.allclose(s.spectrum[0], expected, atol=1e-12)
+    ring = scheme_of(made((2, 16, 16), Placement((1,), (2, 4)), secret=secret(3), pattern="ring"))
+    values = normal(key.secret, "tree-ring ring centred channel 1", 5)
+    turned = (ring.spectrum[0] * middle_phase(16, 16).conj()).real
+    ratios = [float(turned[ring.ring == r].mean()) / values[r] for r in (2, 3, 4)]
+    assert ratios == pytest.approx([ratios[0]] * 3) and ratios[0] > 0
+
+
+@pytest.mark.parametrize("size", [(10, 16), (18, 18)])
+def test_noise_marked_at_another_size_is_unit_normal_in_every_pixel(size):
+    number, shape = 500, (1, *size)
+    noise = white(shape, number)
+    keys = (made((1, 12, 12), Placement((0,), (1, 4)), secret=secret(i)) for i in range(number))
+    marked = torch.cat([scheme_of(key, shape).embed(noise[i : i + 1]) for i, key in enumerate(keys)])
+    pixels = marked.flatten(1).double().numpy()
+    assert abs(pixels.var() - 1) < 0.02 and abs(pixels.mean()) < 0.01
+    p = [stats.kstest(pixel, "norm").pvalue for pixel in pixels.T]
+    assert stats.kstest(p, "uniform").pvalue > 0.001 and min(p) > 0.01 / len(p)
+    power = spectrum(marked)[:, 0].abs().square().mean(0)  # white: no frequency stands out
+    assert (power - 1).abs().max() < 6 / number**0.5
+
+
+@pytest.mark.parametrize(("size", "pattern"), [((6, 6), "rand"), ((8, 8), "ring"), ((4, 6), "zeros")])
+def test_latents_too_small_for_a_radius_are_refused(size, pattern):
+    key = made((4, 32, 32), Placement((0,), (7, 8)), pattern=pattern)
+    with pytest.raises(SchemeError) as caught:
+        scheme_of(key, (4, *size))
+    assert caught.value.code == "scheme.size" and "x".join(map(str, size)) in str(caught.value)
+
+
+def test_latents_of_other_channels_are_refused():
+    with pytest.raises(SchemeError) as caught:
+        scheme_of(made((4, 32, 32), PLACEMENTS[0]), (16, 32, 32))
+    assert caught.value.code == "scheme.noise"
+
+
+@every_pattern
+@every_mask
+def test_keys_of_one_kind_have_one_size(pattern, mask):
+    key = made((4, 32, 32), Placement((0,), (7, 8)), pattern=pattern, mask=mask)
+    other = made((4, 48, 48), Placement((0,), (7, 8)), pattern=pattern, mask=mask)
+    assert scheme_of(key).kind != scheme_of(key, (4, 32, 48)).kind == scheme_of(key, (4, 32, 48)).kind
+    assert scheme_of(key, (4, 48, 48)).kind != scheme_of(other).kind  # radii of another unit
+
+
+# Keys of older files
+
+
+@every_pattern
+@every_mask
+def test_an_old_key_marks_as_it_did_and_no_other_size(pattern, mask):
+    s = scheme((4, 32, 32), PLACEMENTS[1], pattern, mask)
+    old = old_key(made((4, 32, 32), PLACEMENTS[1], pattern=pattern, mask=mask), s.spectrum)
+    noise = white((4, 32, 32))
+    assert (scheme_of(old).embed(noise) - s.embed(noise)).abs().max() < 1e-5
+    assert scheme_of(old, (4, 32, 32)).kind == s.kind
+    for shape in ((4, 32, 48), (4, 64, 64), (3, 32, 32)):
+        with pytest.raises(SchemeError) as caught:
+            scheme_of(old, shape)
+        assert caught.value.code == "scheme.old-key"
+
+
+@pytest.mark.parametrize(
+    "field, value", [("channels", [0, 1]), ("latent_shape", [4, 32, 33]), ("latent_shape", [4, 10**9, 10**9])]
+)
+def test_an_old_key_whose_values_do_not_fit_its_description(field, value):
+    old = old_key(made((4, 32, 32), PLACEMENTS[0]), scheme((4, 32, 32), PLACEMENTS[0]).spectrum)
+    with pytest.raises(SchemeError) as caught:
+        scheme_of(Key(old.metadata | {field: value}, values=old.values))
+    assert caught.value.code == "scheme.values"
 
 
 @pytest.mark.parametrize("pattern", ["ring", "zeros"])

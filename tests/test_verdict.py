@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from identity import MODEL, key
+from identity import MODEL, key, secret
 
 from ringmark.data.images import Sample
 from ringmark.inversion.decoder import INVERTERS
@@ -52,7 +52,7 @@ def test_what_is_inconclusive_comes_after_what_is_present_and_before_what_is_not
 
 
 def test_the_sentence_names_the_keys_that_fit():
-    first, second = key(1, "rand"), Key(key(2, "rand").values, key(2, "rand").metadata | {"channels": [1, 2]})
+    first, second = key(1, "rand"), Key(key(2, "rand").metadata | {"channels": [1, 2]}, secret(2))
     others = [key(seed, "rand") for seed in range(3, 9)]
     noise = initial_noise([5], MODEL.latent_shape)
     one, both = TreeRing(first).embed(noise), _of_both(noise, first, second)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import torch
-from identity import MODEL, Identity, key, samples, verifier
+from identity import MODEL, Identity, key, of_shape, old_key, samples, verifier
 
 from ringmark.data.images import Sample, from_array
 from ringmark.errors import CalibrationError, KeyFileError, RingmarkError, SchemeError
@@ -75,17 +75,32 @@ def test_flat_and_broken_images_are_inconclusive() -> None:
     assert verdict.present is None and "overflowed" in verdict.sentence() and np.isfinite(verdict.p_value)
 
 
-def test_a_key_of_another_model_or_shape_is_refused() -> None:
-    alien = make_key("tree-ring", (4, 64, 64), model={"name": "large"}, channels=(0,), radii=(2, 8))
-    for wrong, code, name in (
-        (key(5, name="other", fingerprint="1"), "key.model", "other"),
-        (alien, "key.latents", "large"),
-    ):
-        for act in (lambda wrong=wrong: verifier([wrong]), lambda wrong=wrong: check_fit(wrong, MODEL)):
+def test_a_key_of_another_kind_of_latents_is_refused() -> None:
+    placed = {"channels": (0,), "radii": (2, 7)}
+    aliens = [
+        make_key("tree-ring", **of_shape(MODEL.latent_shape, name="large") | {"kind": MODEL.kind | change}, **placed)
+        for change in ({"family": "other"}, {"channels": 4}, {"factor": 2})
+    ]
+    for alien in (*aliens, old_key(key(5, name="large"), torch.ones(2, 64, 64) + 0j)):
+        for act in (lambda alien=alien: verifier([alien]), lambda alien=alien: check_fit(alien, MODEL)):
             with pytest.raises(KeyFileError) as caught:
                 act()
-            assert caught.value.code == code and caught.value.subject == f"key {wrong.fingerprint[:8]}"
-            assert caught.value.details["model"] == name
+            assert caught.value.code == "key.latents" and caught.value.subject == f"key {alien.fingerprint[:8]}"
+            assert caught.value.details["model"] == "large"
+
+
+def test_a_key_of_another_model_of_this_kind_is_noted_and_found() -> None:
+    own, other = key(5), key(5, name="other", fingerprint="1")
+    assert check_fit(own, MODEL) == "" and "other (1)" in check_fit(other, MODEL)
+    assert check_fit(old_key(own, TreeRing(own).spectrum), MODEL) == ""
+    assert check_fit(old_key(other, TreeRing(own).spectrum), MODEL) == check_fit(other, MODEL)
+    (sample,) = samples(TreeRing(own).embed(initial_noise([7], MODEL.latent_shape)))
+    (judged,) = verifier([own, other]).scan([sample])
+    assert [verdict.present for verdict in judged.verdicts] == [True, True]
+    assert [verdict.notes for verdict in judged.verdicts] == [(), (check_fit(other, MODEL),)]
+
+
+def test_an_unknown_decoder_inversion_is_refused() -> None:
     with pytest.raises(RingmarkError, match="encoder") as caught:
         verifier([], method="magic")
     assert caught.value.code == "recovery.method-unknown"

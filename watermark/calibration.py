@@ -134,7 +134,17 @@ class Calibration:
         mean = shrunk_mean(average, power, n)
         bins = np.bincount(rings(*self.latent_shape[1:]).flatten().numpy())
         covariance = smooth(power - _cross_power(mean[None].numpy()), n * bins)
-        return Null(covariance, mean, name="calibrated")
+        return Null(covariance, min(self.latent_shape[1:]), mean, name="calibrated")
+
+    def null_at(self, latent_shape: tuple[int, int, int]) -> Null:
+        """The null of latents (C, h, w) of another size; see `Null.at`.
+
+        Raises CalibrationError for latents with other channels, and for sizes at which the null does not hold.
+        """
+        if latent_shape[0] != self.latent_shape[0]:
+            fact = f"was made for latents of {self.latent_shape[0]} channels, not {latent_shape[0]}"
+            raise CalibrationError("calibration.channels", fact, subject=self.name)
+        return self.null.at(latent_shape)
 
     def noise(self, rows: slice = slice(None)) -> Tensor:
         """The recovered noises (n, C, h, w) float64, up to ring `reach`."""

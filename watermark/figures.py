@@ -135,7 +135,7 @@ class SpectrumDisplay:
         return float(max(np.sqrt(np.square(v).mean()) for v in (values, values[inside]))) or 1.0
 
     def plot(self, ax: Axes) -> None:
-        """Draw the spectrum, with dashed circles around the mark."""
+        """Draw the spectrum, with dashed circles around the mark, which are ellipses if the sides differ."""
         from matplotlib.ticker import MaxNLocator
 
         height, width = self.panel.values.shape
@@ -144,7 +144,7 @@ class SpectrumDisplay:
         limit = 2.5 * self.scale
         ax.imshow(self.panel.values, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent, alpha=opacity)
         for radius in (self.panel.radii[0] - 0.5, self.panel.radii[1] + 0.5):
-            self._plot_circle(ax, radius)
+            self._plot_circle(ax, *(2 * radius * n / self.panel.side for n in (width, height)))
         empty = "" if self.panel.values[self.panel.inside].any() else ", all zero"
         ax.set_title(f"{self.panel.title}{empty}", fontsize=10)
         ax.set_xlabel("frequency, periods per image side", fontsize=9)
@@ -153,11 +153,11 @@ class SpectrumDisplay:
             axis.set_major_locator(MaxNLocator(5, integer=True))
 
     @staticmethod
-    def _plot_circle(ax: Axes, radius: float) -> None:
-        from matplotlib.patches import Circle
+    def _plot_circle(ax: Axes, width: float, height: float) -> None:
+        from matplotlib.patches import Ellipse
 
-        if radius > 0:
-            ax.add_patch(Circle((0, 0), radius, fill=False, color=INK, lw=1, ls="--"))
+        if width > 0:
+            ax.add_patch(Ellipse((0, 0), width, height, fill=False, color=INK, lw=1, ls="--"))
 
 
 def key_figure(key: Key) -> Figure:

@@ -1,6 +1,9 @@
 """The null, a model of noise recovered from unmarked images, and whitening by it.
 
-Bins are those of orthonormal 2-D transforms; rings are `inversion.noise_recovery.rings`. The real and imaginary parts
+Bins are those of orthonormal 2-D transforms; rings are `inversion.noise_recovery.rings`, whose unit is the shorter side
+of the latents that the null was measured on: at any other size, a bin has the covariance of its frequency in cycles per
+pixel. It is that of the nearest ring, because neighbouring rings hardly differ, and because each table then serves its
+own size exactly. The real and imaginary parts
 of a bin and the bins of a ring are assumed to be uncorrelated and of equal variance; the channels of a bin may be
 correlated.
 """
@@ -8,7 +11,7 @@ correlated.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -43,10 +46,12 @@ def spectrum(noise: Tensor, channels: Sequence[int]) -> Tensor:
 class Null:
     """Mean (C, h, w), or 0, and covariance (R, C, C) across channels, by ring, of noise recovered from unmarked images.
 
-    `name` is recorded in results: "white", or a fingerprint of the measurement.
+    `side` is the unit of rings, the shorter side in pixels of the latents that were measured. `name` is recorded in
+    results: "white", or a fingerprint of the measurement.
     """
 
     covariance: Array
+    side: int
     mean: Tensor | float = 0.0
     name: str = "white"
     _roots: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
@@ -55,15 +60,30 @@ class Null:
     def white(cls, latent_shape: tuple[int, int, int]) -> Null:
         """White noise on latents (C, h, w), the assumption if nothing was measured."""
         channels, height, width = latent_shape
-        return cls(np.tile(np.eye(channels), (int(rings(height, width).max()) + 1, 1, 1)))
+        tables = np.tile(np.eye(channels), (int(rings(height, width).max()) + 1, 1, 1))
+        return cls(tables, min(height, width))
 
     @classmethod
-    def of_model(cls, model: Known) -> Null:
-        """The null of a model: its measured variances with independent channels, or white noise."""
+    def of_model(cls, model: Known, latent_shape: tuple[int, int, int] | None = None) -> Null:
+        """The null of a model: its measured variances with independent channels, or white noise.
+
+        It is for latents of this shape, by default the model's own.
+        """
         if model.recovery is None:
-            return cls.white(model.latent_shape)
+            return cls.white(latent_shape or model.latent_shape)
+        channels, *size = model.latent_shape
         variances = model.recovery.null.T.numpy()[:, :, None]
-        return cls(variances * np.eye(model.latent_shape[0]), name=model.recovery.fingerprint)
+        null = cls(variances * np.eye(channels), min(size), name=model.recovery.fingerprint)
+        return null.at(latent_shape or model.latent_shape)
+
+    def at(self, latent_shape: tuple[int, int, int]) -> Null:
+        """The null of latents (C, h, w) of another size: the same covariance by frequency, and no mean.
+
+        The mean of one size says nothing of another: its bins have other frequencies and phases.
+        """
+        if not isinstance(self.mean, Tensor) or self.mean.shape == latent_shape:
+            return self
+        return replace(self, mean=0.0)
 
     def whiten(self, transform: Tensor, channels: Sequence[int]) -> Tensor:
         """L⁻¹ F bin by bin, Σ = L Lᵀ the covariance of `channels` on the bin's ring: complex (B, c, h, w) → the same.
@@ -71,7 +91,9 @@ class Null:
         Under this null, after subtracting the mean, the result has the identity as its covariance. For two transforms
         ⟨L⁻¹ F, L⁻¹ K⟩ = F* Σ⁻¹ K, for any root of Σ.
         """
-        root = self._root(tuple(channels))[rings(*transform.shape[-2:])].to(transform)
+        height, width = transform.shape[-2:]
+        ring = rings(height, width, self.side).clamp_max(len(self.covariance) - 1)
+        root = self._root(tuple(channels))[ring].to(transform)
         return torch.einsum("hwij,bjhw->bihw", root, transform)
 
     def whitened(self, noise: Tensor, channels: Sequence[int]) -> Tensor:

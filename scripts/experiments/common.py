@@ -37,11 +37,12 @@ from ringmark.watermark.evaluation.cells import CLEAN
 from ringmark.watermark.evaluation.rates import rate
 from ringmark.watermark.evaluation.tables import write_table
 from ringmark.watermark.figures import save_figure
-from ringmark.watermark.keys.key import Key
+from ringmark.watermark.keys.key import SECRET_BYTES, Key
 from ringmark.watermark.null import Null
-from ringmark.watermark.schemes.base import DEFAULT, Scheme, make_key
+from ringmark.watermark.schemes.base import DEFAULT, Scheme
 from ringmark.watermark.schemes.fourier import Placement, recommend
 from ringmark.watermark.tasks.draw import prompts_for
+from ringmark.watermark.tasks.keygen import new_key
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -125,9 +126,9 @@ class Bench:
         self, place: Placement | None = None, *, seed: int | list[int] | np.random.Generator, **pattern: Any
     ) -> Key:
         """A key from a seed, by default with the default placement; an experiment's key need not be secret."""
-        place, rng = place or self.placement, np.random.default_rng(seed)
+        place, secret = place or self.placement, np.random.default_rng(seed).bytes(SECRET_BYTES)
         pattern |= {"channels": place.channels, "radii": place.radii}
-        return make_key(DEFAULT, self.model.latent_shape, model=self.model.identity, rng=rng, **pattern)
+        return new_key(self.model, DEFAULT, secret=secret, **pattern)
 
     @property
     def placement(self) -> Placement:

@@ -67,13 +67,16 @@ def ladder(most: int) -> list[int]:
 def forged(key: Key, noise: Tensor) -> Key:
     """An estimate of the key by an attacker who knows its mask and has these recovered noises (m, C, h, w).
 
-    It is the mean of their masked bins, with each channel scaled to unit power, like in keys.
+    It is the mean of their masked bins, with each channel scaled to unit power, like in keys. An attacker learns values
+    at one size and not the secret, so the estimate is like a key of an older file.
     """
     scheme = TreeRing(key)
     mean = scheme.masked(noise)[0].mean(0).view(len(scheme.placement.channels), -1)
     spectrum = torch.zeros_like(scheme.spectrum)
     spectrum[:, scheme.inside] = mean / mean.abs().square().mean(1, keepdim=True).sqrt()
-    return Key(torch.view_as_real(spectrum).float().numpy(), key.metadata)
+    metadata = {name: value for name, value in key.metadata.items() if name not in ("kind", "reference")}
+    values = torch.view_as_real(spectrum).float().numpy()
+    return Key(metadata | {"latent_shape": list(scheme.latent_shape)}, values=values)
 
 
 def spread(values: Tensor) -> tuple[float, float | None]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,9 +32,11 @@ class Detector:
     """Tests recovered noise for each of several keys.
 
     `null` is the model of unmarked noise, used unless there is a `calibration`. A calibration replaces it with a
-    measured null, and its unmarked images check the p-values by rank. A key is present at a corrected p-value of at
-    most `alpha`; p-values are corrected for the number of keys and for `tests`, the number of tests per key. Raises
-    SchemeError for a key of an unknown scheme and CalibrationError for a key that the calibration does not cover.
+    measured null, and its unmarked images check the p-values by rank, if they have the size of the tested noise. A key
+    is present at a corrected p-value of at most `alpha`; p-values are corrected for the number of keys and for `tests`,
+    the number of tests per key. `latent_shape` is that of the noise, by default the calibration's or each key's own;
+    `notes` are remarks for verdicts, by fingerprint of the key. Raises SchemeError for a key of an unknown scheme or of
+    other latents, and CalibrationError for a key or a size that the calibration does not cover.
     """
 
     def __init__(
@@ -44,20 +47,20 @@ class Detector:
         calibration: Calibration | None = None,
         alpha: float = ALPHA,
         tests: int = 1,
+        latent_shape: tuple[int, int, int] | None = None,
+        notes: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.keys, self.known, self.calibration = list(keys), null, calibration
-        self.alpha, self.tests = alpha, tests
-        self.schemes: dict[str, Scheme] = {key.fingerprint: scheme_of(key) for key in keys}
+        self.alpha, self.tests, self.notes = alpha, tests, notes
+        shape = latent_shape or (calibration.latent_shape if calibration else None)
+        self.null: Null = calibration.null_at(shape) if calibration and shape else null
+        self._ranked = calibration if calibration and shape == calibration.latent_shape else None
+        self.schemes: dict[str, Scheme] = {key.fingerprint: scheme_of(key, shape) for key in keys}
         self._tests: dict[str, SchemeTest] = {name: scheme.on(self.null) for name, scheme in self.schemes.items()}
         self._references: dict[str, Array] = {}
-        if calibration:
+        if self._ranked:
             for scheme in self.schemes.values():
-                calibration.check_reach(scheme)
-
-    @property
-    def null(self) -> Null:
-        """The null of the p-values: the calibration's if there is one, otherwise the given one."""
-        return self.calibration.null if self.calibration else self.known
+                self._ranked.check_reach(scheme)
 
     @property
     def number_of_tests(self) -> int:
@@ -116,11 +119,11 @@ class Detector:
         return high
 
     def reference_scores(self, key: str) -> Array | None:
-        """Scores (n,) of the calibration's unmarked images for a key; None without a calibration."""
-        if self.calibration is None:
+        """Scores (n,) of the calibration's unmarked images for a key; None without a calibration of this size."""
+        if self._ranked is None:
             return None
         if key not in self._references:
-            self._references[key] = self.calibration.reference_scores(self.schemes[key])
+            self._references[key] = self._ranked.reference_scores(self.schemes[key])
         return self._references[key]
 
     def _log10_p(self, key: str, scores: Array) -> Array:
@@ -160,7 +163,7 @@ class Detector:
                     label=sample.label,
                     conformal_p=None if conformal is None else min(1.0, conformal[i] * self.number_of_tests),
                     calibration=self.calibration.fingerprint if self.calibration else None,
-                    notes=(*sample.notes, *filter(None, [doubt])),
+                    notes=(*sample.notes, *filter(None, [self.notes.get(key), doubt])),
                     shows=not blank[i],
                 )
             )

@@ -17,7 +17,7 @@ from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.detector import Detector
 from ringmark.watermark.detect.search import Found, Search
 from ringmark.watermark.detect.verdict import Judged, Verdict
-from ringmark.watermark.keys.key import Key
+from ringmark.watermark.keys.key import Key, Kind
 from ringmark.watermark.null import Null
 from ringmark.watermark.statistics import ALPHA, corrected
 
@@ -36,8 +36,8 @@ class Verifier:
     found by the search are those of the search; they do not use the calibration, which was measured with the direct
     inversion.
 
-    Raises KeyFileError for a key made for other latents or another model, CalibrationError for a calibration made with
-    other settings, SchemeError for a key that cannot be searched for.
+    Raises KeyFileError for a key made for another kind of latents, CalibrationError for a calibration made with other
+    settings, SchemeError for a key that cannot be searched for.
     """
 
     def __init__(
@@ -49,14 +49,21 @@ class Verifier:
         calibration: Calibration | None = None,
         search: Search | None = None,
     ) -> None:
-        for key in keys:
-            check_fit(key, recoverer.model)
+        model = recoverer.model
+        notes = {key.fingerprint: check_fit(key, model) for key in keys}
         if calibration:
             calibration.check(recoverer.settings.as_dict())
-        null = Null.of_model(recoverer.model)
         tests = 2 if search else 1
         self.recoverer, self.search = recoverer, search
-        self.detector = Detector(keys, null=null, calibration=calibration, alpha=alpha, tests=tests)
+        self.detector = Detector(
+            keys,
+            null=Null.of_model(model),
+            calibration=calibration,
+            alpha=alpha,
+            tests=tests,
+            latent_shape=model.latent_shape,
+            notes=notes,
+        )
         for name, scheme in self.detector.schemes.items() if search else ():
             if not scheme.searchable:
                 raise SchemeError(
@@ -110,20 +117,24 @@ class Verifier:
         return replace(verdict, present=True, by_search=True, score=found.score, notes=(*verdict.notes, found.note))
 
 
-def check_fit(key: Key, model: Model) -> None:
-    """Raises KeyFileError for a key made for other latents or another model."""
-    made_for, subject = key.metadata["model"], f"key {key.fingerprint[:8]}"
-    if tuple(key.metadata["latent_shape"]) != tuple(model.latent_shape):
-        fact = (
-            f"was made for latents of {key.metadata['latent_shape']}, and {model.name} has {list(model.latent_shape)}"
-        )
-        raise KeyFileError("key.latents", fact, subject=subject, model=made_for.get("name"))
-    if made_for.get("fingerprint") != model.identity["fingerprint"]:
-        fact = (
-            f"was made for model {made_for.get('name')!r} ({made_for.get('fingerprint')}), "
-            f"not {model.name!r} ({model.identity['fingerprint']})"
-        )
-        raise KeyFileError("key.model", fact, subject=subject, model=made_for.get("name"))
+def check_fit(key: Key, model: Model) -> str:
+    """A note if the key was made for a model of other weights, otherwise "".
+
+    Other weights of the same kind (a fine-tune, a LoRA, another precision) recover most of a mark, and p holds for
+    whatever model recovers the noise, because it rests on images without the key. Raises KeyFileError for a key of
+    another kind of latents, or of other latents than the model's if the key is old.
+    """
+    made_for = key.metadata["model"]
+    if key.values is None:
+        needed, given = str(Kind(**key.metadata["kind"])), str(Kind(**model.kind))
+    else:
+        needed, given = ("x".join(map(str, shape)) for shape in (key.latent_shape, model.latent_shape))
+    if needed != given:
+        fact = f"is for latents of {needed}, and {model.name} has {given}"
+        raise KeyFileError("key.latents", fact, subject=f"key {key.fingerprint[:8]}", model=made_for.get("name"))
+    if made_for.get("fingerprint") == model.identity["fingerprint"]:
+        return ""
+    return f"the key was made for model {made_for.get('name')} ({made_for.get('fingerprint')})"
 
 
 def fitting_calibration(

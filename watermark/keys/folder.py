@@ -49,7 +49,7 @@ def load_ring(paths: Iterable[Path]) -> dict[Path, Key]:
 
 
 def describe(key: Key) -> dict[str, Any]:
-    """The public facts about a key: fingerprint, description and commitment, but not the values."""
+    """The public facts about a key: fingerprint, description and commitment, but not the secret."""
     return {"fingerprint": key.fingerprint, **key.metadata, "commitment": key.commitment}
 
 
@@ -64,7 +64,7 @@ def export_public(key: Key, path: Path) -> dict[str, Any]:
         "ringmark": "public key record",
         **describe(key),
         "proves": "that this key existed when this record was published",
-        "commitment_of": "SHA-256 of the key's description, without created, as sorted JSON, and its values",
+        "commitment_of": "SHA-256 of the key's description, without created, as sorted JSON, and its secret or values",
     }
     write_atomic(path, json.dumps(record, indent=1) + "\n")
     return record

@@ -1,14 +1,15 @@
-"""Keys: secret values with a public description, in one safetensors file."""
+"""Keys: a secret with a public description, in one safetensors file."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,52 +21,85 @@ from ringmark.data.files import TensorInfo, read_tensors, refuse_existing, write
 from ringmark.data.settings import typed
 from ringmark.errors import KeyFileError
 
-__all__ = ["COMMON", "READABLE", "Key"]
+__all__ = ["COMMON", "READABLE", "SECRET_BYTES", "Key", "Kind"]
 
+SECRET_BYTES = 32
 MAX_BYTES = 64 << 20
+MAX_LATENT = MAX_BYTES // 4  # numbers in a latent of the reference size
 FULL = (errno.ENOSPC, errno.EDQUOT)
 READABLE = "RINGMARK_READABLE_KEYS"  # environment variable; if set, keys that others can read are allowed
-COMMON = ("scheme", "latent_shape", "model", "created")
-"""Fields of every key's description; schemes add their own."""
+COMMON = ("scheme", "kind", "reference", "latent_shape", "model", "created")
+"""Fields of descriptions that are not the scheme's own; older keys have latent_shape for kind and reference."""
 
 
-@dataclass(frozen=True, eq=False)
-class Key:
-    """A key: secret `values` (float32) and their public description, `metadata`, with COMMON and the scheme's fields.
+@dataclass(frozen=True)
+class Kind:
+    """A kind of latents: the models' family, the number of channels, and pixels of the picture per pixel of the latent.
 
-    `fingerprint` is 16 hex digits of a hash over both, without the creation time. Printing a key does not show values.
+    As text: 'stable-diffusion (4 channels, factor 8)'.
     """
 
-    values: NDArray[np.float32]
+    family: str
+    channels: int
+    factor: int
+
+    def __str__(self) -> str:
+        return f"{self.family} ({self.channels} channels, factor {self.factor})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Key:
+    """A key: a public description, `metadata`, and a `secret` of 32 bytes that its marks are expanded from.
+
+    `metadata` has the scheme's fields and those of COMMON: `kind` is the `Kind` of latents
+    that the key marks. `reference` (H, W) is a size in pixels whose shorter side is the unit of radii: radius r means r
+    cycles per that many pixels. `model` is the identity of the model that the key was made for.
+
+    A key of an older file has float32 `values` in place of the secret, and `latent_shape` in place of kind and
+    reference; it marks latents of that shape only.
+
+    `fingerprint` is 16 hex digits of a hash over both parts, without the creation time. Printing a key shows nothing
+    else.
+    """
+
     metadata: dict[str, Any]
+    secret: bytes = b""
+    values: NDArray[np.float32] | None = None
 
     def __repr__(self) -> str:
         return f"Key({self.fingerprint})"
 
     @classmethod
-    def new(cls, values: NDArray[Any], **metadata: Any) -> Key:
-        """A key with the current time as its creation time."""
-        return cls(
-            np.asarray(values, np.float32),
-            metadata | {"created": datetime.now(timezone.utc).isoformat(timespec="seconds")},
-        )
+    def new(cls, secret: bytes | None = None, **metadata: Any) -> Key:
+        """A key made now; its secret comes from the operating system unless it is given (tests, experiments)."""
+        created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        return cls(metadata | {"created": created}, secret or secrets.token_bytes(SECRET_BYTES))
 
-    @staticmethod
-    def system_rng() -> np.random.Generator:
-        """A generator seeded with 256 bits from the operating system; the seed is not stored."""
-        return np.random.default_rng(secrets.randbits(256))
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """The shape (C, h, w) of latents at the reference size, or the only one that an old key marks."""
+        if self.values is not None:
+            channels, height, width = self.metadata["latent_shape"]
+            return channels, height, width
+        kind, (height, width) = Kind(**self.metadata["kind"]), self.metadata["reference"]
+        return kind.channels, height // kind.factor, width // kind.factor
+
+    @property
+    def _tensor(self) -> tuple[str, NDArray[Any]]:
+        """The name and contents of the secret part, as in the file."""
+        if self.values is not None:
+            return "values", np.ascontiguousarray(self.values)
+        return "secret", np.frombuffer(self.secret, np.uint8)
 
     @property
     def commitment(self) -> str:
-        """SHA-256, 64 hex digits, of the description without `created` as sorted JSON, then the values' bytes.
+        """SHA-256, 64 hex digits, of the description without `created` as sorted JSON, then the secret part.
 
         It begins with the fingerprint, which is too short to be binding: two keys with the same fingerprint can be
-        found in 2³² trials. No salt is needed, since values drawn from 256 random bits cannot be guessed.
+        found in 2³² trials. No salt is needed, since 256 random bits cannot be guessed.
         """
         public = {k: v for k, v in self.metadata.items() if k != "created"}
-        return hashlib.sha256(
-            json.dumps(public, sort_keys=True).encode() + np.ascontiguousarray(self.values).tobytes()
-        ).hexdigest()
+        return hashlib.sha256(json.dumps(public, sort_keys=True).encode() + self._tensor[1].tobytes()).hexdigest()
 
     @property
     def fingerprint(self) -> str:
@@ -79,10 +113,8 @@ class Key:
         """
         from safetensors.numpy import save
 
-        data = save(
-            {"values": np.ascontiguousarray(self.values)},
-            {"ringmark": json.dumps(self.metadata | {"fingerprint": self.fingerprint})},
-        )
+        description = json.dumps(self.metadata | {"fingerprint": self.fingerprint})
+        data = save(dict([self._tensor]), {"ringmark": description})
         path = Path(path)
         try:
             if not overwrite:
@@ -102,23 +134,23 @@ class Key:
 
     @classmethod
     def load(cls, path: Path) -> Key:
-        """Read and check a key. Raises KeyFileError; messages never show values.
+        """Read and check a key. Raises KeyFileError; messages never show the secret.
 
         Sizes are checked before memory is allocated. On systems with file modes, a key that anyone but its owner can
         read or write is refused, unless the environment variable READABLE is set.
         """
         path = Path(path)
         tensors, metadata = read_tensors(path, max_bytes=MAX_BYTES, check=_check_file, error=KeyFileError, room="key")
-        key = cls._checked(path, tensors["values"], json.loads(metadata["ringmark"]))
+        key = cls._checked(path, tensors, json.loads(metadata["ringmark"]))
         _refuse_readable(path)  # last: the mode of a file that is not a key does not matter
         return key
 
     @classmethod
-    def _checked(cls, path: Path, values: NDArray[np.float32], description: dict[str, Any]) -> Key:
-        stored = description.pop("fingerprint")
-        key = cls(values, description)
+    def _checked(cls, path: Path, tensors: Mapping[str, NDArray[Any]], description: dict[str, Any]) -> Key:
+        stored, values = description.pop("fingerprint"), tensors.get("values")
+        key = cls(description, tensors["secret"].tobytes() if values is None else b"", values)
         try:
-            damaged = key.fingerprint != stored or not np.isfinite(values).all()
+            damaged = key.fingerprint != stored or (values is not None and not np.isfinite(values).all())
         except RecursionError:  # a description nested too deeply to be written
             damaged = True
         if damaged:
@@ -129,17 +161,40 @@ class Key:
 
 
 def _check_file(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> None:
-    """Raises ValueError unless the header has one float32 tensor "values" and a description; reads no values."""
-    shape = typed(_Description, json.loads(metadata["ringmark"])).latent_shape
-    if len(shape) != 3 or min(shape) < 1:
-        raise ValueError("no shape of latents")
-    if set(infos) != {"values"} or infos["values"].dtype != "F32":
-        raise ValueError("no values of a key")
+    """Raises ValueError unless the header has a secret or an old key's values, and a description; reads neither."""
+    description = json.loads(metadata["ringmark"])
+    if {name: (info.dtype, info.shape) for name, info in infos.items()} == {"secret": ("U8", (SECRET_BYTES,))}:
+        stored = typed(_Description, description)
+        kind, sides = typed(Kind, stored.kind), stored.reference
+        if asdict(kind) != stored.kind or min(kind.channels, kind.factor) < 1:
+            raise ValueError("no kind of latents")
+        if len(sides) != 2 or min(sides) < 1 or any(n % kind.factor for n in sides):
+            raise ValueError("no size of latents")
+        if kind.channels * math.prod(sides) // kind.factor**2 > MAX_LATENT:
+            raise ValueError("the latents are too large")
+    elif {name: info.dtype for name, info in infos.items()} == {"values": "F32"}:
+        shape = typed(_OldDescription, description).latent_shape
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError("no shape of latents")
+    else:
+        raise ValueError("no secret of a key")
 
 
 @dataclass(frozen=True)
 class _Description:
     """What a key file says of its key; the scheme checks the fields of its own."""
+
+    scheme: str
+    kind: dict[str, Any]
+    reference: list[int]
+    model: dict[str, Any]
+    created: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class _OldDescription:
+    """What an older key file says of its key."""
 
     scheme: str
     latent_shape: list[int]

@@ -7,7 +7,7 @@ fields.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -44,12 +44,16 @@ DEFAULT = "tree-ring"
 
 
 class Panel(NamedTuple):
-    """A spectrum to draw: `values` (h, w) with DC in the middle, the mask of the mark (`inside`) and its `radii`."""
+    """A spectrum to draw: `values` (h, w) with DC in the middle, the mask of the mark (`inside`) and its `radii`.
+
+    Radii are in cycles per `side` pixels of the latent.
+    """
 
     title: str
     values: Array
     inside: np.ndarray[Any, np.dtype[np.bool_]]
     radii: tuple[int, int]
+    side: int
 
 
 class SchemeTest(Protocol):
@@ -157,9 +161,10 @@ class PublishedStatistic:
 class SchemeEntry:
     """A scheme by name. `home` is "module:Class", imported on first use, or the class itself.
 
-    The class takes a key, and its `new_key(latent_shape, *, model, recovery, rng, **parameters)` makes one: `model` is
-    the model's identity, `recovery` how well its noise is recovered, if known, and `rng` a NumPy generator. Its
-    `recommend(recovery, latent_shape)` gives the parameters that it recommends for new keys, by name; may be empty.
+    The class takes a key and the shape (C, h, w) of the latents to mark. Its `fields(latent_shape, *, recovery,
+    **parameters)` are its own fields of a new key's description, for latents of the reference size: `recovery` is how
+    well the model's noise is recovered, if known. Its `recommend(recovery, latent_shape)` gives the parameters that it
+    recommends for new keys, by name; may be empty.
     """
 
     name: str
@@ -203,32 +208,51 @@ def _entry(name: str) -> SchemeEntry:
     return REGISTRY[name]
 
 
-def scheme_of(key: Key) -> Scheme:
-    """The scheme of this key. Raises SchemeError for an unknown scheme or a key that does not fit its scheme."""
-    scheme: Scheme = _entry(key.metadata["scheme"]).kind(key)
+def scheme_of(key: Key, latent_shape: tuple[int, int, int] | None = None) -> Scheme:
+    """The scheme of this key for latents (C, h, w), by default those of the key's reference size.
+
+    Raises SchemeError for an unknown scheme, for a key that does not fit its scheme and for latents that it cannot
+    mark.
+    """
+    shape = latent_shape or key.latent_shape
+    entry = _entry(key.metadata["scheme"])
+    if shape[0] != key.latent_shape[0] or (key.values is not None and shape != key.latent_shape):
+        old = key.values is not None
+        fits = "x".join(map(str, key.latent_shape)) if old else f"{key.latent_shape[0]} channels"
+        raise SchemeError(
+            "scheme.old-key" if old else "scheme.noise",
+            f"marks only latents of {fits}, not {'x'.join(map(str, shape))}",
+            subject=f"key {key.fingerprint[:8]}",
+        )
+    scheme: Scheme = entry.kind(key, shape)
     return scheme
 
 
 def make_key(
     name: str,
-    latent_shape: tuple[int, int, int],
     *,
+    kind: Mapping[str, Any],
+    reference: Sequence[int],
     model: Mapping[str, Any],
     recovery: NoiseRecovery | None = None,
-    rng: np.random.Generator | None = None,
+    secret: bytes | None = None,
     **parameters: Any,
 ) -> Key:
-    """A new key of a scheme. Its values come from the operating system unless `rng` is given (tests, experiments).
+    """A new key of a scheme, whose description is as in `Key`.
 
-    `parameters` are those of the scheme's entry; None means the default. Raises SchemeError for an unknown scheme or
-    parameter and for a mark that does not fit the latents.
+    Its secret comes from the operating system unless it is given (tests, experiments). `recovery` is how well noise of
+    the reference size is recovered, if known. `parameters` are those of the scheme's entry; None means the default.
+    Raises SchemeError for an unknown scheme or parameter and for a mark that does not fit the latents.
     """
+    from ringmark.watermark.keys.key import Key
+
     entry = _entry(name)
     if unknown := sorted(parameters.keys() - {p.name for p in entry.parameters}):
         raise SchemeError("scheme.parameter", f"has no parameter {unknown[0]!r}", subject=f"scheme {name!r}")
     chosen = {p.name: p.default if (given := parameters.get(p.name)) is None else given for p in entry.parameters}
-    key: Key = entry.kind.new_key(latent_shape, model=dict(model), recovery=recovery, rng=rng, **chosen)
-    return key
+    common = {"kind": dict(kind), "reference": list(reference), "model": dict(model)}
+    fields = entry.kind.fields(Key(common).latent_shape, recovery=recovery, **chosen)
+    return Key.new(secret, scheme=name, **fields, **common)
 
 
 def recommended(name: str, recovery: NoiseRecovery | None, latent_shape: tuple[int, int, int]) -> dict[str, Any]:

@@ -84,7 +84,10 @@ class CosineTest:
 
 @dataclass(frozen=True)
 class Placement:
-    """The placement of a mark: latent channels and the inclusive range of ring radii in whole frequencies."""
+    """The placement of a mark: latent channels and the inclusive range of ring radii.
+
+    A radius is in whole frequencies of the shorter side of the reference size; methods take the shape of its latents.
+    """
 
     channels: tuple[int, ...]
     radii: tuple[int, int]

@@ -1,5 +1,9 @@
 """Tree-ring watermarks: a pattern in the Fourier transform of the initial noise (arXiv 2305.20030).
 
+A mark's radii are in cycles per reference side, `side` pixels of the latent, whatever the size of the latents: ring r
+has the same frequencies in cycles per pixel at every size and aspect ratio. A key's values at one size follow from its
+secret by `keys.expansion`; those of circles are the same at every size.
+
 The centred mask is symmetric about DC and its pattern Hermitian, so the embedded pattern is exactly the one that is
 tested for. The published mask is one row off DC; taking the real part then discards about half of the pattern.
 """
@@ -15,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ringmark.errors import SchemeError
-from ringmark.inversion.noise_recovery import NoiseRecovery, rings
+from ringmark.inversion.noise_recovery import TIE, NoiseRecovery, radial_frequencies, rings
+from ringmark.watermark.keys.expansion import normal
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.null import Array, Null, spectrum
 from ringmark.watermark.schemes.base import Panel, SchemeTest
@@ -38,7 +43,7 @@ from ringmark.watermark.statistics import (
     spread_p,
 )
 
-__all__ = ["MASKS", "PATTERNS", "PowerTest", "TreeRing", "draw_spectrum"]
+__all__ = ["MASKS", "PATTERNS", "PowerTest", "TreeRing"]
 
 PATTERNS = ("ring", "rand", "zeros")
 MASKS = ("centred", "published")
@@ -46,37 +51,15 @@ FAINT = 0.99  # whitened cosine that no real picture reaches
 SIDE, LEAST_BESIDE = 2, 8  # rings on each side that *zeros* is compared with; minimum number of bins of a side
 
 
-def ring_index(mask: str, height: int, width: int) -> Tensor:
-    """The ring (h, w) int64 of each bin."""
+def ring_index(mask: str, height: int, width: int, side: int | None = None) -> Tensor:
+    """The ring (h, w) int64 of each bin, in cycles per `side` pixels of the latent, by default its shorter side."""
     if mask == "centred":
-        return rings(height, width)
+        return rings(height, width, side)
     ky, kx = signed_frequencies(height, width)
+    side = side or min(height, width)
     # Flipping y about an even number of rows puts the published centre at row h/2 − 1, where DC is at h/2.
-    return torch.hypot(ky + 1 - height % 2, kx).ceil().clamp_min(1).long()
-
-
-def draw_spectrum(
-    pattern: str, mask: str, placement: Placement, latent_shape: tuple[int, int, int], rng: np.random.Generator
-) -> Tensor:
-    """A key's complex spectrum (len(channels), h, w), zero outside the mask, of unit mean power on it.
-
-    rand: the transform of white noise, so that marked noise is still white noise. ring: one Gaussian value per circle,
-    which survives flips and rotations about the centre of the picture, at the price of few free numbers and a bump in
-    the middle of the noise. zeros: all zero, so all keys are the same.
-    """
-    _, height, width = latent_shape
-    ring, channels = ring_index(mask, height, width), len(placement.channels)
-    inside = (ring >= placement.radii[0]) & (ring <= placement.radii[1])
-    white = torch.fft.fft2(torch.from_numpy(rng.normal(size=(channels, height, width))), norm="ortho")
-    if pattern == "zeros":
-        return torch.zeros_like(white)
-    if pattern == "rand":
-        return _unit_power(white * inside, inside)
-    values = rng.normal(size=(channels, int(ring.max()) + 1))
-    if mask == "published":
-        complex_values = torch.from_numpy((values + 1j * rng.normal(size=values.shape)) / 2**0.5)
-        return _unit_power(complex_values[:, ring] * inside, inside)
-    return _unit_power(torch.from_numpy(values)[:, ring] * middle_phase(height, width) * inside, inside)
+    distance = torch.hypot((ky + 1 - height % 2) * side / height, kx * side / width)
+    return (distance - TIE).ceil().clamp_min(1).long()
 
 
 def _unit_power(transform: Tensor, inside: Tensor) -> Tensor:
@@ -100,6 +83,25 @@ def _whole_numbers(metadata: Mapping[str, Any], field: str) -> tuple[int, ...]:
     if not isinstance(values, list) or not all(type(n) is int for n in values):
         raise SchemeError("scheme.description", f"its {field} are not whole numbers", subject="key")
     return tuple(values)
+
+
+def _complex(numbers: Array) -> Tensor:
+    """Pairs of unit normal numbers (2n,) as complex numbers (n,) of unit power."""
+    return torch.view_as_complex(torch.from_numpy(numbers).view(-1, 2)) / 2**0.5
+
+
+def _stored(key: Key, placement: Placement) -> Tensor | None:
+    """The spectrum (c, h, w) that an old key stores. Raises SchemeError unless its shape is as described."""
+    if key.values is None:
+        return None
+    expected = (len(placement.channels), *key.latent_shape[1:], 2)
+    if key.values.shape != expected:
+        raise SchemeError(
+            "scheme.values",
+            f"its values have shape {key.values.shape}, but its description says {expected}",
+            subject=f"key {key.fingerprint}",
+        )
+    return torch.view_as_complex(torch.from_numpy(key.values).double().contiguous())
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +160,7 @@ class PowerTest:
 class TreeRing:
     """The tree-ring `Scheme` with one key. Raises SchemeError for a key that does not fit its own description."""
 
-    def __init__(self, key: Key) -> None:
+    def __init__(self, key: Key, latent_shape: tuple[int, int, int] | None = None) -> None:
         meta = key.metadata
         if meta["scheme"] != "tree-ring":
             raise SchemeError(
@@ -168,57 +170,91 @@ class TreeRing:
             )
         self.pattern, self.mask = str(meta.get("pattern")), str(meta.get("mask"))
         _check_names(self.pattern, self.mask)
-        self.latent_shape: tuple[int, int, int] = tuple(meta["latent_shape"])
         channels, radii = _whole_numbers(meta, "channels"), _whole_numbers(meta, "radii")
         if len(radii) != 2:
             raise SchemeError("scheme.description", "its radii are not two numbers", subject=f"key {key.fingerprint}")
         self.placement = Placement(channels, (radii[0], radii[1]))
-        self.placement.check(self.latent_shape)
-        _, height, width = self.latent_shape
-        expected = (len(channels), height, width, 2)
-        if key.values.shape != expected:
-            raise SchemeError(
-                "scheme.values",
-                f"its values have shape {key.values.shape}, but its description says {expected}",
-                subject=f"key {key.fingerprint}",
-            )
-        self.spectrum = torch.view_as_complex(torch.from_numpy(key.values).double().contiguous())
-        self.ring = ring_index(self.mask, height, width)
+        self.placement.check(key.latent_shape)
+        self.latent_shape = latent_shape or key.latent_shape
+        self.side = min(key.latent_shape[1:])
+        stored = _stored(key, self.placement)
+        self.ring = ring_index(self.mask, *self.latent_shape[1:], self.side)
         self.inside = (self.ring >= self.placement.radii[0]) & (self.ring <= self.placement.radii[1])
+        self._check_size()
         self._rows, self._real_only = self._independent_bins()
+        self.spectrum = self._expanded(key.secret) if stored is None else stored
 
     @classmethod
-    def new_key(
+    def fields(
         cls,
         latent_shape: tuple[int, int, int],
         *,
-        model: dict[str, Any],
         recovery: NoiseRecovery | None = None,
-        rng: np.random.Generator | None = None,
         pattern: str = "rand",
         mask: str = "centred",
         channels: tuple[int, ...] | None = None,
         radii: tuple[int, int] | None = None,
         budget: float | None = None,
-    ) -> Key:
-        """A new key; `recommend` chooses channels and radii within the budget unless they are given."""
+    ) -> dict[str, Any]:
+        """Pattern and placement; `recommend` chooses channels and radii within the budget unless they are given."""
         best = recommend(recovery, latent_shape, budget=BUDGET if budget is None else budget)
         placement = Placement(best.channels if channels is None else channels, best.radii if radii is None else radii)
         placement.check(latent_shape)
         if budget is not None:
             placement.check_budget(latent_shape, budget)
         _check_names(pattern, mask)
-        values = draw_spectrum(pattern, mask, placement, latent_shape, rng or Key.system_rng())
-        return Key.new(
-            torch.view_as_real(values).float().numpy(),
-            scheme="tree-ring",
-            pattern=pattern,
-            mask=mask,
-            channels=list(placement.channels),
-            radii=list(placement.radii),
-            latent_shape=list(latent_shape),
-            model=model,
-        )
+        return {
+            "pattern": pattern,
+            "mask": mask,
+            "channels": list(placement.channels),
+            "radii": list(placement.radii),
+        }
+
+    def _check_size(self) -> None:
+        """Raises SchemeError for latents too small to have bins on every ring, or for *zeros* beside the mark."""
+        low, high = self.placement.radii
+        present = set(self.ring[self.inside].tolist())
+        missing = [r for r in range(max(low, 1), high + 1) if r not in present]
+        if missing or (self.pattern == "zeros" and not self.sides):
+            _, height, width = self.latent_shape
+            where = f"at radius {missing[0]}" if missing else f"beside radii {low}-{high}"
+            raise SchemeError(
+                "scheme.size",
+                f"have no frequencies {where} of {self.side} pixels of the latent",
+                subject=f"latents of {height}x{width}",
+            )
+
+    def _expanded(self, secret: bytes) -> Tensor:
+        """The spectrum (c, h, w) of this secret on these latents, zero outside the mask, of unit mean power on it.
+
+        rand: independent values on the bins of the mask, so that marked noise is still white noise. ring: one value per
+        circle, which survives flips and rotations about the centre of the picture, at the price of few free numbers and
+        a bump in the middle of the noise. zeros: all zero, so all keys are the same.
+        """
+        if self.pattern == "zeros":
+            return torch.zeros(len(self.placement.channels), *self.latent_shape[1:], dtype=torch.complex128)
+        of_channel = self._at_random if self.pattern == "rand" else self._on_circles
+        transform = torch.stack([of_channel(secret, channel) for channel in self.placement.channels])
+        return _unit_power(transform * self.inside, self.inside)
+
+    def _at_random(self, secret: bytes, channel: int) -> Tensor:
+        """(x + iy)/√2 on the first bin of each conjugate pair, in the order of rows; x on bins that are their own."""
+        _, height, width = self.latent_shape
+        label = f"tree-ring rand {self.mask} {height}x{width} channel {channel}"
+        drawn = _complex(normal(secret, label, 2 * len(self._rows)))
+        half = torch.zeros(height * width, dtype=torch.complex128)
+        half[self._rows] = torch.where(self._real_only, drawn.real * 2**0.5 / 2, drawn)
+        half = half.view(height, width)
+        return half + mirror(half).conj()
+
+    def _on_circles(self, secret: bytes, channel: int) -> Tensor:
+        """One value per radius; for the centred mask it is real, with phases relative to the middle."""
+        _, height, width = self.latent_shape
+        high = self.placement.radii[1]
+        label, ring = f"tree-ring ring {self.mask} channel {channel}", self.ring.clamp_max(high)
+        if self.mask == "published":
+            return _complex(normal(secret, label, 2 * (high + 1)))[ring]
+        return torch.from_numpy(normal(secret, label, high + 1))[ring] * middle_phase(height, width)
 
     @staticmethod
     def recommend(recovery: NoiseRecovery | None, latent_shape: tuple[int, int, int]) -> dict[str, list[int]]:
@@ -233,8 +269,8 @@ class TreeRing:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """Pattern, mask and placement."""
-        return ("tree-ring", self.pattern, self.mask, self.placement)
+        """Pattern, mask, placement, and the latents and reference side that give it a meaning."""
+        return ("tree-ring", self.pattern, self.mask, self.placement, self.latent_shape, self.side)
 
     @property
     def free(self) -> int:
@@ -302,7 +338,8 @@ class TreeRing:
     def _panel(self, title: str, values: Tensor) -> Panel:
         turned = values * middle_phase(*self.inside.shape).conj()
         shown = torch.fft.fftshift(turned).real.numpy() * 2**0.5
-        return Panel(title=title, values=shown, inside=np.fft.fftshift(self.inside.numpy()), radii=self.placement.radii)
+        inside = np.fft.fftshift(self.inside.numpy())
+        return Panel(title=title, values=shown, inside=inside, radii=self.placement.radii, side=self.side)
 
     def _independent_bins(self) -> tuple[Tensor, Tensor]:
         """Flat indices of one bin of each conjugate pair in the mark, and which of them are their own mirror."""
@@ -398,8 +435,8 @@ class TreeRing:
 
     @property
     def _frequency(self) -> Tensor:
-        """Distance (h, w) from DC."""
-        return torch.hypot(*signed_frequencies(*self.inside.shape))
+        """Distance (h, w) from DC, in the unit of radii."""
+        return radial_frequencies(*self.latent_shape[1:], self.side)
 
     def masked(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """All masked bins of noise (B, n) and key (n,), complex, in the published units (white noise has power h·w)."""

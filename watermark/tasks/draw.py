@@ -53,7 +53,7 @@ def draw(
 
     Images are named by their seeds, which count up from `first_seed`; images drawn by an earlier run are kept. Raises
     StoreError for a folder with images of other settings or prompts and, without `force`, if a file that an earlier run
-    did not draw would be replaced; KeyFileError for a key of another model.
+    did not draw would be replaced; KeyFileError for a key of another kind of latents.
     """
     if key:
         check_fit(key, model)
@@ -90,7 +90,7 @@ def _drawn(
 ) -> Iterator[tuple[str, dict[str, Any], Any]]:
     """Name, record and pixels (3, H, W) of each image, drawn batch by batch."""
     seeds, prompts = [seed for seed, _ in wanted.values()], [prompt for _, prompt in wanted.values()]
-    images = generate(model, prompts, seeds, scheme=scheme_of(key) if key else None, **settings)
+    images = generate(model, prompts, seeds, scheme=scheme_of(key, model.latent_shape) if key else None, **settings)
     for name, drawn in zip(wanted, images, strict=True):
         record = {"sample_id": name, "prompt": drawn.prompt, "seed": drawn.seed, "label": bool(key)}
         yield name, record, drawn.image.numpy()

@@ -35,10 +35,11 @@ from ringmark.watermark.evaluation.rates import Array, tied_below
 from ringmark.watermark.evaluation.report import TABLES, write_tables
 from ringmark.watermark.keys.folder import describe, load_ring
 from ringmark.watermark.keys.key import Key
-from ringmark.watermark.schemes.base import DEFAULT, make_key, published_statistics
+from ringmark.watermark.schemes.base import DEFAULT, published_statistics
 from ringmark.watermark.statistics import conformal_p
 from ringmark.watermark.tasks.attack import attack_files, attacked_name
 from ringmark.watermark.tasks.draw import DRAWN, draw, prompts_for
+from ringmark.watermark.tasks.keygen import new_key
 from ringmark.watermark.tasks.quality import ImageSet, quality_rows
 from ringmark.watermark.tasks.recover import RecoveredFiles, recover_files
 
@@ -380,7 +381,7 @@ def _verifiers(
 def _own_key(model: LatentModel, plan: Plan) -> Key:
     path = plan.output / "evaluation.key"
     if not path.exists():
-        make_key(DEFAULT, model.latent_shape, model=model.identity, recovery=model.recovery).save(path)
+        new_key(model, DEFAULT).save(path)
     return Key.load(path)
 
 

@@ -40,11 +40,14 @@ class Grown:
 def new_key(model: Model, scheme: str, calibration: Calibration | None = None, **parameters: Any) -> Key:
     """A new key for a model, placed where the calibration or the model says that noise is best recovered.
 
+    Its reference size is the one at which that was measured, or the model's own.
     `parameters` are those of the scheme. Raises SchemeError for a mark that does not fit, CalibrationError for a
     calibration of another model or one without measured recovery.
     """
     recovery = recovery_of(model, calibration)
-    return make_key(scheme, model.latent_shape, model=model.identity, recovery=recovery, **parameters)
+    shape, kind = (calibration or model).latent_shape, model.kind
+    reference = [n * kind["factor"] for n in shape[1:]]
+    return make_key(scheme, kind=kind, reference=reference, model=model.identity, recovery=recovery, **parameters)
 
 
 def write_key(output: Path, make: Callable[[], Key], *, force: bool = False) -> Key:
@@ -82,22 +85,24 @@ class Ring:
     """Keys that can be distinguished from each other.
 
     If exactly the mark of key A is recovered, key B, tested alone, must not reach p ≤ alpha, and vice versa. Keys of
-    schemes without free numbers are left out. Raises KeyFileError for keys of another model or latent shape.
+    schemes without free numbers are left out. All of this is checked at the model's own size. Raises KeyFileError for
+    keys of another kind of latents.
     """
 
     def __init__(self, model: Model, keys: Iterable[Key], alpha: float = ALPHA) -> None:
         self.null, self.log10_alpha = Null.of_model(model), float(np.log10(alpha))
+        self.latent_shape = model.latent_shape
         self.kinds: dict[Any, _Kind] = {}
         self.marks: list[Tensor] = []
         for key in keys:
             check_fit(key, model)
-            scheme = scheme_of(key)
+            scheme = scheme_of(key, self.latent_shape)
             if scheme.free:
                 self._add(scheme)
 
     def admits(self, key: Key) -> bool:
         """Add the key if it can be distinguished from all keys of the ring; return whether it was added."""
-        scheme = scheme_of(key)
+        scheme = scheme_of(key, self.latent_shape)
         mark = scheme.embed(torch.zeros(1, *scheme.latent_shape))
         if self._sees_another(scheme) or self._is_seen(mark):
             return False

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ringmark.errors import one_line
 from ringmark.watermark.keys.folder import describe
-from ringmark.watermark.keys.key import COMMON, Key
+from ringmark.watermark.keys.key import COMMON, Key, Kind
 from ringmark.watermark.schemes.base import description
 
 __all__ = ["card", "listing"]
@@ -29,6 +29,10 @@ def card(key: Key) -> str:
     """What may be told of one key, a line a fact; the model by name and fingerprint."""
     model = key.metadata["model"]
     texts = describe(key) | description(key.metadata, COMMON)
-    texts |= {"latent_shape": "x".join(map(str, key.metadata["latent_shape"]))}
+    if key.values is None:
+        height, width = key.metadata["reference"]
+        texts |= {"kind": str(Kind(**key.metadata["kind"])), "reference": f"{width}x{height} pixels"}
+    else:
+        texts |= {"latent_shape": "x".join(map(str, key.latent_shape))}
     texts |= {"model": f"{model.get('name', '?')} (fingerprint {model.get('fingerprint', '?')})"}
     return "\n".join(f"{name:14}{one_line(text)}" for name, text in texts.items())
