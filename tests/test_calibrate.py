@@ -15,6 +15,7 @@ from identity import MODEL, Identity, key, verifier
 from PIL import Image
 
 from ringmark.data.images import read_sample, to_array
+from ringmark.data.results import read_records
 from ringmark.data.sources import find_images
 from ringmark.errors import CalibrationError, ImageError, SchemeError
 from ringmark.inversion.decoder import INVERTERS
@@ -79,7 +80,7 @@ def test_folders_become_a_calibration(house):
     made = Calibration.load(house / "my.cal")
     assert (made.n, made.sources, made.latent_shape) == (45, {"drawn": 40, "given": 5}, MODEL.latent_shape)
     made.check(recoverer().settings.as_dict())
-    assert not (house / "my.cal.cache").exists()
+    assert not (house / "my.cal.unfinished").exists()
     images = [to_array(read_sample(p, MODEL.image_size).image) for p in find_images(house / "drawn")]
     noise = recoverer()(torch.from_numpy(np.stack(images))).noise
     expected = NoiseRecovery.measure(noise, initial_noise(list(range(40)), MODEL.latent_shape))
@@ -130,11 +131,12 @@ def test_a_stopped_run_goes_on(tmp_path):
     whole = calibrate(recoverer(), images, tmp_path / "whole.cal", batch=4).calibration
     with pytest.raises(KeyboardInterrupt):
         calibrate(stopping, images, tmp_path / "my.cal", batch=4)
-    cache = tmp_path / "my.cal.cache"
-    assert len(list(cache.iterdir())) == 2 * 3 * 4 and not (tmp_path / "my.cal").exists()
-    (cache / "mine.txt").touch()
+    unfinished = tmp_path / "my.cal.unfinished"
+    kept = [len(read_records(path)[1]) for path in sorted(unfinished.glob("*.jsonl"))]
+    assert kept == [3 * 4, 3 * 4] and not (tmp_path / "my.cal").exists()
+    (unfinished / "mine.txt").touch()
     assert calibrate(again, images, tmp_path / "my.cal", batch=4).calibration.fingerprint == whole.fingerprint
-    assert again.calls == 2 and [p.name for p in cache.iterdir()] == ["mine.txt"]  # nothing but its own is removed
+    assert again.calls == 2 and [p.name for p in unfinished.iterdir()] == ["mine.txt"]  # only its own are removed
 
 
 # --- what is refused, in one line

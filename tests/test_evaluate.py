@@ -273,6 +273,10 @@ def test_what_is_refused(model, plan, keys, tmp_path):
     with pytest.raises(StoreError) as refused:
         replace(plan, output=tmp_path / "theirs")
     assert refused.value.code == "file.foreign"
+    again = replace(plan, output=tmp_path / "again")
+    with Results(again.output / "plan.jsonl", again.settings(model)), pytest.raises(StoreError) as refused:
+        evaluate(model, again)
+    assert refused.value.code == "results.locked"
 
 
 def test_labels_that_do_not_fit_are_refused(plan, keys, tmp_path):

@@ -94,9 +94,9 @@ def test_small_setting(experiment, tmp_path):
         assert rows["clean", keys, "right key named"]["count"] == 2
     for attack in ("clean", "blur:1"):  # the more keys, the stricter the rule
         assert rows[attack, 2, "no key named"]["count"] <= rows[attack, 16, "no key named"]["count"]
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").rglob("*.*[ls]")}
     experiment("identification", tmp_path, *options)
-    assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").rglob("*.*[ls]")}
 
 
 def test_what_is_refused(tmp_path):

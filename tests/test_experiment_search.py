@@ -24,9 +24,9 @@ def test_small_setting(experiment, tmp_path):
     assert turned["mean score marked"] > rows["rotation:75", "without"]["mean score marked"] + 0.15
     assert turned["mean score marked"] > turned["mean score unmarked"] + 0.05
     assert found["grid"] == 24 * 10 and found["tests"] > 64 * 64
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").rglob("*.*[ls]")}
     experiment("search", tmp_path, *SMALL)
-    assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").rglob("*.*[ls]")}
 
 
 def test_both_search_where_the_ordinary_test_does_not_suffice():

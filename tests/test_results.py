@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringmark.data.results import Results, read_records
+from ringmark.data.files import is_ours, read_tensors
+from ringmark.data.results import Results, ResultsFolder, content_id, read_records
 from ringmark.errors import StoreError
 
 SETTINGS = {"steps": 50, "key": "abc", "size": (128, 128)}
@@ -305,3 +306,148 @@ def test_any_record_comes_back(tmp_path_factory, ids, value):
     assert [r["sample_id"] for r in records] == list(dict.fromkeys(ids))
     assert {r["sample_id"]: r["n"] for r in records} == {id: n for n, id in enumerate(ids)}
     assert all(r["value"] == value for r in records)
+
+
+# --- tensors
+
+
+def row(x: float, n: int = 3) -> dict:
+    return {"x": np.full(n, x), "t": np.array(x, np.float32)}
+
+
+def tensor_files(path) -> list:
+    return sorted(path.with_name(f"{path.name}.tensors").rglob("*.safetensors"))
+
+
+def completed(path, wanted: dict[str, float]) -> tuple[list, list[int]]:
+    """The tensors of these ids, and the positions of those that were made."""
+    made = []
+
+    def make(positions):
+        made.extend(positions)
+        return [row(list(wanted.values())[i]) for i in positions]
+
+    with Results(path, SETTINGS) as results:
+        found = results.complete(list(wanted), make)
+    for tensors, x in zip(found, wanted.values(), strict=True):
+        np.testing.assert_equal(tensors, row(x))
+    return found, made
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.uint8, np.bool_])
+def test_types_and_shapes_come_back(path, dtype):
+    made = {
+        "x": np.arange(6).reshape(2, 3).T.astype(dtype),
+        "scalar": np.array(1, dtype),
+        "none": np.zeros((0, 2), dtype),
+    }
+    with Results(path, SETTINGS) as results:
+        results.extend([{"sample_id": "a", "p": 1}, {"sample_id": "b"}], [made, {"x": np.ones(2)}])
+    with Results(path, SETTINGS) as results:
+        kept = results.tensors(["b", "a", "c"])
+        assert results.records["a"]["p"] == 1 and results.done == {"a", "b"}
+    np.testing.assert_equal(kept, {"b": {"x": np.ones(2)}, "a": made})
+    assert {name: values.dtype for name, values in kept["a"].items()} == dict.fromkeys(made, np.dtype(dtype))
+
+
+def test_tensors_are_the_owners_and_ours(path):
+    completed(path, {"a": 1.0, "b": 2.0})
+    (file,) = tensor_files(path)  # one for the batch
+    assert is_ours(file) and (os.name != "posix" or file.stat().st_mode & 0o077 == 0)
+    assert set(read_tensors(file, max_bytes=1000).tensors) == {"0/x", "0/t", "1/x", "1/t"}
+
+
+def test_only_what_is_missing_is_made_and_equal_ids_once(path):
+    assert completed(path, {"b": 1.0, "c": 2.0})[1] == [0, 1]
+    assert completed(path, {"a": 0.0, "b": 1.0, "c": 2.0, "d": 3.0})[1] == [0, 3]
+    with Results(path, SETTINGS) as results:
+        found = results.complete(["e", "a", "e"], lambda positions: [row(5.0)] * len(positions))
+        assert len(results.records) == 5 and found[0] is found[2]
+
+
+@given(cut=st.integers(0, 10**6), batch=st.integers(1, 3))
+@settings(max_examples=40, deadline=None)
+def test_a_crash_anywhere_loses_at_most_a_batch(tmp_path_factory, cut, batch):
+    """A crash leaves the beginning of the results, and any whole tensor files, or a new one without its records."""
+    path, wanted = (
+        tmp_path_factory.mktemp("crash") / "results.jsonl",
+        {name: float(i) for i, name in enumerate("abcdef")},
+    )
+    for i in range(0, 6, batch):
+        completed(path, dict(list(wanted.items())[i : i + batch]))
+    files = {file: file.read_bytes() for file in tensor_files(path)}
+    content = path.read_bytes()
+    path.write_bytes(content[: cut % (len(content) + 1)])
+    lines = max(path.read_bytes().count(b"\n") - 1, 0)
+    assert completed(path, wanted)[1] == list(range(lines, 6))
+    assert completed(path, wanted)[1] == []
+    assert lines % batch or len(tensor_files(path)) <= len(files)
+
+
+@given(at=st.integers(0, 10**6), bit=st.integers(0, 7), cut=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_damage_at_any_byte_is_noticed_and_made_again(tmp_path_factory, at, bit, cut):
+    path, wanted = tmp_path_factory.mktemp("damage") / "results.jsonl", {"a": 1.0, "b": 2.0, "c": 3.0}
+    completed(path, {"a": 1.0, "b": 2.0})
+    completed(path, {"c": 3.0})
+    file = tensor_files(path)[0]
+    content = bytearray(file.read_bytes())
+    at %= len(content)
+    content[at] ^= 1 << bit
+    file.write_bytes(content[:at] if cut else content)
+    with Results(path, SETTINGS) as results:
+        assert set(results.tensors("abc")) == {"c"} == results.done
+    assert completed(path, wanted)[1] == [0, 1]
+    assert completed(path, wanted)[1] == []
+
+
+def test_missing_tensors_are_made_again_with_a_warning(path, caplog):
+    completed(path, {"a": 1.0, "b": 2.0})
+    (file,) = tensor_files(path)
+    file.unlink()
+    assert completed(path, {"b": 2.0})[1] == [0]
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and str(file) in caplog.text
+
+
+@pytest.mark.parametrize(
+    "place", [None, 3, {}, {"file": "../x", "sha256": "", "row": 0}, {"file": -1, "sha256": "", "row": 0}]
+)
+def test_records_without_a_place_have_no_tensors(path, place):
+    fill(path, {"sample_id": "a", "tensors": place}, {"sample_id": "b", "error": "damaged"})
+    with Results(path, SETTINGS) as results:
+        assert results.tensors(["a", "b", "c"]) == {} and results.done == set()
+
+
+def test_tensors_that_cannot_be_written_leave_no_record(path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "no space")
+
+    with Results(path, SETTINGS) as results:
+        monkeypatch.setattr("ringmark.data.results.write_atomic", refuse)
+        with pytest.raises(OSError, match="space"):
+            results.extend([{"sample_id": "a"}], [row(1.0)])
+        assert results.done == set() and results.records == {}
+    assert read_records(path)[1] == []
+
+
+def test_a_folder_has_a_file_for_each_settings(tmp_path):
+    with ResultsFolder(tmp_path / "kept") as kept:
+        one, other = kept.of("noise", {"steps": 1}), kept.of("noise", {"steps": 2})
+        assert kept.of("noise", {"steps": 1}) is one and one.path != other.path
+        one.extend([{"sample_id": "a"}], [row(1.0)])
+        with pytest.raises(StoreError) as caught:
+            ResultsFolder(tmp_path / "kept").of("noise", {"steps": 1})
+        assert caught.value.code == "results.locked"
+    with ResultsFolder(tmp_path / "kept") as kept:
+        assert kept.of("noise", {"steps": 1}).done == {"a"}
+    (tmp_path / "kept" / "mine.jsonl").touch()
+    kept.remove()
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["mine.jsonl"]
+
+
+def test_contents_are_told_apart(path):
+    zeros = np.zeros((2, 3), np.float32)
+    contents = [zeros, zeros + 1, zeros.T, zeros.astype(np.int32), zeros.tolist(), "a"]
+    assert len({content_id(x) for x in contents}) == len(contents)
+    assert content_id(zeros.T) == content_id(zeros.T.copy())
+    assert content_id("a", "b") != content_id("ab")

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ringmark.data.cache import cached
 from ringmark.data.files import write_atomic
 from ringmark.data.images import from_array, read_sample, to_array
+from ringmark.data.results import Results, ResultsFolder, content_id
 from ringmark.data.sources import find_images
 from ringmark.errors import RingmarkError
 from ringmark.inversion.decoder import INVERTERS, Inverter
@@ -71,7 +71,7 @@ class Inverted:
 
 @dataclass(frozen=True)
 class Bench:
-    """One run of an experiment: model, number of images, seeds, cache and output folder."""
+    """One run of an experiment: model, number of images, seeds and output folder."""
 
     name: str
     output: Path
@@ -85,9 +85,9 @@ class Bench:
     command: str = ""
     parameters: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def cache(self) -> Path:
-        return self.output / "cache"
+    def kept(self) -> ResultsFolder:
+        """What was computed in this run or earlier ones."""
+        return ResultsFolder(self.output / "kept")
 
     @property
     def first(self) -> int:
@@ -145,13 +145,15 @@ class Bench:
     ) -> dict[str, Tensor]:
         """The tensors that `make` returns for `rows`, batch by batch, concatenated along `dim`.
 
-        Each batch is cached by key and content, so an interrupted run resumes there.
+        Each batch is kept by key and content, so an interrupted run resumes there.
         """
-        folder = self.cache if self.model.dtype == torch.float32 else self.cache / str(self.model.dtype)
+        settings = {"model": self.model.identity, "dtype": str(self.model.dtype), "key": list(map(repr, key))}
         starts, parts = range(0, len(rows[0]), batch), []
-        for i in tqdm(starts, name, leave=False, disable=None):
-            batch_rows = [row[i : i + batch] for row in rows]
-            parts.append(cached(folder, [self.model.identity, *key, *batch_rows], partial(make, *batch_rows)))
+        with self.kept() as kept:
+            results = kept.of(key[0], settings)
+            for i in tqdm(starts, name, leave=False, disable=None):
+                batch_rows = [row[i : i + batch] for row in rows]
+                parts.append(kept_tensors(results, content_id(*batch_rows), partial(make, *batch_rows)))
         return {column: torch.cat([part[column] for part in parts], dim) for column in parts[0]}
 
     @torch.inference_mode()
@@ -228,6 +230,16 @@ class Bench:
         if figure is not None:
             for suffix in (".png", ".svg"):
                 save_figure(figure, path.with_suffix(suffix), force=True)
+
+
+def kept_tensors(results: Results, sample_id: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors kept under this id; those that `make` returns if there are none."""
+
+    def made(_: list[int]) -> list[dict[str, np.ndarray]]:
+        return [{name: values.cpu().numpy() for name, values in make().items()}]
+
+    (found,) = results.complete([sample_id], made)
+    return {name: torch.from_numpy(values) for name, values in found.items()}
 
 
 def _invert(model: LatentModel, inverter: Inverter, images: Tensor) -> dict[str, Tensor]:

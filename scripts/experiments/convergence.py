@@ -4,8 +4,8 @@
     python -m scripts.experiments convergence -o build/convergence -n 4 --walk 40 --at 15 --steps 10
 
 For each image and method: the minimum over the first 100 steps of ⟨T z_k, z_k − z_∞⟩ / ‖T z_k‖², with z_∞ the method's
-300th iterate, against ‖z_100 − z_∞‖. Several processes can fill one cache, each with its own --method; a final run
-without --method then reads their results.
+300th iterate, against ‖z_100 − z_∞‖. Processes with a --method each can share an output folder, once a first one has
+drawn the pictures; a final run without --method then reads their results.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
+from ringmark.data.results import ResultsFolder
 from ringmark.data.sources import find_images
 from ringmark.errors import RingmarkError
 from ringmark.inversion.models.loading import resolve
@@ -193,9 +194,9 @@ def attacked_files(bench: Bench, folder: Path, attacks: dict[str, Chain | None])
     return places
 
 
-def recovered(recoverer: Recoverer, places: dict[str, list[Path]], cache: Path) -> dict[str, Tensor]:
+def recovered(recoverer: Recoverer, places: dict[str, list[Path]], kept: ResultsFolder) -> dict[str, Tensor]:
     """Noise of all files by attack. Raises RingmarkError if any file cannot be used."""
-    found = {name: recover_files(recoverer, paths, cache, name=name) for name, paths in places.items()}
+    found = {name: recover_files(recoverer, paths, kept, name=name) for name, paths in places.items()}
     for name, files in found.items():
         if unusable := len(files.refused) + len(files.doubts):
             raise RingmarkError("experiment.images", f"{unusable} images cannot be used", subject=name)
@@ -223,7 +224,9 @@ def main(bench: Bench, folder: Path, calibration: Path | None, halves: bool, att
     made = None if halves else Calibration.load(calibration or Path(resolve(bench.source)) / Calibration.FILE)
     if made:
         made.check(recoverer.settings.as_dict())
-    noise, found = recovered(recoverer, attacked_files(bench, folder, attacks), bench.cache), {}
+    with bench.kept() as kept:
+        noise = recovered(recoverer, attacked_files(bench, folder, attacks), kept)
+    found = {}
     for family, keys in families(bench, bench.number).items():
         for name in tqdm(noise, family, disable=None):
             if made:

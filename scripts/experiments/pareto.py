@@ -1,6 +1,6 @@
 """Accuracy against time and memory of each decoder inversion (arXiv 2409.18442).
 
-    python -m scripts.experiments pareto -o build/bench                     # with the images and cache of `decoder`
+    python -m scripts.experiments pareto -o build/bench                     # with what `decoder` kept
     python -m scripts.experiments pareto -o build/small -n 2 --shortest 4   # under two minutes
 
 The true latents are known because the model drew the images, which are rounded to 8 bits. On a GPU, the same images are

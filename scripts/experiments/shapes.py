@@ -22,7 +22,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -30,13 +29,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ringmark.data.cache import cached
+from ringmark.data.results import Results, content_id
 from ringmark.inversion.decoder import gradient_residual, invert_decoder
 from ringmark.inversion.memory import peak_during, stored_bytes
 from ringmark.inversion.methods import Adam
 from ringmark.inversion.models.pipeline import lean
 from ringmark.inversion.solve import solve
-from scripts.experiments.common import Bench, experiment
+from scripts.experiments.common import Bench, experiment, kept_tensors
 from scripts.experiments.costs import in_own_process, limit_memory, synchronise
 from scripts.experiments.plots import panels
 
@@ -211,12 +210,12 @@ def cases(shapes: list[Shape], dtypes: list[str], width: float, device: str) -> 
     ]
 
 
-def row(case: Case, limit: float, cache: Path) -> dict:
+def row(case: Case, limit: float, results: Results) -> dict:
     """The row of a case: `MB` is measured if it `fits`, otherwise it is the lower bound `stored MB`."""
     stored = estimated(case)
     missing = {"seconds": torch.tensor(math.nan), "MB": torch.tensor(math.nan)}
-    key = [case, limit, torch.get_num_threads()]
-    found = missing if stored > limit * 2**10 else cached(cache, key, lambda: apart(case, limit))
+    sample_id = content_id(case, limit, torch.get_num_threads())
+    found = missing if stored > limit * 2**10 else kept_tensors(results, sample_id, partial(apart, case, limit))
     seconds, peak = float(found["seconds"]), float(found["MB"])
     fits = not math.isnan(peak)
     head = {"shape": case.shape.name, "frames": case.shape.frames, "method": case.method, "mode": case.mode}
@@ -311,7 +310,8 @@ def main(bench: Bench, names: tuple, dtypes: tuple, width: float, scale: float, 
     dtypes = list(dtypes) or ["float32", *(["bfloat16"] if device == "cuda" else [])]
     shapes = [SHAPES[name].scaled(scale) for name in names or SHAPES]
     todo = cases(shapes, dtypes, width, device)
-    rows = [row(case, limit, bench.cache) for case in tqdm(todo, "measure", disable=None)]
+    with bench.kept() as kept:
+        rows = [row(case, limit, kept.of("shapes", {})) for case in tqdm(todo, "measure", disable=None)]
     number = sum(p.numel() for p in autoencoder(width, "float32", "meta").parameters())
     weights = {d: number * getattr(torch, d).itemsize / 2**20 for d in dtypes}
     ratios = comparisons(rows, weights)

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ringmark.data.images import Sample, read_sample
-from ringmark.data.results import Results, read_records
+from ringmark.data.results import Results
 from ringmark.data.sources import Listing, list_images, stamp_of
 from ringmark.errors import ImageError
 from ringmark.watermark.calibration import Calibration
@@ -135,7 +135,7 @@ def audit_folder(
     with Results(results, settings, fields=NEEDED) as store:
         run = _Run(store, folder, listing)
         run.audit(verifier, batch)
-    records = [r for r in read_records(results)[1] if r["sample_id"] in run.stamps]
+    records = [record for name, record in store.records.items() if name in run.stamps]
     return Audit.of(records, listing)
 
 
@@ -146,14 +146,13 @@ class _Run:
         self.store, self.folder, self.listing = store, folder, listing
         files = (*listing.images, *(error.path for error in listing.unlisted))
         self.stamps = {self.name_of(path): stamp_of(path) for path in files}
-        self.known = {r["sample_id"]: r for r in read_records(store.path)[1]}
         self.fresh = {name for name in self.stamps if self._is_fresh(name)}
 
     def name_of(self, path: Path) -> str:
         return str(path.relative_to(self.folder))
 
     def _is_fresh(self, name: str) -> bool:
-        return name in self.store.done and self.stamps[name].items() <= self.known[name].items()
+        return name in self.store.done and self.stamps[name].items() <= self.store.records[name].items()
 
     def audit(self, verifier: Verifier, batch: int) -> None:
         """Record every file without an up-to-date record."""
@@ -181,7 +180,7 @@ class _Run:
 
     def _record(self, name: str, record: Record) -> None:
         record = {"sample_id": name} | record | self.stamps[name]
-        if record != self.known.get(name):  # otherwise every run would record an unreadable file again
+        if record != self.store.records.get(name):  # otherwise every run would record an unreadable file again
             self.store.append(record)
         self.bar.update()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ringmark.data.files import one_line
-from ringmark.data.results import read_records
+from ringmark.data.results import ResultsFolder, read_records
 from ringmark.data.sources import list_images
 from ringmark.errors import CalibrationError
 from ringmark.inversion.noise_recovery import NoiseRecovery
@@ -135,12 +134,14 @@ class Calibrated:
 def calibrate(recoverer: Recoverer, images: Unmarked, output: Path, *, batch: int = 8) -> Calibrated:
     """Measure the null of the noise recovered from unmarked images and write the calibration to `output`.
 
-    Recovered noise is kept in the folder `output`.cache until the calibration is written, so that an interrupted run
-    can be resumed. Images drawn by this model are of kind "drawn", all others of kind "given". If at least KNOWN drawn
-    images are used, their known noise shows where marks are best recovered. Raises CalibrationError.
+    Recovered noise is kept in the folder `output`.unfinished until the calibration is written, so that an interrupted
+    run can be resumed. Images drawn by this model are of kind "drawn", all others of kind "given". If at least KNOWN
+    drawn images are used, their known noise shows where marks are best recovered. Raises CalibrationError, and
+    StoreError if another run makes the same calibration.
     """
-    cache = output.with_name(f"{output.name}.cache")
-    files = recover_files(recoverer, images.paths, cache, batch=batch, name="calibrate")
+    unfinished = ResultsFolder(output.with_name(f"{output.name}.unfinished"))
+    with unfinished:
+        files = recover_files(recoverer, images.paths, unfinished, batch=batch, name="calibrate")
     unusable = files.doubts | _copies(files)
     left_out = [f"{one_line(files.ids[i])}: {reason}, so it is left out" for i, reason in unusable.items()]
     errors = [*images.errors, *map(str, files.refused), *left_out]
@@ -156,16 +157,16 @@ def calibrate(recoverer: Recoverer, images: Unmarked, output: Path, *, batch: in
         reason = f" ({len(errors)} were left out, the first: {errors[0]})" if errors else ""
         raise CalibrationError(error.code, f"{error.fact}{reason}", subject=error.subject, **error.details) from None
     calibration.save(output)
-    _remove(cache)
+    unfinished.remove()
     return Calibrated(calibration=calibration, output=output, known=len(seeds), errors=errors)
 
 
 def _copies(files: RecoveredFiles) -> dict[int, str]:
     """Files with the same pixels as an earlier one, by number, with the reason to leave them out."""
-    first: dict[bytes, int] = {}
+    first: dict[str, int] = {}
     copies: dict[int, str] = {}
-    for i, digest in enumerate(files.digests):
-        if (original := first.setdefault(digest, i)) != i:
+    for i, content in enumerate(files.contents):
+        if (original := first.setdefault(content, i)) != i:
             copies[i] = f"shows the same pixels as {one_line(files.ids[original])}"
     return copies
 
@@ -183,14 +184,6 @@ def _recovery(noise: Tensor, seeds: dict[int, int]) -> NoiseRecovery | None:
     _, channels, height, width = noise.shape
     truth = initial_noise(list(seeds.values()), (channels, height, width))
     return NoiseRecovery.measure(noise[list(seeds)], truth)
-
-
-def _remove(cache: Path) -> None:
-    """Remove the files of `recover_files` and the folder, unless it holds other files."""
-    for path in cache.glob("[0-9a-f]" * 24 + ".safetensors"):
-        path.unlink(missing_ok=True)
-    with suppress(OSError):
-        cache.rmdir()
 
 
 def recovery_of(model: Model, calibration: Calibration | None) -> NoiseRecovery | None:

@@ -63,7 +63,7 @@ def draw(
     if not force:
         _refuse_foreign(folder, list(wanted))
     with Results(folder / DRAWN, settings) as store:
-        _refuse_other_prompts(store.path, {name: prompt for name, (_, prompt) in wanted.items()})
+        _refuse_other_prompts(store, {name: prompt for name, (_, prompt) in wanted.items()})
         missing = [name for name in wanted if name not in store.done or not (folder / name).exists()]
         LOG.info("draw %d of %d images into %s", len(missing), len(wanted), folder)
         with tqdm(
@@ -108,14 +108,13 @@ def _refuse_foreign(folder: Path, names: list[str]) -> None:
             raise StoreError("results.foreign-image", "exists and was not drawn by an earlier run", subject=path)
 
 
-def _refuse_other_prompts(path: Path, wanted: dict[str, str]) -> None:
+def _refuse_other_prompts(store: Results, wanted: dict[str, str]) -> None:
     """Raises StoreError if an image in the folder was drawn with another prompt."""
-    for record in read_records(path)[1]:
-        name, old = record["sample_id"], record["prompt"]
+    for name, record in store.records.items():
+        old = record["prompt"]
         if wanted.get(name, old) != old:
-            raise StoreError(
-                "results.other-prompt", f"{name} was drawn with prompt {old!r}, not {wanted[name]!r}", subject=path
-            )
+            fact = f"{name} was drawn with prompt {old!r}, not {wanted[name]!r}"
+            raise StoreError("results.other-prompt", fact, subject=store.path)
 
 
 def _write_labels(folder: Path) -> None:

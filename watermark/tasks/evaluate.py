@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -15,10 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ringmark.data.cache import cached
 from ringmark.data.files import refuse_foreign
 from ringmark.data.labels import read_labels
-from ringmark.data.results import Results, read_records
+from ringmark.data.results import Results, ResultsFolder, content_id, read_records
 from ringmark.data.sources import check_folder, find_images
 from ringmark.errors import CalibrationError, EvaluationError
 from ringmark.inversion.memory import peak_during, release_memory
@@ -142,11 +142,6 @@ class Plan:
         """Raises CalibrationError."""
         return Calibration.load(self.calibration) if self.calibration else None
 
-    @property
-    def cache(self) -> Path:
-        """The folder of recovered noises and other results that are slow to compute."""
-        return self.output / "cache"
-
     def settings(self, model: LatentModel) -> dict[str, Any]:
         """Everything that the images depend on. Keys, attacks, methods and calibrations may differ between runs."""
         return {
@@ -166,30 +161,34 @@ class Plan:
 def evaluate(model: LatentModel, plan: Plan, folder: Path | None = None) -> Evaluation:
     """Carry out the plan and write tables and plots into plan.output.
 
-    Results are cached there, so adding an attack to an earlier run only costs that attack. The plan's calibration, or
-    the one in the model's `folder`, is used by the methods whose settings it fits. Raises StoreError if plan.output
-    holds results for other images, EvaluationError (evaluation.images) if there is no usable image of one kind,
-    KeyFileError for a key of another model, and CalibrationError if the plan's calibration fits no method.
+    Results are kept there, so adding an attack to an earlier run only costs that attack. The plan's calibration, or the
+    one in the model's `folder`, is used by the methods whose settings it fits. Raises StoreError if plan.output holds
+    results for other images or another run writes to it, EvaluationError (evaluation.images) if there is no usable
+    image of one kind, KeyFileError for a key of another model, and CalibrationError if the plan's calibration fits no
+    method.
     """
     keys = plan.given_keys or [_own_key(model, plan)]
     verifiers, unfit = _verifiers(model, keys, plan, folder)
-    Results(plan.output / "plan.jsonl", plan.settings(model)).close()  # raises for images of another plan
-    megabytes = {name: _megabytes(verifier.recoverer, plan) for name, verifier in verifiers.items()}
-    run = _Run(
-        model=model,
-        plan=plan,
-        keys=keys,
-        verifiers=verifiers,
-        megabytes=megabytes,
-        sets=[_images(model, plan, key) for key in (None, *keys)],
-    )
-    for chain in (None, *plan.chains):
-        run.under(chain)
+    settings = plan.settings(model)
+    with Results(plan.output / "plan.jsonl", settings) as results, ResultsFolder(plan.output / "recovered") as kept:
+        megabytes = {name: _megabytes(verifier.recoverer, plan, results) for name, verifier in verifiers.items()}
+        run = _Run(
+            model=model,
+            plan=plan,
+            keys=keys,
+            verifiers=verifiers,
+            megabytes=megabytes,
+            sets=[_images(model, plan, key) for key in (None, *keys)],
+            kept=kept,
+        )
+        for chain in (None, *plan.chains):
+            run.under(chain)
+        quality = quality_rows(run.sets, model.image_size, results)
     evaluation = Evaluation(
         settings=_facts(model, plan, run, unfit),
         cells=run.cells,
         images=run.records,
-        quality=quality_rows(run.sets, model.image_size, plan.cache),
+        quality=quality,
         refused=list(dict.fromkeys(run.refused)),
         gains=compare_ways(run.records, list(map(str, plan.chains)) or [CLEAN]),
     )
@@ -279,6 +278,7 @@ class _Run:
     verifiers: dict[str, Verifier]
     megabytes: dict[str, float]
     sets: list[ImageSet]
+    kept: ResultsFolder
     cells: list[Cell] = field(default_factory=list)
     records: list[Row] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -318,7 +318,7 @@ class _Run:
 
     def _recover(self, recoverer: Recoverer, images: ImageSet, paths: dict[str, Path], name: str) -> _Recovered:
         title = f"{name}, {images.name}"
-        files = recover_files(recoverer, paths.values(), self.plan.cache, batch=self.plan.batch, name=title)
+        files = recover_files(recoverer, paths.values(), self.kept, batch=self.plan.batch, name=title)
         self.refused.extend(map(str, files.refused))
         if not files.ids:
             fact = f"no image can be used, of {len(images.names)}; last: {[name, *self.refused][-1]}"
@@ -385,19 +385,25 @@ def _own_key(model: LatentModel, plan: Plan) -> Key:
     return Key.load(path)
 
 
-def _megabytes(recoverer: Recoverer, plan: Plan) -> float:
-    """Memory of a batch in addition to the model's, for the encoder and two steps; later steps need no more."""
+def _megabytes(recoverer: Recoverer, plan: Plan, results: Results) -> float:
+    """Memory of a batch in addition to the model's, kept in the results; NaN where the system does not tell."""
+    model = recoverer.model
+    settings = [model.identity, str(model.dtype), str(model.device), repr(recoverer.inverter)]
+    sample_id = content_id("megabytes", plan.batch, *settings)
+    if sample_id not in results.done:
+        results.append({"sample_id": sample_id, "megabytes": _measured_megabytes(recoverer, plan.batch)})
+    megabytes = results.records[sample_id]["megabytes"]
+    return math.nan if megabytes is None else float(megabytes)
+
+
+def _measured_megabytes(recoverer: Recoverer, batch: int) -> float:
+    """The peak of the encoder and two steps; later steps need no more."""
     model, inverter = recoverer.model, recoverer.inverter
-    settings = [model.identity, str(model.dtype), str(model.device), repr(inverter)]
     short = Recoverer(model, replace(inverter, max_steps=min(2, inverter.max_steps)), steps=2)
-    images = torch.rand(plan.batch, 3, *model.image_size) * 2 - 1
-
-    def measure() -> dict[str, Tensor]:
-        short(images[:1])  # warm up: libraries allocate some memory once
-        release_memory()  # otherwise memory freed by another method would hide this one's
-        return {"megabytes": torch.tensor(peak_during(model.device, lambda: short(images))[1])}
-
-    return float(cached(plan.cache, ["megabytes", plan.batch, *settings], measure)["megabytes"])
+    images = torch.rand(batch, 3, *model.image_size) * 2 - 1
+    short(images[:1])  # warm up: libraries allocate some memory once
+    release_memory()  # otherwise memory freed by another method would hide this one's
+    return peak_during(model.device, lambda: short(images))[1]
 
 
 def _facts(model: LatentModel, plan: Plan, run: _Run, unfit: dict[str, str]) -> dict[str, Any]:

@@ -7,12 +7,10 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
-from ringmark.data.cache import cached
 from ringmark.data.images import read_sample
+from ringmark.data.results import Results, content_id
 from ringmark.data.scene_classifier import ATTRIBUTES, asked, features, train_classifiers
 from ringmark.errors import ImageError
 from ringmark.watermark.evaluation.cells import Row
@@ -43,28 +41,29 @@ class _Features:
     scene: Array
 
 
-def quality_rows(sets: list[ImageSet], image_size: tuple[int, int], cache: Path) -> list[Row]:
+def quality_rows(sets: list[ImageSet], image_size: tuple[int, int], results: Results) -> list[Row]:
     """A row for each set of marked images: Fréchet distance, and shares of images that follow the prompt.
 
-    The first of the `sets` holds the unmarked images. Empty if a set has fewer than two images.
+    The first of the `sets` holds the unmarked images. Empty if a set has fewer than two images. What the classifier
+    finds is kept in `results`.
     """
     looks = [_looks(images, image_size) for images in sets]
     if min(map(len, looks)) < 2:
         return []
-    hits = _obedience(sets, looks, cache)
+    hits = _obedience(sets, looks, results)
     return [_row(sets[i].name, looks[i], looks[0], _of_set(hits, i)) for i in range(1, len(sets))]
 
 
-def _of_set(hits: dict[str, list[Tensor]], i: int) -> dict[str, Tensor]:
+def _of_set(hits: dict[str, list[list[bool]]], i: int) -> dict[str, list[bool]]:
     pairs = product(hits, (("marked", i), ("unmarked", 0)))
     return {f"{name}_{kind}": hits[name][j] for name, (kind, j) in pairs}
 
 
-def _row(key: str, marked: dict[str, _Features], unmarked: dict[str, _Features], hits: dict[str, Tensor]) -> Row:
+def _row(key: str, marked: dict[str, _Features], unmarked: dict[str, _Features], hits: dict[str, list[bool]]) -> Row:
     distance = frechet_test([look.simple for look in marked.values()], [look.simple for look in unmarked.values()])
     row: Row = {"key": key} | {f"frechet_{name}": value for name, value in asdict(distance).items()}
     for name, hit in hits.items():
-        share, (low, high) = rate(int(hit.sum()), len(hit))
+        share, (low, high) = rate(sum(hit), len(hit))
         row |= {name: share, f"{name}_low": low, f"{name}_high": high}
     return row
 
@@ -82,8 +81,10 @@ def _looks(images: ImageSet, image_size: tuple[int, int]) -> dict[str, _Features
     return looks
 
 
-def _obedience(sets: list[ImageSet], looks: list[dict[str, _Features]], cache: Path) -> dict[str, list[Tensor]]:
-    """Whether each image (n,) shows what its prompt asks for, by attribute and set.
+def _obedience(
+    sets: list[ImageSet], looks: list[dict[str, _Features]], results: Results
+) -> dict[str, list[list[bool]]]:
+    """Whether each image shows what its prompt asks for, by attribute and set.
 
     Empty unless all prompts are captions of procedural scenes, since the classifier knows no others.
     """
@@ -91,17 +92,23 @@ def _obedience(sets: list[ImageSet], looks: list[dict[str, _Features]], cache: P
     known = [prompts for prompts in wanted if prompts is not None]
     if len(known) < len(sets):
         return {}
-    inputs = [torch.from_numpy(np.stack([look.scene for look in seen.values()])) for seen in looks]
+    inputs = [np.stack([look.scene for look in seen.values()]) for seen in looks]
+    sample_id = content_id("obedience", SCENES, SCENE_SIZE, known, *inputs)
+    if sample_id not in results.done:
+        results.append({"sample_id": sample_id, "obedience": _classified(inputs, known)})
+    hits: dict[str, list[list[bool]]] = results.records[sample_id]["obedience"]
+    return hits
 
-    def classify() -> dict[str, Tensor]:
-        trees, _ = train_classifiers(SCENES, 200, SCENE_SIZE)
-        return {
-            f"{name} {i}": torch.from_numpy(trees[name].predict(x.numpy()) == [w[name] for w in known[i]])
-            for name, (i, x) in product(ATTRIBUTES, enumerate(inputs))
-        }
 
-    hits = cached(cache, ["obedience", SCENES, SCENE_SIZE, known, *inputs], classify)
-    return {name: [hits[f"{name} {i}"] for i in range(len(sets))] for name in ATTRIBUTES}
+def _classified(inputs: list[Array], wanted: list[list[dict[str, str]]]) -> dict[str, list[Array]]:
+    trees, _ = train_classifiers(SCENES, 200, SCENE_SIZE)
+    return {
+        name: [
+            trees[name].predict(x) == [prompt[name] for prompt in prompts]
+            for x, prompts in zip(inputs, wanted, strict=True)
+        ]
+        for name in ATTRIBUTES
+    }
 
 
 def _asked(images: ImageSet, seen: dict[str, _Features]) -> list[dict[str, str]] | None:

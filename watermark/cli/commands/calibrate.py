@@ -28,8 +28,8 @@ from ringmark.watermark.cli.options import (
     "--output",
     type=PATH,
     required=True,
-    help="The calibration file to write. Unfinished work is kept in the folder OUTPUT.cache: run the same command to "
-    "resume, or delete the folder.",
+    help="The calibration file to write. Unfinished work is kept in the folder OUTPUT.unfinished: run the same command "
+    "to resume, or delete the folder.",
 )
 @click.option("--plot", type=FIGURE, help="Draw how well noise is recovered, by ring, into this PNG or SVG.")
 @inversion_options
