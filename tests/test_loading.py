@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import WEIGHTS, edit, refused
+from families import build
 from safetensors.torch import load_file, save_file
 
 from ringmark.errors import ModelError
-from ringmark.inversion.models.loading import load_pipeline, resolve
-from ringmark.inversion.models.pipeline import LatentModel
+from ringmark.inversion.models.loading import load_pipeline, quiet, resolve
+from ringmark.inversion.models.pipeline import LatentModel, empty_prompt
 
 
 def test_text_encoders_saved_by_either_version_load(copy):
@@ -224,3 +225,30 @@ def test_no_code_of_a_model_is_run(copy):
     edit(copy / "model_index.json", _class_name="StableDiffusionPipeline")
     load_pipeline(copy)
     assert not Path("exploded").exists()
+
+
+def test_the_fingerprint_does_not_depend_on_the_dtype(copy):
+    models = [LatentModel.from_pretrained(copy, dtype=dtype) for dtype in (torch.float32, torch.float16)]
+    assert models[0].identity == models[1].identity
+    assert [model.network.dtype for model in models] == [torch.float32, torch.float16]
+    assert [model.pipe.text_encoder.dtype for model in models] == [torch.float32, torch.float16]
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion", "sdxl", "z-image", "qwen-image"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_empty_prompt_needs_its_text_encoders_alone(tmp_path, name, dtype):
+    with quiet():
+        build(name).save_pretrained(tmp_path)
+    rows = empty_prompt(tmp_path, dtype=dtype)
+    whole = LatentModel.from_pretrained(tmp_path, dtype=dtype)
+    lean = LatentModel.from_pretrained(tmp_path, dtype=dtype, text=False, empty=rows)
+    assert lean.identity == whole.identity and lean.pipe.text_encoder is None
+    for found, expected in zip(lean.empty.values(), whole.empty.values(), strict=True):
+        assert all(map(torch.equal, found, expected)) and [x.dtype for x in found] == [x.dtype for x in expected]
+
+
+def test_there_is_nothing_to_offload_to_on_a_cpu(copy):
+    for offload in ("model", "sequential"):
+        with pytest.raises(ModelError) as caught:
+            LatentModel.from_pretrained(copy, device="cpu", offload=offload)
+        assert (caught.value.code, caught.value.subject) == ("model.offload", copy)

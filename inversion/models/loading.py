@@ -28,8 +28,13 @@ class Part(NamedTuple):
     """A part of a pipeline: its class, and where its weights are if it has any."""
 
     kind: Any
+    stored: torch.dtype = torch.float32
     variant: str | None = None
     in_file: bool = False
+
+    @property
+    def is_module(self) -> bool:
+        return issubclass(self.kind, torch.nn.Module)
 
 
 class Plan(NamedTuple):
@@ -45,13 +50,16 @@ def load_pipeline(
     revision: str | None = None,
     loras: Iterable[str | Path] = (),
     text: bool = True,
+    network: bool = True,
     dtype: torch.dtype = torch.float32,
+    stored: bool = False,
 ) -> Any:
     """The diffusers pipeline of "pocket", a diffusers folder, a hub id or a single safetensors file, on the CPU.
 
     What the hub's cache holds of a hub id is used as it is; only the rest is downloaded. For a single file see
     `locate`. Each of `loras` is a safetensors file or "file:scale", which is fused into the weights. Without `text`,
-    text encoders and tokenizers are None. Prints nothing. Raises ModelError.
+    text encoders and tokenizers are None; without `network`, all other modules are. If `stored`, modules that are not
+    text encoders have the dtype of their files instead of `dtype`. Prints nothing. Raises ModelError.
     """
     with quiet():
         place = locate(source, revision, dtype)
@@ -62,9 +70,12 @@ def load_pipeline(
                 raise
             place = download(place.source, revision, dtype)  # the rest of an interrupted download
             plan = _plan(place, text, dtype)
-        pipe = _assemble(place, plan, dtype)
+        if not network:
+            modules = [name for name, part in plan.arguments.items() if isinstance(part, Part) and part.is_module]
+            plan.arguments.update({name: None for name in modules if not is_text(name)})
+        pipe = _assemble(place, plan, dtype, stored)
         for lora in loras:
-            fuse_lora(pipe, lora, text=text)
+            fuse_lora(pipe, lora, text=text, network=network)
     return pipe
 
 
@@ -95,13 +106,14 @@ def _pipeline_class(place: Place, index: dict[str, Any]) -> Any:
     """The pipeline's class. diffusers has none for a UNet with velocity, which is stored as Stable Diffusion is."""
     import diffusers
 
-    kind = getattr(diffusers, index["_class_name"], None)
+    from ringmark.inversion.models.flow import RectifiedFlowPipeline
+
+    name = index["_class_name"]
+    kind = RectifiedFlowPipeline if name == RectifiedFlowPipeline.__name__ else getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
-        fact = f"is a {index['_class_name']}, which diffusers {diffusers.__version__} does not have"
+        fact = f"is a {name}, which diffusers {diffusers.__version__} does not have"
         raise place.refusal("model.family", fact)
     if kind is diffusers.StableDiffusionPipeline and index.get("scheduler") == FLOW_SCHEDULER:
-        from ringmark.inversion.models.flow import RectifiedFlowPipeline
-
         return RectifiedFlowPipeline
     try:
         family_of(kind)
@@ -120,14 +132,15 @@ def _part(place: Place, name: str, entry: Any, dtype: torch.dtype, held: list[st
     if entry == [None, None]:
         return None
     kind = _class(place, name, entry)
-    if not issubclass(kind, torch.nn.Module):
+    if not Part(kind).is_module:
         if not (place.folder / name).is_dir():
             raise place.refusal("model.incomplete", f"lacks its {name}")
         return Part(kind)
     begin = VAE_IN_FILE if name == "vae" else TEXT_IN_FILE
     if place.file and (name in DENOISERS or any(key.startswith(begin) for key in held)):
-        return Part(kind, in_file=True)
-    return Part(kind, place.variant(name, dtype))
+        return Part(kind, place.stored(place.file), in_file=True)
+    weights = place.weights(name, dtype)
+    return Part(kind, weights.dtype, weights.variant)
 
 
 def _class(place: Place, name: str, entry: list[Any]) -> Any:
@@ -150,15 +163,17 @@ def _held(place: Place) -> list[str]:
 
     if place.file is None:
         return []
-    place.check_header(place.file)
+    place.stored(place.file)  # checks that it is whole
     with safe_open(place.file, framework="pt") as file:
         return list(file.keys())
 
 
-def _assemble(place: Place, plan: Plan, dtype: torch.dtype) -> Any:
+def _assemble(place: Place, plan: Plan, dtype: torch.dtype, stored: bool) -> Any:
     """The pipeline of this plan. Raises ModelError for parts that are damaged or do not fit together."""
     parts = {
-        name: _load(place, name, value, dtype) if isinstance(value, Part) else value
+        name: _load(place, name, value, value.stored if stored and not is_text(name) else dtype)
+        if isinstance(value, Part)
+        else value
         for name, value in plan.arguments.items()
     }
     try:
@@ -183,8 +198,8 @@ def _load(place: Place, name: str, part: Part, dtype: torch.dtype) -> Any:
     """A part of a pipeline. Raises ModelError."""
     try:
         if part.in_file:
-            return _from_file(place, name, part.kind, dtype)
-        if not issubclass(part.kind, torch.nn.Module):
+            return _from_file(place, name, part, dtype)
+        if not part.is_module:
             return part.kind.from_pretrained(str(place.folder), subfolder=name, local_files_only=True)
         return _module(place, name, part, dtype)
     except Exception as error:  # three libraries raise all kinds of errors for damaged or wrong files
@@ -209,15 +224,15 @@ def _module(place: Place, name: str, part: Part, dtype: torch.dtype) -> Any:
     return module.eval()
 
 
-def _from_file(place: Place, name: str, kind: Any, dtype: torch.dtype) -> Any:
+def _from_file(place: Place, name: str, part: Part, dtype: torch.dtype) -> Any:
     """A module whose weights are in the single file, in the layout of its authors or in that of diffusers."""
     import diffusers.pipelines
     from diffusers.loaders.single_file import load_single_file_sub_model
     from safetensors.torch import load_file
 
     module = load_single_file_sub_model(
-        library_name=kind.__module__.partition(".")[0],
-        class_name=kind.__name__,
+        library_name=part.kind.__module__.partition(".")[0],
+        class_name=part.kind.__name__,
         name=name,
         checkpoint=load_file(str(place.file)),  # mapped into memory; conversions change the dictionary
         pipelines=diffusers.pipelines,

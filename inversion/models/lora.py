@@ -12,11 +12,11 @@ __all__ = ["fuse_lora", "split_scale"]
 TEXT_KEYS = ("text_encoder", "lora_te", "te1.", "te2.", "text_model")
 
 
-def fuse_lora(pipe: Any, lora: str | Path, *, text: bool = True) -> None:
+def fuse_lora(pipe: Any, lora: str | Path, *, text: bool = True, network: bool = True) -> None:
     """Add scale · B A to the weights W of `pipe` by the matrices A, B of a safetensors file, or of "file:scale".
 
-    Without `text`, matrices for text encoders are left out. Raises ModelError if the file is damaged or not a LoRA, or
-    if any of its matrices has no place in this model.
+    Matrices for text encoders are left out without `text`, those for the network without `network`. Raises ModelError
+    if the file is damaged or not a LoRA, or if any of its matrices has no place in this model.
     """
     from diffusers.utils import is_peft_available
 
@@ -24,11 +24,12 @@ def fuse_lora(pipe: Any, lora: str | Path, *, text: bool = True) -> None:
     if not is_peft_available():
         raise ModelError("model.no-peft", "a LoRA needs the package peft, which is not installed", subject=path)
     tensors = _read(path)
-    if not text:
-        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(TEXT_KEYS)}
+    chosen = {key: tensor for key, tensor in tensors.items() if (text if key.startswith(TEXT_KEYS) else network)}
+    if tensors and not chosen:
+        return
     try:
-        expected = _matrices(_converted(pipe, tensors))
-        pipe.load_lora_weights(tensors, adapter_name="fused")
+        expected = _matrices(_converted(pipe, chosen))
+        pipe.load_lora_weights(chosen, adapter_name="fused")
     except Exception as error:  # of peft and of diffusers' conversions from a dozen layouts
         fact = f"is a LoRA of another base model, or none ({' '.join(str(error).split())[:150]})"
         raise ModelError("model.lora", fact, subject=path) from error

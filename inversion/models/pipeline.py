@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +21,12 @@ from ringmark.errors import ModelError
 from ringmark.inversion.condition import Condition
 from ringmark.inversion.models.families import Family, family_of, network_of
 from ringmark.inversion.models.loading import check_tokenizer, load_pipeline, quiet, resolve
+from ringmark.inversion.models.place import is_text
 from ringmark.inversion.models.walk import OneCall, flow_schedule, with_scheduler
 from ringmark.inversion.noise_recovery import NoiseRecovery
 from ringmark.inversion.schedule import Schedule
 
-__all__ = ["PREDICTIONS", "LatentModel", "lean"]
+__all__ = ["PREDICTIONS", "LatentModel", "empty_prompt", "lean"]
 
 LEAST_MULTIPLE = 8  # the sides that pipelines of diffusers accept, whatever the autoencoder
 MAX_SIDE = 2048  # of latents; an image of 16384 pixels per side at a factor of 8
@@ -111,24 +112,38 @@ class LatentModel:
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        loras: Iterable[str | Path] = (),
+        device: str = "auto",
+        dtype: torch.dtype | None = None,
+        text: bool = True,
+        empty: Mapping[str, Any] | None = None,
+        offload: str | None = None,
     ) -> LatentModel:
-        """Load "pocket", a diffusers folder or a hub id; safetensors only, nothing is unpickled.
+        """Load a pipeline as `load_pipeline` does; safetensors only, nothing is unpickled.
 
-        `device` "auto" is CUDA if available; `dtype` None is float16 on CUDA and float32 on a CPU. Raises ModelError.
+        `device` "auto" is CUDA if available; `dtype` None is float16 on CUDA and float32 on a CPU. Without `text`,
+        only the empty prompt works, whose `empty_prompt` must then be given as `empty`. `offload` keeps weights in main
+        memory until they are needed: those of a whole "model", or "sequential", layer by layer. Raises ModelError.
         """
-        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        dtype = dtype or (torch.float16 if place.type == "cuda" else torch.float32)
+        place, dtype = placement(device, dtype)
+        if offload and place.type == "cpu":
+            fact = "there is no accelerator whose memory could be spared: the model is in main memory"
+            raise ModelError("model.offload", fact, subject=source)
         where = resolve(source)
-        name = Path(where).resolve().name if Path(where).is_dir() else where
+        path = Path(where)
+        name = path.resolve().name if path.is_dir() else path.stem if path.is_file() else where
         with quiet():
-            # Wrapped before it is converted, so that the fingerprint is that of the stored weights.
-            model = cls(load_pipeline(where), name=name, recovery=NoiseRecovery.load(Path(where)))
-            for part in model.pipe.components.values():
-                if isinstance(part, torch.nn.Module):
-                    part.to(place, dtype).requires_grad_(False).eval()
+            # Wrapped as it is stored and then converted, so that the fingerprint does not depend on the dtype.
+            pipe = load_pipeline(where, revision=revision, loras=loras, text=text, dtype=dtype, stored=True)
+            model = cls(pipe, name=name, recovery=NoiseRecovery.load(path), empty=empty)
+            _place(model.pipe, place, dtype, offload)
             # Channels last makes convolutions on large maps faster, but not the network's, on small maps.
-            model.vae.to(memory_format=torch.channels_last)
+            if not model.family.video:
+                model.vae.to(memory_format=torch.channels_last)
         return model
 
     def _prediction(self) -> str:
@@ -241,7 +256,7 @@ class LatentModel:
     def empty(self) -> Mapping[str, Any]:
         """The pipeline's arguments for the empty prompt, of one row."""
         if self._empty is not None:
-            return self._empty
+            return {name: _moved(values, self.device, self.dtype) for name, values in self._empty.items()}
         with quiet():
             return (self.family.negative or self.family.encode)(self.pipe, [""])
 
@@ -304,6 +319,49 @@ class LatentModel:
         ddim = DDIMScheduler.from_config(self.pipe.scheduler.config)
         ddim.set_timesteps(steps)
         return Schedule.from_alpha_bar(ddim.alphas_cumprod, ddim.timesteps, float(ddim.final_alpha_cumprod))
+
+
+@torch.inference_mode()
+def empty_prompt(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    loras: Iterable[str | Path] = (),
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """`LatentModel.empty` of this model, on the CPU, with nothing loaded but its text encoders. Raises ModelError."""
+    place, dtype = placement(device, dtype)
+    pipe = load_pipeline(source, revision=revision, loras=loras, network=False, dtype=dtype)
+    with quiet():
+        _place(pipe, place, dtype)
+        family = family_of(pipe)
+        rows = (family.negative or family.encode)(pipe, [""])
+    return {name: _moved(values, torch.device("cpu"), dtype) for name, values in rows.items()}
+
+
+def placement(device: str, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
+    """The device, "auto" being CUDA if available, and the dtype, by default float16 on CUDA and float32 on a CPU."""
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    return place, dtype or (torch.float16 if place.type == "cuda" else torch.float32)
+
+
+def _place(pipe: Any, device: torch.device, dtype: torch.dtype, offload: str | None = None) -> None:
+    """Put a pipeline's modules on a device, or prepare them to be put there when they are needed."""
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module):
+            # A text encoder has its dtype already; some of its weights and buffers keep a wider one.
+            part.to("cpu" if offload else device, None if is_text(name) else dtype)
+            part.requires_grad_(False).eval()
+    if offload:
+        getattr(pipe, f"enable_{offload}_cpu_offload")(device=device)
+
+
+def _moved(values: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Rows of a condition on this device; numbers that are not whole in this dtype."""
+    if isinstance(values, list):
+        return [_moved(value, device, dtype) for value in values]
+    return values.to(device, dtype if values.is_floating_point() else values.dtype)
 
 
 def _check_tokenizers(pipe: Any, name: str) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,9 +31,17 @@ CONFIGS = (".json", ".txt", ".model", ".jinja")
 WEIGHTS = re.compile(  # model.fp16-00001-of-00002.safetensors, model.safetensors.index.fp16.json; older: …-of-2.fp16.…
     r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.safetensors(?:\.index(?:\.(\w+))?\.json)?"
 )
-VARIANTS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+VARIANTS: dict[torch.dtype | None, str] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PATIENCE = 2.0  # seconds for the hub's first answer, which takes a tenth of that
 WHOLE, BLOCK, BLOCKS = 1 << 20, 1 << 12, 64  # bytes; see Place.text_digest
+
+
+class Weights(NamedTuple):
+    """A variant of a part's weights, such as "fp16", None for the one without a name; and their dtype."""
+
+    variant: str | None
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -64,11 +73,8 @@ class Place:
             raise self.refusal("model.damaged", f"its {name} is not a JSON object")
         return content
 
-    def variant(self, part: str, dtype: torch.dtype) -> str | None:
-        """The variant of the weights of `part` to load, such as "fp16"; None is the one without a name.
-
-        Raises ModelError unless all of its files are there, are safetensors and are whole.
-        """
+    def weights(self, part: str, dtype: torch.dtype | None) -> Weights:
+        """The weights of `part` to load. Raises ModelError unless their files are there, safetensors and whole."""
         folder = self.folder / part
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
         variant, files = choose(names, dtype)
@@ -78,9 +84,8 @@ class Place:
         if missing := sorted(listed.difference(names)):
             fact = f"{len(missing)} of {counted(len(listed), 'file')} with weights of its {part} are missing"
             raise self.refusal("model.incomplete", f"{fact}, the first is {missing[0]}")
-        for name in sorted(listed) or files:
-            self.check_header(folder / name)
-        return variant
+        kinds = [self.stored(folder / name) for name in sorted(listed) or files]
+        return Weights(variant, kinds[0])
 
     def _listed(self, name: str) -> set[str]:
         """The files with weights that an index lists."""
@@ -96,16 +101,21 @@ class Place:
             return self.refusal("model.pickled", fact)
         return self.refusal("model.incomplete", f"lacks the weights of its {part}")
 
-    def check_header(self, path: Path) -> None:
-        """Raises ModelError if the file's size does not fit its header, as after an interrupted download."""
+    def stored(self, path: Path) -> torch.dtype:
+        """The dtype of most tensors of a safetensors file, bfloat16 for dtypes to compute with which it is widened.
+
+        Raises ModelError if the file's size does not fit its header, as after an interrupted download.
+        """
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(path, framework="pt"):
-                pass
+            with safe_open(path, framework="pt") as file:
+                kinds = Counter(file.get_slice(key).get_dtype() for key in file.keys())
         except (SafetensorError, OSError) as error:
             name = path.relative_to(self.folder) if self.folder in path.parents else path.name
             raise self.refusal("model.damaged", f"{name} is cut off or damaged ({error})") from error
+        most = kinds.most_common(1)
+        return STORED.get(most[0][0] if most else "F32", torch.bfloat16)
 
     def text_digest(self, loras: Sequence[Path] = ()) -> str:
         """32 hex digits of a hash over all that decides how a prompt is encoded.
@@ -132,7 +142,7 @@ def is_text(part: str) -> bool:
     return part.startswith(("text_encoder", "tokenizer"))
 
 
-def choose(names: Iterable[str], dtype: torch.dtype) -> tuple[str | None, list[str]]:
+def choose(names: Iterable[str], dtype: torch.dtype | None) -> tuple[str | None, list[str]]:
     """The variant to load and its files, of files of these names: the full weights if there are any.
 
     Otherwise the variant of this dtype, or any. A model is then the same one on every device.
@@ -158,7 +168,7 @@ def resolve(source: str | Path) -> str:
     return str(source)
 
 
-def locate(source: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Place:
+def locate(source: str | Path, revision: str | None = None, dtype: torch.dtype | None = None) -> Place:
     """Where this model lies. The network is used only for a hub id of which nothing is in the hub's cache.
 
     The configs of a single file are in the folder that holds it or in the folder beside it with the same stem. A hub
@@ -196,7 +206,7 @@ def cached(source: str, revision: str | None) -> Place | None:
     return Place(source, Path(found).parent) if isinstance(found, str) else None
 
 
-def download(source: str, revision: str | None, dtype: torch.dtype = torch.float32) -> Place:
+def download(source: str, revision: str | None, dtype: torch.dtype | None = None) -> Place:
     """Download configs and safetensors of a model from the hub. Raises ModelError within two seconds without network.
 
     Weights of one variant are downloaded for each part, those for `dtype` if there are no full ones.
@@ -218,7 +228,7 @@ def download(source: str, revision: str | None, dtype: torch.dtype = torch.float
     return Place(source, Path(folder))
 
 
-def wanted(place: Place, names: Sequence[str], dtype: torch.dtype) -> list[str]:
+def wanted(place: Place, names: Sequence[str], dtype: torch.dtype | None) -> list[str]:
     """Which of a repository's files to download. Raises ModelError if the weights of a part are only there pickled."""
     if INDEX not in names:
         raise place.refusal("model.not-one", f"not a diffusers model (it has no {INDEX})")

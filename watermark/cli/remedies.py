@@ -85,6 +85,7 @@ REMEDIES: dict[str, str] = {
     "model.part": "install the version of diffusers that saved the model, or fix its model_index.json",
     "model.no-peft": 'install it with: pip install "ringmark[lora]"',
     "model.lora": "give a LoRA made for this model",
+    "model.offload": "omit --offload",
     "model.lora-missing": "check the name",
     "model.conditioning": "use a text-to-image model",
     "model.prediction": "check the prediction_type in scheduler/scheduler_config.json",
