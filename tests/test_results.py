@@ -366,7 +366,7 @@ def test_only_what_is_missing_is_made_and_equal_ids_once(path):
 
 
 @given(cut=st.integers(0, 10**6), batch=st.integers(1, 3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_a_crash_anywhere_loses_at_most_a_batch(tmp_path_factory, cut, batch):
     """A crash leaves the beginning of the results, and any whole tensor files, or a new one without its records."""
     path, wanted = (
@@ -385,7 +385,7 @@ def test_a_crash_anywhere_loses_at_most_a_batch(tmp_path_factory, cut, batch):
 
 
 @given(at=st.integers(0, 10**6), bit=st.integers(0, 7), cut=st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_damage_at_any_byte_is_noticed_and_made_again(tmp_path_factory, at, bit, cut):
     path, wanted = tmp_path_factory.mktemp("damage") / "results.jsonl", {"a": 1.0, "b": 2.0, "c": 3.0}
     completed(path, {"a": 1.0, "b": 2.0})
