@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -22,14 +23,19 @@ from ringmark.errors import ImageError
 __all__ = [
     "FORMATS",
     "Sample",
+    "SizesOf",
     "fit",
     "from_array",
     "read_image",
     "read_sample",
-    "sample_of",
+    "read_samples",
+    "samples_of",
     "save_png",
     "to_array",
 ]
+
+Size = tuple[int, int]
+SizesOf = Callable[[Size], Sequence[Size]]
 
 TINY = 8  # images smaller than 1/TINY of the size are refused
 CODES = ("image.missing", "image.folder", "image.denied", "image.unreadable", "image.special")
@@ -52,7 +58,7 @@ class Sample:
 
 def read_sample(
     path: str | os.PathLike[str],
-    size: tuple[int, int],
+    size: Size,
     *,
     id: str | None = None,
     label: bool | None = None,
@@ -62,25 +68,34 @@ def read_sample(
 
     Raises ImageError, also for a picture smaller than 1/TINY of that size, from which no noise can be recovered.
     """
-    image, notes = _fitted(*read_image(path), size, path)
-    return Sample(id=str(path) if id is None else id, image=image, label=label, prompt=prompt, notes=notes)
+    (sample,) = read_samples(path, lambda _: (size,), id=id)
+    return replace(sample, label=label, prompt=prompt)
 
 
-def sample_of(picture: Image.Image, size: tuple[int, int], *, id: str) -> Sample:
-    """A Pillow image as `read_sample` would return it if it had been saved. Raises ImageError."""
-    image, notes = _fitted(*upright(picture, id), size, id)
-    return Sample(id, image, notes=notes)
+def read_samples(path: str | os.PathLike[str], sizes_of: SizesOf, *, id: str | None = None) -> list[Sample]:
+    """The image at `path`, fitted to each of the sizes that `sizes_of` gives for its own (H, W).
+
+    Raises ImageError, also for a picture smaller than 1/TINY of the smallest of these sizes.
+    """
+    return _fitted(*read_image(path), sizes_of, str(path) if id is None else id, path)
+
+
+def samples_of(picture: Image.Image, sizes_of: SizesOf, *, id: str) -> list[Sample]:
+    """A Pillow image as `read_samples` would return it if it had been saved. Raises ImageError."""
+    return _fitted(*upright(picture, id), sizes_of, id, id)
 
 
 def _fitted(
-    image: Image.Image, notes: tuple[str, ...], size: tuple[int, int], path: str | os.PathLike[str]
-) -> tuple[Image.Image, tuple[str, ...]]:
-    if TINY * min(image.size) < min(size):
-        raise ImageError(
-            "image.tiny", f"has only {image.width} x {image.height} pixels", subject=path, needed=-(-min(size) // TINY)
-        )
-    image, note = fit(image, size)
-    return image, (*notes, note) if note else notes
+    image: Image.Image, notes: tuple[str, ...], sizes_of: SizesOf, id: str, path: str | os.PathLike[str]
+) -> list[Sample]:
+    sizes = sizes_of((image.height, image.width))
+    needed = -(-min(map(min, sizes)) // TINY)
+    if min(image.size) < needed:
+        raise ImageError("image.tiny", f"has only {image.width} x {image.height} pixels", subject=path, needed=needed)
+    if len(sizes) > 1:
+        notes = (*notes, f"tried at {' and '.join(f'{width}x{height}' for height, width in sizes)}")
+    fits = [fit(image, size) for size in sizes]
+    return [Sample(id, fitted, notes=(*notes, note) if note else notes) for fitted, note in fits]
 
 
 def read_image(path: str | os.PathLike[str]) -> tuple[Image.Image, tuple[str, ...]]:

@@ -42,6 +42,12 @@ class Model(Autoencoder, Denoiser, Protocol):
     def image_size(self) -> tuple[int, int]: ...
 
     @property
+    def sizes(self) -> tuple[tuple[int, int], ...]: ...
+
+    @property
+    def factor(self) -> int: ...
+
+    @property
     def device(self) -> torch.device: ...
 
     @property
@@ -50,16 +56,18 @@ class Model(Autoencoder, Denoiser, Protocol):
     @property
     def nothing(self) -> Condition: ...
 
-    def schedule(self, steps: int) -> Schedule: ...
+    def noise_shape(self, size: tuple[int, int]) -> tuple[int, int, int]: ...
+
+    def schedule(self, steps: int, size: tuple[int, int] | None = None) -> Schedule: ...
 
 
 @dataclass(frozen=True)
 class RecoverySettings:
     """Everything that recovered noise depends on besides the picture.
 
-    `model` is the model's identity, `image_size` (H, W), `dtype` the dtype of its network. `method`, `max_steps`,
-    `early`, `gradient`, `lean` and `guarded` describe the decoder inversion as in `Inverter`. `steps` is the number of
-    steps of the sampler inversion, `timesteps` its first and last timestep, as in "1-961".
+    `model` is the model's identity, `image_size` (H, W) its native size, `dtype` the dtype of its network. `method`,
+    `max_steps`, `early`, `gradient`, `lean` and `guarded` describe the decoder inversion as in `Inverter`. `steps` is
+    the number of steps of the sampler inversion, `timesteps` its first and last timestep, as in "1-961".
     """
 
     model: dict[str, Any]
@@ -114,7 +122,7 @@ class Recoverer:
 
     def __init__(self, model: Model, inverter: Inverter = INVERTERS["guarded"], steps: int = 25) -> None:
         self.model, self.inverter, self.steps = model, inverter, steps
-        self.schedule = model.schedule(steps)
+        self._schedules = {model.image_size: model.schedule(steps)}
         self._nothing = model.nothing
 
     @classmethod
@@ -125,7 +133,8 @@ class Recoverer:
 
     @property
     def settings(self) -> RecoverySettings:
-        """The settings that the recovered noise depends on."""
+        """The settings that the recovered noise depends on, for pictures of the model's native size."""
+        schedule = self.schedule(self.model.image_size)
         return RecoverySettings(
             model=self.model.identity,
             image_size=self.model.image_size,
@@ -137,8 +146,14 @@ class Recoverer:
             lean=self.inverter.lean,
             guarded=self.inverter.guarded,
             steps=self.steps,
-            timesteps=f"{self.schedule.timesteps[0]}-{self.schedule.timesteps[-1]}",
+            timesteps=f"{schedule.timesteps[0]:g}-{schedule.timesteps[-1]:g}",
         )
+
+    def schedule(self, size: tuple[int, int]) -> Schedule:
+        """The levels of the sampler for pictures (H, W)."""
+        if size not in self._schedules:
+            self._schedules[size] = self.model.schedule(self.steps, size)
+        return self._schedules[size]
 
     def latents(self, images: Tensor) -> Solution:
         """Images (B, 3, H, W) in [-1, 1] → the latents they were decoded from, with the solver's log."""
@@ -146,9 +161,10 @@ class Recoverer:
 
     @torch.inference_mode()
     def noise(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) → the initial noise they were drawn from, float32 on the CPU."""
+        """Latents (B, C, h, w) of any size → the initial noise they were drawn from, float32 on the CPU."""
+        height, width = (side * self.model.factor for side in latents.shape[-2:])
         cond = self._nothing.expand(len(latents))
-        return invert(self.model, latents.to(self.model.device), cond, self.schedule).float().cpu()
+        return invert(self.model, latents.to(self.model.device), cond, self.schedule((height, width))).float().cpu()
 
     def __call__(self, images: Tensor) -> Recovered:
         """Images (B, 3, H, W) in [-1, 1] → latents and noise."""

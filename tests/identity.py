@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ringmark.data.images import Sample, from_array
+from ringmark.errors import ModelError
 from ringmark.inversion.condition import Condition
 from ringmark.inversion.recover import Recoverer
 from ringmark.inversion.schedule import Schedule
@@ -20,7 +21,7 @@ class Identity:
     """Pixels are latents are noise, up to scale."""
 
     name, latent_shape, image_size, recovery = "identity", (3, 32, 32), (32, 32), None
-    channels, factor = 3, 1
+    channels, factor, sizes = 3, 1, ((32, 32),)
     kind = {"family": "identity", "channels": 3, "factor": 1}
     identity = {"name": "identity", "fingerprint": "0", **kind}
     device, dtype = torch.device("cpu"), torch.float32
@@ -41,7 +42,12 @@ class Identity:
     def predict(self, latents: torch.Tensor, level: int, schedule: Schedule, cond: Condition) -> tuple:
         return latents / schedule.at(level)[0], torch.zeros_like(latents)
 
-    def schedule(self, steps: int) -> Schedule:
+    def noise_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        if any(side % 8 for side in size):
+            raise ModelError("model.size", "sides must be multiples of 8", subject=self.name, multiple=8)
+        return (3, *size)
+
+    def schedule(self, steps: int, size: tuple[int, int] | None = None) -> Schedule:
         return Schedule.from_alpha_bar(torch.linspace(1, 0.01, steps + 1).double()[1:], torch.arange(steps))
 
 
@@ -75,6 +81,11 @@ def key(seed: int, pattern: str = "ring", radii: tuple[int, int] = (2, 8), **cha
 def samples(noise: torch.Tensor) -> list[Sample]:
     """8-bit pictures of noise, within ± 4 deviations."""
     return [Sample(str(i), from_array(np.clip(x.numpy() / 4, -1, 1))) for i, x in enumerate(noise)]
+
+
+def pictures(noise: torch.Tensor) -> list[list[Sample]]:
+    """The same, each to be tried at its one size."""
+    return [[sample] for sample in samples(noise)]
 
 
 def old_key(described: Key, spectrum: torch.Tensor) -> Key:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from identity import key, samples, verifier
+from identity import key, pictures, verifier
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -60,7 +60,7 @@ def judged(verifier: Verifier, marked: bool) -> Judged:
     noise = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(5))
     if marked:
         noise = next(iter(verifier.detector.schemes.values())).embed(noise)
-    (found,) = verifier.scan(samples(noise))
+    (found,) = verifier.scan(pictures(noise))
     return found
 
 
@@ -103,7 +103,7 @@ def in_mode(mode: str, pattern: str) -> tuple[Verifier, Judged]:
         "underflow": {"p_value": 0.0, "log10_p": -2000.0, "by_search": True},
     }
     if mode == "flat":
-        (found,) = used.scan([Sample("flat", from_array(np.zeros((3, 32, 32), np.float32)))])
+        (found,) = used.scan([[Sample("flat", from_array(np.zeros((3, 32, 32), np.float32)))]])
     return used, changed(found, **changes.get(mode, {}))
 
 

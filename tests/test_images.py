@@ -20,7 +20,7 @@ from PIL import Image, ImageCms, ImageFile, PngImagePlugin, TiffImagePlugin, fea
 
 from ringmark.data import decode, decoder_process
 from ringmark.data.files import is_ours, one_line
-from ringmark.data.images import Sample, fit, from_array, read_image, read_sample, sample_of, save_png, to_array
+from ringmark.data.images import Sample, fit, from_array, read_image, read_sample, samples_of, save_png, to_array
 from ringmark.errors import ImageError
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -727,7 +727,7 @@ def test_a_picture_of_pillows_is_taken_as_if_it_had_been_saved(tmp_path):
         picture.save(path, exif=picture.getexif())
         saved = read_sample(path, (32, 32))
         with Image.open(path) as opened:
-            shown = sample_of(opened, (32, 32), id="image 0")
+            (shown,) = samples_of(opened, lambda _: [(32, 32)], id="image 0")
         assert np.array_equal(np.asarray(saved.image), np.asarray(shown.image)) and shown.notes == saved.notes
 
 
@@ -735,5 +735,5 @@ def test_a_picture_of_pillows_that_is_cut_off_is_refused(tmp_path):
     buffer = io.BytesIO()
     Image.effect_noise((64, 64), 50).save(buffer, "PNG")
     with Image.open(io.BytesIO(buffer.getvalue()[:500])) as picture, pytest.raises(ImageError) as caught:
-        sample_of(picture, (32, 32), id="image 3")
+        samples_of(picture, lambda _: [(32, 32)], id="image 3")
     assert caught.value.code == "image.damaged" and str(caught.value).startswith("image 3:")

@@ -21,7 +21,8 @@ from ringmark.inversion.schedule import Schedule
 class Identity:
     """Pixels are latents and the network predicts no noise, so that noise is latents up to a known scale."""
 
-    image_size, device, dtype = (8, 8), torch.device("cpu"), torch.float32
+    factor, image_size = 1, (8, 8)
+    device, dtype = torch.device("cpu"), torch.float32
     identity = {"name": "identity", "fingerprint": "0", "family": "identity", "channels": 3, "factor": 1}
 
     def encode(self, images):
@@ -35,7 +36,7 @@ class Identity:
         assert len(cond) == len(latents)
         return latents / schedule.at(level)[0], torch.zeros_like(latents)
 
-    def schedule(self, steps):
+    def schedule(self, steps, size=None):
         return Schedule.from_alpha_bar(torch.linspace(1, 0.01, steps + 1).double(), torch.arange(1, steps + 1))
 
 
@@ -117,7 +118,7 @@ def test_every_setting_is_a_setting_of_latents_or_noise():
 @pytest.mark.parametrize("method", INVERTERS)
 def test_a_recoverer_by_name(method):
     recoverer = Recoverer.named(Identity(), method, 3, 5)
-    assert recoverer.inverter == Inverter.named(method, 3) and len(recoverer.schedule) == recoverer.steps == 5
+    assert recoverer.inverter == Inverter.named(method, 3) and len(recoverer.schedule((8, 8))) == recoverer.steps == 5
     assert Recoverer.named(Identity(), method).settings == Recoverer(Identity(), INVERTERS[method]).settings
 
 

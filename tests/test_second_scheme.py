@@ -187,7 +187,7 @@ def test_pictures_are_judged_beside_those_of_another_scheme():
     mine, other = key(1), new_key(MODEL, "tree-ring", secret=secret(2))
     noise = initial_noise([5, 6, 7], MODEL.latent_shape)
     noise[0:1], noise[1:2] = scheme_of(mine).embed(noise[0:1]), scheme_of(other).embed(noise[1:2])
-    judged = list(verifier([mine, other]).scan(samples(noise)))
+    judged = list(verifier([mine, other]).scan([s] for s in samples(noise)))
     assert [[v.present for v in j.verdicts] for j in judged] == [[True, False], [False, True], [False, False]]
     assert judged[0].best.statistics == {AGREEMENT.name: 1.0} and set(judged[1].best.statistics) == {
         "published_distance",

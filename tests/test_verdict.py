@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -42,7 +43,9 @@ def judged(keys: list[Key], noise: torch.Tensor) -> Judged:
 
 def of(*pairs: tuple[bool | None, float]) -> Judged:
     """Verdicts of these outcomes and p-values."""
-    return Judged(None, [replace(VERDICT, present=present, p_value=p) for present, p in pairs], None)
+    return Judged(
+        None, [replace(VERDICT, present=present, p_value=p, log10_p=math.log10(p)) for present, p in pairs], None
+    )
 
 
 def test_what_is_inconclusive_comes_after_what_is_present_and_before_what_is_not():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import torch
-from identity import MODEL, Identity, key, of_shape, old_key, samples, verifier
+from identity import MODEL, Identity, key, of_shape, old_key, pictures, samples, verifier
 
 from ringmark.data.images import Sample, from_array
 from ringmark.errors import CalibrationError, KeyFileError, RingmarkError, SchemeError
@@ -33,11 +33,10 @@ def test_marked_are_found_and_unmarked_are_not(pattern: str, method: str) -> Non
     noise = initial_noise(list(range(8)), MODEL.latent_shape)
     noise[:4] = TreeRing(mine).embed(noise[:4])
     looking = verifier([mine], method=method, max_steps=4, steps=5)
-    verdicts = [j.best for j in looking.scan(samples(noise), batch=3)]
+    verdicts = [j.best for j in looking.scan(pictures(noise), batch=3)]
     assert [v.present for v in verdicts] == [True] * 4 + [False] * 4
     assert [v.sample_id for v in verdicts] == list(map(str, range(8)))
     assert all(v.p_value < 1e-9 for v in verdicts[:4])
-    assert looking.image_size == MODEL.image_size
 
 
 def test_several_keys_are_tested_on_one_inversion_and_corrected_for() -> None:
@@ -46,8 +45,8 @@ def test_several_keys_are_tested_on_one_inversion_and_corrected_for() -> None:
     together = verifier(keys, steps=3)
     calls, original = [], together.recoverer.latents
     together.recoverer.latents = lambda images: calls.append(len(images)) or original(images)
-    ((one,),) = (j.verdicts for j in verifier([keys[0]], steps=3).scan([sample]))
-    (all_three,) = (j.verdicts for j in together.scan([sample]))
+    ((one,),) = (j.verdicts for j in verifier([keys[0]], steps=3).scan([[sample]]))
+    (all_three,) = (j.verdicts for j in together.scan([[sample]]))
     assert [v.present for v in all_three] == [False, True, False] and calls == [1]
     assert all_three[0].p_value == pytest.approx(min(1, 3 * one.p_value))
     assert together.settings()["keys"] == sorted(k.fingerprint for k in keys)
@@ -55,14 +54,14 @@ def test_several_keys_are_tested_on_one_inversion_and_corrected_for() -> None:
 
 def test_results_do_not_depend_on_the_batch() -> None:
     looking = verifier([key(3)], steps=3)
-    some = samples(initial_noise([1, 2, 3], MODEL.latent_shape))
+    some = pictures(initial_noise([1, 2, 3], MODEL.latent_shape))
     whole, single = ([j.best.p_value for j in looking.scan(some, batch=batch)] for batch in (3, 1))
     assert whole == pytest.approx(single, rel=1e-4)
 
 
 def test_flat_and_broken_images_are_inconclusive() -> None:
     flat = Sample("flat", from_array(np.ones((3, 32, 32)) * np.array([0.1, -0.4, 0.8])[:, None, None]))
-    (judged,) = verifier([key(4)]).scan([flat])
+    (judged,) = verifier([key(4)]).scan([[flat]])
     verdict = judged.best
     assert verdict.present is None and "flat" in verdict.sentence() and (verdict.shows, verdict.p_value) == (False, 1.0)
 
@@ -70,7 +69,7 @@ def test_flat_and_broken_images_are_inconclusive() -> None:
         def predict(self, latents, level, schedule, cond):
             return latents, torch.full_like(latents, torch.inf)
 
-    (judged,) = verifier([key(4)], model=Overflowing()).scan(samples(initial_noise([5], MODEL.latent_shape)))
+    (judged,) = verifier([key(4)], model=Overflowing()).scan(pictures(initial_noise([5], MODEL.latent_shape)))
     verdict = judged.best
     assert verdict.present is None and "overflowed" in verdict.sentence() and np.isfinite(verdict.p_value)
 
@@ -95,7 +94,7 @@ def test_a_key_of_another_model_of_this_kind_is_noted_and_found() -> None:
     assert check_fit(old_key(own, TreeRing(own).spectrum), MODEL) == ""
     assert check_fit(old_key(other, TreeRing(own).spectrum), MODEL) == check_fit(other, MODEL)
     (sample,) = samples(TreeRing(own).embed(initial_noise([7], MODEL.latent_shape)))
-    (judged,) = verifier([own, other]).scan([sample])
+    (judged,) = verifier([own, other]).scan([[sample]])
     assert [verdict.present for verdict in judged.verdicts] == [True, True]
     assert [verdict.notes for verdict in judged.verdicts] == [(), (check_fit(other, MODEL),)]
 
@@ -185,7 +184,7 @@ def test_only_what_the_ordinary_test_leaves_open_is_searched() -> None:
     mine, other = key(1, "rand"), key(2, "rand")
     oracle = Oracle(1e-9, other.fingerprint)
     flat = Sample("flat", from_array(np.full((3, 32, 32), 0.3)))
-    some = [*samples(noise_of(mine)), flat]
+    some = [*pictures(noise_of(mine)), [flat]]
     ordinary = [j.verdicts for j in verifier([mine, other]).scan(some)]
     marked, moved, blank = (j.verdicts for j in verifier([mine, other], search=oracle).scan(some, batch=2))
     assert oracle.asked == ["1"]
@@ -204,7 +203,7 @@ def test_only_what_the_ordinary_test_leaves_open_is_searched() -> None:
 def test_a_weak_find_of_the_search_is_no_find() -> None:
     mine = key(1, "rand")
     looking = verifier([mine], search=Oracle(6e-4, mine.fingerprint))
-    (first,), (second,) = (j.verdicts for j in looking.scan(samples(noise_of())))
+    (first,), (second,) = (j.verdicts for j in looking.scan(pictures(noise_of())))
     assert first.present is second.present is False and not first.by_search
     assert first.p_value == pytest.approx(1.2e-3) and not first.notes
 
@@ -212,7 +211,7 @@ def test_a_weak_find_of_the_search_is_no_find() -> None:
 def test_unmarked_images_pass_no_more_often_than_said() -> None:
     search = Search(angles=(0, 45), scales=(1.0, 1.2), dear=1, steps=1)
     looking = verifier([key(3, "rand")], steps=1, search=search)
-    some = samples(initial_noise(list(range(200, 320)), (3, 32, 32)))
+    some = pictures(initial_noise(list(range(200, 320)), (3, 32, 32)))
     p = np.array([j.best.p_value for j in looking.scan(some, 40)])
     assert (p <= 0.05).mean() <= 0.05 + 3 * (0.05 * 0.95 / len(p)) ** 0.5
 
@@ -222,7 +221,7 @@ def test_a_shifted_mark_is_found() -> None:
     noise = torch.roll(noise_of(mine), (5, -3), (2, 3))
     search = Search(angles=(0,), scales=(1.0,), dear=0, steps=1)
     plain, searching = verifier([mine], steps=1), verifier([mine], steps=1, search=search)
-    without, found = (next(iter(d.scan(samples(noise)))).best for d in (plain, searching))
+    without, found = (next(iter(d.scan(pictures(noise)))).best for d in (plain, searching))
     assert without.present is False and found.present and found.by_search
     assert "shifted 5 down and -3 right" in found.sentence()
 
@@ -240,6 +239,6 @@ def test_of_a_key_that_the_search_found_the_calibration_has_no_part() -> None:
     mine = key(1, "rand")
     made = drawn_calibration(verifier().recoverer)
     looking = verifier([mine], calibration=made, search=Oracle(1e-9, mine.fingerprint))
-    (judged, *_) = looking.scan(samples(noise_of()))
+    (judged, *_) = looking.scan(pictures(noise_of()))
     assert judged.best.by_search and judged.best.conformal_p is None and judged.best.calibration == made.fingerprint
     assert replace(judged.best, present=True) == judged.best

@@ -51,6 +51,18 @@ class Finite(click.FloatRange):
         return number
 
 
+class Size(click.ParamType["tuple[int, int]"]):
+    """A size in pixels, written WIDTHxHEIGHT; the value is (height, width)."""
+
+    name = "WxH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        width, by, height = str(value).lower().partition("x")
+        if not (by and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+            self.fail(f"{value!r} is not a size such as 1024x768, width first", param, ctx)
+        return int(height), int(width)
+
+
 PATH, FIGURE = FilePath(), FilePath(".png", ".svg")
 SEED = click.IntRange(0, 2**62)  # torch and NumPy take 63 bits; each further image adds 1
 
@@ -106,12 +118,13 @@ class InversionOptions:
 
 @dataclass(frozen=True)
 class DetectionOptions:
-    """--key, --alpha, --calibration and --search."""
+    """--key, --alpha, --calibration, --search and --size."""
 
     key_paths: tuple[Path, ...]
     alpha: float
     calibration: Path | None
     search: bool
+    sizes: tuple[tuple[int, int], ...]
 
     def prepare(self, model: ModelOptions, inversion: InversionOptions) -> Setup:
         """Load the verifier. Keys and calibration are read before the model is loaded."""
@@ -128,6 +141,7 @@ class DetectionOptions:
             alpha=self.alpha,
             calibration=self.calibration,
             search=self.search,
+            sizes=self.sizes,
         )
 
 
@@ -212,6 +226,15 @@ detection_options = grouped(
         is_flag=True,
         help="Also search for rotation, scaling, cropping and shifts. Takes several times as long for each image in "
         "which no key is found directly.",
+    ),
+    click.option(
+        "--size",
+        "sizes",
+        type=Size(),
+        multiple=True,
+        metavar="WxH",
+        help="Size at which the images may have been drawn; may be repeated, and p is corrected for the number.  "
+        "[default: the image's own size or the model's usual ones, see the documentation]",
     ),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from types import MappingProxyType
@@ -61,6 +62,12 @@ class Detector:
         if self._ranked:
             for scheme in self.schemes.values():
                 self._ranked.check_reach(scheme)
+
+    def trying(self, tests: int) -> Detector:
+        """The same detector with this number of tests per key."""
+        other = copy.copy(self)
+        other.tests = tests
+        return other
 
     @property
     def number_of_tests(self) -> int:

@@ -51,6 +51,10 @@ class Verdict:
     by_search: bool = False
     shows: bool = True
 
+    def rank(self) -> tuple[int, float, float]:
+        """Orders verdicts on one image: present keys first, then inconclusive ones, and smaller p first."""
+        return ((True, None, False).index(self.present), self.log10_p, -self.score)
+
     def record(self) -> dict[str, Any]:
         """The verdict as plain values for JSON, with each statistic under its own name."""
         values = asdict(self)
@@ -64,16 +68,17 @@ class Verdict:
 
 
 class Judged(NamedTuple):
-    """A sample, its verdicts (one per key) and its recovered noise (C, h, w)."""
+    """A sample, its verdicts (one per key), its recovered noise (C, h, w) and the number of tests of each key."""
 
     sample: Sample
     verdicts: list[Verdict]
     noise: Tensor
+    tests: int = 1
 
     @property
     def best(self) -> Verdict:
         """The verdict with the smallest p: among present keys, else among inconclusive ones, else among all."""
-        return min(self.verdicts, key=lambda v: ((True, None, False).index(v.present), v.p_value, -v.score))
+        return min(self.verdicts, key=Verdict.rank)
 
     @property
     def present(self) -> list[Verdict]:

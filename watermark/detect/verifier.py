@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from ringmark.inversion.recover import Model, Recoverer
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.detector import Detector
 from ringmark.watermark.detect.search import Found, Search
+from ringmark.watermark.detect.sizes import Size, candidate_sizes
 from ringmark.watermark.detect.verdict import Judged, Verdict
 from ringmark.watermark.keys.key import Key, Kind
 from ringmark.watermark.null import Null
@@ -30,14 +31,16 @@ __all__ = ["Verifier", "built_in_calibration", "check_fit", "fitting_calibration
 class Verifier:
     """Tests pictures for keys; all keys are tested on the same inversion.
 
-    With a `search`, pictures in which direct detection finds no key are also searched for rotation, scaling, cropping
-    and shifts. The better of the two tests counts, so p = min(1, 2 K min(p₁, p₂)) for K keys. Pictures in which a key
-    is found directly are not searched, since p could only fall, nor are inconclusive ones. The score and p of a key
-    found by the search are those of the search; they do not use the calibration, which was measured with the direct
-    inversion.
+    A picture is tried at every size at which it may have been drawn: at `sizes` (H, W) if they are given, otherwise at
+    those of `candidate_sizes`. The size that fits best counts, and the sizes after one at which a key is found are not
+    tried. With a `search`, pictures in which no key is found are also searched for rotation, scaling, cropping and
+    shifts, at the first of their sizes, unless they are inconclusive. The best of all tests counts, so p = min(1, K n
+    min pᵢ) for K keys, each with n tests: one at every size, and the search. The score and p of a key found by the
+    search are those of the search; they do not use the calibration, which was measured with the direct inversion.
 
     Raises KeyFileError for a key made for another kind of latents, CalibrationError for a calibration made with other
-    settings, SchemeError for a key that cannot be searched for.
+    settings, ModelError for a size that the model cannot draw, SchemeError for a key that cannot be searched for or
+    that does not fit the model's native size or one of `sizes`.
     """
 
     def __init__(
@@ -48,73 +51,125 @@ class Verifier:
         alpha: float = ALPHA,
         calibration: Calibration | None = None,
         search: Search | None = None,
+        sizes: Sequence[Size] = (),
     ) -> None:
         model = recoverer.model
-        notes = {key.fingerprint: check_fit(key, model) for key in keys}
+        self.recoverer, self.search, self.alpha = recoverer, search, alpha
+        self.keys, self.sizes = list(keys), tuple(dict.fromkeys(sizes))
+        self._notes = {key.fingerprint: check_fit(key, model) for key in keys}
         if calibration:
             calibration.check(recoverer.settings.as_dict())
-        tests = 2 if search else 1
-        self.recoverer, self.search = recoverer, search
-        self.detector = Detector(
-            keys,
-            null=Null.of_model(model),
-            calibration=calibration,
-            alpha=alpha,
-            tests=tests,
-            latent_shape=model.latent_shape,
-            notes=notes,
-        )
+        self._calibration = calibration
+        self._detectors = {size: self._detector(size) for size in (model.image_size, *self.sizes)}
+        self.detector = self._detectors[model.image_size].trying(self._tests(1))
         for name, scheme in self.detector.schemes.items() if search else ():
             if not scheme.searchable:
                 raise SchemeError(
                     "scheme.no-search", f"({scheme.label}) cannot be searched for", subject=f"key {name[:8]}"
                 )
 
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(H, W) of the pictures that are judged."""
-        return self.recoverer.model.image_size
+    def _detector(self, size: Size) -> Detector:
+        """The detector of noise of this size; the calibration is used if it serves the size."""
+        shape, calibration, notes = self.recoverer.model.noise_shape(size), self._calibration, self._notes
+        try:
+            if calibration:
+                calibration.null_at(shape)
+        except CalibrationError as error:
+            calibration, notes = None, {name: "; ".join(filter(None, [n, error.fact])) for name, n in notes.items()}
+        null = Null.of_model(self.recoverer.model, shape)
+        return Detector(
+            self.keys, null=null, calibration=calibration, alpha=self.alpha, latent_shape=shape, notes=notes
+        )
+
+    def _tests(self, sizes: int) -> int:
+        """The number of tests of each key in a picture that is tried at this number of sizes."""
+        return sizes + (1 if self.search else 0)
+
+    def detector_of(self, judged: Judged) -> Detector:
+        """The detector that judged a sample."""
+        return self._detectors[_size_of(judged.sample)].trying(judged.tests)
+
+    def sizes_of(self, picture: Size) -> tuple[Size, ...]:
+        """The sizes (H, W) at which a picture of this size is tried, of which every key fits each; at least one."""
+        model = self.recoverer.model
+        fitting = [size for size in self.sizes or candidate_sizes(picture, model) if self._fits(size)]
+        return tuple(fitting) or (model.image_size,)
+
+    def _fits(self, size: Size) -> bool:
+        if size not in self._detectors:
+            try:
+                self._detectors[size] = self._detector(size)
+            except SchemeError:  # an old key, or radii beyond what latents of this size hold
+                return False
+        return True
 
     def settings(self) -> dict[str, Any]:
         """Everything that verdicts depend on."""
         both = self.recoverer.settings.as_dict() | self.detector.settings()
-        return both | ({"search": repr(self.search)} if self.search else {})
+        search = {"search": repr(self.search)} if self.search else {}
+        return both | search | ({"sizes": list(map(list, self.sizes))} if self.sizes else {})
 
-    def scan(self, samples: Iterable[Sample], batch: int = 8) -> Iterator[Judged]:
-        """Judge every sample, batch by batch, in order."""
-        samples = iter(samples)
-        while group := list(islice(samples, batch)):
+    def scan(self, pictures: Iterable[Sequence[Sample]], batch: int = 8) -> Iterator[Judged]:
+        """Judge every picture, batch by batch, in order; each is given at the sizes of `sizes_of`."""
+        pictures = iter(pictures)
+        while group := list(islice(pictures, batch)):
             judged = self._judge(group)
-            yield from self._searched(judged, batch) if self.search else judged
+            yield from self._searched(judged, [views[0] for views in group], batch) if self.search else judged
 
-    def _judge(self, samples: list[Sample]) -> list[Judged]:
+    def _judge(self, pictures: list[Sequence[Sample]]) -> list[Judged]:
+        """Judge each picture at its best size."""
+        best: dict[int, Judged] = {}
+        for turn in range(max(map(len, pictures))):
+            todo = [i for i, views in enumerate(pictures) if turn < len(views) and not (turn and best[i].present)]
+            for members in _grouped(todo, [(_size_of(pictures[i][turn]), len(pictures[i])) for i in todo]):
+                samples = [pictures[i][turn] for i in members]
+                for i, judged in zip(members, self._at(samples, self._tests(len(pictures[members[0]]))), strict=True):
+                    best[i] = min(best.get(i, judged), judged, key=lambda each: each.best.rank())
+        return [best[i] for i in range(len(pictures))]
+
+    def _at(self, samples: list[Sample], tests: int) -> list[Judged]:
+        """Judge samples of one size with this number of tests of each key."""
         from ringmark.data.images import to_array
 
         recovered = self.recoverer(torch.from_numpy(np.stack([to_array(s.image) for s in samples])))
-        verdicts = self.detector.judge(samples, recovered)
-        return list(map(Judged, samples, verdicts, recovered.noise))
+        verdicts = self._detectors[_size_of(samples[0])].trying(tests).judge(samples, recovered)
+        return [Judged(*each, tests) for each in zip(samples, verdicts, recovered.noise, strict=True)]
 
-    def _searched(self, judged: list[Judged], batch: int) -> list[Judged]:
+    def _searched(self, judged: list[Judged], samples: list[Sample], batch: int) -> list[Judged]:
         """The same, searching those samples in which no key was found directly and that are not inconclusive."""
         assert self.search
         missed = [i for i, j in enumerate(judged) if not j.present and any(v.present is False for v in j.verdicts)]
-        schemes, null = self.detector.schemes, self.detector.known
-        best_fits = self.search(self.recoverer.model, schemes, null, [judged[i].sample for i in missed], batch=batch)
-        for i, fits in zip(missed, best_fits, strict=True):
-            pairs = zip(judged[i].verdicts, fits, strict=True)
-            judged[i] = judged[i]._replace(verdicts=[self._better(verdict, fit) for verdict, fit in pairs])
+        for members in _grouped(missed, [_size_of(samples[i]) for i in missed]):
+            detector, chosen = self._detectors[_size_of(samples[members[0]])], [samples[i] for i in members]
+            best_fits = self.search(self.recoverer.model, detector.schemes, detector.known, chosen, batch=batch)
+            for i, fits in zip(members, best_fits, strict=True):
+                pairs = zip(judged[i].verdicts, fits, strict=True)
+                verdicts = [self._better(verdict, fit, judged[i].tests) for verdict, fit in pairs]
+                judged[i] = judged[i]._replace(verdicts=verdicts)
         return judged
 
-    def _better(self, verdict: Verdict, found: Found) -> Verdict:
+    def _better(self, verdict: Verdict, found: Found, tests: int) -> Verdict:
         """The verdict with the search's p if that is smaller, and with the search's score if that finds the key."""
         verdict = replace(verdict, seconds=verdict.seconds + found.seconds)
-        log10_p = corrected(found.log10_p, self.detector.number_of_tests)
+        log10_p = corrected(found.log10_p, tests * len(self.keys))
         if verdict.present is None or log10_p >= verdict.log10_p:
             return verdict
         verdict = replace(verdict, p_value=10**log10_p, log10_p=log10_p, conformal_p=None)
-        if verdict.p_value > self.detector.alpha:
+        if verdict.p_value > self.alpha:
             return verdict
         return replace(verdict, present=True, by_search=True, score=found.score, notes=(*verdict.notes, found.note))
+
+
+def _size_of(sample: Sample) -> Size:
+    return sample.image.height, sample.image.width
+
+
+def _grouped(members: Sequence[int], labels: Sequence[Hashable]) -> Iterable[list[int]]:
+    """The members in groups of equal labels, in the order in which they come."""
+    groups: dict[Hashable, list[int]] = {}
+    for member, label in zip(members, labels, strict=True):
+        groups.setdefault(label, []).append(member)
+    return groups.values()
 
 
 def check_fit(key: Key, model: Model) -> str:

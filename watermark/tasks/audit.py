@@ -6,18 +6,19 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from ringmark.data.images import Sample, read_sample
+from ringmark.data.images import Sample, SizesOf, read_samples
 from ringmark.data.results import Results
 from ringmark.data.sources import Listing, list_images, stamp_of
 from ringmark.errors import ImageError
 from ringmark.watermark.calibration import Calibration
+from ringmark.watermark.detect.sizes import Size
 from ringmark.watermark.detect.verdict import Judged
 from ringmark.watermark.detect.verifier import Verifier
 from ringmark.watermark.statistics import ALPHA
@@ -83,6 +84,7 @@ def audit(
     alpha: float = ALPHA,
     calibration: StrPath | Calibration | None = None,
     search: bool = False,
+    sizes: Sequence[Size] = (),
     follow_links: bool = False,
     batch: int = 8,
 ) -> Audit:
@@ -94,7 +96,7 @@ def audit(
         results: The file of records, one JSON line per image. An interrupted audit resumes from it; files that have
             not changed since they were recorded are not read again.
         follow_links: Also follow links that lead out of the folder.
-        model, device, dtype, method, max_steps, steps, alpha, calibration, search, batch: As in `verify`.
+        model, device, dtype, method, max_steps, steps, alpha, calibration, search, sizes, batch: As in `verify`.
 
     Raises:
         ImageError: There is no such folder, or no image in it. Images that cannot be read are recorded instead.
@@ -116,6 +118,7 @@ def audit(
         alpha=alpha,
         calibration=calibration,
         search=search,
+        sizes=sizes,
     )
     return audit_folder(verifier, Path(folder), Path(results), follow_links=follow_links, batch=batch)
 
@@ -163,14 +166,14 @@ class _Run:
         ) as self.bar:
             for error in self.listing.unlisted:
                 self._refuse(error)
-            for judged in verifier.scan(self._readable(verifier.image_size, todo), batch):
+            for judged in verifier.scan(self._readable(verifier.sizes_of, todo), batch):
                 self._record(judged.sample.id, _record(judged))
         LOG.info("audited %d images in %.1f s", len(todo), time.perf_counter() - started)
 
-    def _readable(self, size: tuple[int, int], paths: list[Path]) -> Iterator[Sample]:
+    def _readable(self, sizes_of: SizesOf, paths: list[Path]) -> Iterator[list[Sample]]:
         for path in paths:
             try:
-                yield read_sample(path, size, id=self.name_of(path))
+                yield read_samples(path, sizes_of, id=self.name_of(path))
             except ImageError as error:
                 self._refuse(error)
 

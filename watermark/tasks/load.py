@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from os import PathLike
 from pathlib import Path
@@ -18,6 +18,7 @@ from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.inversion.recover import Recoverer
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.search import Search
+from ringmark.watermark.detect.sizes import Size
 from ringmark.watermark.detect.verifier import Verifier, built_in_calibration
 from ringmark.watermark.keys.folder import load_ring
 from ringmark.watermark.keys.key import Key
@@ -90,6 +91,7 @@ def load_verifier(
     alpha: float = ALPHA,
     calibration: StrPath | Calibration | None = None,
     search: bool = False,
+    sizes: Sequence[Size] = (),
 ) -> Setup:
     """A verifier for these keys, with this calibration or with the model's own if that fits.
 
@@ -109,7 +111,7 @@ def load_verifier(
     recoverer = Recoverer.named(latent_model, method, max_steps, steps)
     used, unchecked = (given, "") if given else _built_in(recoverer, loaded, model)
     finder = Search() if search else None
-    return Setup(Verifier(recoverer, loaded, alpha=alpha, calibration=used, search=finder), unchecked)
+    return Setup(Verifier(recoverer, loaded, alpha=alpha, calibration=used, search=finder, sizes=sizes), unchecked)
 
 
 def _built_in(recoverer: Recoverer, keys: list[Key], model: Model) -> tuple[Calibration | None, str]:

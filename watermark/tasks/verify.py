@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -12,9 +12,10 @@ from typing import Any, TypeAlias
 from PIL import Image
 from tqdm import tqdm
 
-from ringmark.data.images import Sample, read_sample, sample_of
+from ringmark.data.images import Sample, read_samples, samples_of
 from ringmark.errors import ImageError, one_line
 from ringmark.watermark.calibration import Calibration
+from ringmark.watermark.detect.sizes import Size
 from ringmark.watermark.detect.verdict import Judged, Verdict
 from ringmark.watermark.detect.verifier import Verifier
 from ringmark.watermark.figures import explain, save_figure
@@ -41,6 +42,7 @@ def verify(
     alpha: float = ALPHA,
     calibration: StrPath | Calibration | None = None,
     search: bool = False,
+    sizes: Sequence[Size] = (),
     batch: int = 8,
 ) -> list[Verdict]:
     """Test whether pictures carry a key: one verdict per picture, in order, on the key that fits best.
@@ -57,6 +59,7 @@ def verify(
         alpha: Significance level in (0, 1). A key is present at p ≤ alpha, corrected for the number of keys.
         calibration: A `Calibration` or its file; None is the model's own, if it fits these settings.
         search: Also search for rotation, scaling, cropping and shifts.
+        sizes: The sizes (H, W) at which pictures may have been drawn; by default those that fit a picture's own size.
         batch: Pictures processed at a time.
 
     Raises:
@@ -78,17 +81,18 @@ def verify(
         alpha=alpha,
         calibration=calibration,
         search=search,
+        sizes=sizes,
     )
     given = [pictures] if isinstance(pictures, (str, PathLike, Image.Image)) else pictures
-    samples = (_sample(picture, i, verifier.image_size) for i, picture in enumerate(given))
-    return [judged.best for judged in verifier.scan(samples, batch)]
+    views = (_views(picture, i, verifier) for i, picture in enumerate(given))
+    return [judged.best for judged in verifier.scan(views, batch)]
 
 
-def _sample(picture: Picture, number: int, size: tuple[int, int]) -> Sample:
-    """The picture at `size` (H, W); a PIL image is named by its number."""
+def _views(picture: Picture, number: int, verifier: Verifier) -> list[Sample]:
+    """The picture at the sizes at which it is tried; a PIL image is named by its number."""
     if not isinstance(picture, Image.Image):
-        return read_sample(picture, size)
-    return sample_of(picture, size, id=f"image {number}")
+        return read_samples(picture, verifier.sizes_of)
+    return samples_of(picture, verifier.sizes_of, id=f"image {number}")
 
 
 @dataclass(frozen=True)
@@ -120,10 +124,10 @@ def verify_files(verifier: Verifier, paths: list[Path], *, batch: int = 8) -> li
     """The outcome of each file, in the order given. A file that cannot be read does not stop the run."""
     outcomes: dict[int, Outcome] = {}
 
-    def readable() -> Iterator[Sample]:
+    def readable() -> Iterator[list[Sample]]:
         for i, path in enumerate(paths):
             try:
-                yield read_sample(path, verifier.image_size, id=str(i))
+                yield read_samples(path, verifier.sizes_of, id=str(i))
             except ImageError as error:
                 outcomes[i] = Outcome(path, error=error)
 
@@ -143,6 +147,6 @@ def explain_first(verifier: Verifier, outcomes: list[Outcome], output: Path, *, 
     """
     for outcome in outcomes:
         if outcome.judged:
-            figure = explain(verifier.detector, outcome.judged, outcome.path.name)
+            figure = explain(verifier.detector_of(outcome.judged), outcome.judged, outcome.path.name)
             save_figure(figure, output, 0o600, force=force)
             return

@@ -1,0 +1,46 @@
+"""The sizes at which a picture may have been drawn."""
+
+from __future__ import annotations
+
+import math
+
+from ringmark.errors import ModelError
+from ringmark.inversion.recover import Model
+
+__all__ = ["Size", "candidate_sizes"]
+
+Size = tuple[int, int]
+
+SAME_ASPECT = 0.02  # relative difference of aspect ratios that rounding to whole pixels can make
+RANGE = 4.0  # a model is taken to draw pictures of a quarter to four times its native area
+
+
+def candidate_sizes(picture: Size, model: Model) -> tuple[Size, ...]:
+    """Sizes (H, W) at which a picture of this size may have been drawn, the likeliest first; at least one.
+
+    A usual size of the model is taken as it is. Another size that the model can draw is tried as it is, and, since the
+    picture may have been resized, at every usual size with its aspect ratio. A size that the model cannot draw must
+    come from one of the usual sizes: those with its aspect ratio, or else the one whose ratio is closest.
+    """
+    if picture in model.sizes:
+        return (picture,)
+    same = [size for size in model.sizes if _stretch(picture, size) <= SAME_ASPECT]
+    if _drawable(picture, model):
+        return (picture, *same)
+    return tuple(same) or (min(model.sizes, key=lambda size: _stretch(picture, size)),)
+
+
+def _stretch(one: Size, other: Size) -> float:
+    """How much the aspect ratios of two sizes differ, |log ratio|."""
+    return abs(math.log(one[0] * other[1]) - math.log(one[1] * other[0]))
+
+
+def _drawable(size: Size, model: Model) -> bool:
+    native = math.prod(model.image_size)
+    if not native / RANGE <= math.prod(size) <= native * RANGE:
+        return False
+    try:
+        model.noise_shape(size)
+    except ModelError:
+        return False
+    return True
