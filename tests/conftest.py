@@ -20,6 +20,12 @@ settings.register_profile("ringmark", deadline=None, derandomize=True, database=
 settings.load_profile("ringmark")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def user_cache(tmp_path_factory):
+    """A folder for what commands keep in the user's cache."""
+    os.environ["RINGMARK_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def pocket():
     """The embedded model, loaded once."""

@@ -154,7 +154,7 @@ def test_an_image_that_cannot_be_attacked_does_not_stop_the_others(album: Path, 
 
 
 def test_bad_names_are_refused_before_anything_is_written(album: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(load, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(load, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     out, flip = tmp_path / "out", ("--attack", "flip")
     assert "no such file or folder" in refused(tmp_path / "none", out, *flip)
     (tmp_path / "empty").mkdir()
@@ -173,11 +173,11 @@ def test_bad_names_are_refused_before_anything_is_written(album: Path, tmp_path:
 
 
 def test_a_model_is_loaded_where_one_is_named(album: Path, tmp_path: Path, tiny: LatentModel, monkeypatch) -> None:
-    monkeypatch.setattr(load, "load_model", lambda *_: tiny)
+    monkeypatch.setattr(load, "load_model", lambda *_, **__: tiny)
     args = [album, tmp_path / "out", "--attack", "vae", "--attack", "diffuse:0.05"]
     assert "4 attacked images written" in run(*args).stdout and "0 attacked images written, 4" in run(*args).stdout
     other = LatentModel(tiny.pipe, name="other")
-    monkeypatch.setattr(load, "load_model", lambda *_: other)
+    monkeypatch.setattr(load, "load_model", lambda *_, **__: other)
     assert "model name was tiny, is other" in refused(*args)
 
 

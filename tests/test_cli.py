@@ -142,7 +142,7 @@ def test_folders_and_models_that_are_not(house: Path, tmp_path: Path) -> None:
 
 
 def test_a_refusal_does_not_cost_a_model(house: Path, tmp_path: Path, monkeypatch) -> None:
-    def refuse(*_):
+    def refuse(*_, **__):
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(load, "load_model", refuse)

@@ -94,17 +94,18 @@ def names(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """--model, --device and --dtype."""
+    """--model, --device, --dtype and --offload."""
 
     source: str
     device: str
     dtype: str
+    offload: str | None
 
-    def load(self) -> LatentModel:
-        """Load the model."""
+    def load(self, *, text: bool = False) -> LatentModel:
+        """Load the model, with its text encoders if `text`."""
         from ringmark.watermark.tasks import load
 
-        return load.load_model(self.source, self.device, self.dtype)
+        return load.load_model(self.source, self.device, self.dtype, offload=self.offload, text=text)
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ class DetectionOptions:
             model=model.source,
             device=model.device,
             dtype=model.dtype,
+            offload=model.offload,
             method=inversion.method,
             max_steps=inversion.max_steps,
             steps=inversion.steps,
@@ -172,7 +174,8 @@ model_options = grouped(
         "source",
         default="pocket",
         show_default=True,
-        help='"pocket" (the small model that ships with ringmark), a diffusers folder or a hub id.',
+        help='"pocket" (the small model that ships with ringmark), a diffusers folder, a hub id or id@revision, or a '
+        ".safetensors file with its configs in the folder of the same name.",
     ),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …"),
     click.option(
@@ -181,6 +184,12 @@ model_options = grouped(
         default="auto",
         show_default=True,
         help="auto is float16 on CUDA and float32 on a CPU.",
+    ),
+    click.option(
+        "--offload",
+        type=click.Choice(["model", "sequential"]),
+        help="Keep weights in main memory until they are needed: by whole networks, or layer by layer, which needs the "
+        "least memory on the device and is slow.",
     ),
 )
 

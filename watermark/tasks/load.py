@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import time
 from collections.abc import Iterable, Sequence
 from functools import cache
+from importlib import metadata
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from platformdirs import user_cache_dir
+from safetensors.torch import save
 
-from ringmark.errors import KeyFileError, ModelError, RingmarkError
+from ringmark.data.files import read_tensors, write_atomic
+from ringmark.errors import KeyFileError, ModelError, RingmarkError, StoreError
 from ringmark.inversion.models.loading import resolve
-from ringmark.inversion.models.pipeline import LatentModel
+from ringmark.inversion.models.lora import split_scale
+from ringmark.inversion.models.pipeline import LatentModel, empty_prompt, placement
+from ringmark.inversion.models.place import locate
 from ringmark.inversion.recover import Recoverer
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.search import Search
@@ -27,6 +35,9 @@ from ringmark.watermark.statistics import ALPHA
 __all__ = ["Keys", "Model", "Setup", "StrPath", "load_keys", "load_model", "load_verifier"]
 
 LOG = logging.getLogger(__name__)
+
+MAX_BYTES = 64 << 20  # of an empty prompt; that of FLUX.1 has 8 MB
+ROW = ".row"  # ends the name of the only row of a list
 
 StrPath: TypeAlias = "str | PathLike[str]"
 Keys: TypeAlias = "Key | StrPath | Iterable[Key | StrPath]"
@@ -43,19 +54,70 @@ class Setup(NamedTuple):
 
 
 @cache
-def load_model(source: str = "pocket", device: str = "auto", dtype: str = "auto") -> LatentModel:
-    """The model of this name ("pocket", a diffusers folder or a hub id), loaded once.
+def load_model(
+    source: str = "pocket",
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    loras: tuple[str, ...] = (),
+    offload: str | None = None,
+    text: bool = True,
+) -> LatentModel:
+    """The model of this name, with these LoRA files, loaded once: see `load_pipeline`.
 
-    `device` is as in torch, `dtype` one of torch's floating-point types; "auto" leaves either to the model. Raises
-    ModelError for a device that cannot be used and for a model that cannot be loaded.
+    `device` is as in torch, `dtype` one of torch's floating-point types; "auto" leaves either to the model. Without
+    `text` the model has no text encoders, which only drawing needs. Raises ModelError for a device that cannot be used
+    and for a model that cannot be loaded.
     """
     if device != "auto":
         _check_device(device)
     started = time.perf_counter()
-    model = LatentModel.from_pretrained(source, device=device, dtype=None if dtype == "auto" else getattr(torch, dtype))
+    kind = None if dtype == "auto" else getattr(torch, dtype)
+    empty = None if text else load_empty_prompt(source, *placement(device, kind), loras=loras)
+    model = LatentModel.from_pretrained(
+        source, loras=loras, device=device, dtype=kind, text=text, empty=empty, offload=offload
+    )
     seconds = time.perf_counter() - started
     LOG.info("loaded model %s on %s in %s (%.1f s)", model.name, model.device, model.dtype, seconds)
     return model
+
+
+def load_empty_prompt(
+    source: str, device: torch.device, dtype: torch.dtype, *, loras: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The empty prompt as the model's network takes it, from the user's cache folder.
+
+    It is kept there under a digest of all that it depends on, so that text encoders are loaded only once. The folder,
+    RINGMARK_CACHE or the system's for caches, need not exist or be writable. Raises ModelError.
+    """
+    file = _prompt_file(source, dtype, loras)
+    try:
+        kept = {
+            name: torch.from_numpy(values) for name, values in read_tensors(file, max_bytes=MAX_BYTES).tensors.items()
+        }
+    except StoreError:  # not there, or damaged
+        kept = _as_tensors(empty_prompt(source, loras=loras, device=str(device), dtype=dtype))
+        try:
+            write_atomic(file, save(kept))
+        except OSError as error:
+            LOG.info("the empty prompt is not kept: %s", error)
+    lists = {name.removesuffix(ROW): [values] for name, values in kept.items() if name.endswith(ROW)}
+    return {name: values for name, values in kept.items() if not name.endswith(ROW)} | lists
+
+
+def _prompt_file(source: str, dtype: torch.dtype, loras: tuple[str, ...]) -> Path:
+    files, scales = zip(*map(split_scale, loras), strict=True) if loras else ((), ())
+    versions = [metadata.version(name) for name in ("diffusers", "transformers")]
+    key = repr([locate(source).text_digest(files), scales, dtype, *versions])
+    folder = Path(os.environ.get("RINGMARK_CACHE") or user_cache_dir("ringmark", appauthor=False))
+    return folder / "prompts" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+
+
+def _as_tensors(rows: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Rows as a file holds them: in float32 or whole numbers, and the only row of a list under a name of its own."""
+    named = {f"{name}{ROW}" if isinstance(values, list) else name: values for name, values in rows.items()}
+    tensors = {name: values[0] if isinstance(values, list) else values for name, values in named.items()}
+    return {name: (x.float() if x.is_floating_point() else x).contiguous() for name, x in tensors.items()}
 
 
 def _check_device(device: str) -> None:
@@ -85,6 +147,7 @@ def load_verifier(
     model: Model = "pocket",
     device: str = "auto",
     dtype: str = "auto",
+    offload: str | None = None,
     method: str = "guarded",
     max_steps: int | None = None,
     steps: int = 25,
@@ -95,9 +158,10 @@ def load_verifier(
 ) -> Setup:
     """A verifier for these keys, with this calibration or with the model's own if that fits.
 
-    A loaded `model` is used as it is; `device` and `dtype` are then ignored. Keys and calibration are read before the
-    model is loaded, so that mistakes there show early. Raises KeyFileError, also if `keys` is empty, CalibrationError,
-    ModelError, SchemeError for a key that cannot be searched for, and RingmarkError for an `alpha` outside (0, 1).
+    A loaded `model` is used as it is; `device`, `dtype` and `offload` are then ignored. Keys and calibration are read
+    before the model is loaded, so that mistakes there show early. Raises KeyFileError, also if `keys` is empty,
+    CalibrationError, ModelError, SchemeError for a key that cannot be searched for, and RingmarkError for an `alpha`
+    outside (0, 1).
     """
     if not 0 < alpha < 1:
         raise RingmarkError("detector.alpha", "must lie strictly between 0 and 1", subject=f"alpha {alpha:g}")
@@ -107,7 +171,7 @@ def load_verifier(
     given = Calibration.load(Path(calibration)) if isinstance(calibration, (str, PathLike)) else calibration
     if given:
         given.check_level(alpha)
-    latent_model = load_model(model, device, dtype) if isinstance(model, str) else model
+    latent_model = load_model(model, device, dtype, offload=offload, text=False) if isinstance(model, str) else model
     recoverer = Recoverer.named(latent_model, method, max_steps, steps)
     used, unchecked = (given, "") if given else _built_in(recoverer, loaded, model)
     finder = Search() if search else None

@@ -65,6 +65,8 @@ def generate(
         raise click.UsageError("give either --key KEY to mark the images or --no-mark")
     key = Key.load(key_path) if key_path else None
     texts = prompts_for(list(prompts), number or max(1, len(prompts)), seed)
-    paths = draw(model.load(), output, texts, seed, key=key, steps=steps, guidance=guidance, batch=batch, force=force)
+    paths = draw(
+        model.load(text=True), output, texts, seed, key=key, steps=steps, guidance=guidance, batch=batch, force=force
+    )
     records = [{"path": str(path), "prompt": text} for path, text in zip(paths, texts, strict=True)]
     say(records, f"{counted(len(paths), 'marked image' if key else 'unmarked image')} in {output}", as_json)
