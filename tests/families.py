@@ -95,6 +95,8 @@ def decoder_only(tokenizer: Any, layers: int = 2) -> dict[str, Any]:
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "head_dim": 8,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
     }
 
 
@@ -256,7 +258,7 @@ def stable_diffusion_v() -> Any:
 def stable_diffusion_zero_snr() -> Any:
     from diffusers import DDIMScheduler
 
-    settings = {"clip_sample": False, "timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+    settings = {"clip_sample": False, "timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "steps_offset": 1}
     return stable(DDIMScheduler(**SCALED_LINEAR, **settings, prediction_type="v_prediction"))
 
 
@@ -302,7 +304,7 @@ def sdxl() -> Any:
 def sdxl_turbo() -> Any:
     from diffusers import EulerAncestralDiscreteScheduler
 
-    return stable_xl(EulerAncestralDiscreteScheduler(**SCALED_LINEAR, timestep_spacing="trailing"))
+    return stable_xl(EulerAncestralDiscreteScheduler(**SCALED_LINEAR, timestep_spacing="trailing", steps_offset=1))
 
 
 @builder("sd3")

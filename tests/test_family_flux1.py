@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from family import PROMPTS, FamilyTests, packed
+from family import PROMPTS, FamilyTests, packed, unpacked
 
 
 class TestDev(FamilyTests):
@@ -11,6 +11,9 @@ class TestDev(FamilyTests):
 
     def given(self, noise):
         return packed(noise)
+
+    def canonical(self, latents, size):
+        return unpacked(latents, size)
 
     def test_larger_pictures_spend_more_steps_on_noise(self, model):
         small, large = (model.schedule(4, size).noise for size in ((64, 64), (1024, 1024)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from family import FamilyTests, packed
+from family import FamilyTests, packed, unpacked
 
 
 class TestDev(FamilyTests):
@@ -12,6 +12,9 @@ class TestDev(FamilyTests):
     def given(self, noise):
         height, width = noise.shape[-2:]
         return packed(noise).transpose(1, 2).reshape(len(noise), -1, height // 2, width // 2)
+
+    def canonical(self, latents, size):
+        return unpacked(latents, size)
 
     def test_levels_depend_on_the_size_and_on_the_number_of_steps(self, model):
         few, many = (model.schedule(steps, (1024, 1024)).noise for steps in (4, 8))

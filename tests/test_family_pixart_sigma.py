@@ -9,7 +9,8 @@ class TestPixArtSigma(FamilyTests):
     name, family, channels = "pixart-sigma", "pixart-sigma", 4
     call = {"use_resolution_binning": False}
 
-    def deterministic(self, scheduler):
+    @classmethod
+    def deterministic(cls, scheduler):
         return ddim(scheduler)
 
     def test_the_network_predicts_twice_as_many_channels(self, model):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from family import PROMPTS, FamilyTests, packed
+from family import PROMPTS, FamilyTests, packed, unpacked
 
 
 class TestQwenImage(FamilyTests):
@@ -11,6 +11,9 @@ class TestQwenImage(FamilyTests):
 
     def given(self, noise):
         return packed(noise)
+
+    def canonical(self, latents, size):
+        return unpacked(latents, size)
 
     def guided(self, guidance):
         return {"true_cfg_scale": guidance} | ({} if guidance == 1 else {"negative_prompt": [""] * len(PROMPTS)})

@@ -11,7 +11,8 @@ class TestSana(FamilyTests):
     native, size = (256, 256), (128, 192)
     call = {"use_resolution_binning": False}
 
-    def deterministic(self, scheduler):
+    @classmethod
+    def deterministic(cls, scheduler):
         """The first-order solver is Euler's method."""
         return type(scheduler).from_config(scheduler.config, solver_order=1)
 

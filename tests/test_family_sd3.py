@@ -16,7 +16,8 @@ class TestSD3(FamilyTests):
 class TestDynamicShift(TestSD3):
     """Levels depend on the size of the picture."""
 
-    def deterministic(self, scheduler):
+    @classmethod
+    def deterministic(cls, scheduler):
         return type(scheduler).from_config(scheduler.config, use_dynamic_shifting=True, shift=1.0)
 
     def test_larger_pictures_spend_more_steps_on_noise(self, model):

@@ -9,7 +9,8 @@ from family import PROMPTS, FamilyTests, ddim
 class TestBase(FamilyTests):
     name, family, channels = "sdxl", "sdxl", 4
 
-    def deterministic(self, scheduler):
+    @classmethod
+    def deterministic(cls, scheduler):
         return ddim(scheduler)
 
     def test_no_prompt_is_zeros_and_a_negative_prompt_is_not(self, model):

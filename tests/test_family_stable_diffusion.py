@@ -8,7 +8,8 @@ from family import FamilyTests, ddim
 class TestNoise(FamilyTests):
     name, family, channels = "stable-diffusion", "stable-diffusion", 4
 
-    def deterministic(self, scheduler):
+    @classmethod
+    def deterministic(cls, scheduler):
         return ddim(scheduler)
 
 
