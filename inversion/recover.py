@@ -65,7 +65,7 @@ class Model(Autoencoder, Denoiser, Protocol):
 class RecoverySettings:
     """Everything that recovered noise depends on besides the picture.
 
-    `model` is the model's identity, `image_size` (H, W) its native size, `dtype` the dtype of its network. `method`,
+    `model` is the model's identity, `image_size` (H, W) that of the pictures, `dtype` the network's. `method`,
     `max_steps`, `early`, `gradient`, `lean` and `guarded` describe the decoder inversion as in `Inverter`. `steps` is
     the number of steps of the sampler inversion, `timesteps` its first and last timestep, as in "1-961".
     """
@@ -134,10 +134,14 @@ class Recoverer:
     @property
     def settings(self) -> RecoverySettings:
         """The settings that the recovered noise depends on, for pictures of the model's native size."""
-        schedule = self.schedule(self.model.image_size)
+        return self.settings_at(self.model.image_size)
+
+    def settings_at(self, size: tuple[int, int]) -> RecoverySettings:
+        """The settings for pictures (H, W)."""
+        schedule = self.schedule(size)
         return RecoverySettings(
             model=self.model.identity,
-            image_size=self.model.image_size,
+            image_size=size,
             dtype=str(self.model.dtype),
             method=repr(self.inverter.method),
             max_steps=self.inverter.max_steps,

@@ -88,6 +88,13 @@ def test_folders_become_a_calibration(house):
     torch.testing.assert_close(made.recovery.variance, expected.variance)
 
 
+def test_a_calibration_at_another_size(house, tmp_path):
+    recoverer, images = Recoverer(MODEL, INVERTERS["encoder"], steps=2), Unmarked.of([house / "drawn"])
+    made = calibrate(recoverer, images, tmp_path / "c", size=(32, 48)).calibration
+    assert made.latent_shape == (3, 32, 48) and made.settings["image_size"] == [32, 48]
+    made.check(recoverer.settings.as_dict())  # of the native size
+
+
 def test_what_cannot_be_used_is_left_out_and_said(tmp_path):
     folder = photographs(tmp_path / "given", LEAST)
     Image.new("RGB", (32, 32), "red").save(folder / "flat.png")

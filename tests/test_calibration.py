@@ -386,7 +386,8 @@ def unfitting(calibration: Calibration, settings: dict) -> CalibrationError:
 
 def test_only_its_own_settings_will_do(calibration):
     calibration.check(SETTINGS)
-    calibration.check(SETTINGS | {"image_size": (96, 96)})  # as JSON has it
+    calibration.check(json.loads(json.dumps(SETTINGS)))
+    calibration.check(SETTINGS | {"image_size": (64, 96)})  # see `null_at`
     other = SETTINGS | {"steps": 50, "model": SETTINGS["model"] | {"fingerprint": "9999"}}
     error = unfitting(replace(calibration, name="my.cal"), other | {"gradient": True})
     assert error.subject == "my.cal"
@@ -398,8 +399,8 @@ def test_only_its_own_settings_will_do(calibration):
         assert difference.lower() in error.fact.lower()
     assert error.fact.count("; ") == 2 and "name" not in error.fact
     calibration.check(SETTINGS | {"model": SETTINGS["model"] | {"name": "moved"}})  # the same model all the same
-    error = unfitting(calibration, {k: v for k, v in SETTINGS.items() if k != "image_size"})
-    assert error.subject == "calibration" and "image_size was [96, 96], is not set" in error.fact
+    error = unfitting(calibration, {k: v for k, v in SETTINGS.items() if k != "dtype"})
+    assert error.subject == "calibration" and "dtype was torch.float32, is not set" in error.fact
 
 
 def test_timesteps_are_compared_where_the_steps_are_the_same(calibration):

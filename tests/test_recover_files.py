@@ -115,3 +115,8 @@ def test_a_second_run_on_the_same_results_is_refused(model, files, kept, tmp_pat
 def test_nothing_readable_is_an_empty_result(model, files, kept):
     found = recover_files(Recoverer(model, steps=3), files[1:2], kept)
     assert found.noise.shape == (0, 4, 8, 8) and not found.ids and len(found.refused) == 1
+
+
+def test_files_are_recovered_at_another_size(model, files, kept):
+    found = recover_files(Recoverer.named(model, "encoder", steps=2), files, kept, size=(16, 24))
+    assert found.noise.shape == (4, *model.noise_shape((16, 24)))

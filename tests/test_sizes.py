@@ -12,8 +12,8 @@ from PIL import Image
 
 from ringmark.data.images import Sample, from_array, samples_of
 from ringmark.errors import ModelError
+from ringmark.inversion.sizes import candidate_sizes
 from ringmark.watermark.detect.search import Search
-from ringmark.watermark.detect.sizes import candidate_sizes
 from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.schemes.base import scheme_of
 from ringmark.watermark.schemes.tree_ring import TreeRing

@@ -197,12 +197,15 @@ class Calibration:
             )
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """Raises CalibrationError, naming each difference, unless this was measured under `settings`."""
-        ignore = set()
+        """Raises CalibrationError, naming each difference, unless this was measured under `settings`.
+
+        The size of the images may differ: see `null_at`.
+        """
+        ignore = {"image_size"}
         if self.settings["model"].get("fingerprint") == settings["model"].get("fingerprint"):
             ignore.add("model name")  # a folder may be renamed
-        if self.settings.get("steps") != settings.get("steps"):
-            ignore.add("timesteps")  # with other steps they differ anyway
+        if any(self.settings.get(name) != settings.get(name) for name in ("steps", "image_size")):
+            ignore.add("timesteps")  # with other steps they differ anyway, and with another size they may
         if different := differences(self.settings, settings, ignore=ignore):
             fact = f"was made with other settings: {'; '.join(different)}"
             raise CalibrationError("calibration.settings", fact, subject=self.name)

@@ -150,7 +150,7 @@ def screenshot(image: Image.Image, scale: float, rng: np.random.Generator) -> Im
 
 
 def vae(image: Image.Image, passes: float, rng: np.random.Generator, model: LatentModel) -> Image.Image:
-    """Encode and decode with the autoencoder, D(E(x)) rounded to 8 bits, this many times, at the model's size."""
+    """Encode and decode with the autoencoder, D(E(x)) rounded to 8 bits, this many times."""
     return _at_size(image, model, lambda x: _regenerate(x, model, int(passes), lambda z: z))
 
 
@@ -158,7 +158,7 @@ def diffuse(image: Image.Image, share: float, rng: np.random.Generator, model: L
     """Add noise up to this share of the schedule, then remove it by DDIM with the empty prompt (arXiv 2306.01953).
 
     z_t = √ᾱ_t E(x) + √(1 − ᾱ_t) ε at the level t closest to that share, with DIFFUSE_STEPS steps for the whole
-    schedule. A share of 0 is one pass of `vae`. Runs at the model's size and resizes back.
+    schedule. A share of 0 is one pass of `vae`.
     """
 
     def regenerated(z: Tensor) -> Tensor:
@@ -232,8 +232,10 @@ def _banner(size: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
 
 
 def _at_size(image: Image.Image, model: LatentModel, regenerate: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """Regenerate at the model's size, stretching there and back if the image has another size."""
-    size = model.image_size[::-1]
+    """Regenerate at the image's size if the model can draw it, otherwise stretching to a usual size and back."""
+    from ringmark.inversion.sizes import candidate_sizes
+
+    size = candidate_sizes((image.height, image.width), model)[0][::-1]
     if image.size == size:
         return regenerate(image)
     return regenerate(image.resize(size, Image.Resampling.LANCZOS)).resize(image.size, Image.Resampling.LANCZOS)

@@ -13,10 +13,10 @@ import torch
 
 from ringmark.errors import CalibrationError, KeyFileError, SchemeError
 from ringmark.inversion.recover import Model, Recoverer
+from ringmark.inversion.sizes import Size, candidate_sizes
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.detector import Detector
 from ringmark.watermark.detect.search import Found, Search
-from ringmark.watermark.detect.sizes import Size, candidate_sizes
 from ringmark.watermark.detect.verdict import Judged, Verdict
 from ringmark.watermark.keys.key import Key, Kind
 from ringmark.watermark.null import Null

@@ -17,8 +17,8 @@ from ringmark.data.images import Sample, SizesOf, read_samples
 from ringmark.data.results import Results
 from ringmark.data.sources import Listing, list_images, stamp_of
 from ringmark.errors import ImageError
+from ringmark.inversion.sizes import Size
 from ringmark.watermark.calibration import Calibration
-from ringmark.watermark.detect.sizes import Size
 from ringmark.watermark.detect.verdict import Judged
 from ringmark.watermark.detect.verifier import Verifier
 from ringmark.watermark.statistics import ALPHA

@@ -131,8 +131,12 @@ class Calibrated:
         return "\n".join(lines)
 
 
-def calibrate(recoverer: Recoverer, images: Unmarked, output: Path, *, batch: int = 8) -> Calibrated:
+def calibrate(
+    recoverer: Recoverer, images: Unmarked, output: Path, *, size: tuple[int, int] | None = None, batch: int = 8
+) -> Calibrated:
     """Measure the null of the noise recovered from unmarked images and write the calibration to `output`.
+
+    Images are fitted to `size` (H, W), by default the model's native one.
 
     Recovered noise is kept in the folder `output`.unfinished until the calibration is written, so that an interrupted
     run can be resumed. Images drawn by this model are of kind "drawn", all others of kind "given". If at least KNOWN
@@ -141,7 +145,7 @@ def calibrate(recoverer: Recoverer, images: Unmarked, output: Path, *, batch: in
     """
     unfinished = ResultsFolder(output.with_name(f"{output.name}.unfinished"))
     with unfinished:
-        files = recover_files(recoverer, images.paths, unfinished, batch=batch, name="calibrate")
+        files = recover_files(recoverer, images.paths, unfinished, size=size, batch=batch, name="calibrate")
     unusable = files.doubts | _copies(files)
     left_out = [f"{one_line(files.ids[i])}: {reason}, so it is left out" for i, reason in unusable.items()]
     errors = [*images.errors, *map(str, files.refused), *left_out]
@@ -149,10 +153,10 @@ def calibrate(recoverer: Recoverer, images: Unmarked, output: Path, *, batch: in
     seeds = _seeds(recoverer.model, images, [Path(files.ids[i]) for i in kept])
     counts = {"drawn": len(seeds), "given": len(kept) - len(seeds)}
     sources = {kind: count for kind, count in counts.items() if count}
-    noise = files.noise[kept]
+    noise, settings = files.noise[kept], recoverer.settings_at(size or recoverer.model.image_size)
     try:
         recovery = _recovery(noise, seeds)
-        calibration = Calibration.measure(noise, recoverer.settings.as_dict(), sources, recovery=recovery)
+        calibration = Calibration.measure(noise, settings.as_dict(), sources, recovery=recovery)
     except CalibrationError as error:
         reason = f" ({len(errors)} were left out, the first: {errors[0]})" if errors else ""
         raise CalibrationError(error.code, f"{error.fact}{reason}", subject=error.subject, **error.details) from None

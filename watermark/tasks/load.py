@@ -24,9 +24,9 @@ from ringmark.inversion.models.lora import split_scale
 from ringmark.inversion.models.pipeline import LatentModel, empty_prompt, placement
 from ringmark.inversion.models.place import locate
 from ringmark.inversion.recover import Recoverer
+from ringmark.inversion.sizes import Size
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.search import Search
-from ringmark.watermark.detect.sizes import Size
 from ringmark.watermark.detect.verifier import Verifier, built_in_calibration
 from ringmark.watermark.keys.folder import load_ring
 from ringmark.watermark.keys.key import Key

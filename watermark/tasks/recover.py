@@ -43,18 +43,27 @@ class RecoveredFiles:
 
 
 def recover_files(
-    recoverer: Recoverer, paths: Iterable[Path], kept: ResultsFolder, *, batch: int = 8, name: str = "recover"
+    recoverer: Recoverer,
+    paths: Iterable[Path],
+    kept: ResultsFolder,
+    *,
+    size: tuple[int, int] | None = None,
+    batch: int = 8,
+    name: str = "recover",
 ) -> RecoveredFiles:
     """Recover the noise of every file. Latents and noise are `kept`, by their settings and by what they come from.
+
+    Pictures are fitted to `size` (H, W), by default the model's native one.
 
     An interrupted run therefore resumes at its last batch, changing the sampler steps repeats no decoder inversion, and
     decoder inversions that give the same latents share the sampler inversion. Raises StoreError if another run writes
     the same results (results.locked).
     """
     paths = list(paths)
-    files = RecoveredFiles(noise=torch.empty(0, *recoverer.model.latent_shape), seconds=torch.empty(0))
+    size = size or recoverer.model.image_size
+    files = RecoveredFiles(noise=torch.empty(0, *recoverer.model.noise_shape(size)), seconds=torch.empty(0))
     parts: list[_Timed] = []
-    readable = _readable(paths, recoverer.model.image_size, files.refused)
+    readable = _readable(paths, size, files.refused)
     with tqdm(total=len(paths), desc=name, unit="image", disable=None, leave=False) as bar:
         while group := list(islice(readable, batch)):
             parts.append(_add(files, recoverer, group, kept))
@@ -95,7 +104,11 @@ def _add(files: RecoveredFiles, recoverer: Recoverer, samples: list[Sample], kep
 
 def _recover(recoverer: Recoverer, images: Tensor, contents: list[str], kept: ResultsFolder) -> _Timed:
     """Noise of images (B, 3, H, W)."""
-    settings, device = recoverer.settings, {"device": recoverer.model.device.type}  # times differ between devices
+    height, width = images.shape[-2:]
+    settings, device = (
+        recoverer.settings_at((height, width)),
+        {"device": recoverer.model.device.type},
+    )  # times differ between devices
     results = kept.of("latents", settings.of_latents() | device)
     latents = _complete(results, contents, images, lambda rows: recoverer.latents(rows).value)
     results = kept.of("noise", settings.of_noise() | device)

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from ringmark.data.images import Sample, read_samples, samples_of
 from ringmark.errors import ImageError, one_line
+from ringmark.inversion.sizes import Size
 from ringmark.watermark.calibration import Calibration
-from ringmark.watermark.detect.sizes import Size
 from ringmark.watermark.detect.verdict import Judged, Verdict
 from ringmark.watermark.detect.verifier import Verifier
 from ringmark.watermark.figures import explain, save_figure

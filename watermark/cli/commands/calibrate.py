@@ -11,6 +11,7 @@ from ringmark.watermark.cli.options import (
     PATH,
     InversionOptions,
     ModelOptions,
+    Size,
     batch_option,
     force_option,
     inversion_options,
@@ -31,6 +32,7 @@ from ringmark.watermark.cli.options import (
     help="The calibration file to write. Unfinished work is kept in the folder OUTPUT.unfinished: run the same command "
     "to resume, or delete the folder.",
 )
+@click.option("--size", type=Size(), metavar="WxH", help="Size to which images are fitted.  [default: the model's]")
 @click.option("--plot", type=FIGURE, help="Draw how well noise is recovered, by ring, into this PNG or SVG.")
 @inversion_options
 @batch_option
@@ -40,6 +42,7 @@ from ringmark.watermark.cli.options import (
 def calibrate(
     folders: tuple[Path, ...],
     output: Path,
+    size: tuple[int, int] | None,
     plot: Path | None,
     inversion: InversionOptions,
     batch: int,
@@ -66,7 +69,7 @@ def calibrate(
         refuse_foreign(plot, force)
     images = tasks.Unmarked.of(folders)
     recoverer = Recoverer.named(model.load(), inversion.method, inversion.max_steps, inversion.steps)
-    calibrated = tasks.calibrate(recoverer, images, output, batch=batch)
+    calibrated = tasks.calibrate(recoverer, images, output, size=size, batch=batch)
     if not as_json:
         warn(calibrated.errors)
     say(calibrated.record(), calibrated.sentence(), as_json)

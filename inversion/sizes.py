@@ -1,21 +1,34 @@
-"""The sizes at which a picture may have been drawn."""
+"""The sizes at which a model may have drawn a picture."""
 
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 from ringmark.errors import ModelError
-from ringmark.inversion.recover import Model
 
 __all__ = ["Size", "candidate_sizes"]
 
 Size = tuple[int, int]
 
+
+class Drawing(Protocol):
+    """What has to be known of a model."""
+
+    @property
+    def image_size(self) -> Size: ...
+
+    @property
+    def sizes(self) -> tuple[Size, ...]: ...
+
+    def noise_shape(self, size: Size) -> tuple[int, int, int]: ...
+
+
 SAME_ASPECT = 0.02  # relative difference of aspect ratios that rounding to whole pixels can make
 RANGE = 4.0  # a model is taken to draw pictures of a quarter to four times its native area
 
 
-def candidate_sizes(picture: Size, model: Model) -> tuple[Size, ...]:
+def candidate_sizes(picture: Size, model: Drawing) -> tuple[Size, ...]:
     """Sizes (H, W) at which a picture of this size may have been drawn, the likeliest first; at least one.
 
     A usual size of the model is taken as it is. Another size that the model can draw is tried as it is, and, since the
@@ -35,7 +48,7 @@ def _stretch(one: Size, other: Size) -> float:
     return abs(math.log(one[0] * other[1]) - math.log(one[1] * other[0]))
 
 
-def _drawable(size: Size, model: Model) -> bool:
+def _drawable(size: Size, model: Drawing) -> bool:
     native = math.prod(model.image_size)
     if not native / RANGE <= math.prod(size) <= native * RANGE:
         return False
