@@ -14,9 +14,9 @@ import torch
 from ringmark.errors import ModelError
 from ringmark.inversion.models.families import family_of
 from ringmark.inversion.models.lora import fuse_lora
-from ringmark.inversion.models.place import INDEX, POCKET, UNUSED, Place, download, is_text, locate, resolve
+from ringmark.inversion.models.place import EMBEDDED, INDEX, POCKET, UNUSED, Place, download, is_text, locate, resolve
 
-__all__ = ["POCKET", "check_tokenizer", "load_pipeline", "quiet", "resolve"]
+__all__ = ["EMBEDDED", "POCKET", "check_tokenizer", "load_pipeline", "quiet", "resolve"]
 
 FLOW_SCHEDULER = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
 DENOISERS = ("unet", "transformer")
@@ -54,7 +54,7 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     stored: bool = False,
 ) -> Any:
-    """The diffusers pipeline of "pocket", a diffusers folder, a hub id or a single safetensors file, on the CPU.
+    """The diffusers pipeline of one of EMBEDDED, a diffusers folder, a hub id or a single safetensors file, on the CPU.
 
     What the hub's cache holds of a hub id is used as it is; only the rest is downloaded. For a single file see
     `locate`. Each of `loras` is a safetensors file or "file:scale", which is fused into the weights. Without `text`,

@@ -18,10 +18,11 @@ import torch
 
 from ringmark.errors import ModelError, counted
 
-__all__ = ["INDEX", "POCKET", "UNUSED", "Place", "download", "is_text", "locate", "resolve"]
+__all__ = ["EMBEDDED", "INDEX", "POCKET", "UNUSED", "Place", "download", "is_text", "locate", "resolve"]
 
-POCKET = Path(__file__).resolve().parents[2] / "data" / "pocket"
-"""The folder of the model that ships with ringmark."""
+EMBEDDED = {name: Path(__file__).resolve().parents[2] / "data" / name for name in ("pocket", "pocket_flow")}
+"""The folders of the models that ship with ringmark, by name."""
+POCKET = EMBEDDED["pocket"]
 
 INDEX = "model_index.json"
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
@@ -156,8 +157,8 @@ def choose(names: Iterable[str], dtype: torch.dtype | None) -> tuple[str | None,
 
 
 def resolve(source: str | Path) -> str:
-    """The path or hub id of "pocket", a folder, a single file or a hub id. Raises ModelError for another path."""
-    path = POCKET if str(source) == "pocket" else Path(source).expanduser()
+    """The path or hub id of one of EMBEDDED, a folder, a file or a hub id. Raises ModelError for another path."""
+    path = EMBEDDED.get(str(source)) or Path(source).expanduser()
     if (path / INDEX).is_file() or (path.is_file() and path.suffix == ".safetensors"):
         return str(path)
     if path.is_file() and path.suffix in PICKLES:

@@ -174,8 +174,8 @@ model_options = grouped(
         "source",
         default="pocket",
         show_default=True,
-        help='"pocket" (the small model that ships with ringmark), a diffusers folder, a hub id or id@revision, or a '
-        ".safetensors file with its configs in the folder of the same name.",
+        help='"pocket" or "pocket_flow" (small models that ship with ringmark), a diffusers folder, a hub id or '
+        "id@revision, or a .safetensors file with its configs in the folder of the same name.",
     ),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …"),
     click.option(

@@ -19,7 +19,7 @@ from safetensors.torch import save
 
 from ringmark.data.files import read_tensors, write_atomic
 from ringmark.errors import KeyFileError, ModelError, RingmarkError, StoreError
-from ringmark.inversion.models.loading import resolve
+from ringmark.inversion.models.loading import EMBEDDED, resolve
 from ringmark.inversion.models.lora import split_scale
 from ringmark.inversion.models.pipeline import LatentModel, empty_prompt, placement
 from ringmark.inversion.models.place import locate
@@ -181,7 +181,7 @@ def load_verifier(
 def _built_in(recoverer: Recoverer, keys: list[Key], model: Model) -> tuple[Calibration | None, str]:
     """The model's own calibration and "", or None and the reason if it does not fit."""
     source = model if isinstance(model, str) else model.name
-    if not (isinstance(model, str) or source == "pocket"):  # a loaded model does not know its folder
+    if not (isinstance(model, str) or source in EMBEDDED):  # a loaded model does not know its folder
         return None, ""
     calibration, error = built_in_calibration(recoverer, keys, Path(resolve(source)))
     if error:
