@@ -1,6 +1,7 @@
 """Measure how well a model's initial noise is recovered, per latent channel and ring, and store it with the model.
 
     python -m scripts.measure_recovery            # pocket; about four minutes on two cores
+    python -m scripts.measure_recovery --model pocket_flow --steps 1 --inversion-steps 4 --guidance 1
 
 Images are drawn from known noise, rounded to 8 bits, and inverted as in verification (with the empty prompt). keygen
 uses the table for the default placement of a mark, and the detector uses its null variances.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -27,27 +29,38 @@ from ringmark.watermark.tasks.draw import prompts_for
 
 
 @click.command()
-@click.option("--model", "source", default="pocket", show_default=True, help='"pocket" or a diffusers folder.')
+@click.option("--model", "source", default="pocket", show_default=True, help='"pocket", "pocket_flow" or a folder.')
 @click.option("-n", "--number", default=192, show_default=True, help="Images to draw.")
-@click.option("--steps", default=25, show_default=True, help="DDIM steps for drawing and inversion.")
+@click.option("--steps", default=25, show_default=True, help="Steps for drawing.")
+@click.option("--inversion-steps", type=int, help="Steps for inversion.  [default: those for drawing]")
 @click.option("--guidance", default=3.0, show_default=True, help="Guidance for drawing.")
 @click.option("--seed", default=900_000, show_default=True, help="Seed of the first image.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the table into this PNG or SVG.")
-def main(source: str, number: int, steps: int, guidance: float, seed: int, plot: Path | None) -> None:
+def main(
+    source: str,
+    number: int,
+    steps: int,
+    inversion_steps: int | None,
+    guidance: float,
+    seed: int,
+    plot: Path | None,
+) -> None:
     """Measure noise recovery and store it in the model's folder."""
     folder = Path(resolve(source))
     model = LatentModel.from_pretrained(folder)
-    recovery = measure(model, number, steps, guidance, seed)
-    recovery.save(folder, images=number, steps=steps, guidance=guidance, seed=seed, model=model.identity["fingerprint"])
+    recoverer = Recoverer(model, steps=inversion_steps or steps)
+    settings = {"steps": steps, "guidance": guidance}
+    recovery = measure(recoverer, model, number, seed, **settings)
+    settings |= {"inversion_steps": recoverer.steps, "images": number, "seed": seed}
+    recovery.save(folder, **settings, model=model.identity["fingerprint"])
     click.echo(f"recommended mark: {recommend(recovery, model.latent_shape)}")
     if plot:
         save_figure(recovery_figure(recovery), plot, force=True)
 
 
-def measure(model: LatentModel, number: int, steps: int, guidance: float, seed: int) -> NoiseRecovery:
-    """Noise recovery of `number` images, drawn for this purpose and rounded to 8 bits."""
-    recoverer, prompts = Recoverer(model, steps=steps), prompts_for([], number, seed)
-    drawn = generate(model, prompts, list(range(seed, seed + number)), steps=steps, guidance=guidance)
+def measure(recoverer: Recoverer, model: LatentModel, number: int, seed: int, **drawing: Any) -> NoiseRecovery:
+    """Noise recovery of `number` images, drawn for this purpose with these settings and rounded to 8 bits."""
+    drawn = generate(model, prompts_for([], number, seed), list(range(seed, seed + number)), **drawing)
     drawn = iter(tqdm(drawn, "recover", number, disable=None))
     truth, recovered = [], []
     while group := list(islice(drawn, 8)):

@@ -79,6 +79,7 @@ class Bench:
     number: int = 0
     seed: int = 0
     steps: int = 25
+    inversion_steps: int | None = None
     guidance: float = 3.0
     photographs: Path | None = None
     dtype: str | None = None
@@ -101,7 +102,7 @@ class Bench:
     @cached_property
     def recoverer(self) -> Recoverer:
         """The recoverer that ringmark uses by default."""
-        return Recoverer(self.model, steps=self.steps)
+        return Recoverer(self.model, steps=self.inversion_steps or self.steps)
 
     @cached_property
     def calibration(self) -> Calibration | None:
@@ -157,16 +158,24 @@ class Bench:
         return {column: torch.cat([part[column] for part in parts], dim) for column in parts[0]}
 
     @torch.inference_mode()
-    def draw(self, noise: Tensor, prompts: list[str], name: str = "draw", guidance: float | None = None) -> Pictures:
+    def draw(
+        self,
+        noise: Tensor,
+        prompts: list[str],
+        name: str = "draw",
+        guidance: float | None = None,
+        steps: int | None = None,
+    ) -> Pictures:
         """Pictures drawn from this noise (N, C, h, w)."""
         guidance = self.guidance if guidance is None else guidance
-        schedule, model = self.model.schedule(self.steps), self.model
+        model, steps = self.model, steps or self.steps
+        schedule = model.schedule(steps)
 
         def make(some: Tensor, texts: list[str]) -> dict[str, Tensor]:
             latents = sample(model, some.to(model.device), model.condition(texts, guidance=guidance), schedule)
             return {"images": eight_bit(model.decode(latents).float().cpu()), "latents": latents.float().cpu()}
 
-        drawn = self.batches(["draw", self.steps, guidance], make, noise, prompts, name=f"{name}: draw")
+        drawn = self.batches(["draw", steps, guidance], make, noise, prompts, name=f"{name}: draw")
         return Pictures(**drawn, noise=noise, names=prompts)
 
     def pictures(self, scheme: Scheme | None = None) -> Pictures:
@@ -185,12 +194,12 @@ class Bench:
         return Inverted(**self.batches(["invert", repr(inverter)], make, images, name=name))
 
     def recover(self, latents: Tensor, name: str) -> Tensor:
-        """The noise (N, C, h, w) that latents come from, by naive DDIM inversion with the empty prompt."""
+        """The noise (N, C, h, w) that latents come from, by naive inversion with the empty prompt."""
 
         def make(some: Tensor) -> dict[str, Tensor]:
             return {"noise": self.recoverer.noise(some)}
 
-        return self.batches(["recover", self.steps], make, latents, name=f"{name}: noise")["noise"]
+        return self.batches(["recover", self.recoverer.steps], make, latents, name=f"{name}: noise")["noise"]
 
     def noise_of(self, images: Tensor, name: str) -> Tensor:
         """The noise (N, C, h, w) that a detector recovers by default."""
@@ -335,8 +344,8 @@ def experiment(
 ) -> Callable[[Callable], click.Command]:
     """Make a command from a function of a Bench and its own options.
 
-    `number` is the default of -n, `seed` that of --seed. --model, --steps, --guidance and --images are added if
-    requested.
+    `number` is the default of -n, `seed` that of --seed. --model, --steps, --inversion-steps, --guidance and --images
+    are added if requested.
     """
     options = [
         _option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for the results.")
@@ -344,12 +353,15 @@ def experiment(
     if number is not None:
         options.append(_option("-n", "--number", default=number, help="Images."))
     if model:
-        options.append(_option("--model", "source", default="pocket", help='"pocket", a folder or a hub id.'))
+        options.append(
+            _option("--model", "source", default="pocket", help='"pocket", "pocket_flow", a folder or a hub id.')
+        )
         options.append(
             _option("--seed", default=seed, help=f"Seed of all randomness; images count from this plus {SEED}.")
         )
     if drawing:
-        options.append(_option("--steps", default=25, help="DDIM steps for drawing and inversion."))
+        options.append(_option("--steps", default=25, help="Steps for drawing, and for inversion unless given."))
+        options.append(_option("--inversion-steps", type=int, help="Steps for inversion."))
         options.append(_option("--guidance", default=3.0, help="Guidance for drawing."))
     if photographs:
         folder = click.Path(path_type=Path, exists=True, file_okay=False)
