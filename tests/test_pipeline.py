@@ -9,10 +9,12 @@ import pytest
 import torch
 from checkpoints import BETAS, WEIGHTS, draw, edit, make_unet, pipeline, refused, wrap
 from diffusers import DDIMScheduler
+from families import build
 from safetensors.torch import load_file, save_file
 
 from ringmark.errors import ModelError
 from ringmark.inversion.memory import stored_bytes
+from ringmark.inversion.models.loading import quiet
 from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.inversion.schedule import Schedule
 
@@ -286,3 +288,48 @@ def test_lean_gradients_store_less_and_are_nearly_the_same(tiny_parts):
     assert kept < 0.5 * stored
     assert not model.vae.is_gradient_checkpointing and not torch.is_autocast_enabled("cpu")
     torch.testing.assert_close(gradient(), plain)
+
+
+def overflowing(folder, by=2e5):
+    """Enlarge the residual stream of a folder's autoencoder; its norms take it away again."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    with torch.no_grad():
+        for half in (vae.encoder, vae.decoder):
+            half.conv_in.weight.mul_(by)
+            half.conv_in.bias.mul_(by)
+            for name, module in half.named_modules():
+                if name.endswith("conv2"):
+                    module.weight.mul_(by)
+                if name.endswith("conv2") or name.endswith("conv_shortcut") or name.endswith("samplers.0.conv"):
+                    module.bias.mul_(by)
+    vae.save_pretrained(folder / "vae")
+
+
+def test_an_autoencoder_that_overflows_is_widened(copy, caplog):
+    overflowing(copy)
+    images, z = draw(2, 3, 16, 16).clamp(-1, 1), draw(2, 4, 8, 8)
+    exact, model = (LatentModel.from_pretrained(copy, dtype=dtype) for dtype in (torch.float32, torch.float16))
+    assert not model.vae.encode(images.half()).latent_dist.mode().isfinite().all()
+    stays = model.pipe.vae
+    assert torch.allclose(model.encode(images), exact.encode(images), atol=1e-2)
+    assert torch.allclose(model.decode(z), exact.decode(z), atol=2e-2)
+    assert model.vae.dtype == torch.float32 and model.network.dtype == stays.dtype == torch.float16
+    assert model.pipe.vae is stays and "float32" in caplog.text
+    assert model.encode(torch.full((1, 3, 16, 16), torch.nan)).isnan().all()
+
+
+def test_one_that_does_not_overflow_stays_narrow(copy, caplog):
+    model = LatentModel.from_pretrained(copy, dtype=torch.float16)
+    assert model.vae.config.force_upcast and model.encode(draw(1, 3, 16, 16)).dtype == torch.float16
+    assert model.encode(torch.full((1, 3, 16, 16), torch.inf)).dtype == torch.float16 and not caplog.text
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_one_of_sdxl_is_widened_if_its_config_asks_for_it(tmp_path, asked):
+    with quiet():
+        build("sdxl").save_pretrained(tmp_path)
+    edit(tmp_path / "vae" / "config.json", force_upcast=asked)
+    model = LatentModel.from_pretrained(tmp_path, dtype=torch.float16)
+    assert model.decode(draw(1, *model.noise_shape((16, 16)))).dtype == (torch.float32 if asked else torch.float16)

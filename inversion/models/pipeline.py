@@ -7,6 +7,7 @@ which noise schedule was trained. Nothing outside `inversion.models` uses diffus
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -27,6 +28,8 @@ from ringmark.inversion.noise_recovery import NoiseRecovery
 from ringmark.inversion.schedule import Schedule
 
 __all__ = ["PREDICTIONS", "LatentModel", "empty_prompt", "lean"]
+
+LOG = logging.getLogger(__name__)
 
 LEAST_MULTIPLE = 8  # the sides that pipelines of diffusers accept, whatever the autoencoder
 MAX_SIDE = 2048  # of latents; an image of 16384 pixels per side at a factor of 8
@@ -221,16 +224,41 @@ class LatentModel:
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] → (B, C, h, w): the posterior mean, scaled as the network expects it."""
-        pixels = images.to(self.device, self.vae.dtype)
+        return self._autoencode(self._encode, images)
+
+    def _encode(self, pixels: Tensor) -> Tensor:
         out = self.vae.encode(pixels.unsqueeze(2) if self.family.video else pixels)
         z: Tensor = out.latent_dist.mode() if hasattr(out, "latent_dist") else out[0]
         return self.family.normalise(self.vae, z.squeeze(2) if self.family.video else z)
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) → (B, 3, H, W), about [-1, 1], not clipped."""
-        z = self.family.denormalise(self.vae, latents.to(self.device, self.vae.dtype))
+        return self._autoencode(self._decode, latents)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        z = self.family.denormalise(self.vae, latents)
         images: Tensor = self.vae.decode(z.unsqueeze(2) if self.family.video else z, return_dict=False)[0]
         return images.squeeze(2) if self.family.video else images
+
+    def _autoencode(self, half: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`half` of the autoencoder on x, in its dtype, or in float32 if float16 is too narrow for it."""
+        narrow = self.vae.dtype is torch.float16
+        # Pipelines that can widen the autoencoder do so if its config asks for it; all configs of old ask for it.
+        if narrow and hasattr(self.pipe, "upcast_vae") and self.vae.config.get("force_upcast"):
+            return self._widened()._autoencode(half, x)
+        out = half(x.to(self.device, self.vae.dtype))
+        if narrow and x.isfinite().all() and not out.isfinite().all():
+            return self._widened()._autoencode(half, x)
+        return out
+
+    def _widened(self) -> LatentModel:
+        """This model, whose autoencoder is from now on a copy in float32; that of the pipeline stays as it is."""
+        LOG.warning("%s: its autoencoder overflows in float16 and is computed in float32", self.name)
+        with quiet():
+            wide = type(self.vae).from_config(self.vae.config)
+            wide.load_state_dict(self.vae.state_dict())
+            self.vae = wide.to(self.device, torch.float32).requires_grad_(False).eval()
+        return self
 
     def lean(self) -> AbstractContextManager[None]:
         """Context in which gradients of `decode` need less memory: see `lean`."""
