@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         EvaluationError,
         ImageError,
         KeyFileError,
+        MarkWarning,
         ModelError,
         RingmarkError,
         SchemeError,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ringmark.watermark.calibration import Calibration
     from ringmark.watermark.detect.detector import Detector
     from ringmark.watermark.detect.verdict import Verdict
+    from ringmark.watermark.embed import Marking, mark
     from ringmark.watermark.keys.key import Key
     from ringmark.watermark.tasks.audit import audit
     from ringmark.watermark.tasks.verify import verify
@@ -36,6 +38,8 @@ __all__ = [
     "Key",
     "KeyFileError",
     "LatentModel",
+    "MarkWarning",
+    "Marking",
     "ModelError",
     "RingmarkError",
     "SchemeError",
@@ -43,6 +47,7 @@ __all__ = [
     "Verdict",
     "audit",
     "invert_decoder",
+    "mark",
     "verify",
 ]
 
@@ -52,9 +57,11 @@ _HOMES = {
     "Detector": "watermark.detect.detector",
     "Key": "watermark.keys.key",
     "LatentModel": "inversion.models.pipeline",
+    "Marking": "watermark.embed",
     "Verdict": "watermark.detect.verdict",
     "audit": "watermark.tasks.audit",
     "invert_decoder": "inversion.decoder",
+    "mark": "watermark.embed",
     "verify": "watermark.tasks.verify",
 }
 

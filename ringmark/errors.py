@@ -10,6 +10,7 @@ __all__ = [
     "EvaluationError",
     "ImageError",
     "KeyFileError",
+    "MarkWarning",
     "ModelError",
     "RingmarkError",
     "SchemeError",
@@ -76,3 +77,7 @@ class AttackError(RingmarkError):
 
 class CalibrationError(RingmarkError):
     """A calibration that cannot be made, read, written or used here."""
+
+
+class MarkWarning(UserWarning):
+    """A mark that will probably not be found."""

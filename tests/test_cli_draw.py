@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from identity import of_shape
+from PIL import Image
 from shell import refused, run
 
+from ringmark.data.results import read_records
 from ringmark.watermark.schemes.base import make_key
 
 
@@ -64,3 +66,22 @@ def test_a_foreign_file_is_replaced_by_force_only(tmp_path: Path) -> None:
     assert "0000000.png: exists and was not drawn by an earlier run; " in message and "--force" in message
     assert (tmp_path / "0000000.png").read_bytes() == b"mine"
     run("generate", "--no-mark", "--steps", 2, "-o", tmp_path, "--force")
+
+
+def test_size_sampler_and_negative_prompt_are_used_and_recorded(house: Path, tmp_path: Path) -> None:
+    args = ["generate", "--key", house / "my.key", "-o", tmp_path, "--steps", 2]
+    done = run(*args, "--size", "160x128", "--sampler", "euler-a", "--negative-prompt", "fog")
+    assert done.stderr.count("Warning: ") == 1 and "EulerAncestralDiscreteScheduler adds new noise" in done.stderr
+    with Image.open(tmp_path / "0000000.png") as image:
+        assert image.size == (160, 128)
+    settings, _ = read_records(tmp_path / "drawn.jsonl")
+    assert (settings["size"], settings["sampler"], settings["negative"]) == ([128, 160], "euler-a", "fog")
+    assert "size was [128, 160], is [128, 128]" in refused(*args, "--sampler", "euler-a", "--negative-prompt", "fog")
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--size", "100x100"), ("--size", "wide"), ("--sampler", "none"), ("--lora", "none.safetensors")]
+)
+def test_what_the_model_cannot_draw_leaves_nothing_behind(tmp_path: Path, wrong: tuple[str, str]) -> None:
+    refused("generate", "--no-mark", "--steps", 2, "-o", tmp_path / "out", *wrong)
+    assert not (tmp_path / "out").exists()

@@ -15,7 +15,9 @@ from ringmark.watermark.embed import Drawn
 from ringmark.watermark.tasks import draw as tasks
 from ringmark.watermark.tasks.draw import DRAWN, UNSEEN_SCENES, draw, prompts_for
 
-MODEL = SimpleNamespace(identity={"name": "none"}, dtype=torch.float32)
+MODEL = SimpleNamespace(
+    identity={"name": "none"}, dtype=torch.float32, image_size=(8, 8), sampler=lambda name, steps, size: None
+)
 
 
 @pytest.fixture

@@ -113,8 +113,7 @@ def test_what_cannot_be_searched_for_is_refused(pocket):
 def test_the_search_finds_a_turned_and_a_cropped_picture(pocket):
     keys = [new_key(pocket, "tree-ring", secret=secret(i)) for i in (0, 1)]
     schemes, null = {key.fingerprint: scheme_of(key) for key in keys}, Null.of_model(pocket)
-    first = schemes[keys[0].fingerprint]
-    (drawn,) = generate(pocket, ["lake at day with green hills"], [3], scheme=first, steps=10)
+    (drawn,) = generate(pocket, ["lake at day with green hills"], [3], key=keys[0], steps=10)
     image = from_array(drawn.image.numpy())
     samples = [Sample(spec, apply(spec, image, 1)) for spec in ("rotation:75", "crop:0.75")]
     search = Search(angles=(-100, -50, 0, 50, 75), scales=(1.0, 1.08, 1.16), dear=2, steps=5)

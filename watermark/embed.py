@@ -1,18 +1,92 @@
-"""Draw marked and unmarked images with a model."""
+"""Mark what a diffusers pipeline draws; draw marked and unmarked images with a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ringmark.inversion.diffusion import sample
-from ringmark.inversion.models.pipeline import LatentModel
-from ringmark.watermark.schemes.base import Scheme
+from ringmark.errors import KeyFileError, MarkWarning, ModelError
+from ringmark.inversion.models.families import kind_of
+from ringmark.inversion.models.noise import check_noise_stage, hook, is_hooked, unhook
+from ringmark.inversion.models.pipeline import LatentModel, Size
+from ringmark.inversion.models.samplers import adds_noise
+from ringmark.watermark.keys.key import Key, Kind
+from ringmark.watermark.schemes.base import Scheme, scheme_of
 
-__all__ = ["Drawn", "generate", "initial_noise"]
+__all__ = ["Drawn", "Marking", "generate", "initial_noise", "mark"]
+
+CALLER = 3  # stack levels from `Marking._warn` to the call of the pipeline
+
+
+class Marking:
+    """A pipeline that marks what it draws, until `remove` or the end of a `with` block."""
+
+    def __init__(self, pipe: Any, key: Key) -> None:
+        name = type(pipe).__name__
+        if is_hooked(pipe):
+            raise ModelError("model.marked", "is marked already", subject=name)
+        check_noise_stage(pipe)
+        _check_kind(key, kind_of(pipe), name)
+        self.key = key
+        self._schemes: dict[tuple[int, int, int], Scheme] = {}
+        self._pipe: Any = pipe
+        hook(pipe, change=self._embed, before=self._warn)
+
+    @staticmethod
+    def _warn(pipe: Any, arguments: Mapping[str, Any]) -> None:
+        """Warn if the pipeline's present sampler adds noise in this call."""
+        if adds_noise(pipe.scheduler, arguments):
+            fact = "adds new noise in every step, so that most marks are lost; deterministic samplers keep them"
+            warnings.warn(f"{type(pipe.scheduler).__name__} {fact}", MarkWarning, stacklevel=CALLER)
+
+    def _embed(self, noise: Tensor) -> Tensor:
+        """Marked noise (B, C, h, w). Raises SchemeError for a size that the key cannot mark."""
+        shape = (noise.shape[1], noise.shape[2], noise.shape[3])
+        if shape not in self._schemes:
+            self._schemes[shape] = scheme_of(self.key, shape)
+        return self._schemes[shape].embed(noise.cpu()).to(noise)
+
+    def remove(self) -> None:
+        """From now on the pipeline draws as before; does nothing the second time."""
+        if self._pipe is not None:
+            unhook(self._pipe)
+            self._pipe = None
+
+    def __enter__(self) -> Marking:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def mark(pipe: Any, key: Key) -> Marking:
+    """Mark every picture that this diffusers pipeline draws from now on, until `remove()` or the end of a `with` block.
+
+    The pipeline draws its noise as always: from its generator, for any batch and size, or from the `latents` given.
+    The key is then embedded, so that the same seed gives the same noise but for the mark. Sampler, LoRA, ControlNet and
+    IP-adapter can be changed at any time; a copy of the pipeline is marked too. A call whose sampler adds noise
+    (ancestral, LCM, SDE, η > 0) gives a MarkWarning.
+
+    Raises ModelError for a pipeline that is marked already, that starts from a picture, that has no stage for noise
+    (`prepare_latents`) or that is of no supported family, and KeyFileError for a key of another kind of latents.
+    """
+    return Marking(pipe, key)
+
+
+def _check_kind(key: Key, kind: Mapping[str, Any], name: str) -> None:
+    """Raises KeyFileError for a key of another kind of latents. Those of old keys are checked when they are drawn."""
+    needed = key.metadata.get("kind")
+    if needed is not None and needed != kind:
+        fact = f"is for latents of {Kind(**needed)}, and {name} has {Kind(**kind)}"
+        raise KeyFileError(
+            "key.latents", fact, subject=f"key {key.fingerprint[:8]}", model=key.metadata["model"].get("name")
+        )
 
 
 @dataclass(frozen=True)
@@ -27,7 +101,11 @@ class Drawn:
 
 def initial_noise(seeds: list[int], latent_shape: tuple[int, int, int]) -> Tensor:
     """Unit normal noise (B, C, h, w); each sample has its own seed and does not depend on the batch."""
-    return torch.stack([torch.randn(latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return _noise([torch.Generator().manual_seed(seed) for seed in seeds], latent_shape)
+
+
+def _noise(generators: list[torch.Generator], latent_shape: tuple[int, int, int]) -> Tensor:
+    return torch.stack([torch.randn(latent_shape, generator=generator) for generator in generators])
 
 
 @torch.inference_mode()
@@ -36,24 +114,31 @@ def generate(
     prompts: list[str],
     seeds: list[int],
     *,
-    scheme: Scheme | None = None,
+    key: Key | None = None,
+    size: Size | None = None,
+    sampler: str | None = None,
+    negative: str = "",
     steps: int = 25,
     guidance: float = 3.0,
     batch: int = 8,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Drawn]:
-    """Draw an image for each prompt and seed, marked if a scheme is given; `progress(n)` after n more images.
+    """Draw an image for each prompt and seed, marked if a key is given; `progress(n)` after n more images.
 
-    Prompt and seed are not enough to forge a mark: that needs the key's values, which only the scheme holds.
+    The model's pipeline draws them, by default at the native size and by its own sampler. Each image depends on its own
+    prompt and seed only. Prompt and seed are not enough to forge a mark: that needs the key.
     """
-    schedule = model.schedule(steps)
+    shape = model.noise_shape(size or model.image_size)
     for i in range(0, len(prompts), batch):
         batch_prompts, batch_seeds = prompts[i : i + batch], seeds[i : i + batch]
-        noise = initial_noise(batch_seeds, model.latent_shape)
-        noise = (scheme.embed(noise) if scheme else noise).to(model.device)
-        latents = sample(model, noise, model.condition(batch_prompts, guidance=guidance), schedule)
+        generators = [torch.Generator().manual_seed(seed) for seed in batch_seeds]
+        cond = model.condition(batch_prompts, guidance=guidance, negative=negative)
+        with mark(model.pipe, key) if key else nullcontext():
+            noise, latents = model.draw(
+                _noise(generators, shape), cond, steps=steps, sampler=sampler, generators=generators
+            )
         images = model.decode(latents).float().cpu().clamp(-1, 1)
-        for drawn in zip(images, noise.float().cpu(), batch_prompts, batch_seeds, strict=True):
+        for drawn in zip(images, noise.cpu(), batch_prompts, batch_seeds, strict=True):
             yield Drawn(*drawn)
         if progress:
             progress(len(batch_seeds))

@@ -18,7 +18,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ringmark.errors import ModelError
 
-__all__ = ["FAMILIES", "Family", "family_of", "network_of"]
+__all__ = ["FAMILIES", "Family", "family_of", "kind_of", "network_of"]
 
 
 MEGAPIXEL = (
@@ -381,3 +381,10 @@ def family_of(pipe: Any) -> Family:
         f"Supported pipelines are {known}"
     )
     raise ModelError("model.family", fact, subject=names[0])
+
+
+def kind_of(pipe: Any) -> dict[str, Any]:
+    """The kind of latents of a pipeline: its family, their channels, and pixels per latent and side (factor)."""
+    config = pipe.vae.config
+    channels = config.get("latent_channels") or config.get("z_dim")
+    return {"family": family_of(pipe).name, "channels": channels, "factor": int(pipe.vae_scale_factor)}

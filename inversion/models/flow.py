@@ -26,9 +26,6 @@ class RectifiedFlowPipeline(StableDiffusionPipeline):  # type: ignore[misc]  # d
         self, *args: Any, num_inference_steps: int = 25, sigmas: list[float] | None = None, **kwargs: Any
     ) -> Any:
         sigmas = uniform_sigmas(num_inference_steps) if sigmas is None else sigmas
-        return super().__call__(*args, num_inference_steps=num_inference_steps, sigmas=sigmas, **kwargs)
-
-    def prepare_latents(self, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self.scheduler, "init_noise_sigma"):
             self.scheduler.init_noise_sigma = 1.0
-        return super().prepare_latents(*args, **kwargs)
+        return super().__call__(*args, num_inference_steps=num_inference_steps, sigmas=sigmas, **kwargs)

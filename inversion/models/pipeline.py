@@ -6,6 +6,7 @@ which noise schedule was trained. Nothing outside `inversion.models` uses diffus
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import math
@@ -18,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringmark.errors import ModelError
+from ringmark.errors import ModelError, RingmarkError, counted
 from ringmark.inversion.condition import Condition
-from ringmark.inversion.models.families import Family, family_of, network_of
+from ringmark.inversion.models.families import Family, family_of, kind_of, network_of
 from ringmark.inversion.models.loading import check_tokenizer, load_pipeline, quiet, resolve
+from ringmark.inversion.models.noise import unhooked
 from ringmark.inversion.models.place import is_text
-from ringmark.inversion.models.walk import OneCall, flow_schedule, with_scheduler
+from ringmark.inversion.models.samplers import make_sampler
+from ringmark.inversion.models.walk import OneCall, Watched, flow_schedule, set_levels, with_scheduler
 from ringmark.inversion.noise_recovery import NoiseRecovery
 from ringmark.inversion.schedule import Schedule
 
@@ -97,20 +100,18 @@ class LatentModel:
             raise ModelError("model.conditioning", objection, subject=name)
         _check_tokenizers(pipe, name)
         self._call = OneCall(pipe.scheduler.config)
+        pipe = unhooked(pipe)
         self.pipe, self._asked = with_scheduler(pipe, pipe.scheduler), with_scheduler(pipe, self._call)
         self.vae, self.network = pipe.vae, network_of(pipe)
         self.prediction = self._prediction()
         height, width = self._native_size()
-        self.channels, self.factor = self._channels(), int(pipe.vae_scale_factor)
+        self.kind: dict[str, Any] = kind_of(pipe)
+        _, self.channels, self.factor = self.kind.values()
+        self._check_normalisation()
         self.latent_shape: tuple[int, int, int] = (self.channels, height, width)
         self.image_size: Size = (height * self.factor, width * self.factor)
         usual = self.family.sizes if self.image_size in self.family.sizes else ()
         self.sizes: tuple[Size, ...] = tuple(dict.fromkeys([self.image_size, *usual]))
-        self.kind: dict[str, Any] = {
-            "family": self.family.name,
-            "channels": self.channels,
-            "factor": self.factor,
-        }
         self.identity: dict[str, Any] = {"name": name, "fingerprint": self._fingerprint(), **self.kind}
 
     @classmethod
@@ -175,14 +176,12 @@ class LatentModel:
             raise ModelError("model.sample-size", fact, subject=self.name)
         return sides[0], sides[1]
 
-    def _channels(self) -> int:
-        config = self.vae.config
-        channels: int = config.get("latent_channels") or config.get("z_dim")
+    def _check_normalisation(self) -> None:
+        """Raises ModelError for an autoencoder whose latents cannot be scaled as it says."""
         try:
-            self.family.normalise(self.vae, torch.zeros(1, channels, 2, 2))
+            self.family.normalise(self.vae, torch.zeros(1, self.channels, 2, 2))
         except ValueError as error:
             raise ModelError("model.scaling", str(error), subject=self.name) from error
-        return channels
 
     @torch.inference_mode()
     def _fingerprint(self) -> str:
@@ -323,19 +322,67 @@ class LatentModel:
         size = {"height": height, "width": width, "output_type": "latent"}
         return {"latents": given, **size, **cond.rows, **cond.options}
 
+    def draw(
+        self,
+        noise: Tensor,
+        cond: Condition,
+        *,
+        steps: int,
+        sampler: str | None = None,
+        generators: list[torch.Generator] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(noise, latents), each (B, C, h, w) in float32, as `pipe` draws them from unit normal noise of that shape.
+
+        The noise returned is what reached the first step, marked if `pipe` is. `sampler` is one of `SAMPLERS`, by
+        default the model's own; `generators`, one a picture, serve samplers that add noise. Raises ModelError.
+        """
+        height, width = noise.shape[-2:]
+        watched = Watched(self.sampler(sampler, steps, (height * self.factor, width * self.factor)))
+        arguments = self._arguments(noise.to(self.device, self.dtype), cond)
+        with_scheduler(self.pipe, watched.scheduler)(num_inference_steps=steps, generator=generators, **arguments)
+        first, last = (self.family.unpack(z, (height, width)).float() for z in (watched.first, watched.last))
+        return first / getattr(watched.scheduler, "init_noise_sigma", 1.0), last
+
+    def sampler(self, name: str | None, steps: int, size: Size | None = None) -> Any:
+        """A scheduler by its name in `SAMPLERS`, or like the pipeline's own, with as many steps, for pictures (H, W).
+
+        Raises ModelError for one that does not exist or that the pipeline cannot use.
+        """
+        self._check_steps(steps)
+        own, flow = self.pipe.scheduler, self.prediction == "flow_prediction"
+        scheduler = make_sampler(name, own, flow=flow) if name else copy.deepcopy(own)
+        try:
+            set_levels(self._asked, scheduler, steps, **self._blank(size))
+        except (AssertionError, TypeError, ValueError) as error:
+            if isinstance(error, RingmarkError):
+                raise
+            reason = str(error) or "they differ in how they shift time"
+            fact = f"does not work with {type(scheduler).__name__} in {counted(steps, 'step')} ({reason})"
+            raise ModelError("model.sampler", fact, subject=self.name) from error
+        return scheduler
+
+    def _blank(self, size: Size | None) -> dict[str, Any]:
+        """The arguments of a call of the pipeline without noise and prompt, for a picture (H, W)."""
+        latents = torch.zeros(1, *self.noise_shape(size or self.image_size), device=self.device, dtype=self.dtype)
+        return self._arguments(latents, self.nothing)
+
+    def _check_steps(self, steps: int) -> int:
+        """The largest number of steps. Raises ModelError for a larger one."""
+        most: int = self.pipe.scheduler.config.get("num_train_timesteps", 1000)
+        if not 1 <= steps <= most:
+            fact = f"the number of steps must be from 1 to {most}, not {steps}"
+            raise ModelError("model.steps", fact, subject=self.name, most=most)
+        return most
+
     def schedule(self, steps: int, size: Size | None = None) -> Schedule:
         """The levels of a sampler with this many steps, spaced as in the model's scheduler. Raises ModelError.
 
         DDIM on a schedule of ᾱ, Euler for rectified flow, whose levels may depend on the `size` (H, W) of the picture.
         """
-        most = self.pipe.scheduler.config.get("num_train_timesteps", 1000)
-        if not 1 <= steps <= most:
-            fact = f"the number of steps must be from 1 to {most}, not {steps}"
-            raise ModelError("model.steps", fact, subject=self.name, most=most)
+        most = self._check_steps(steps)
         try:
             if self.prediction == "flow_prediction":
-                latents = torch.zeros(1, *self.noise_shape(size or self.image_size), device=self.device)
-                return flow_schedule(self.pipe, steps, **self._arguments(latents.to(self.dtype), self.nothing))
+                return flow_schedule(self._asked, self.pipe.scheduler, steps, **self._blank(size))
             return self._ddim(steps)
         except ValueError as error:
             fact = f"its schedule does not work with {steps} steps ({error})"

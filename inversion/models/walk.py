@@ -7,6 +7,7 @@ and units of time thereby remain the pipeline's business.
 from __future__ import annotations
 
 import copy
+from functools import wraps
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ringmark.inversion.schedule import Schedule
 
-__all__ = ["OneCall", "flow_schedule", "with_scheduler"]
+__all__ = ["OneCall", "Watched", "flow_schedule", "set_levels", "with_scheduler"]
 
 
 def with_scheduler(pipe: Any, scheduler: Any) -> Any:
@@ -66,6 +67,25 @@ class OneCall(_Asked):
         return (sample,)
 
 
+class Watched:
+    """A scheduler whose steps are watched: the `first` latents given to it and the `last` returned, packed."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler, take = scheduler, scheduler.step
+        self.first: Tensor
+        self.last: Tensor
+
+        @wraps(take)  # pipelines look for eta and generator in its signature
+        def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not hasattr(self, "first"):
+                self.first = sample.clone()
+            taken = take(model_output, timestep, sample, *args, **kwargs)
+            self.last = taken[0]
+            return taken
+
+        scheduler.step = step
+
+
 class _Heard(Exception):
     """The pipeline has said which levels it would walk."""
 
@@ -91,18 +111,24 @@ class _Listening(_Asked):
         raise _Heard
 
 
-def flow_schedule(pipe: Any, steps: int, **call: Any) -> Schedule:
-    """The levels σ that a pipeline of rectified flow walks in this many steps, for the arguments of this `call`.
+def set_levels(pipe: Any, scheduler: Any, steps: int, **call: Any) -> None:
+    """Set the levels of a scheduler as a pipeline wishes for the arguments of this `call`.
 
-    They may depend on the size of the picture and on the number of steps, through the shift of time.
+    They may depend on the size of the picture, through the shift of time. Raises what the scheduler raises if it cannot
+    do what the pipeline wishes: an AssertionError, TypeError or ValueError.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    own = copy.deepcopy(pipe.scheduler)
-    if not (isinstance(own, FlowMatchEulerDiscreteScheduler) or own.config.get("use_flow_sigmas")):
-        own = FlowMatchEulerDiscreteScheduler.from_config(own.config)
     try:
-        with_scheduler(pipe, _Listening(own))(num_inference_steps=steps, **call)
+        with_scheduler(pipe, _Listening(scheduler))(num_inference_steps=steps, **call)
     except _Heard:
         pass
-    return Schedule.from_sigma(own.sigmas.flip(0), own.timesteps.flip(0))
+
+
+def flow_schedule(pipe: Any, own: Any, steps: int, **call: Any) -> Schedule:
+    """The levels σ that a pipeline of rectified flow walks with its `own` scheduler: see `set_levels`."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = copy.deepcopy(own)
+    if not (isinstance(own, FlowMatchEulerDiscreteScheduler) or own.config.get("use_flow_sigmas")):
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(own.config)
+    set_levels(pipe, scheduler, steps, **call)
+    return Schedule.from_sigma(scheduler.sigmas.flip(0), scheduler.timesteps.flip(0))

@@ -6,22 +6,23 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import click
 
-from ringmark.errors import RingmarkError
+from ringmark.errors import MarkWarning, RingmarkError
 from ringmark.watermark.cli.commands.attack import attack
 from ringmark.watermark.cli.commands.calibrate import calibrate
 from ringmark.watermark.cli.commands.demo import demo
-from ringmark.watermark.cli.commands.draw import generate
+from ringmark.watermark.cli.commands.draw import generate, noise
 from ringmark.watermark.cli.commands.evaluate import evaluate, roc
 from ringmark.watermark.cli.commands.info import info, invert
 from ringmark.watermark.cli.commands.keys import keygen, keys
 from ringmark.watermark.cli.commands.verify import audit, verify
-from ringmark.watermark.cli.options import EXIT_INTERRUPTED, EXIT_PIPE, EXIT_USAGE
+from ringmark.watermark.cli.options import EXIT_INTERRUPTED, EXIT_PIPE, EXIT_USAGE, warn
 from ringmark.watermark.cli.remedies import explained, explained_system_error
 
 RESUMED = ("generate", "audit", "calibrate", "evaluate", "attack", "demo")
@@ -45,7 +46,7 @@ class Ringmark(click.Group):
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _closed_pipe():
+        with _closed_pipe(), _plain_warnings():
             try:
                 return super().invoke(ctx)
             except KeyboardInterrupt as stop:
@@ -65,6 +66,25 @@ def _closed_pipe() -> Iterator[None]:
         # Discard what is still buffered; otherwise Python would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_PIPE)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Prints our warnings on stderr, each once and without the line of code that gave it; others as usual."""
+    shown = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", MarkWarning)
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, MarkWarning):
+                usual(message, category, *where, **more)
+            elif str(message) not in shown:
+                shown.add(str(message))
+                warn([f"Warning: {message}"])
+
+        warnings.showwarning = show
+        yield
 
 
 def _interrupted(ctx: click.Context, progress: str) -> NoReturn:
@@ -114,7 +134,7 @@ def main(ctx: click.Context, verbose: int) -> None:
         _log_to_stderr(ctx, logging.INFO if verbose == 1 else logging.DEBUG)
 
 
-for command in (keygen, keys, generate, calibrate, verify, audit, roc, evaluate, attack, invert, demo, info):
+for command in (keygen, keys, generate, noise, calibrate, verify, audit, roc, evaluate, attack, invert, demo, info):
     main.add_command(command)
 
 

@@ -101,11 +101,11 @@ class ModelOptions:
     dtype: str
     offload: str | None
 
-    def load(self, *, text: bool = False) -> LatentModel:
-        """Load the model, with its text encoders if `text`."""
+    def load(self, *, text: bool = False, loras: tuple[str, ...] = ()) -> LatentModel:
+        """Load the model, with these LoRAs, and with its text encoders if `text`."""
         from ringmark.watermark.tasks import load
 
-        return load.load_model(self.source, self.device, self.dtype, offload=self.offload, text=text)
+        return load.load_model(self.source, self.device, self.dtype, loras=loras, offload=self.offload, text=text)
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,7 @@ max_steps_option = click.option(
     "--max-steps", type=click.IntRange(0), help="Maximum steps of the decoder inversion.  [default: the method's own]"
 )
 steps_option = click.option("--steps", type=click.IntRange(1), default=25, show_default=True, help="DDIM steps.")
+size_option = click.option("--size", type=Size(), help="Size of the images in pixels.  [default: the model's own]")
 batch_option = click.option(
     "--batch", type=click.IntRange(1), default=8, show_default=True, help="Images processed at a time."
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ringmark.data.images import from_array, save_png
 from ringmark.data.results import Results, read_records
 from ringmark.data.scenes import scene
 from ringmark.errors import StoreError
-from ringmark.inversion.models.pipeline import LatentModel
+from ringmark.inversion.models.pipeline import LatentModel, Size
 from ringmark.watermark.detect.verifier import check_fit
 from ringmark.watermark.embed import generate
 from ringmark.watermark.evaluation.tables import write_table
@@ -46,19 +46,31 @@ def draw(
     key: Key | None,
     steps: int,
     guidance: float,
+    size: Size | None = None,
+    sampler: str | None = None,
+    negative: str = "",
+    loras: Sequence[str] = (),
     batch: int = 8,
     force: bool = False,
 ) -> list[Path]:
     """Draw an image for each prompt into `folder` as PNG, and write labels.csv (path, label, prompt, seed).
 
-    Images are named by their seeds, which count up from `first_seed`; images drawn by an earlier run are kept. Raises
+    The model's pipeline draws them, by default at its native `size` (H, W) and by its own sampler, away from the
+    `negative` prompt; `loras` are those that the model was loaded with. Images are named by their seeds, which count up
+    from `first_seed`; images drawn by an earlier run are kept. Raises ModelError for settings that do not suit the
+    model, KeyFileError for a key of another kind of latents, SchemeError for a size that the key cannot mark,
     StoreError for a folder with images of other settings or prompts and, without `force`, if a file that an earlier run
-    did not draw would be replaced; KeyFileError for a key of another kind of latents.
+    did not draw would be replaced.
     """
+    size = size or model.image_size
     if key:
         check_fit(key, model)
-    made_with = {"model": model.identity, "dtype": str(model.dtype), "steps": steps, "guidance": guidance}
-    settings = made_with | {"key": key.fingerprint if key else None}
+        scheme_of(key, model.noise_shape(size))
+    scheduler = type(model.sampler(sampler, steps, size)).__name__
+    how = {"steps": steps, "guidance": guidance, "size": size, "sampler": sampler, "negative": negative}
+    made_with = {"model": model.identity, "dtype": str(model.dtype), "loras": [Path(lora).name for lora in loras]}
+    settings = made_with | how | {"sampler": sampler or scheduler}
+    settings |= {"size": list(size), "key": key.fingerprint if key else None}
     wanted = {f"{seed:07d}.png": (seed, prompt) for seed, prompt in enumerate(prompts, first_seed)}
     if not force:
         _refuse_foreign(folder, list(wanted))
@@ -74,7 +86,7 @@ def draw(
             disable=None,
         ) as bar:
             for name, record, pixels in _drawn(
-                model, {name: wanted[name] for name in missing}, key, steps=steps, guidance=guidance, batch=batch
+                model, {name: wanted[name] for name in missing}, key=key, batch=batch, **how
             ):
                 # Recorded first, so that a file without a record was never drawn by us.
                 store.append(record)
@@ -86,11 +98,11 @@ def draw(
 
 
 def _drawn(
-    model: LatentModel, wanted: dict[str, tuple[int, str]], key: Key | None, **settings: Any
+    model: LatentModel, wanted: dict[str, tuple[int, str]], *, key: Key | None, **settings: Any
 ) -> Iterator[tuple[str, dict[str, Any], Any]]:
     """Name, record and pixels (3, H, W) of each image, drawn batch by batch."""
     seeds, prompts = [seed for seed, _ in wanted.values()], [prompt for _, prompt in wanted.values()]
-    images = generate(model, prompts, seeds, scheme=scheme_of(key, model.latent_shape) if key else None, **settings)
+    images = generate(model, prompts, seeds, key=key, **settings)
     for name, drawn in zip(wanted, images, strict=True):
         record = {"sample_id": name, "prompt": drawn.prompt, "seed": drawn.seed, "label": bool(key)}
         yield name, record, drawn.image.numpy()

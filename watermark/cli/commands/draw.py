@@ -1,4 +1,4 @@
-"""Draw images."""
+"""Draw images; draw noise for other tools."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from pathlib import Path
 import click
 
 from ringmark.errors import counted
+from ringmark.inversion.models.samplers import SAMPLERS
 from ringmark.watermark.cli.options import (
     PATH,
+    FilePath,
     ModelOptions,
+    Size,
     batch_option,
     force_option,
     guidance_option,
@@ -17,7 +20,7 @@ from ringmark.watermark.cli.options import (
     model_options,
     say,
     seed_option,
-    steps_option,
+    size_option,
 )
 
 
@@ -29,9 +32,17 @@ from ringmark.watermark.cli.options import (
 @click.option(
     "--prompt", "prompts", multiple=True, help="A prompt; may be repeated.  [default: captions of procedural scenes]"
 )
+@click.option("--negative-prompt", "negative", default="", help="What the images should not show.")
 @seed_option
 @guidance_option
-@steps_option
+@click.option("--steps", type=click.IntRange(1), default=25, show_default=True, help="Steps of the sampler.")
+@size_option
+@click.option(
+    "--sampler",
+    type=click.Choice(list(SAMPLERS)),
+    help="euler-a, dpm++-sde, lcm and ddpm add noise of their own and lose most marks.  [default: the model's own]",
+)
+@click.option("--lora", "loras", multiple=True, help="A LoRA file, or FILE:SCALE; may be repeated.")
 @batch_option
 @force_option
 @model_options
@@ -42,15 +53,19 @@ def generate(
     no_mark: bool,
     number: int | None,
     prompts: tuple[str, ...],
+    negative: str,
     seed: int,
     guidance: float,
     steps: int,
+    size: tuple[int, int] | None,
+    sampler: str | None,
+    loras: tuple[str, ...],
     batch: int,
     force: bool,
     model: ModelOptions,
     as_json: bool,
 ) -> None:
-    """Draw marked or unmarked images.
+    """Draw marked or unmarked images with the model's own pipeline.
 
     Images are named by their seeds, and labels.csv lists them. Run the same command again to resume an interrupted run.
 
@@ -66,7 +81,47 @@ def generate(
     key = Key.load(key_path) if key_path else None
     texts = prompts_for(list(prompts), number or max(1, len(prompts)), seed)
     paths = draw(
-        model.load(text=True), output, texts, seed, key=key, steps=steps, guidance=guidance, batch=batch, force=force
+        model.load(text=True, loras=loras),
+        output,
+        texts,
+        seed,
+        key=key,
+        steps=steps,
+        guidance=guidance,
+        size=size,
+        sampler=sampler,
+        negative=negative,
+        loras=loras,
+        batch=batch,
+        force=force,
     )
     records = [{"path": str(path), "prompt": text} for path, text in zip(paths, texts, strict=True)]
     say(records, f"{counted(len(paths), 'marked image' if key else 'unmarked image')} in {output}", as_json)
+
+
+@click.command()
+@click.option("-o", "--output", type=FilePath(".safetensors"), required=True, help="The file to write.")
+@click.option("--key", "key_path", type=PATH, required=True, help="The key to embed.")
+@click.option("-n", "--number", type=click.IntRange(1), default=1, show_default=True, help="Number of noises.")
+@click.option("--size", type=Size(), help="Size of the images in pixels.  [default: the key's reference size]")
+@seed_option
+@force_option
+@json_option
+def noise(
+    output: Path, key_path: Path, number: int, size: tuple[int, int] | None, seed: int, force: bool, as_json: bool
+) -> None:
+    """Draw marked initial noise for other tools, such as ComfyUI.
+
+    The file holds the tensor "noise", float32 of shape (N, channels, height, width) in latents. It gives the key away
+    to anyone who reads it: keep it secret. No model is loaded.
+
+    \b
+    Example:
+      ringmark noise --key my.key --size 1216x832 -n 4 -o noise.safetensors
+    """
+    from ringmark.watermark.keys.key import Key
+    from ringmark.watermark.tasks.noise import write_noise
+
+    shape = write_noise(Key.load(key_path), output, list(range(seed, seed + number)), size=size, force=force)
+    text = f"{counted(number, 'marked noise')} of {'x'.join(map(str, shape))} in {output}. Keep it secret."
+    say({"path": str(output), "number": number, "shape": shape}, text, as_json)

@@ -1,0 +1,52 @@
+"""Marked initial noise in a file, for tools that draw from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from ringmark.data.files import refuse_existing, write_atomic
+from ringmark.errors import ModelError, SchemeError
+from ringmark.inversion.models.families import FAMILIES
+from ringmark.inversion.models.pipeline import Size
+from ringmark.watermark.embed import initial_noise
+from ringmark.watermark.keys.key import Key, Kind
+from ringmark.watermark.schemes.base import scheme_of
+
+__all__ = ["write_noise"]
+
+
+def write_noise(
+    key: Key, path: Path, seeds: Sequence[int], *, size: Size | None = None, force: bool = False
+) -> tuple[int, int, int]:
+    """Write unit normal noise with the mark of a key, one for each seed, and return its shape (C, h, w).
+
+    The file has the tensor "noise" (N, C, h, w), float32, and the description as JSON in its metadata under "ringmark".
+    It can only be read by its owner, since it holds the key's values. It is for pictures of `size` (H, W), by default
+    the key's reference size. Raises StoreError for a file that exists, unless `force`; ModelError for a size that has
+    no whole latents, and SchemeError for an old key and a size, which it does not know.
+    """
+    from safetensors.torch import save
+
+    refuse_existing(path, force=force)
+    shape = _latent_shape(key, size)
+    noise = scheme_of(key, shape).embed(initial_noise(list(seeds), shape))
+    about = {"key": key.fingerprint, "kind": key.metadata.get("kind"), "size": size, "seeds": list(seeds)}
+    write_atomic(path, save({"noise": noise.contiguous()}, {"ringmark": json.dumps(about)}), 0o600)
+    return shape
+
+
+def _latent_shape(key: Key, size: Size | None) -> tuple[int, int, int]:
+    """The shape of latents of pictures of this size, by the key's description alone."""
+    if size is None:
+        return key.latent_shape
+    if key.values is not None:
+        fact = f"marks only latents of {'x'.join(map(str, key.latent_shape))}, not any other size"
+        raise SchemeError("scheme.old-key", fact, subject=f"key {key.fingerprint[:8]}")
+    kind = Kind(**key.metadata["kind"])
+    multiple = kind.factor * max((family.patch for family in FAMILIES if family.name == kind.family), default=1)
+    if any(side < multiple or side % multiple for side in size):
+        fact = f"has pictures whose sides are multiples of {multiple} pixels, not {size[1]}x{size[0]}"
+        raise ModelError("model.size", fact, subject=kind.family, multiple=multiple)
+    return kind.channels, size[0] // kind.factor, size[1] // kind.factor
