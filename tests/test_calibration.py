@@ -329,6 +329,15 @@ def test_a_key_beyond_the_stored_rings_is_refused(calibration, changes):
         assert caught.value.code == "calibration.reach"
 
 
+def test_its_null_serves_other_sizes_without_the_mean(calibration):
+    assert calibration.null_at(SHAPE) is calibration.null
+    other = calibration.null_at((3, 24, 32))
+    assert other.mean == 0 and other.covariance is calibration.null.covariance and other.side == SIDE
+    with pytest.raises(CalibrationError) as caught:
+        calibration.null_at((4, 24, 24))
+    assert caught.value.code == "calibration.channels" and caught.value.subject == calibration.name
+
+
 def test_too_few_images_for_a_level(calibration):
     calibration.check_level(0.01)
     with pytest.raises(CalibrationError, match=r"300 .*0\.0033") as caught:

@@ -210,3 +210,30 @@ def test_an_absence_that_no_unmarked_image_bears_out_is_inconclusive():
     assert all(v.p_value > 0.01 and v.conformal_p == pytest.approx(1 / 301) for v in doubtful)
     assert "; 0 of 300 unmarked images score as high" in doubtful[0].sentence()
     assert {v.present for v in verdicts if v.conformal_p > 0.1} == {False}
+
+
+# --- at another size
+
+
+def test_marks_of_another_size_are_found_and_ranks_are_left_to_the_own_size():
+    shape, keys = (3, 24, 40), [key(1, "rand"), key(2, "ring")]
+    calibrated = on(coloured(0, 60), keys, latent_shape=shape)
+    noise = initial_noise(list(range(300)), shape)
+    for detector in (calibrated, Detector(keys, null=WHITE.at(shape), latent_shape=shape)):
+        marked = torch.cat([detector.schemes[k.fingerprint].embed(noise[:2]) for k in keys])
+        for i, k in enumerate(keys):
+            assert detector.reference_scores(k.fingerprint) is None
+            p = 10 ** detector.statistic(k.fingerprint, marked)[1]
+            assert p[2 * i : 2 * i + 2].max() < 1e-4 < np.delete(p, [2 * i, 2 * i + 1]).min()
+    assert calibrated.null.mean == 0
+    for k in keys:
+        assert stats.kstest(10 ** detector.statistic(k.fingerprint, noise)[1], "uniform").pvalue > 0.01
+    own = on(coloured(0, 60), keys)
+    assert own.reference_scores(keys[0].fingerprint) is not None and isinstance(own.null.mean, torch.Tensor)
+
+
+def test_notes_on_a_key_are_in_its_verdicts():
+    first, second = key(1), key(2)
+    detector = Detector([first, second], null=WHITE, notes={second.fingerprint: "of other weights"})
+    ((one, other),) = (j.verdicts for j in judged(detector, initial_noise([1], MODEL.latent_shape)))
+    assert one.notes == () and other.notes == ("of other weights",)

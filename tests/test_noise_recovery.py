@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ringmark.errors import ModelError
-from ringmark.inversion.noise_recovery import NoiseRecovery, rings
+from ringmark.inversion.noise_recovery import NoiseRecovery, radial_frequencies, rings
 
 
 def draw(*shape, seed=0):
@@ -30,6 +31,20 @@ def test_rings(height, width):
     assert torch.equal(ring, mirrored)
     assert torch.equal(ring, rings(width, height).T)
     assert (torch.bincount(ring.flatten()) > 0).all()  # no ring is empty
+
+
+@pytest.mark.parametrize("size", [(24, 40), (64, 64), (33, 16), (20, 20)])
+def test_rings_of_another_side_are_frequencies_in_pixels(size):
+    ky, kx = (np.fft.fftfreq(n) for n in size)
+    frequency = torch.from_numpy(32 * np.hypot(ky[:, None], kx[None]))  # cycles per 32 pixels
+    assert torch.allclose(radial_frequencies(*size, 32), frequency)
+    away = rings(*size, 32) - frequency
+    assert away.max() <= 0.5 and away.min() >= -0.5 - 1e-6  # a tie goes down
+
+
+def test_a_tie_goes_down_everywhere():
+    assert rings(64, 64, 32)[0, :8].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert rings(64, 64, 96)[0, :4].tolist() == [0, 1, 3, 4]
 
 
 @pytest.mark.parametrize("side", [8, 16, 32, 64])

@@ -122,6 +122,8 @@ def test_the_null_of_a_model_is_what_was_measured_of_it_or_white():
     assert null.name == Measured.recovery.fingerprint
     for ring, covariance in enumerate(null.covariance):
         assert np.allclose(covariance, np.diag(Measured.recovery.null[:, ring].numpy()))
+    other = Null.of_model(Measured(), (3, 24, 40))
+    assert np.array_equal(other.covariance, null.covariance) and (other.side, Null.of_model(MODEL).side) == (32, 32)
 
 
 def test_printing_a_null_and_using_it_again_changes_nothing():
@@ -149,3 +151,37 @@ def test_correlated_channels_need_the_covariance_and_not_the_variance_alone(test
     assert uniform(p_values(null)) and within(p_values(null), 0.001)
     variances = Null(null.covariance * np.eye(3), 24)
     assert not uniform(p_values(variances)) and not uniform(p_values(Null.white(shape)))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (32, 20), (24, 40), (48, 33)])
+def test_at_another_size_a_bin_has_the_covariance_of_its_frequency(size):
+    covariance = some_covariance(3, (24, 24), np.random.default_rng(4))
+    null = Null(covariance, 24, torch.ones(3, 24, 24, dtype=torch.float64))
+    at = null.at((3, *size))
+    assert at.mean == 0 and at.name == null.name
+    transform = torch.from_numpy(np.random.default_rng(5).normal(size=(1, 2, *size))) + 0j
+    white = at.whiten(transform, (2, 0))
+    for i, ky in enumerate(np.fft.fftfreq(size[0])):
+        for j, kx in enumerate(np.fft.fftfreq(size[1])):
+            ring = np.ceil(24 * np.hypot(ky, kx) - 0.5 - 1e-9).astype(int)
+            own = covariance[min(ring, len(covariance) - 1)][np.ix_([2, 0], [2, 0])]
+            expected = np.linalg.solve(np.linalg.cholesky(own), transform[0, :, i, j].numpy())
+            assert np.allclose(white[0, :, i, j], expected)
+
+
+def test_at_its_own_size_a_null_is_itself():
+    null = Null(some_covariance(2, (9, 12), np.random.default_rng(6)), 9, torch.ones(2, 9, 12))
+    assert null.at((2, 9, 12)) is null
+
+
+def test_noise_of_one_spectrum_is_whitened_at_every_size_by_the_null_of_one():
+    """Noise of a power that falls with the frequency in cycles per pixel, at three sizes."""
+    generator, size = torch.Generator().manual_seed(3), (32, 32)
+    variance = (1 + 0.05 * np.arange(number_of_rings(*size))) ** -2.0
+    null = Null(variance[:, None, None] * np.eye(1), 32)
+    for height, width in ((32, 32), (20, 48), (64, 64)):
+        frequency = torch.from_numpy(np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))) * 32
+        noise = torch.randn(400, 1, height, width, generator=generator, dtype=torch.float64)
+        coloured_noise = torch.fft.ifft2(torch.fft.fft2(noise) / (1 + 0.05 * frequency)).real
+        power = null.at((1, height, width)).whitened(coloured_noise, (0,)).abs().square().mean((0, 1))
+        assert power.mean().item() == pytest.approx(1, abs=0.01) and (power - 1).abs().max() < 0.35

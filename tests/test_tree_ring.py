@@ -616,7 +616,19 @@ def test_noise_marked_at_another_size_is_unit_normal_in_every_pixel(size):
     assert (power - 1).abs().max() < 6 / number**0.5
 
 
-@pytest.mark.parametrize(("size", "pattern"), [((6, 6), "rand"), ((8, 8), "ring"), ((4, 6), "zeros")])
+def test_circles_without_frequencies_drop_out_of_small_latents():
+    key = made((4, 32, 32), Placement((0, 2), (4, 10)), pattern="ring")
+    s = scheme_of(key, (4, 16, 16))  # of even rings, ring 5 lies between (2, 1) and (2, 2)
+    assert s._circles_present.tolist() == [4, 6, 7, 8, 9, 10] and s.numbers == s.free == 12
+    test, noise = s.on(Null.white((4, 16, 16))), white((4, 16, 16), 500)
+    found, own = features(s, s.embed(noise))
+    assert (found - own).abs().max() < 1e-5
+    assert stats.kstest(10 ** test.log10_p(test.score(test.observe(noise))), "uniform").pvalue > 0.01
+    shifted = s.shift_scores(s.embed(noise[:1]), Null.white((4, 16, 16)))
+    assert shifted[0, 0, 0] == pytest.approx(1) and test.score(test.observe(s.embed(noise[:1])))[0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("size", "pattern"), [((2, 2), "rand"), ((3, 3), "ring"), ((4, 6), "zeros")])
 def test_latents_too_small_for_a_radius_are_refused(size, pattern):
     key = made((4, 32, 32), Placement((0,), (7, 8)), pattern=pattern)
     with pytest.raises(SchemeError) as caught:

@@ -180,8 +180,8 @@ class TreeRing:
         stored = _stored(key, self.placement)
         self.ring = ring_index(self.mask, *self.latent_shape[1:], self.side)
         self.inside = (self.ring >= self.placement.radii[0]) & (self.ring <= self.placement.radii[1])
-        self._check_size()
         self._rows, self._real_only = self._independent_bins()
+        self._check_size()
         self.spectrum = self._expanded(key.secret) if stored is None else stored
 
     @classmethod
@@ -211,18 +211,11 @@ class TreeRing:
         }
 
     def _check_size(self) -> None:
-        """Raises SchemeError for latents too small to have bins on every ring, or for *zeros* beside the mark."""
-        low, high = self.placement.radii
-        present = set(self.ring[self.inside].tolist())
-        missing = [r for r in range(max(low, 1), high + 1) if r not in present]
-        if missing or (self.pattern == "zeros" and not self.sides):
-            _, height, width = self.latent_shape
-            where = f"at radius {missing[0]}" if missing else f"beside radii {low}-{high}"
-            raise SchemeError(
-                "scheme.size",
-                f"have no frequencies {where} of {self.side} pixels of the latent",
-                subject=f"latents of {height}x{width}",
-            )
+        """Raises SchemeError for latents without bins in the mask, or for *zeros* with too few beside it."""
+        if not self.numbers or (self.pattern == "zeros" and not self.sides):
+            (low, high), (_, height, width) = self.placement.radii, self.latent_shape
+            fact = f"have too few frequencies at radii {low}-{high} of {self.side} pixels of the latent"
+            raise SchemeError("scheme.size", fact, subject=f"latents of {height}x{width}")
 
     def _expanded(self, secret: bytes) -> Tensor:
         """The spectrum (c, h, w) of this secret on these latents, zero outside the mask, of unit mean power on it.
@@ -386,9 +379,13 @@ class TreeRing:
     @property
     def numbers(self) -> int:
         """The number d of features."""
-        low, high = self.placement.radii
-        each = high - low + 1 if self._averages else 2 * len(self._rows) - int(self._real_only.sum())
+        each = len(self._circles_present) if self._averages else 2 * len(self._rows) - int(self._real_only.sum())
         return each * len(self.placement.channels)
+
+    @property
+    def _circles_present(self) -> Tensor:
+        """The rings of the mask that have bins, which small latents lack between whole frequencies."""
+        return torch.bincount(self.ring[self.inside]).nonzero().flatten()
 
     @property
     def _averages(self) -> bool:
@@ -403,7 +400,7 @@ class TreeRing:
     def _circles(self, transform: Tensor) -> Tensor:
         """Σ / √n over the n bins of each circle, with phases relative to the middle, where conjugate bins are equal."""
         turned = (transform * middle_phase(*self.inside.shape).conj()).real[..., self.inside]
-        circle = self.ring[self.inside] - self.placement.radii[0]
+        circle = torch.bucketize(self.ring[self.inside], self._circles_present)
         count = torch.bincount(circle)
         total = torch.zeros(*turned.shape[:-1], len(count), dtype=turned.dtype).index_add_(-1, circle, turned)
         return (total / count.sqrt()).flatten(1)
@@ -468,11 +465,10 @@ class TreeRing:
 
     def _circle_shift_scores(self, f: Tensor, k: Tensor, factor: int) -> Tensor:
         """Shift scores of features Σ / √n over the n bins of a circle, with phases relative to the middle."""
-        low, high = self.placement.radii
         turn = middle_phase(*self.inside.shape).conj()
         zero = torch.zeros(1, dtype=torch.float64)
         dot, length, key_length = zero, zero, zero
-        for radius in range(low, high + 1):
+        for radius in self._circles_present:
             circle = (self.ring == radius) * turn / (self.ring == radius).sum().sqrt()
             feature, key = at_every_shift(f * circle, factor), (k * circle).real.sum((-2, -1))[..., None, None]
             dot, length = dot + (feature * key).sum(1), length + feature.square().sum(1)
