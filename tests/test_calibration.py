@@ -338,6 +338,15 @@ def test_its_null_serves_other_sizes_without_the_mean(calibration):
     assert caught.value.code == "calibration.channels" and caught.value.subject == calibration.name
 
 
+@pytest.mark.parametrize("size", [(24, 37), (11, 24), (48, 48), (6, 6)])
+def test_sizes_far_from_its_own_are_refused(calibration, size):
+    with pytest.raises(CalibrationError) as caught:
+        calibration.null_at((3, *size))
+    assert caught.value.code == "calibration.size" and caught.value.subject == calibration.name
+    for shape in ((3, 12, 36), (3, 36, 36), (3, 12, 12), (3, 20, 30)):
+        assert calibration.null_at(shape).side == SIDE
+
+
 def test_too_few_images_for_a_level(calibration):
     calibration.check_level(0.01)
     with pytest.raises(CalibrationError, match=r"300 .*0\.0033") as caught:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["FOLDS", "Calibration", "check_number", "shrunk_mean", "smooth"]
 
 FOLDS = 10
+SERVED = (0.5, 1.5)  # sides, of the calibrated ones, at which its null was shown to hold (docs/explanation/keys.md)
 KERNEL = (1.0, 0.5, 0.25)  # weights of a ring, its neighbours and the next ones
 BORROWED = 1000  # most real numbers that a neighbour lends; a variance then has a relative error of √(2/1000) = 4.5 %
 LEAST = needed_references(0.05)
@@ -139,11 +140,16 @@ class Calibration:
     def null_at(self, latent_shape: tuple[int, int, int]) -> Null:
         """The null of latents (C, h, w) of another size; see `Null.at`.
 
-        Raises CalibrationError for latents with other channels, and for sizes at which the null does not hold.
+        Raises CalibrationError for latents with other channels, and for a side beyond SERVED times the calibrated one.
         """
-        if latent_shape[0] != self.latent_shape[0]:
-            fact = f"was made for latents of {self.latent_shape[0]} channels, not {latent_shape[0]}"
+        channels, *sides = self.latent_shape
+        if latent_shape[0] != channels:
+            fact = f"was made for latents of {channels} channels, not {latent_shape[0]}"
             raise CalibrationError("calibration.channels", fact, subject=self.name)
+        ratios = [side / own for side, own in zip(latent_shape[1:], sides, strict=True)]
+        if min(ratios) < SERVED[0] or max(ratios) > SERVED[1]:
+            fact = f"was made for latents of {sides[0]}x{sides[1]}, too far from {latent_shape[1]}x{latent_shape[2]}"
+            raise CalibrationError("calibration.size", fact, subject=self.name)
         return self.null.at(latent_shape)
 
     def noise(self, rows: slice = slice(None)) -> Tensor:

@@ -154,6 +154,7 @@ REMEDIES: dict[str, str] = {
     "calibration.not-finite": "leave them out",
     "calibration.degenerate": "use images with some texture",
     "calibration.level": "calibrate with at least {needed} images, or raise --alpha",
+    "calibration.size": "omit the calibration, or make one of pictures of this size",
     "calibration.channels": "use a calibration of this model",
     "calibration.reach": "omit the calibration, or make a key with smaller radii",
     "calibration.settings": "use those settings, or calibrate again with these",

@@ -139,7 +139,7 @@ def keygen(
 
 @click.group()
 def keys() -> None:
-    """List, show and publish keys, never their secret values.
+    """List, show and publish keys, never their secrets.
 
     \b
     Example:
@@ -204,9 +204,9 @@ def keys_show(path: Path, plot: Path | None, force: bool, as_json: bool) -> None
 @force_option
 @json_option
 def keys_export_public(path: Path, output: Path, force: bool, as_json: bool) -> None:
-    """Write a record of a key that may be published: its description and a commitment to its values.
+    """Write a record of a key that may be published: its description and a commitment to its secret.
 
-    The commitment is a SHA-256 of description and values. Published today, it proves that the key existed today and
+    The commitment is a SHA-256 of description and secret. Published today, it proves that the key existed today and
     was not made up later to fit an image. It does not reveal the key.
 
     \b
@@ -219,4 +219,8 @@ def keys_export_public(path: Path, output: Path, force: bool, as_json: bool) -> 
 
     refuse_existing(output, force=force)
     record = export_public(Key.load(path), output)
-    say(record, f"public record of key {record['fingerprint']} written to {output}; it shows no values", as_json)
+    say(
+        record,
+        f"public record of key {record['fingerprint']} written to {output}; it does not show the secret",
+        as_json,
+    )
