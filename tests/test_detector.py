@@ -237,3 +237,11 @@ def test_notes_on_a_key_are_in_its_verdicts():
     detector = Detector([first, second], null=WHITE, notes={second.fingerprint: "of other weights"})
     ((one, other),) = (j.verdicts for j in judged(detector, initial_noise([1], MODEL.latent_shape)))
     assert one.notes == () and other.notes == ("of other weights",)
+
+
+def test_zeros_are_tested_at_the_calibrated_size_alone():
+    own = on(coloured(0, 60), [key(1, "zeros")])
+    assert own.reference_scores(key(1, "zeros").fingerprint) is not None
+    with pytest.raises(SchemeError) as caught:
+        on(coloured(0, 60), [key(1, "rand"), key(1, "zeros")], latent_shape=(3, 24, 40))
+    assert caught.value.code == "scheme.unranked"

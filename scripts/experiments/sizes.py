@@ -1,6 +1,6 @@
 """Does a null that was measured at one size hold at others? False positives in pictures of other sizes.
 
-    python -m scripts.experiments sizes -o build/sizes            # 3 minutes of one core
+    python -m scripts.experiments sizes -o build/sizes --steps 3  # 3 minutes of one core
     python -m scripts.experiments sizes -o build/sizes -n 20 --own 20 --keys 2 --size 64x64 --steps 2
 
 Unmarked pictures, here procedural scenes painted at each size, are inverted by the encoder and a few DDIM steps. Those

@@ -131,6 +131,7 @@ REMEDIES: dict[str, str] = {
     "scheme.description": "use the file that ringmark keygen wrote",
     "scheme.values": "use the file that ringmark keygen wrote",
     "scheme.size": "choose a larger --size, or make a key of lower radii",
+    "scheme.unranked": "omit the key or the size, or calibrate with pictures of this size",
     "scheme.old-key": "make a key for every size with: ringmark keygen",
     "scheme.noise": "use a key made for these latents",
     "scheme.unfindable": "widen --radii or --channels",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ringmark.errors import SchemeError
 from ringmark.inversion.recover import Recovered
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.verdict import Verdict
@@ -59,6 +60,8 @@ class Detector:
         self.schemes: dict[str, Scheme] = {key.fingerprint: scheme_of(key, shape) for key in keys}
         self._tests: dict[str, SchemeTest] = {name: scheme.on(self.null) for name, scheme in self.schemes.items()}
         self._references: dict[str, Array] = {}
+        if calibration and not self._ranked:
+            _check_unranked(self.schemes.values())
         if self._ranked:
             for scheme in self.schemes.values():
                 self._ranked.check_reach(scheme)
@@ -190,6 +193,14 @@ class Detector:
         ]
         notes = [reason if doubt else "" for doubt, reason in zip(contradicted, reasons, strict=True)]
         return conformal.tolist(), notes
+
+
+def _check_unranked(schemes: Iterable[Scheme]) -> None:
+    """Raises SchemeError for keys without free numbers: p of a power, not of a cosine, needs a ranked null."""
+    for scheme in schemes:
+        if not scheme.free:
+            fact = "needs a calibration of pictures of the tested size"
+            raise SchemeError("scheme.unranked", fact, subject=f"pattern {scheme.label!r}")
 
 
 def blankness(image: Tensor, noise: Tensor) -> str:
