@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any, ClassVar
 
 import pytest
@@ -14,15 +15,20 @@ from ringmark.inversion.diffusion import invert, sample
 from ringmark.inversion.methods import Anderson
 from ringmark.inversion.metrics import nmse_db
 from ringmark.inversion.models.pipeline import LatentModel
+from ringmark.watermark.embed import mark
+from ringmark.watermark.keys.key import Key
+from ringmark.watermark.null import Null
+from ringmark.watermark.schemes.base import make_key, scheme_of
+from scripts.experiments.common import score_and_p
 
 PROMPTS = ["a red lake", "old hills under the moon"]
 
 
-def ddim(scheduler: Any) -> Any:
-    """The deterministic sampler on another scheduler's levels."""
+def ddim(scheduler: Any, **changes: Any) -> Any:
+    """The deterministic sampler on another scheduler's levels, but for these changes of its configuration."""
     from diffusers import DDIMScheduler
 
-    return DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+    return DDIMScheduler.from_config(scheduler.config, clip_sample=False, **changes)
 
 
 def packed(latents: Tensor) -> Tensor:
@@ -37,6 +43,20 @@ def unpacked(latents: Tensor, size: tuple[int, int]) -> Tensor:
     from diffusers import FluxPipeline
 
     return FluxPipeline._unpack_latents(latents, *size, 8)
+
+
+def recorded(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Filled with the latents after each step of this scheduler."""
+    latents, own = [], scheduler.step
+
+    @wraps(own)  # pipelines read the signature
+    def step(*args: Any, **options: Any) -> Any:
+        done = own(*args, **options)
+        latents.append(done[0])
+        return done
+
+    monkeypatch.setattr(scheduler, "step", step)
+    return latents
 
 
 class FamilyTests:
@@ -90,12 +110,13 @@ class FamilyTests:
         assert model.noise_shape(self.size) == noise.shape[1:]
 
     @pytest.mark.parametrize("guidance", [1.0, 3.0])
-    def test_our_walk_draws_the_pipelines_picture(self, pipe, model, noise, guidance):
-        condition = model.condition(PROMPTS, guidance=guidance)
-        pictures = model.decode(sample(model, noise, condition, model.schedule(4, self.size))) / 2 + 0.5
+    def test_our_walk_draws_the_pipelines_picture(self, pipe, model, noise, guidance, monkeypatch):
+        latents = sample(model, noise, model.condition(PROMPTS, guidance=guidance), model.schedule(4, self.size))
+        theirs = recorded(pipe.scheduler, monkeypatch)
         drawn = self.draw(pipe, self.size, guidance, output_type="pt", latents=self.given(noise))
+        assert torch.allclose(latents, self.canonical(theirs[-1], self.size), rtol=1e-4, atol=1e-4)
         assert drawn.shape == (2, 3, *self.size) and drawn.std() > 0.05
-        assert torch.allclose(pictures.clamp(0, 1), drawn, rtol=0, atol=1e-4)
+        assert torch.allclose((model.decode(latents) / 2 + 0.5).clamp(0, 1), drawn, rtol=0, atol=1e-4)
 
     def draw(self, pipe: Any, size: tuple[int, int], guidance: float = 3.0, **arguments: Any) -> Any:
         """What the pipeline draws of the prompts, in four steps."""
@@ -145,3 +166,23 @@ class FamilyTests:
         assert half.dtype == dtype and rounded.dtype == torch.float32
         assert nmse_db(rounded, latents).max() < -20
         assert nmse_db(half.decode(rounded).float(), model.decode(latents)).max() < -20
+
+    def test_marks_are_found_in_what_the_pipeline_draws(self, pipe, model, monkeypatch):
+        size = (16 * self.factor, 24 * self.factor)
+        key, other = (self.key(model, bytes([i] * 32)) for i in (1, 2))
+        latents = recorded(pipe.scheduler, monkeypatch)
+        with mark(pipe, key):
+            self.draw(pipe, size, generator=torch.Generator().manual_seed(0))
+        drawn = self.canonical(latents[-1], size)
+        noise = invert(model, drawn, model.nothing.expand(2), model.schedule(4, size))
+        p, p_other = (
+            score_and_p(scheme_of(k, drawn.shape[1:]), Null.white(drawn.shape[1:]), noise)[1] for k in (key, other)
+        )
+        assert p.max() < 1e-6 and p_other.min() > 1e-3
+
+    def key(self, model: LatentModel, secret: bytes) -> Key:
+        """Of low frequencies, for latents of 16×16."""
+        reference = (16 * self.factor, 16 * self.factor)
+        return make_key(
+            "tree-ring", kind=model.kind, reference=reference, model=model.identity, secret=secret, radii=(1, 4)
+        )

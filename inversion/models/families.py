@@ -327,7 +327,9 @@ QWEN_IMAGE = Family(
 
 def encode_sana(pipe: Any, prompts: list[str]) -> dict[str, Any]:
     """After the instruction that the pipeline puts before every prompt unless told otherwise."""
-    instruction = signature(type(pipe).__call__).parameters["complex_human_instruction"].default
+    from diffusers import SanaPipeline
+
+    instruction = signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
     embeds, mask, *_ = pipe.encode_prompt(prompts, False, complex_human_instruction=instruction)
     return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
 
