@@ -202,6 +202,14 @@ def folder_of(path, names, flat=(), labels=None):
     return path
 
 
+def test_images_of_another_size(model, plan, tmp_path):
+    other = replace(plan, output=tmp_path / "out", keys=(), number=2, attacks=(), methods=("encoder",), size=(16, 24))
+    found = evaluate(model, other)
+    assert found.settings["size"] == [16, 24] and len(found.images) == 4
+    with Image.open(next((tmp_path / "out" / "images").rglob("*.png"))) as drawn:
+        assert drawn.size == (24, 16)
+
+
 def test_folders_of_others_pictures(model, plan, keys, tmp_path):
     marked = folder_of(tmp_path / "m", ["a.png", "b.jpg", "c.png", "d.png"], flat=("c.png",), labels=1)
     (marked / "d.png").write_text("no image")

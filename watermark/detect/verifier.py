@@ -61,7 +61,7 @@ class Verifier:
             calibration.check(recoverer.settings.as_dict())
         self._calibration = calibration
         self._detectors = {size: self._detector(size) for size in (model.image_size, *self.sizes)}
-        self.detector = self._detectors[model.image_size].trying(self._tests(1))
+        self.detector = self._detectors[(*self.sizes, model.image_size)[0]].trying(self._tests(1))
         for name, scheme in self.detector.schemes.items() if search else ():
             if not scheme.searchable:
                 raise SchemeError(

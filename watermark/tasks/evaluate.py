@@ -24,6 +24,7 @@ from ringmark.errors import CalibrationError, EvaluationError
 from ringmark.inversion.memory import peak_during, release_memory
 from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.inversion.recover import Recoverer, check_method
+from ringmark.inversion.sizes import Size
 from ringmark.watermark.attacks.chains import Chain, expand
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.detector import Detector
@@ -57,9 +58,9 @@ INDEPENDENT = (
 class Plan:
     """What to evaluate: images (drawn unless folders are given), keys, attacks and decoder inversions.
 
-    `number` images of each kind are drawn from `seed`, with `guidance` and `steps`. Marked and unmarked images are
-    independent; all keys mark the same noises for the same prompts. Without `keys`, a new key is made and kept in
-    `output`.
+    `number` images of each kind are drawn from `seed`, with `guidance` and `steps`, at `size` (H, W), by default the
+    model's native one; all images are read at that size. Marked and unmarked images are independent; all keys mark the
+    same noises for the same prompts. Without `keys`, a new key is made and kept in `output`.
 
     Problems that can be found without a model are raised at once. EvaluationError: evaluation.keys if marked images are
     given without exactly one key, evaluation.same-key, evaluation.methods for a method named twice, evaluation.output
@@ -78,6 +79,7 @@ class Plan:
     methods: tuple[str, ...] = ("encoder", "guarded")
     seed: int = 0
     guidance: float = 3.0
+    size: Size | None = None
     max_steps: int | None = None
     steps: int = 25
     batch: int = 8
@@ -152,7 +154,7 @@ class Plan:
             "seed": self.seed,
             "guidance": self.guidance,
             "steps": self.steps,
-        }
+        } | ({"size": list(self.size)} if self.size else {})
 
     def _relative(self, folder: Path | None) -> str | None:
         return os.path.relpath(folder, self.output) if folder else None
@@ -183,7 +185,7 @@ def evaluate(model: LatentModel, plan: Plan, folder: Path | None = None) -> Eval
         )
         for chain in (None, *plan.chains):
             run.under(chain)
-        quality = quality_rows(run.sets, model.image_size, results)
+        quality = quality_rows(run.sets, plan.size or model.image_size, results)
     evaluation = Evaluation(
         settings=_facts(model, plan, run, unfit),
         cells=run.cells,
@@ -318,7 +320,9 @@ class _Run:
 
     def _recover(self, recoverer: Recoverer, images: ImageSet, paths: dict[str, Path], name: str) -> _Recovered:
         title = f"{name}, {images.name}"
-        files = recover_files(recoverer, paths.values(), self.kept, batch=self.plan.batch, name=title)
+        files = recover_files(
+            recoverer, paths.values(), self.kept, size=self.plan.size, batch=self.plan.batch, name=title
+        )
         self.refused.extend(map(str, files.refused))
         if not files.ids:
             fact = f"no image can be used, of {len(images.names)}; last: {[name, *self.refused][-1]}"
@@ -366,16 +370,18 @@ def _verifiers(
     model: LatentModel, keys: list[Key], plan: Plan, folder: Path | None
 ) -> tuple[dict[str, Verifier], dict[str, str]]:
     """Verifiers by method, and by method the reasons why the calibration does not fit."""
+    sizes = [plan.size] if plan.size else []
     recoverers = {name: Recoverer.named(model, name, plan.max_steps, plan.steps) for name in plan.methods}
     calibration = plan.given_calibration or (Calibration.built_in(folder) if folder else None)
     if calibration is None:
-        return {name: Verifier(recoverer, keys) for name, recoverer in recoverers.items()}, {}
+        return {name: Verifier(recoverer, keys, sizes=sizes) for name, recoverer in recoverers.items()}, {}
     fitted = {name: fitting_calibration(recoverer, keys, calibration) for name, recoverer in recoverers.items()}
     unfit = {name: error.fact for name, (_, error) in fitted.items() if error}
     if plan.calibration and len(unfit) == len(recoverers):
         facts = "; ".join(dict.fromkeys(unfit.values()))
         raise CalibrationError("evaluation.calibration", facts, subject=plan.calibration)
-    return {name: Verifier(recoverers[name], keys, calibration=fit) for name, (fit, _) in fitted.items()}, unfit
+    made = {name: Verifier(recoverers[name], keys, calibration=fit, sizes=sizes) for name, (fit, _) in fitted.items()}
+    return made, unfit
 
 
 def _own_key(model: LatentModel, plan: Plan) -> Key:
@@ -389,18 +395,18 @@ def _megabytes(recoverer: Recoverer, plan: Plan, results: Results) -> float:
     """Memory of a batch in addition to the model's, kept in the results; NaN where the system does not tell."""
     model = recoverer.model
     settings = [model.identity, str(model.dtype), str(model.device), repr(recoverer.inverter)]
-    sample_id = content_id("megabytes", plan.batch, *settings)
+    sample_id = content_id("megabytes", plan.batch, plan.size, *settings)
     if sample_id not in results.done:
-        results.append({"sample_id": sample_id, "megabytes": _measured_megabytes(recoverer, plan.batch)})
+        results.append({"sample_id": sample_id, "megabytes": _measured_megabytes(recoverer, plan)})
     megabytes = results.records[sample_id]["megabytes"]
     return math.nan if megabytes is None else float(megabytes)
 
 
-def _measured_megabytes(recoverer: Recoverer, batch: int) -> float:
+def _measured_megabytes(recoverer: Recoverer, plan: Plan) -> float:
     """The peak of the encoder and two steps; later steps need no more."""
     model, inverter = recoverer.model, recoverer.inverter
     short = Recoverer(model, replace(inverter, max_steps=min(2, inverter.max_steps)), steps=2)
-    images = torch.rand(batch, 3, *model.image_size) * 2 - 1
+    images = torch.rand(plan.batch, 3, *(plan.size or model.image_size)) * 2 - 1
     short(images[:1])  # warm up: libraries allocate some memory once
     release_memory()  # otherwise memory freed by another method would hide this one's
     return peak_during(model.device, lambda: short(images))[1]
@@ -433,7 +439,17 @@ def _images(model: LatentModel, plan: Plan, key: Key | None) -> ImageSet:
     else:
         folder, first = plan.output / "images" / name, plan.seed + (0 if key else plan.number)
         prompts = prompts_for([], plan.number, first)
-        files = draw(model, folder, prompts, first, key=key, steps=plan.steps, guidance=plan.guidance, batch=plan.batch)
+        files = draw(
+            model,
+            folder,
+            prompts,
+            first,
+            key=key,
+            steps=plan.steps,
+            guidance=plan.guidance,
+            size=plan.size,
+            batch=plan.batch,
+        )
     names = _names(folder, files)
     prompts_by_name = _prompts(folder / "labels.csv", names, key is not None)
     return ImageSet(name=name, folder=folder, names=names, prompts=prompts_by_name)

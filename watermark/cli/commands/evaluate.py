@@ -13,6 +13,7 @@ from ringmark.watermark.cli.options import (
     PATH,
     Finite,
     ModelOptions,
+    Size,
     batch_option,
     calibration_option,
     force_option,
@@ -108,6 +109,7 @@ def roc(
 )
 @seed_option
 @guidance_option
+@click.option("--size", type=Size(), metavar="WxH", help="Size of the images.  [default: the model's]")
 @max_steps_option
 @steps_option
 @batch_option
@@ -125,6 +127,7 @@ def evaluate(
     methods: tuple[str, ...],
     seed: int,
     guidance: float,
+    size: tuple[int, int] | None,
     max_steps: int | None,
     steps: int,
     batch: int,
@@ -159,6 +162,7 @@ def evaluate(
         methods=methods,
         seed=seed,
         guidance=guidance,
+        size=size,
         max_steps=max_steps,
         steps=steps,
         batch=batch,
