@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ringmark.watermark.embed import Marking, mark
     from ringmark.watermark.keys.key import Key
     from ringmark.watermark.tasks.audit import audit
+    from ringmark.watermark.tasks.keygen import new_key
     from ringmark.watermark.tasks.verify import verify
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "audit",
     "invert_decoder",
     "mark",
+    "new_key",
     "verify",
 ]
 
@@ -62,6 +64,7 @@ _HOMES = {
     "audit": "watermark.tasks.audit",
     "invert_decoder": "inversion.decoder",
     "mark": "watermark.embed",
+    "new_key": "watermark.tasks.keygen",
     "verify": "watermark.tasks.verify",
 }
 

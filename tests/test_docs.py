@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
 import shlex
@@ -9,12 +10,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 import torch
 from click.testing import CliRunner
+from families import build
+from safetensors.torch import save_file
 
+import ringmark
 from ringmark.watermark.cli.main import main
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +105,41 @@ def test_the_python_of_the_library_page_runs(tmp_path, monkeypatch):
     assert names["noise"].shape == (1, 4, 32, 32)
     assert len(names["latents"]) == 1
     assert names["counts"].images == 1
+
+
+def from_pipe_to_verdict(pipe: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Run the first block of the page on marking with this pipeline; what it defines."""
+    monkeypatch.chdir(folder)
+    block, names = python_blocks(DOCS / "howto" / "mark.md")[0], {"pipe": pipe}
+    assert len([line for line in block.splitlines() if line]) == 8
+    exec(compile(block, "mark.md", "exec"), names)
+    return names
+
+
+@pytest.mark.slow
+def test_eight_lines_lead_from_ones_own_pipeline_to_a_verdict(pocket, tmp_path, monkeypatch, capsys):
+    names = from_pipe_to_verdict(copy.copy(pocket.pipe), tmp_path, monkeypatch)
+    assert names["verdict"].present and "carries key" in capsys.readouterr().out
+    assert ringmark.Key.load(tmp_path / "my.key").fingerprint == names["key"].fingerprint
+
+
+def test_the_same_lines_run_on_a_tiny_flux(tmp_path, monkeypatch):
+    """Its network and autoencoder are random, so the mark is not recovered from pixels."""
+    pipe = build("flux.1-schnell")
+    pipe.default_sample_size = 16
+    names = from_pipe_to_verdict(pipe, tmp_path, monkeypatch)
+    assert names["image"].size == (128, 128) and 0 < names["verdict"].p_value <= 1
+    assert names["key"].metadata["kind"] == {"family": "flux.1", "channels": 16, "factor": 8}
+
+
+def test_the_node_for_comfyui_hands_out_the_noise_of_the_file(tmp_path):
+    """The noises from `first` on, as many as the batch of the latent image has and of its shape."""
+    noise, path = torch.randn(4, 16, 6, 8), str(tmp_path / "noise.safetensors")
+    save_file({"noise": noise}, path)
+    names: dict[str, Any] = {}
+    exec(compile(python_blocks(DOCS / "howto" / "mark.md")[-1], "mark.md", "exec"), names)
+    [drawn] = names["NODE_CLASS_MAPPINGS"]["MarkedNoise"]().load(path, 1)
+    assert torch.equal(drawn.generate_noise({"samples": torch.zeros(2, 16, 6, 8)}), noise[1:3])
 
 
 def test_the_readme_is_short_and_starts_with_what_matters():

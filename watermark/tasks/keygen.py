@@ -19,7 +19,7 @@ from ringmark.watermark.detect.verifier import check_fit
 from ringmark.watermark.keys.folder import load_folder
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.null import Array, Null
-from ringmark.watermark.schemes.base import Scheme, SchemeTest, make_key, scheme_of
+from ringmark.watermark.schemes.base import DEFAULT, Scheme, SchemeTest, make_key, scheme_of
 from ringmark.watermark.statistics import ALPHA, cosine_scores
 from ringmark.watermark.tasks.calibrate import recovery_of
 
@@ -37,12 +37,12 @@ class Grown:
     drawn_again: int
 
 
-def new_key(model: Model, scheme: str, calibration: Calibration | None = None, **parameters: Any) -> Key:
+def new_key(model: Model, scheme: str = DEFAULT, calibration: Calibration | None = None, **parameters: Any) -> Key:
     """A new key for a model, placed where the calibration or the model says that noise is best recovered.
 
-    Its reference size is the one at which that was measured, or the model's own.
-    `parameters` are those of the scheme. Raises SchemeError for a mark that does not fit, CalibrationError for a
-    calibration of another model or one without measured recovery.
+    Its reference size is the one at which that was measured, or the model's own. `parameters` are those of the scheme.
+    Raises SchemeError for a mark that does not fit, CalibrationError for a calibration of another model or one without
+    measured recovery.
     """
     recovery = recovery_of(model, calibration)
     shape, kind = (calibration or model).latent_shape, model.kind
