@@ -37,6 +37,7 @@ GREY_LEVEL = 2 / 255  # one step of an 8-bit image whose range is [-1, 1]
 
 WITHIN, SLOWER = 2, 2.0  # see scripts/experiments/altered.py
 COARSE = 0.5  # an exact E would give 1/8
+AT_ONCE = 2  # images per call of the maps
 
 Tolerance = float | Tensor | Literal["auto"] | None
 
@@ -51,11 +52,14 @@ def invert_decoder(
     max_steps: int = 8,
     tol: Tolerance = "auto",
     pixels: tuple[float, float] = (-1.0, 1.0),
-    at_once: int = 2,
+    at_once: int = AT_ONCE,
     guarded: bool = False,
+    encoded: Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Solution:
     """Latents z with E(D(z)) = E(x) for images x (B, 3, H, W); `max_steps=0` is the encoder alone.
+
+    `encoded` is E(x) (B, C, h, w) if it is known already; for a video, that of its frames (B·F, C, h, w).
 
     Works for any two maps. D is clipped to the range of `pixels`, as x was when it became a picture: where x is white,
     D(z) may exceed white. Each image keeps the iterate with the smallest pixel residual ‖D(z) − x‖, which each
@@ -81,8 +85,8 @@ def invert_decoder(
         progress=progress,
     )
     if images.ndim != 5:
-        return inversion(images, tol)
-    solution = inversion(images.transpose(1, 2).flatten(0, 1), tol)
+        return inversion(images, tol, encoded)
+    solution = inversion(images.transpose(1, 2).flatten(0, 1), tol, encoded)
     return replace(solution, value=torch.unflatten(solution.value, 0, (len(images), -1)).transpose(1, 2))
 
 
@@ -98,8 +102,8 @@ class _Inversion:
     guarded: bool
     progress: Callable[[int, int], None] | None
 
-    def __call__(self, images: Tensor, tol: Tolerance) -> Solution:
-        target = self.encode(images)
+    def __call__(self, images: Tensor, tol: Tolerance, encoded: Tensor | None = None) -> Solution:
+        target = self.encode(images) if encoded is None else encoded
         images = images.to(target.device)
         if isinstance(tol, str):
             tol = quantisation_level(self.encode, images, target) if self.max_steps else None
@@ -223,7 +227,7 @@ class Autoencoder(Protocol):
 
 @dataclass(frozen=True)
 class Inverter:
-    """A way to invert a model's decoder: (model, images (B, 3, H, W)) → Solution.
+    """A way to invert a model's decoder: (model, images (B, 3, H, W)) → Solution, from E(x) if that is known.
 
     `method`, `max_steps` and `guarded` are as in `invert_decoder`. If `early` is False, all steps are taken. With
     `gradient`, the method descends the squared pixel error instead, which is the baseline; with `lean`, that runs in
@@ -237,7 +241,7 @@ class Inverter:
     lean: bool = False
     guarded: bool = False
 
-    def __call__(self, model: Autoencoder, images: Tensor) -> Solution:
+    def __call__(self, model: Autoencoder, images: Tensor, encoded: Tensor | None = None) -> Solution:
         if not self.gradient:
             return invert_decoder(
                 model.encode,
@@ -247,9 +251,10 @@ class Inverter:
                 max_steps=self.max_steps,
                 tol="auto" if self.early else None,
                 guarded=self.guarded,
+                encoded=encoded,
             )
         with torch.inference_mode():
-            start = model.encode(images)
+            start = model.encode(images) if encoded is None else encoded
         with model.lean() if self.lean else nullcontext():
             return invert_decoder_by_gradient(model.decode, images, start, self.method, max_steps=self.max_steps)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ringmark.errors import RingmarkError
 from ringmark.inversion.condition import Condition
-from ringmark.inversion.decoder import INVERTERS, Autoencoder, Inverter
+from ringmark.inversion.decoder import AT_ONCE, INVERTERS, Autoencoder, Inverter, in_slices
 from ringmark.inversion.diffusion import Denoiser, invert
 from ringmark.inversion.noise_recovery import NoiseRecovery
 from ringmark.inversion.schedule import Schedule
@@ -67,7 +67,8 @@ class RecoverySettings:
 
     `model` is the model's identity, `image_size` (H, W) that of the pictures, `dtype` the network's. `method`,
     `max_steps`, `early`, `gradient`, `lean` and `guarded` describe the decoder inversion as in `Inverter`. `steps` is
-    the number of steps of the sampler inversion, `timesteps` its first and last timestep, as in "1-961".
+    the number of steps of the sampler inversion, `timesteps` its first and last timestep, as in "1-961", or "" without
+    steps.
     """
 
     model: dict[str, Any]
@@ -116,13 +117,14 @@ class Recovered:
 class Recoverer:
     """Recovers latents and initial noise of pictures, with the empty prompt and without guidance.
 
-    `inverter` inverts the decoder; `steps` is the number of steps of the naive sampler inversion. Raises ModelError if
-    the model's schedule does not work with this number.
+    `inverter` inverts the decoder; `steps` is the number of steps of the naive sampler inversion. Without steps, the
+    latents stand for the noise: they are what the noise became, and still correlate with it. Raises ModelError if the
+    model's schedule does not work with this number.
     """
 
     def __init__(self, model: Model, inverter: Inverter = INVERTERS["guarded"], steps: int = 25) -> None:
         self.model, self.inverter, self.steps = model, inverter, steps
-        self._schedules = {model.image_size: model.schedule(steps)}
+        self._schedules = {model.image_size: model.schedule(steps)} if steps else {}
         self._nothing = model.nothing
 
     @classmethod
@@ -138,7 +140,7 @@ class Recoverer:
 
     def settings_at(self, size: tuple[int, int]) -> RecoverySettings:
         """The settings for pictures (H, W)."""
-        schedule = self.schedule(size)
+        timesteps = self.schedule(size).timesteps.tolist() if self.steps else []
         return RecoverySettings(
             model=self.model.identity,
             image_size=size,
@@ -150,7 +152,7 @@ class Recoverer:
             lean=self.inverter.lean,
             guarded=self.inverter.guarded,
             steps=self.steps,
-            timesteps=f"{schedule.timesteps[0]:g}-{schedule.timesteps[-1]:g}",
+            timesteps=f"{timesteps[0]:g}-{timesteps[-1]:g}" if timesteps else "",
         )
 
     def schedule(self, size: tuple[int, int]) -> Schedule:
@@ -159,21 +161,31 @@ class Recoverer:
             self._schedules[size] = self.model.schedule(self.steps, size)
         return self._schedules[size]
 
-    def latents(self, images: Tensor) -> Solution:
-        """Images (B, 3, H, W) in [-1, 1] → the latents they were decoded from, with the solver's log."""
-        return self.inverter(self.model, images.to(self.model.device))
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] → the encoder's latents E(x), where every inversion starts."""
+        return in_slices(self.model.encode, AT_ONCE)(images.to(self.model.device))
+
+    def latents(self, images: Tensor, encoded: Tensor | None = None) -> Solution:
+        """Images (B, 3, H, W) in [-1, 1] → the latents they were decoded from, with the solver's log.
+
+        `encoded` is E(x) if it is known already.
+        """
+        return self.inverter(self.model, images.to(self.model.device), encoded)
 
     @torch.inference_mode()
     def noise(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) of any size → the initial noise they were drawn from, float32 on the CPU."""
+        if not self.steps:
+            return latents.float().cpu()
         height, width = (side * self.model.factor for side in latents.shape[-2:])
         cond = self._nothing.expand(len(latents))
         return invert(self.model, latents.to(self.model.device), cond, self.schedule((height, width))).float().cpu()
 
-    def __call__(self, images: Tensor) -> Recovered:
-        """Images (B, 3, H, W) in [-1, 1] → latents and noise."""
+    def __call__(self, images: Tensor, encoded: Tensor | None = None) -> Recovered:
+        """Images (B, 3, H, W) in [-1, 1] → latents and noise, from E(x) if it is known already."""
         started = time.perf_counter()
-        solution = self.latents(images)
+        solution = self.latents(images, encoded)
         noise = self.noise(solution.value)
         seconds = (time.perf_counter() - started) / max(1, len(images))
         return Recovered(images=images, solution=solution, noise=noise, seconds=seconds)

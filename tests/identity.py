@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,13 @@ import torch
 from ringmark.data.images import Sample, from_array
 from ringmark.errors import ModelError
 from ringmark.inversion.condition import Condition
+from ringmark.inversion.diffusion import sample
 from ringmark.inversion.recover import Recoverer
 from ringmark.inversion.schedule import Schedule
 from ringmark.watermark.detect.verifier import Verifier
+from ringmark.watermark.embed import Drawn, initial_noise
 from ringmark.watermark.keys.key import SECRET_BYTES, Key
-from ringmark.watermark.schemes.base import make_key
+from ringmark.watermark.schemes.base import make_key, scheme_of
 
 
 class Identity:
@@ -47,6 +50,9 @@ class Identity:
             raise ModelError("model.size", "sides must be multiples of 8", subject=self.name, multiple=8)
         return (3, *size)
 
+    def sampler(self, name: str | None, steps: int, size: tuple[int, int] | None = None) -> None:
+        """It has no pipeline, so `generate` draws in its place."""
+
     def schedule(self, steps: int, size: tuple[int, int] | None = None) -> Schedule:
         return Schedule.from_alpha_bar(torch.linspace(1, 0.01, steps + 1).double()[1:], torch.arange(steps))
 
@@ -76,6 +82,16 @@ def key(seed: int, pattern: str = "ring", radii: tuple[int, int] = (2, 8), **cha
         channels=(0, 2),
         radii=radii,
     )
+
+
+def generate(
+    model: Identity, prompts: list[str], seeds: list[int], *, key: Key | None, steps: int, **_: Any
+) -> Iterator:
+    """`ringmark.watermark.embed.generate` for a model without a pipeline."""
+    noise = initial_noise(seeds, model.latent_shape)
+    noise = scheme_of(key).embed(noise) if key else noise
+    images = model.decode(sample(model, noise, model.condition(prompts), model.schedule(steps))).clamp(-1, 1)
+    yield from map(Drawn, images, noise, prompts, seeds)
 
 
 def samples(noise: torch.Tensor) -> list[Sample]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from identity import MODEL, Identity, key, verifier
+from identity import MODEL, Identity, generate, key, verifier
 from PIL import Image
 
 from ringmark.data.images import read_sample, to_array
@@ -23,12 +23,13 @@ from ringmark.inversion.noise_recovery import NoiseRecovery, rings
 from ringmark.inversion.recover import Recoverer
 from ringmark.watermark.calibration import LEAST, Calibration
 from ringmark.watermark.cli.main import main
+from ringmark.watermark.detect.cascade import EARLY
 from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.schemes.fourier import Placement
+from ringmark.watermark.tasks import draw as tasks
 from ringmark.watermark.tasks import load
 from ringmark.watermark.tasks.calibrate import KNOWN, Unmarked, calibrate, recovery_of
-from ringmark.watermark.tasks.draw import draw
 from ringmark.watermark.tasks.keygen import new_key
 
 WAY = ["--method", "encoder", "--steps", "2"]
@@ -39,7 +40,9 @@ def recoverer() -> Recoverer:
 
 
 def drawn(folder: Path, number: int, first_seed: int = 0, model=MODEL, marked: Key | None = None) -> Path:
-    draw(model, folder, [""] * number, first_seed, key=marked, steps=2, guidance=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "generate", generate)
+        tasks.draw(model, folder, [""] * number, first_seed, key=marked, steps=2, guidance=1.0)
     return folder
 
 
@@ -268,7 +271,10 @@ def test_verify_and_audit_go_by_a_calibration(house, run, pictures, tmp_path):
     records = json.loads(run("verify", *pictures, *calibration, "--json", code=1))
     assert [r["present"] for r in records] == [True, False]
     assert {r["calibration"] for r in records} == {made.fingerprint}
-    assert records[0]["conformal_p"] == pytest.approx(1 / 46) and 1 / 46 < records[1]["conformal_p"] <= 1
+    assert list(records[0]["stages"]) == ["latents"] and "latents" in records[1]["stages"]
+    assert records[0]["conformal_p"] == pytest.approx(1 / 46 / EARLY[0]) and records[1]["conformal_p"] == 1
+    (thorough, _) = json.loads(run("verify", *pictures, *calibration, "--json", "--thorough", code=1))
+    assert list(thorough["stages"]) == ["latents", "full"]
     assert {r["calibration"] for r in json.loads(run("verify", *pictures, "--json", code=1))} == {None}
     audit = ["audit", tmp_path / "pictures", *pictures[2:], "-o", tmp_path / "results.jsonl"]
     assert "1 with a key, 1 without" in run(*audit, *calibration)

@@ -571,6 +571,23 @@ def test_recoverability_comes_back_and_is_checked(path):
         assert refused(path) == "calibration.damaged"
 
 
+def test_earlier_stages_come_back_and_are_checked(path):
+    made, early = Calibration.load(path), replace(measured(LEAST, 1), settings=SETTINGS | {"steps": 3})
+    whole = replace(made, earlier=(early,))
+    whole.save(path)
+    back = Calibration.load(path)
+    assert back.fingerprint == whole.fingerprint != made.fingerprint
+    assert (back.earlier[0].fingerprint, back.earlier[0].settings["steps"]) == (early.fingerprint, 3)
+    content = path.read_bytes()
+    for wrong in ([], [{}], [{"model": "x"}], [SETTINGS, SETTINGS], "x", None):
+        path.write_bytes(content)
+        put_description(path, earlier=wrong)
+        refused(path)
+    for wrong in (measured(LEAST + 1), measured(LEAST, shape=(3, 24, 26)), replace(early, power=0 * early.power)):
+        replace(made, earlier=(wrong,)).save(path)
+        refused(path)
+
+
 def test_a_missing_table(path):
     from safetensors.numpy import load_file, save_file
 

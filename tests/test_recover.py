@@ -79,6 +79,20 @@ def test_no_images_are_no_noise():
     assert recoverer.noise(torch.empty(0, 3, 8, 8)).shape == (0, 3, 8, 8)
 
 
+def test_without_steps_the_latents_stand_for_the_noise(model):
+    images, latents = torch.rand(2, 3, 16, 16) * 2 - 1, Recoverer(model, INVERTERS["encoder"], 0)
+    recovered = latents(images)
+    torch.testing.assert_close(recovered.noise, latents.encode(images))
+    assert latents.settings.timesteps == "" and latents.settings.steps == 0
+
+
+@pytest.mark.parametrize("method", ["encoder", "guarded"])
+def test_what_is_encoded_already_is_not_encoded_again(model, method):
+    recoverer, images = Recoverer.named(model, method, steps=2), torch.rand(3, 3, 16, 16) * 2 - 1
+    plain, given = recoverer(images), recoverer(images, recoverer.encode(images))
+    assert torch.equal(plain.noise, given.noise) and plain.solution.status == given.solution.status
+
+
 def test_settings_are_what_calibration_files_hold():
     settings = Recoverer(Identity()).settings
     expected = {

@@ -102,7 +102,7 @@ def test_p_pays_for_the_sizes_that_are_tried() -> None:
 def test_later_sizes_are_not_tried_once_a_key_is_found() -> None:
     looking = verifier([key(1)], model=MODEL)
     calls, original = [], looking.recoverer.latents
-    looking.recoverer.latents = lambda images: calls.append(tuple(images.shape)) or original(images)
+    looking.recoverer.latents = lambda images, encoded: calls.append(tuple(images.shape)) or original(images, encoded)
     found, missed = views(marked((64, 64)), looking), views(picture(initial_noise([4], (3, 64, 64))[0]), looking)
     assert [j.best.present for j in looking.scan([found, missed, found])] == [True, False, True]
     assert calls == [(3, 3, 64, 64), (1, 3, 32, 32)]

@@ -99,5 +99,5 @@ def test_a_record_has_every_statistic_under_its_own_name():
     record = replace(VERDICT, notes=("resized",), conformal_p=0.5).record()
     assert record["published_distance"] == 30.5 and record["published_p"] == 0.5 and "statistics" not in record
     assert record["notes"] == ["resized"] and record["key"] == VERDICT.key and record["conformal_p"] == 0.5
-    plain = (str, float, int, bool, list, type(None))
+    plain = (str, float, int, bool, list, dict, type(None))
     assert all(isinstance(value, plain) for value in record.values())

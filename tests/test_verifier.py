@@ -44,7 +44,7 @@ def test_several_keys_are_tested_on_one_inversion_and_corrected_for() -> None:
     (sample,) = samples(TreeRing(keys[1]).embed(initial_noise([7], MODEL.latent_shape)))
     together = verifier(keys, steps=3)
     calls, original = [], together.recoverer.latents
-    together.recoverer.latents = lambda images: calls.append(len(images)) or original(images)
+    together.recoverer.latents = lambda images, encoded: calls.append(len(images)) or original(images, encoded)
     ((one,),) = (j.verdicts for j in verifier([keys[0]], steps=3).scan([[sample]]))
     (all_three,) = (j.verdicts for j in together.scan([[sample]]))
     assert [v.present for v in all_three] == [False, True, False] and calls == [1]

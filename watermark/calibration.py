@@ -14,7 +14,7 @@ import errno
 import hashlib
 import json
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -56,8 +56,9 @@ class Calibration:
     `reach`, from which the scores of any key are computed. They take 4 C m bytes per image: 4.1 kB for pocket's 4×32×32
     latents up to ring 12, 15 kB for 4×64×64 up to 24. They are rough copies of the noises and, given the model, of the
     pictures: keep the file as private as the pictures. `settings` is what the recovered noise depends on; `sources`
-    counts images by kind. `recovery` (float64), if it was measured, shows where a mark is best recovered. `name` is the
-    subject of error messages: the path of a file.
+    counts images by kind. `recovery` (float64), if it was measured, shows where a mark is best recovered. `earlier` are
+    the calibrations of cheaper stages of the inversion, the cheapest first, measured on the same images (see
+    `detect.cascade`). `name` is the subject of error messages: the path of a file.
     """
 
     FILE: ClassVar[str] = "calibration.safetensors"
@@ -70,6 +71,7 @@ class Calibration:
     settings: dict[str, Any]
     sources: dict[str, int]
     recovery: NoiseRecovery | None = None
+    earlier: tuple[Calibration, ...] = ()
     name: str = "calibration"
 
     @classmethod
@@ -226,17 +228,21 @@ class Calibration:
 
     def _tensors(self) -> dict[str, NDArray[Any]]:
         tensors: dict[str, NDArray[Any]] = {"power": self.power, "spectra": self.spectra}
+        for i, stage in enumerate(self.earlier):
+            tensors |= {f"{i}/power": stage.power, f"{i}/spectra": stage.spectra}
         if self.recovery:
             tensors |= {field: getattr(self.recovery, field).numpy() for field in RECOVERY}
         return {name: np.ascontiguousarray(values) for name, values in tensors.items()}
 
     def _description(self) -> dict[str, Any]:
-        return {
+        description = {
             "latent_shape": list(self.latent_shape),
             "reach": self.reach,
             "settings": self.settings,
             "sources": self.sources,
         }
+        earlier = [stage.settings for stage in self.earlier]
+        return description | ({"earlier": earlier} if earlier else {})
 
     def save(self, path: Path) -> None:
         """Write the file atomically, replacing an existing one. Raises CalibrationError."""
@@ -257,16 +263,20 @@ class Calibration:
         )
         stored = json.loads(metadata[HEADER])
         tables = [torch.from_numpy(tensors[name]) for name in RECOVERY if name in tensors]
-        calibration = cls(
+        last = cls(
             power=tensors["power"],
             spectra=tensors["spectra"],
             latent_shape=tuple(stored["latent_shape"]),
             reach=stored["reach"],
             settings=stored["settings"],
             sources=stored["sources"],
-            recovery=NoiseRecovery(*tables) if tables else None,
             name=one_line(path),
         )
+        earlier = [
+            replace(last, power=tensors[f"{i}/power"], spectra=tensors[f"{i}/spectra"], settings=settings)
+            for i, settings in enumerate(stored.get("earlier", ()))
+        ]
+        calibration = replace(last, recovery=NoiseRecovery(*tables) if tables else None, earlier=tuple(earlier))
         if calibration.fingerprint != stored["fingerprint"] or calibration._fault():
             raise CalibrationError(
                 "calibration.fingerprint", "is damaged: its fingerprint does not match its contents", subject=path
@@ -285,6 +295,8 @@ class Calibration:
             return "the recovered noise exceeds the range of 16-bit numbers"
         if self.recovery and not _sound(self.recovery):
             return "the measured noise recovery is not finite, or perfect on some ring"
+        if fault := next(filter(None, (stage._fault() for stage in self.earlier)), None):
+            return fault
         for parts in (None, *range(FOLDS)):
             size = np.linalg.eigvalsh(self._null(parts).covariance)
             if (size[:, 0] <= 1e-9 * size[:, -1]).any():
@@ -371,6 +383,7 @@ class _Description:
     settings: dict[str, Any]
     sources: dict[str, int]
     fingerprint: str
+    earlier: list[dict[str, Any]] = field(default_factory=list)
 
 
 def _check_file(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> None:
@@ -378,7 +391,7 @@ def _check_file(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) ->
     stored = typed(_Description, json.loads(metadata[HEADER]))
     if min(*stored.latent_shape, stored.reach, *stored.sources.values()) < 0:
         raise ValueError("a number is negative")
-    if not isinstance(stored.settings["model"], dict):
+    if not all(isinstance(settings["model"], dict) for settings in (stored.settings, *stored.earlier)):
         raise ValueError("the model is not described")
     channels, height, width = stored.latent_shape
     if not 0 < channels * height * width <= MAX_LATENT:
@@ -386,10 +399,10 @@ def _check_file(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) ->
     number_of_rings = int(rings(height, width).max()) + 1
     bins = int(_stored_bins(height, width, stored.reach).sum())
     n = infos["spectra"].shape[0]
-    expected: dict[str, tuple[str, tuple[int, ...]]] = {
-        "power": ("F64", (FOLDS, number_of_rings, channels, channels)),
-        "spectra": ("F16", (max(n, LEAST), channels, bins, 2)),
-    }
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for stage in ("", *(f"{i}/" for i in range(len(stored.earlier)))):
+        expected[f"{stage}power"] = ("F64", (FOLDS, number_of_rings, channels, channels))
+        expected[f"{stage}spectra"] = ("F16", (max(n, LEAST), channels, bins, 2))
     if set(RECOVERY) & set(infos):
         expected |= {name: ("F64", (channels, number_of_rings)) for name in RECOVERY}
     if {name: (info.dtype, info.shape) for name, info in infos.items()} != expected:

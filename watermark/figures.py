@@ -306,7 +306,7 @@ def explain(detector: Detector, judged: Judged, name: str) -> Figure:
     verdict = judged.best
     return ExplainDisplay(
         name=name,
-        verdict=judged.sentence(),
+        verdict="; ".join(filter(None, [judged.sentence(), verdict.by_stage()])),
         present=verdict.present,
         image=np.asarray(judged.sample.image),
         panels=_panels(detector, judged),

@@ -109,7 +109,7 @@ def cosine_density(cosine: Array, features: int) -> Array:
     return np.where(inside, stats.t.pdf(_student(c, nu), nu) * np.sqrt(nu) * (1 - np.square(c)) ** -1.5, 0)
 
 
-def corrected(log10_p: float, tests: int) -> float:
+def corrected(log10_p: float, tests: float) -> float:
     """log₁₀ min(1, `tests` · p), Bonferroni's p-value of the best of several tests.
 
     P(p ≤ α) ≤ α however the tests depend on each other, as long as each is sound by itself. Tests that might have been

@@ -119,13 +119,14 @@ class InversionOptions:
 
 @dataclass(frozen=True)
 class DetectionOptions:
-    """--key, --alpha, --calibration, --search and --size."""
+    """--key, --alpha, --calibration, --search, --size and --thorough."""
 
     key_paths: tuple[Path, ...]
     alpha: float
     calibration: Path | None
     search: bool
     sizes: tuple[tuple[int, int], ...]
+    thorough: bool
 
     def prepare(self, model: ModelOptions, inversion: InversionOptions) -> Setup:
         """Load the verifier. Keys and calibration are read before the model is loaded."""
@@ -144,6 +145,7 @@ class DetectionOptions:
             calibration=self.calibration,
             search=self.search,
             sizes=self.sizes,
+            thorough=self.thorough,
         )
 
 
@@ -245,6 +247,11 @@ detection_options = grouped(
         metavar="WxH",
         help="Size at which the images may have been drawn; may be repeated, and p is corrected for the number.  "
         "[default: the image's own size or the model's usual ones, see the documentation]",
+    ),
+    click.option(
+        "--thorough",
+        is_flag=True,
+        help="Invert every image in full, even if cheaper stages settle the verdict. Finds further keys of an image.",
     ),
 )
 

@@ -48,7 +48,7 @@ class Detector:
         null: Null,
         calibration: Calibration | None = None,
         alpha: float = ALPHA,
-        tests: int = 1,
+        tests: float = 1,
         latent_shape: tuple[int, int, int] | None = None,
         notes: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
@@ -66,14 +66,14 @@ class Detector:
             for scheme in self.schemes.values():
                 self._ranked.check_reach(scheme)
 
-    def trying(self, tests: int) -> Detector:
+    def trying(self, tests: float) -> Detector:
         """The same detector with this number of tests per key."""
         other = copy.copy(self)
         other.tests = tests
         return other
 
     @property
-    def number_of_tests(self) -> int:
+    def number_of_tests(self) -> float:
         """How many tests of an image p-values are corrected for: `tests` of each key."""
         return self.tests * len(self.schemes)
 

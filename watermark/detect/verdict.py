@@ -31,7 +31,8 @@ class Verdict:
     inversion in grey levels, `seconds` the time per image. If the image shows nothing, because it is one flat colour
     for example, `shows` is False and p is 1. `by_search` is True if the search found the key; the score is then the
     largest of many. `calibration` is the fingerprint of the calibration used, if any; `conformal_p` is then the p-value
-    by rank among its unmarked images, corrected like `p_value`.
+    by rank among its unmarked images, corrected like `p_value`. `stages` are the p-values of the stages
+    that the image went through (see `detect.cascade`), by name, and the verdict rests on the smallest.
     """
 
     sample_id: str
@@ -50,6 +51,7 @@ class Verdict:
     notes: tuple[str, ...] = field(default=())
     by_search: bool = False
     shows: bool = True
+    stages: dict[str, float] = field(default_factory=dict)
 
     def rank(self) -> tuple[int, float, float]:
         """Orders verdicts on one image: present keys first, then inconclusive ones, and smaller p first."""
@@ -61,6 +63,11 @@ class Verdict:
         statistics: dict[str, float] = values.pop("statistics")
         return values | statistics | {"notes": list(self.notes)}
 
+    def by_stage(self) -> str:
+        """'latents: p = 1, 3 steps: p = 0.02, full: p = 2e-09'; "" without early stages."""
+        early = self.stages.keys() - {"full"}
+        return ", ".join(f"{name}: {p_text(p)}" for name, p in self.stages.items()) if early else ""
+
     def sentence(self) -> str:
         """'carries key 3f9a2b10, p = 2e-09; resized 512x512 -> 128x128'."""
         outcome = {True: "carries", False: "does not carry", None: "inconclusive for"}[self.present]
@@ -68,12 +75,16 @@ class Verdict:
 
 
 class Judged(NamedTuple):
-    """A sample, its verdicts (one per key), its recovered noise (C, h, w) and the number of tests of each key."""
+    """A sample, its verdicts (one per key), its recovered noise (C, h, w) and the number of tests of each key.
+
+    `stage` is the number of the stage that recovered this noise, on which the best verdict rests.
+    """
 
     sample: Sample
     verdicts: list[Verdict]
     noise: Tensor
     tests: int = 1
+    stage: int = 0
 
     @property
     def best(self) -> Verdict:

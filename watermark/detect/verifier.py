@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import torch
 
 from ringmark.errors import CalibrationError, KeyFileError, SchemeError
 from ringmark.inversion.recover import Model, Recoverer
 from ringmark.inversion.sizes import Size, candidate_sizes
 from ringmark.watermark.calibration import Calibration
+from ringmark.watermark.detect.cascade import Stage, calibrated_stages, walk
 from ringmark.watermark.detect.detector import Detector
 from ringmark.watermark.detect.search import Found, Search
 from ringmark.watermark.detect.verdict import Judged, Verdict
@@ -38,6 +37,9 @@ class Verifier:
     min pᵢ) for K keys, each with n tests: one at every size, and the search. The score and p of a key found by the
     search are those of the search; they do not use the calibration, which was measured with the direct inversion.
 
+    Pictures of the calibration's size go through the stages that it was made for (`detect.cascade`), as far as needed
+    or, if `thorough`, all of them. Without a null, an early stage cannot be judged: latents are far from white noise.
+
     Raises KeyFileError for a key made for another kind of latents, CalibrationError for a calibration made with other
     settings, ModelError for a size that the model cannot draw, SchemeError for a key that cannot be searched for or
     that does not fit the model's native size or one of `sizes`.
@@ -52,24 +54,26 @@ class Verifier:
         calibration: Calibration | None = None,
         search: Search | None = None,
         sizes: Sequence[Size] = (),
+        thorough: bool = False,
     ) -> None:
         model = recoverer.model
-        self.recoverer, self.search, self.alpha = recoverer, search, alpha
+        self.recoverer, self.search, self.alpha, self.thorough = recoverer, search, alpha, thorough
         self.keys, self.sizes = list(keys), tuple(dict.fromkeys(sizes))
         self._notes = {key.fingerprint: check_fit(key, model) for key in keys}
         if calibration:
             calibration.check(recoverer.settings.as_dict())
         self._calibration = calibration
-        self._detectors = {size: self._detector(size) for size in (model.image_size, *self.sizes)}
-        self.detector = self._detectors[(*self.sizes, model.image_size)[0]].trying(self._tests(1))
+        self._early = calibrated_stages(recoverer, calibration) if calibration else []
+        self._stages = {size: self._stages_at(size) for size in (model.image_size, *self.sizes)}
+        self.detector = self._stages[(*self.sizes, model.image_size)[0]][-1].detector.trying(self._tests(1))
         for name, scheme in self.detector.schemes.items() if search else ():
             if not scheme.searchable:
                 raise SchemeError(
                     "scheme.no-search", f"({scheme.label}) cannot be searched for", subject=f"key {name[:8]}"
                 )
 
-    def _detector(self, size: Size) -> Detector:
-        """The detector of noise of this size; the calibration is used if it serves the size."""
+    def _stages_at(self, size: Size) -> list[Stage]:
+        """The stages of pictures of this size; there are early ones if the calibration was made at this size."""
         shape, calibration, notes = self.recoverer.model.noise_shape(size), self._calibration, self._notes
         try:
             if calibration:
@@ -77,9 +81,12 @@ class Verifier:
         except CalibrationError as error:
             calibration, notes = None, {name: "; ".join(filter(None, [n, error.fact])) for name, n in notes.items()}
         null = Null.of_model(self.recoverer.model, shape)
-        return Detector(
-            self.keys, null=null, calibration=calibration, alpha=self.alpha, latent_shape=shape, notes=notes
-        )
+        detector = partial(Detector, self.keys, null=null, alpha=self.alpha, latent_shape=shape, notes=notes)
+        early = self._early if calibration and shape == calibration.latent_shape else []
+        stages = [Stage.early(recoverer, detector(calibration=made)) for recoverer, made in early]
+        weight = 1 - sum(stage.weight for stage in stages)
+        last = Stage(name="full", recoverer=self.recoverer, detector=detector(calibration=calibration), weight=weight)
+        return [*stages, last]
 
     def _tests(self, sizes: int) -> int:
         """The number of tests of each key in a picture that is tried at this number of sizes."""
@@ -87,7 +94,7 @@ class Verifier:
 
     def detector_of(self, judged: Judged) -> Detector:
         """The detector that judged a sample."""
-        return self._detectors[_size_of(judged.sample)].trying(judged.tests)
+        return self._stages[_size_of(judged.sample)][judged.stage].trying(judged.tests)
 
     def sizes_of(self, picture: Size) -> tuple[Size, ...]:
         """The sizes (H, W) at which a picture of this size is tried, of which every key fits each; at least one."""
@@ -96,9 +103,9 @@ class Verifier:
         return tuple(fitting) or (model.image_size,)
 
     def _fits(self, size: Size) -> bool:
-        if size not in self._detectors:
+        if size not in self._stages:
             try:
-                self._detectors[size] = self._detector(size)
+                self._stages[size] = self._stages_at(size)
             except SchemeError:  # an old key, or radii beyond what latents of this size hold
                 return False
         return True
@@ -107,7 +114,10 @@ class Verifier:
         """Everything that verdicts depend on."""
         both = self.recoverer.settings.as_dict() | self.detector.settings()
         search = {"search": repr(self.search)} if self.search else {}
-        return both | search | ({"sizes": list(map(list, self.sizes))} if self.sizes else {})
+        sizes = {"sizes": list(map(list, self.sizes))} if self.sizes else {}
+        weights = {stage.name: stage.weight for stage in self._stages[self.recoverer.model.image_size]}
+        stages = {"stages": weights, "thorough": self.thorough} if len(weights) > 1 else {}
+        return both | search | sizes | stages
 
     def scan(self, pictures: Iterable[Sequence[Sample]], batch: int = 8) -> Iterator[Judged]:
         """Judge every picture, batch by batch, in order; each is given at the sizes of `sizes_of`."""
@@ -129,18 +139,14 @@ class Verifier:
 
     def _at(self, samples: list[Sample], tests: int) -> list[Judged]:
         """Judge samples of one size with this number of tests of each key."""
-        from ringmark.data.images import to_array
-
-        recovered = self.recoverer(torch.from_numpy(np.stack([to_array(s.image) for s in samples])))
-        verdicts = self._detectors[_size_of(samples[0])].trying(tests).judge(samples, recovered)
-        return [Judged(*each, tests) for each in zip(samples, verdicts, recovered.noise, strict=True)]
+        return walk(self._stages[_size_of(samples[0])], samples, tests, thorough=self.thorough)
 
     def _searched(self, judged: list[Judged], samples: list[Sample], batch: int) -> list[Judged]:
         """The same, searching those samples in which no key was found directly and that are not inconclusive."""
         assert self.search
         missed = [i for i, j in enumerate(judged) if not j.present and any(v.present is False for v in j.verdicts)]
         for members in _grouped(missed, [_size_of(samples[i]) for i in missed]):
-            detector, chosen = self._detectors[_size_of(samples[members[0]])], [samples[i] for i in members]
+            detector, chosen = self._stages[_size_of(samples[members[0]])][-1].detector, [samples[i] for i in members]
             best_fits = self.search(self.recoverer.model, detector.schemes, detector.known, chosen, batch=batch)
             for i, fits in zip(members, best_fits, strict=True):
                 pairs = zip(judged[i].verdicts, fits, strict=True)

@@ -85,6 +85,7 @@ def audit(
     calibration: StrPath | Calibration | None = None,
     search: bool = False,
     sizes: Sequence[Size] = (),
+    thorough: bool = False,
     follow_links: bool = False,
     batch: int = 8,
 ) -> Audit:
@@ -96,7 +97,8 @@ def audit(
         results: The file of records, one JSON line per image. An interrupted audit resumes from it; files that have
             not changed since they were recorded are not read again.
         follow_links: Also follow links that lead out of the folder.
-        model, device, dtype, method, max_steps, steps, alpha, calibration, search, sizes, batch: As in `verify`.
+        model, device, dtype, method, max_steps, steps, alpha, calibration, search, sizes, thorough, batch: As in
+            `verify`.
 
     Raises:
         ImageError: There is no such folder, or no image in it. Images that cannot be read are recorded instead.
@@ -119,6 +121,7 @@ def audit(
         calibration=calibration,
         search=search,
         sizes=sizes,
+        thorough=thorough,
     )
     return audit_folder(verifier, Path(folder), Path(results), follow_links=follow_links, batch=batch)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ringmark.errors import CalibrationError
 from ringmark.inversion.noise_recovery import NoiseRecovery
 from ringmark.inversion.recover import Model, Recoverer
 from ringmark.watermark.calibration import Calibration, check_number
+from ringmark.watermark.detect.cascade import early_stages
 from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.schemes.base import DEFAULT, parameters_text, recommended
 from ringmark.watermark.statistics import ALPHA, needed_references
@@ -134,7 +136,7 @@ class Calibrated:
 def calibrate(
     recoverer: Recoverer, images: Unmarked, output: Path, *, size: tuple[int, int] | None = None, batch: int = 8
 ) -> Calibrated:
-    """Measure the null of the noise recovered from unmarked images and write the calibration to `output`.
+    """Measure the nulls of noise recovered from unmarked images, at all stages, and write the calibration to `output`.
 
     Images are fitted to `size` (H, W), by default the model's native one.
 
@@ -144,19 +146,27 @@ def calibrate(
     StoreError if another run makes the same calibration.
     """
     unfinished = ResultsFolder(output.with_name(f"{output.name}.unfinished"))
+    recover = partial(recover_files, kept=unfinished, size=size, batch=batch)
     with unfinished:
-        files = recover_files(recoverer, images.paths, unfinished, size=size, batch=batch, name="calibrate")
-    unusable = files.doubts | _copies(files)
+        files = recover(recoverer, images.paths, name="calibrate")
+        unusable = files.doubts | _copies(files)
+        kept = [i for i in range(len(files.ids)) if i not in unusable]
+        paths = [Path(files.ids[i]) for i in kept]
+        stages = early_stages(recoverer)
+        early = [recover(stage, paths, name=f"calibrate, {stage.steps} steps").noise for stage in stages]
     left_out = [f"{one_line(files.ids[i])}: {reason}, so it is left out" for i, reason in unusable.items()]
     errors = [*images.errors, *map(str, files.refused), *left_out]
-    kept = [i for i in range(len(files.ids)) if i not in unusable]
-    seeds = _seeds(recoverer.model, images, [Path(files.ids[i]) for i in kept])
+    seeds = _seeds(recoverer.model, images, paths)
     counts = {"drawn": len(seeds), "given": len(kept) - len(seeds)}
     sources = {kind: count for kind, count in counts.items() if count}
-    noise, settings = files.noise[kept], recoverer.settings_at(size or recoverer.model.image_size)
+
+    def measured(stage: Recoverer, noise: Tensor, recovery: NoiseRecovery | None = None) -> Calibration:
+        settings = stage.settings_at(size or stage.model.image_size)
+        return Calibration.measure(noise, settings.as_dict(), sources, recovery=recovery)
+
     try:
-        recovery = _recovery(noise, seeds)
-        calibration = Calibration.measure(noise, settings.as_dict(), sources, recovery=recovery)
+        last = measured(recoverer, files.noise[kept], _recovery(files.noise[kept], seeds))
+        calibration = replace(last, earlier=tuple(map(measured, stages, early)))
     except CalibrationError as error:
         reason = f" ({len(errors)} were left out, the first: {errors[0]})" if errors else ""
         raise CalibrationError(error.code, f"{error.fact}{reason}", subject=error.subject, **error.details) from None

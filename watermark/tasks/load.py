@@ -155,6 +155,7 @@ def load_verifier(
     calibration: StrPath | Calibration | None = None,
     search: bool = False,
     sizes: Sequence[Size] = (),
+    thorough: bool = False,
 ) -> Setup:
     """A verifier for these keys, with this calibration or with the model's own if that fits.
 
@@ -175,7 +176,8 @@ def load_verifier(
     recoverer = Recoverer.named(latent_model, method, max_steps, steps)
     used, unchecked = (given, "") if given else _built_in(recoverer, loaded, model)
     finder = Search() if search else None
-    return Setup(Verifier(recoverer, loaded, alpha=alpha, calibration=used, search=finder, sizes=sizes), unchecked)
+    verifier = Verifier(recoverer, loaded, alpha=alpha, calibration=used, search=finder, sizes=sizes, thorough=thorough)
+    return Setup(verifier, unchecked)
 
 
 def _built_in(recoverer: Recoverer, keys: list[Key], model: Model) -> tuple[Calibration | None, str]:

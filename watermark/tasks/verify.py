@@ -43,6 +43,7 @@ def verify(
     calibration: StrPath | Calibration | None = None,
     search: bool = False,
     sizes: Sequence[Size] = (),
+    thorough: bool = False,
     batch: int = 8,
 ) -> list[Verdict]:
     """Test whether pictures carry a key: one verdict per picture, in order, on the key that fits best.
@@ -60,6 +61,7 @@ def verify(
         calibration: A `Calibration` or its file; None is the model's own, if it fits these settings.
         search: Also search for rotation, scaling, cropping and shifts.
         sizes: The sizes (H, W) at which pictures may have been drawn; by default those that fit a picture's own size.
+        thorough: Go through all stages of the inversion, even if an earlier one settles the verdict.
         batch: Pictures processed at a time.
 
     Raises:
@@ -82,6 +84,7 @@ def verify(
         calibration=calibration,
         search=search,
         sizes=sizes,
+        thorough=thorough,
     )
     given = [pictures] if isinstance(pictures, (str, PathLike, Image.Image)) else pictures
     views = (_views(picture, i, verifier) for i, picture in enumerate(given))

@@ -1,0 +1,123 @@
+"""The stages of a verdict, from cheap to dear.
+
+Noise is recovered ever more accurately. First the encoder's latents stand for it, which costs no call of the network;
+then a few steps of the sampler inversion follow; the last stage is the inversion in full. Most marked pictures show
+their key in the first stage.
+
+**p holds for the whole walk.** Stage i has its own null and p-value pᵢ, with P(pᵢ ≤ u) ≤ u for unmarked pictures. With
+weights wᵢ > 0, Σ wᵢ = 1, the p of a picture is the smallest pᵢ/wᵢ of the stages that it went through. Wherever the walk
+ends, p ≤ α only if pᵢ ≤ wᵢ α at some stage i, so P(p ≤ α) ≤ Σ P(pᵢ ≤ wᵢ α) ≤ Σ wᵢ α = α (Bonferroni). The stages may
+depend on each other, and the picture may decide where the walk ends. A stage that is left out only makes p larger, and
+so does one whose p its unmarked pictures contradict, which counts only if it is the last.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ringmark.inversion.decoder import INVERTERS
+from ringmark.inversion.recover import Recoverer
+from ringmark.watermark.calibration import Calibration
+from ringmark.watermark.detect.detector import Detector
+from ringmark.watermark.detect.verdict import Judged
+
+if TYPE_CHECKING:
+    from ringmark.data.images import Sample
+
+__all__ = ["EARLY", "Stage", "calibrated_stages", "early_stages", "walk"]
+
+EARLY = {0: 0.1, 3: 0.2}
+"""Weights of the stages before the last by their numbers of steps; see scripts/experiments/cascade.py."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """A stage for pictures of one size: how it recovers noise, how it tests noise, and its weight."""
+
+    name: str
+    recoverer: Recoverer
+    detector: Detector
+    weight: float = 1.0
+
+    @classmethod
+    def early(cls, recoverer: Recoverer, detector: Detector) -> Stage:
+        """One of the stages before the last."""
+        name = f"{recoverer.steps} steps" if recoverer.steps else "latents"
+        return cls(name=name, recoverer=recoverer, detector=detector, weight=EARLY[recoverer.steps])
+
+    def trying(self, tests: int) -> Detector:
+        """The detector for this number of tests of each key; p/w is p corrected for 1/w as many tests."""
+        return self.detector.trying(tests / self.weight)
+
+
+def early_stages(recoverer: Recoverer) -> list[Recoverer]:
+    """The recoverers of the stages before this one, the cheapest first; they invert by the encoder alone."""
+    return [Recoverer(recoverer.model, INVERTERS["encoder"], steps) for steps in EARLY if steps < recoverer.steps]
+
+
+def calibrated_stages(recoverer: Recoverer, calibration: Calibration) -> list[tuple[Recoverer, Calibration]]:
+    """Those of `early_stages` of which the calibration holds the null, each with its calibration.
+
+    Raises CalibrationError for one made with other settings.
+    """
+    made = {each.settings["steps"]: each for each in calibration.earlier}
+    stages = [(early, made[early.steps]) for early in early_stages(recoverer) if early.steps in made]
+    for early, null in stages:
+        null.check(early.settings.as_dict())
+    return stages
+
+
+def walk(stages: Sequence[Stage], samples: Sequence[Sample], tests: int, *, thorough: bool = False) -> list[Judged]:
+    """Judge samples of one size, with this number of tests of each key, by one stage after the other.
+
+    A sample leaves the walk at the stage that finds a key in it. Before the last stage, it also leaves if the stage has
+    nothing to say for any key, p/w ≥ 1. With `thorough`, all samples go through all stages. E(x) is computed once.
+    """
+    from ringmark.data.images import to_array
+
+    images = torch.from_numpy(np.stack([to_array(sample.image) for sample in samples]))
+    whole = stages[-1].detector.calibration
+    calibration = whole.fingerprint if whole else None
+    started = time.perf_counter()
+    encoded = stages[0].recoverer.encode(images)
+    encoding = (time.perf_counter() - started) / len(samples)
+    judged: dict[int, Judged] = {}
+    rows = list(range(len(samples)))
+    for number, stage in enumerate(stages):
+        recovered = stage.recoverer(images[rows], encoded[rows])
+        if number == 0:
+            recovered = replace(recovered, seconds=recovered.seconds + encoding)
+        found = stage.trying(tests).judge([samples[i] for i in rows], recovered)
+        for i, verdicts, noise in zip(rows, found, recovered.noise, strict=True):
+            named = [replace(v, stages={stage.name: v.p_value}, calibration=calibration) for v in verdicts]
+            here = Judged(sample=samples[i], verdicts=named, noise=noise, tests=tests, stage=number)
+            judged[i] = _joined(judged[i], here) if number else here
+        next_is_last = number == len(stages) - 2
+        rows = [i for i in rows if thorough or not _settled(judged[i], stage.name, next_is_last)]
+        if not rows:
+            break
+    return [judged[i] for i in range(len(samples))]
+
+
+def _settled(judged: Judged, stage: str, next_is_last: bool) -> bool:
+    """Whether a key was found, or the last stage is next and this one has nothing to say for any key."""
+    silent = all(verdict.shows and verdict.stages[stage] >= 1 for verdict in judged.verdicts)
+    return bool(judged.present) or (next_is_last and silent)
+
+
+def _joined(earlier: Judged, later: Judged) -> Judged:
+    """The judgement by both stages, with the noise of the stage on which the best verdict rests."""
+    pairs = list(zip(earlier.verdicts, later.verdicts, strict=True))
+    kept = [one.present is not None and one.rank() < other.rank() for one, other in pairs]
+    verdicts = [
+        replace(one if keep else other, stages=one.stages | other.stages, seconds=one.seconds + other.seconds)
+        for keep, (one, other) in zip(kept, pairs, strict=True)
+    ]
+    best = min(range(len(verdicts)), key=lambda i: verdicts[i].rank())
+    return (earlier if kept[best] else later)._replace(verdicts=verdicts)
