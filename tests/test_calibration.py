@@ -421,6 +421,17 @@ def test_only_its_own_settings_will_do(calibration):
     assert error.subject == "calibration" and "method was " in error.fact and "is not set" in error.fact
 
 
+def test_a_calibration_in_float32_serves_half_precision_but_not_the_other_way_round(calibration):
+    single, half = (
+        replace(calibration, settings=SETTINGS | {"dtype": f"torch.{name}"}) for name in ("float32", "float16")
+    )
+    for name in ("float32", "float16", "bfloat16"):
+        single.check(SETTINGS | {"dtype": f"torch.{name}"})
+    assert "dtype was torch.float32, is torch.float64" in unfitting(single, SETTINGS | {"dtype": "torch.float64"}).fact
+    for name in ("float32", "bfloat16"):
+        assert "dtype" in unfitting(half, SETTINGS | {"dtype": f"torch.{name}"}).fact
+
+
 def test_timesteps_are_compared_where_the_steps_are_the_same(calibration):
     timed = replace(calibration, settings=SETTINGS | {"timesteps": "1-961"})
     assert "timesteps was 1-961, is 1-981" in unfitting(timed, SETTINGS | {"timesteps": "1-981"}).fact
