@@ -185,7 +185,7 @@ class Results:
         except StoreError as error:
             if error.code not in ("file.missing", "file.damaged"):
                 raise
-            LOG.warning("%s; what it held is computed again", error)
+            LOG.warning("%s; its contents are computed again", error)
         return rows
 
     def complete(

@@ -1,4 +1,4 @@
-"""What a network is conditioned on."""
+"""What the network is conditioned on: prompts and guidance."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Rows = Tensor | list[Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """Prompts as a model's network takes them.
+    """Encoded prompts, with the options of guidance.
 
     `rows` holds one row per picture: tensors (B, …), or lists of B tensors of different lengths. `options`, such as the
     scale of guidance, hold for all rows. Indexing selects rows.

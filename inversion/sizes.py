@@ -13,7 +13,7 @@ Size = tuple[int, int]
 
 
 class Drawing(Protocol):
-    """What has to be known of a model."""
+    """What has to be known about a model."""
 
     @property
     def image_size(self) -> Size: ...
@@ -31,9 +31,9 @@ RANGE = 4.0  # a model is taken to draw pictures of a quarter to four times its 
 def candidate_sizes(picture: Size, model: Drawing) -> tuple[Size, ...]:
     """Sizes (H, W) at which a picture of this size may have been drawn, the likeliest first; at least one.
 
-    A usual size of the model is taken as it is. Another size that the model can draw is tried as it is, and, since the
-    picture may have been resized, at every usual size with its aspect ratio. A size that the model cannot draw must
-    come from one of the usual sizes: those with its aspect ratio, or else the one whose ratio is closest.
+    A usual size of the model is the only candidate. For another size that the model can draw, the candidates are that
+    size and, since the picture may have been resized, every usual size with the same aspect ratio. For a size that the
+    model cannot draw, they are the usual sizes with the same aspect ratio, or else the one with the closest.
     """
     if picture in model.sizes:
         return (picture,)

@@ -77,6 +77,6 @@ def test_the_command_says_what_it_wrote(tmp_path: Path) -> None:
     mine, path = tmp_path / "my.key", tmp_path / "n.safetensors"
     flux_key().save(mine)
     done = run("noise", "--key", mine, "--size", "384x256", "-n", 2, "-o", path)
-    assert done.stdout == f"2 marked noises of 16x32x48 in {path}. Keep it secret.\n"
+    assert done.stdout == f"2 marked noise samples of shape 16x32x48 in {path}. Keep it secret.\n"
     assert "multiples of 16" in refused("noise", "--key", mine, "--size", "100x100", "-o", tmp_path / "m.safetensors")
     assert "--force" in refused("noise", "--key", mine, "-o", path)

@@ -25,12 +25,12 @@ CALLER = 3  # stack levels from `Marking._warn` to the call of the pipeline
 
 
 class Marking:
-    """A pipeline that marks what it draws, until `remove` or the end of a `with` block."""
+    """A handle on a marked pipeline: `remove` stops marking, and so does the end of a `with` block."""
 
     def __init__(self, pipe: Any, key: Key) -> None:
         name = type(pipe).__name__
         if is_hooked(pipe):
-            raise ModelError("model.marked", "is marked already", subject=name)
+            raise ModelError("model.marked", "is already marked", subject=name)
         check_noise_stage(pipe)
         _check_kind(key, kind_of(pipe), name)
         self.key = key
@@ -40,9 +40,9 @@ class Marking:
 
     @staticmethod
     def _warn(pipe: Any, arguments: Mapping[str, Any]) -> None:
-        """Warn if the pipeline's present sampler adds noise in this call."""
+        """Warn if the pipeline's current sampler adds noise in this call."""
         if adds_noise(pipe.scheduler, arguments):
-            fact = "adds new noise in every step, so that most marks are lost; deterministic samplers keep them"
+            fact = "adds new noise at every step, so most marks are lost; deterministic samplers keep them"
             warnings.warn(f"{type(pipe.scheduler).__name__} {fact}", MarkWarning, stacklevel=CALLER)
 
     def _embed(self, noise: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class Marking:
         return self._schemes[shape].embed(noise.cpu()).to(noise)
 
     def remove(self) -> None:
-        """From now on the pipeline draws as before; does nothing the second time."""
+        """Stop marking; harmless when repeated."""
         if self._pipe is not None:
             unhook(self._pipe)
             self._pipe = None
@@ -66,21 +66,21 @@ class Marking:
 
 
 def mark(pipe: Any, key: Key) -> Marking:
-    """Mark every picture that this diffusers pipeline draws from now on, until `remove()` or the end of a `with` block.
+    """Mark every image that this diffusers pipeline draws from now on, until `remove()` or the end of a `with` block.
 
-    The pipeline draws its noise as always: from its generator, for any batch and size, or from the `latents` given.
-    The key is then embedded, so that the same seed gives the same noise but for the mark. Sampler, LoRA, ControlNet and
-    IP-adapter can be changed at any time; a copy of the pipeline is marked too. A call whose sampler adds noise
-    (ancestral, LCM, SDE, η > 0) gives a MarkWarning.
+    The pipeline draws its noise as before, for any batch and size, or takes the `latents` that it is given. The key is
+    then embedded in that noise, so the same seed gives the same noise except for the mark. Sampler, LoRA, ControlNet
+    and IP-Adapter can be changed at any time. A copy of the pipeline is marked too. A call whose sampler adds noise
+    (ancestral, LCM, SDE, η > 0) issues a MarkWarning.
 
-    Raises ModelError for a pipeline that is marked already, that starts from a picture, that has no stage for noise
-    (`prepare_latents`) or that is of no supported family, and KeyFileError for a key of another kind of latents.
+    Raises ModelError for a pipeline that is already marked, starts from an image, has no `prepare_latents` method or
+    belongs to no supported family, and KeyFileError for a key for another kind of latents.
     """
     return Marking(pipe, key)
 
 
 def _check_kind(key: Key, kind: Mapping[str, Any], name: str) -> None:
-    """Raises KeyFileError for a key of another kind of latents. Those of old keys are checked when they are drawn."""
+    """Raises KeyFileError for a key for another kind of latents. Old keys name no kind; `_embed` checks their shape."""
     needed = key.metadata.get("kind")
     if needed is not None and needed != kind:
         fact = f"is for latents of {Kind(**needed)}, and {name} has {Kind(**kind)}"
@@ -125,8 +125,8 @@ def generate(
 ) -> Iterator[Drawn]:
     """Draw an image for each prompt and seed, marked if a key is given; `progress(n)` after n more images.
 
-    The model's pipeline draws them, by default at the native size and by its own sampler. Each image depends on its own
-    prompt and seed only. Prompt and seed are not enough to forge a mark: that needs the key.
+    The model's pipeline draws them, by default at the native size and with its own sampler. Each image depends only on
+    its own prompt and seed. Prompt and seed are not enough to forge a mark, which takes the key.
     """
     shape = model.noise_shape(size or model.image_size)
     for i in range(0, len(prompts), batch):

@@ -1,7 +1,7 @@
 """What differs between families of latent diffusion models, one record each.
 
-Everything else is said by the pipeline itself: see `walk`. The sizes, channels and normalisation of latents are read
-from the model's own configuration.
+Everything else is left to the pipeline itself: see `walk`. Sizes, channels and normalisation of latents are read from
+the model's configuration.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MEGAPIXEL = (
     *((1024, 1024), (1152, 896), (896, 1152), (1216, 832), (832, 1216)),
     *((1344, 768), (768, 1344), (1536, 640), (640, 1536)),
 )
-"""(H, W) in pixels of pictures of about a megapixel."""
+"""Sizes (H, W) of images of about a megapixel."""
 
 
 def as_is(latents: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def denormalise(vae: Any, z: Tensor) -> Tensor:
 
 
 def no_objection(pipe: Any) -> str:
-    """Nothing stands in the way."""
+    """No objection."""
     return ""
 
 
@@ -86,12 +86,12 @@ class Family:
     `unguided` the value that turns it off; `options` are further arguments. `patch`: the sides of latents are multiples
     of it.
 
-    `pack(latents)` turns latents (B, C, h, w) into those of the pipeline's loop, and `unpack(latents, (h, w))` back;
-    `given(latents)` is what the pipeline takes as its argument `latents`, if that is something else. `normalise` and
-    `denormalise` translate between latents of the autoencoder and of the network. `video`: the autoencoder expects a
-    frame axis. `sizes`: usual (H, W) in pixels of models whose native size is among them; the first is the native size
-    where neither network nor pipeline says one. `objection(pipe)` says why a pipeline of this family cannot be used, or
-    "".
+    `pack(latents)` converts latents (B, C, h, w) to the form in the pipeline's loop, `unpack(latents, (h, w))` back;
+    `given(latents)` is the form of the pipeline's argument `latents`, if it differs. `normalise` and `denormalise`
+    convert between latents of the autoencoder and of the network. `video`: the autoencoder expects a frame axis.
+    `sizes`: usual sizes (H, W) in pixels of models whose native size is among them; the first is the native size if
+    neither network nor pipeline names one. `objection(pipe)` is the reason why a pipeline of this family cannot be
+    used, or "".
     """
 
     name: str
@@ -131,7 +131,7 @@ def objection_sd(pipe: Any) -> str:
     config = pipe.unet.config
     more = [config.get(k) for k in ("addition_embed_type", "class_embed_type", "num_class_embeds")]
     if any(more) or config.in_channels != pipe.vae.config.latent_channels:
-        return "its network needs more inputs than a prompt and latents, like those of SDXL and inpainting models"
+        return "its network needs more inputs than a prompt and latents, as those of SDXL and inpainting models do"
     return ""
 
 
@@ -285,7 +285,7 @@ def encode_z_image(pipe: Any, prompts: list[str]) -> dict[str, Any]:
 
 
 def in_float32(latents: Tensor) -> Tensor:
-    """Latents in the only dtype that the pipeline takes."""
+    """Latents in the only dtype that the pipeline accepts."""
     return latents.float()
 
 
@@ -371,7 +371,7 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def family_of(pipe: Any) -> Family:
-    """The family of a pipeline or of a class of pipelines. Raises ModelError for another kind of pipeline."""
+    """The family of a pipeline or of a pipeline class. Raises ModelError if it belongs to none."""
     names = [kind.__name__ for kind in (pipe if isinstance(pipe, type) else type(pipe)).__mro__]
     for name in names:
         for family in FAMILIES:
@@ -379,8 +379,8 @@ def family_of(pipe: Any) -> Family:
                 return family
     known = ", ".join(family.pipelines[0] for family in FAMILIES)
     fact = (
-        f"is of no supported family: how it encodes prompts and packs latents is not known. "
-        f"Supported pipelines are {known}"
+        f"belongs to no supported family, so its prompts and the packing of its latents are unknown "
+        f"(supported pipelines: {known})"
     )
     raise ModelError("model.family", fact, subject=names[0])
 

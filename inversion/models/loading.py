@@ -56,10 +56,10 @@ def load_pipeline(
 ) -> Any:
     """The diffusers pipeline of one of EMBEDDED, a diffusers folder, a hub id or a single safetensors file, on the CPU.
 
-    What the hub's cache holds of a hub id is used as it is; only the rest is downloaded. For a single file see
-    `locate`. Each of `loras` is a safetensors file or "file:scale", which is fused into the weights. Without `text`,
-    text encoders and tokenizers are None; without `network`, all other modules are. If `stored`, modules that are not
-    text encoders have the dtype of their files instead of `dtype`. Prints nothing. Raises ModelError.
+    Files in the hub's cache are used as they are, and only missing ones are downloaded. For a single file, see
+    `locate`. Each of `loras` is a safetensors file or "file:scale" and is fused into the weights. Without `text`, text
+    encoders and tokenizers are None; without `network`, all other modules are None. If `stored`, all modules except
+    text encoders keep the dtype of their files instead of `dtype`. Prints nothing. Raises ModelError.
     """
     with quiet():
         place = locate(source, revision, dtype)
@@ -97,7 +97,7 @@ def _plan(place: Place, text: bool, dtype: torch.dtype) -> Plan:
         needed = parameter.default is parameter.empty and name not in (*UNUSED, *optional)
         spared = is_text(name) and (name in index or not text)  # Stable Diffusion 3 does without one of three
         if needed and not spared and arguments[name] is None:
-            fact = f"its {INDEX} names no {name}, without which there is no {kind.__name__}"
+            fact = f"its {INDEX} names no {name}, which a {kind.__name__} needs"
             raise place.refusal("model.incomplete", fact)
     return Plan(kind, arguments)
 

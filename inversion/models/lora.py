@@ -13,10 +13,10 @@ TEXT_KEYS = ("text_encoder", "lora_te", "te1.", "te2.", "text_model")
 
 
 def fuse_lora(pipe: Any, lora: str | Path, *, text: bool = True, network: bool = True) -> None:
-    """Add scale · B A to the weights W of `pipe` by the matrices A, B of a safetensors file, or of "file:scale".
+    """Add scale · B A to the weights of `pipe`, with the matrices A and B of a safetensors file or of "file:scale".
 
-    Matrices for text encoders are left out without `text`, those for the network without `network`. Raises ModelError
-    if the file is damaged or not a LoRA, or if any of its matrices has no place in this model.
+    Without `text`, matrices for text encoders are left out; without `network`, those for the network. Raises ModelError
+    if the file is damaged or not a LoRA, or if one of its matrices does not fit the model.
     """
     from diffusers.utils import is_peft_available
 
@@ -31,12 +31,12 @@ def fuse_lora(pipe: Any, lora: str | Path, *, text: bool = True, network: bool =
         expected = _matrices(_converted(pipe, chosen))
         pipe.load_lora_weights(chosen, adapter_name="fused")
     except Exception as error:  # of peft and of diffusers' conversions from a dozen layouts
-        fact = f"is a LoRA of another base model, or none ({' '.join(str(error).split())[:150]})"
+        fact = f"is a LoRA for another base model, or not a LoRA ({' '.join(str(error).split())[:150]})"
         raise ModelError("model.lora", fact, subject=path) from error
     adapted = [part for part, names in pipe.get_list_adapters().items() if "fused" in names]
     found = sum(_matrices(dict(getattr(pipe, part).named_parameters())) for part in adapted)
     if not 0 < expected <= found:
-        fact = f"is a LoRA of another base model: {expected - found} of its {expected} matrices have no place here"
+        fact = f"is a LoRA for another base model: {expected - found} of its {expected} matrices do not fit this one"
         raise ModelError("model.lora", fact, subject=path)
     pipe.fuse_lora(components=adapted, lora_scale=scale)
     pipe.unload_lora_weights()

@@ -15,7 +15,7 @@ from ringmark.inversion.models.families import family_of
 __all__ = ["check_noise_stage", "hook", "is_hooked", "unhook", "unhooked"]
 
 PICTURES = ("image", "images", "video", "image_latents", "reference_images", "timestep", "latent_timestep")
-"""Parameters of `prepare_latents` in pipelines whose latents do not start as noise alone."""
+"""Parameters of `prepare_latents` in pipelines whose latents do not start as pure noise."""
 
 Before = Callable[[Any, Mapping[str, Any]], None]
 Change = Callable[[Tensor], Tensor]
@@ -60,12 +60,12 @@ def _changed(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def check_noise_stage(pipe: Any) -> None:
-    """Raises ModelError unless the pipeline draws latents that are noise alone, by `prepare_latents`."""
+    """Raises ModelError unless the pipeline's `prepare_latents` draws pure noise."""
     name = type(pipe).__name__
     if not hasattr(pipe, "prepare_latents"):
-        raise ModelError("model.no-noise", "has no stage of its own that draws noise (prepare_latents)", subject=name)
+        raise ModelError("model.no-noise", "has no prepare_latents method to draw its noise", subject=name)
     if set(inspect.signature(pipe.prepare_latents).parameters) & set(PICTURES):
-        fact = "starts from a picture: its latents are not noise alone, and what is put into the noise gets lost"
+        fact = "starts from an image: its latents are not pure noise, so changes of the noise are mostly lost"
         raise ModelError("model.from-picture", fact, subject=name)
 
 
@@ -75,12 +75,12 @@ def is_hooked(pipe: Any) -> bool:
 
 
 def hook(pipe: Any, *, change: Change, before: Before) -> None:
-    """Change the initial noise of every call of this pipeline, whose class becomes a subclass of its own.
+    """Change the initial noise of every call of this pipeline, whose class becomes a subclass of its present one.
 
-    `before(pipe, arguments)` is called first, with the arguments of the call, defaults included. Then the pipeline
-    draws its noise as always, or takes the `latents` that are given; unpacked and of unit variance, (B, C, h, w) in
-    float32, it is replaced by `change(noise)`. Raises ModelError for a pipeline without such noise or of no known
-    family.
+    `before(pipe, arguments)` is called first, with the arguments of the call, including defaults. Then the pipeline
+    draws its noise as before, or takes the `latents` that it is given. This noise, unpacked to (B, C, h, w) in float32
+    and of unit variance, is replaced by `change(noise)`. Raises ModelError for a pipeline that does not start from pure
+    noise or belongs to no supported family.
     """
     check_noise_stage(pipe)
     family_of(pipe)

@@ -77,13 +77,13 @@ ON_ALPHA_BAR = ("epsilon", "v_prediction", "sample")
 class LatentModel:
     """A latent diffusion model as maps between images, latents and noise.
 
-    Wraps a loaded diffusers pipeline without changing it: `pipe` is a shallow copy, of the same modules. `empty` holds
-    the pipeline's arguments for the empty prompt; if it is given, the pipeline needs no text encoder to invert images.
+    Wraps a loaded diffusers pipeline without changing it: `pipe` is a shallow copy with the same modules. `empty` holds
+    the pipeline's arguments for the empty prompt; with these, the pipeline needs no text encoder to invert images.
 
-    `image_size` (H, W) and `latent_shape` (C, h, w) are the native ones; `sizes` are the usual ones of its family, the
-    native first. `channels` of latents, and `factor`, pixels per latent and side. `kind` (family, channels, factor) is
-    what keys are bound to; `identity` adds name and fingerprint, as recorded in keys and results. `recovery`: how well
-    its noise is recovered, if that has been measured. Raises ModelError for an unsupported kind of model.
+    `image_size` (H, W) and `latent_shape` (C, h, w) are native; `sizes` are the native size and then the usual sizes of
+    the family. Latents have `channels` channels, and `factor` image pixels per latent pixel and side. `kind` (family,
+    channels, factor) is what keys are bound to; `identity`, recorded in keys and results, adds name and fingerprint.
+    `recovery` is how well the model's noise is recovered, if measured. Raises ModelError for an unsupported model.
     """
 
     def __init__(
@@ -127,15 +127,15 @@ class LatentModel:
         empty: Mapping[str, Any] | None = None,
         offload: str | None = None,
     ) -> LatentModel:
-        """Load a pipeline as `load_pipeline` does; safetensors only, nothing is unpickled.
+        """Load a pipeline as `load_pipeline` does, from safetensors only.
 
-        `device` "auto" is CUDA if available; `dtype` None is float16 on CUDA and float32 on a CPU. Without `text`,
-        only the empty prompt works, whose `empty_prompt` must then be given as `empty`. `offload` keeps weights in main
-        memory until they are needed: those of a whole "model", or "sequential", layer by layer. Raises ModelError.
+        `device` "auto" is CUDA if available; `dtype` None is float16 on CUDA and float32 on a CPU. Without `text`, only
+        the empty prompt can be used, and its `empty_prompt` must be passed as `empty`. `offload` keeps weights in main
+        memory until they are needed: whole networks ("model"), or layer by layer ("sequential"). Raises ModelError.
         """
         place, dtype = placement(device, dtype)
         if offload and place.type == "cpu":
-            fact = "there is no accelerator whose memory could be spared: the model is in main memory"
+            fact = "offloading needs a GPU: on a CPU, the model is in main memory anyway"
             raise ModelError("model.offload", fact, subject=source)
         where = resolve(source)
         path = Path(where)
@@ -159,7 +159,7 @@ class LatentModel:
             return prediction
         fact = (
             f"its {type(scheduler).__name__} predicts {prediction!r}; "
-            f"only {', '.join(ON_ALPHA_BAR)} on a schedule of ᾱ, and rectified flow, are supported"
+            f"only {', '.join(ON_ALPHA_BAR)} with a schedule of ᾱ, and rectified flow, are supported"
         )
         raise ModelError("model.prediction", fact, subject=self.name)
 
@@ -217,7 +217,7 @@ class LatentModel:
         multiple = math.lcm(self.factor * self.family.patch, LEAST_MULTIPLE)
         if not all(side > 0 and side % multiple == 0 for side in size) or max(size) > MAX_SIDE * self.factor:
             height, width = size
-            fact = f"draws pictures whose sides are multiples of {multiple} pixels, not {width}x{height}"
+            fact = f"needs images with sides that are multiples of {multiple} pixels, not {width}x{height}"
             raise ModelError("model.size", fact, subject=self.name, multiple=multiple)
         return (self.channels, size[0] // self.factor, size[1] // self.factor)
 
@@ -252,7 +252,7 @@ class LatentModel:
 
     def _widened(self) -> LatentModel:
         """This model, whose autoencoder is from now on a copy in float32; that of the pipeline stays as it is."""
-        LOG.warning("%s: its autoencoder overflows in float16 and is computed in float32", self.name)
+        LOG.warning("%s: its autoencoder overflows in float16 and runs in float32 from now on", self.name)
         with quiet():
             wide = type(self.vae).from_config(self.vae.config)
             wide.load_state_dict(self.vae.state_dict())
@@ -333,8 +333,8 @@ class LatentModel:
     ) -> tuple[Tensor, Tensor]:
         """(noise, latents), each (B, C, h, w) in float32, as `pipe` draws them from unit normal noise of that shape.
 
-        The noise returned is what reached the first step, marked if `pipe` is. `sampler` is one of `SAMPLERS`, by
-        default the model's own; `generators`, one a picture, serve samplers that add noise. Raises ModelError.
+        The noise returned is what reached the first step, after any hook of `pipe`. `sampler` is one of `SAMPLERS`, by
+        default the model's own; `generators`, one per picture, are for samplers that add noise. Raises ModelError.
         """
         height, width = noise.shape[-2:]
         watched = Watched(self.sampler(sampler, steps, (height * self.factor, width * self.factor)))
@@ -344,9 +344,9 @@ class LatentModel:
         return first / getattr(watched.scheduler, "init_noise_sigma", 1.0), last
 
     def sampler(self, name: str | None, steps: int, size: Size | None = None) -> Any:
-        """A scheduler by its name in `SAMPLERS`, or like the pipeline's own, with as many steps, for pictures (H, W).
+        """The scheduler named in `SAMPLERS`, or a copy of the pipeline's own, set to `steps` steps for pictures (H, W).
 
-        Raises ModelError for one that does not exist or that the pipeline cannot use.
+        Raises ModelError if it does not exist or the pipeline cannot use it.
         """
         self._check_steps(steps)
         own, flow = self.pipe.scheduler, self.prediction == "flow_prediction"
@@ -356,7 +356,7 @@ class LatentModel:
         except (AssertionError, TypeError, ValueError) as error:
             if isinstance(error, RingmarkError):
                 raise
-            reason = str(error) or "they differ in how they shift time"
+            reason = str(error) or "they shift time differently"
             fact = f"does not work with {type(scheduler).__name__} in {counted(steps, 'step')} ({reason})"
             raise ModelError("model.sampler", fact, subject=self.name) from error
         return scheduler
@@ -377,7 +377,8 @@ class LatentModel:
     def schedule(self, steps: int, size: Size | None = None) -> Schedule:
         """The levels of a sampler with this many steps, spaced as in the model's scheduler. Raises ModelError.
 
-        DDIM on a schedule of ᾱ, Euler for rectified flow, whose levels may depend on the `size` (H, W) of the picture.
+        The sampler is DDIM on a schedule of ᾱ, and Euler for rectified flow, where the levels may depend on the `size`
+        (H, W) of the picture.
         """
         most = self._check_steps(steps)
         try:
@@ -405,7 +406,7 @@ def empty_prompt(
     device: str = "auto",
     dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """`LatentModel.empty` of this model, on the CPU, with nothing loaded but its text encoders. Raises ModelError."""
+    """`LatentModel.empty` of this model, on the CPU; loads only its text encoders. Raises ModelError."""
     place, dtype = placement(device, dtype)
     pipe = load_pipeline(source, revision=revision, loras=loras, network=False, dtype=dtype)
     with quiet():

@@ -1,4 +1,4 @@
-"""Where the files of a model lie: a diffusers folder, a repository of the hub, or a single file and its configs.
+"""Where the files of a model are: a diffusers folder, a repository on the hub, or a single file and its configs.
 
 Only names and headers are read here; what is missing or pickled is found before anything is loaded.
 """
@@ -26,7 +26,7 @@ POCKET = EMBEDDED["pocket"]
 
 INDEX = "model_index.json"
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
-"""Parts of diffusers pipelines that draw no picture from a prompt."""
+"""Parts of diffusers pipelines that drawing from a prompt does not need."""
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 CONFIGS = (".json", ".txt", ".model", ".jinja")
 WEIGHTS = re.compile(  # model.fp16-00001-of-00002.safetensors, model.safetensors.index.fp16.json; older: …-of-2.fp16.…
@@ -114,12 +114,12 @@ class Place:
                 kinds = Counter(file.get_slice(key).get_dtype() for key in file.keys())
         except (SafetensorError, OSError) as error:
             name = path.relative_to(self.folder) if self.folder in path.parents else path.name
-            raise self.refusal("model.damaged", f"{name} is cut off or damaged ({error})") from error
+            raise self.refusal("model.damaged", f"{name} is truncated or damaged ({error})") from error
         most = kinds.most_common(1)
         return STORED.get(most[0][0] if most else "F32", torch.bfloat16)
 
     def text_digest(self, loras: Sequence[Path] = ()) -> str:
-        """32 hex digits of a hash over all that decides how a prompt is encoded.
+        """32 hex digits of a hash over everything that determines how a prompt is encoded.
 
         These are the files of text encoders and tokenizers, the single file and LoRA files, with their names and sizes.
         Of a file of more than 1 MiB, the first MiB, which holds the header of a safetensors file, and 64 blocks of
@@ -170,7 +170,7 @@ def resolve(source: str | Path) -> str:
 
 
 def locate(source: str | Path, revision: str | None = None, dtype: torch.dtype | None = None) -> Place:
-    """Where this model lies. The network is used only for a hub id of which nothing is in the hub's cache.
+    """Where this model is. The network is used only for a hub id of which nothing is in the hub's cache.
 
     The configs of a single file are in the folder that holds it or in the folder beside it with the same stem. A hub
     id may end in "@revision". Raises ModelError.
@@ -183,7 +183,7 @@ def locate(source: str | Path, revision: str | None = None, dtype: torch.dtype |
         folders = [folder for folder in (path.with_suffix(""), path.parent) if (folder / INDEX).is_file()]
         if folders:
             return Place(where, folders[0], path)
-        fact = f"a single file says too little of its model: a diffusers folder with its configs is needed ({INDEX} …)"
+        fact = f"a single file does not hold the model's configs: a diffusers folder with them is needed ({INDEX} …)"
         raise ModelError("model.no-configs", fact, subject=source, folder=path.with_suffix(""))
     return cached(where, revision) or download(where, revision, dtype)
 
@@ -223,14 +223,14 @@ def download(source: str, revision: str | None, dtype: torch.dtype | None = None
     except ModelError:
         raise
     except Exception as error:  # of the hub's client, of its transport and of the network
-        fact = "no such file or folder, and no model of this name in the cache or reachable on the hub"
+        fact = "no such file or folder, and no model of this name is in the hub's cache or reachable on the hub"
         reason = (str(error).partition("\n")[0] or type(error).__name__).partition(". ")[0][:200]
         raise ModelError("model.unreachable", f"{fact} ({reason})", subject=source) from error
     return Place(source, Path(folder))
 
 
 def wanted(place: Place, names: Sequence[str], dtype: torch.dtype | None) -> list[str]:
-    """Which of a repository's files to download. Raises ModelError if the weights of a part are only there pickled."""
+    """Which of a repository's files to download. Raises ModelError if the weights of a part are pickled only."""
     if INDEX not in names:
         raise place.refusal("model.not-one", f"not a diffusers model (it has no {INDEX})")
     folders: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""The samplers of diffusers by the names that people know, and which of them add noise of their own."""
+"""The samplers of diffusers by their usual names, and which of them add noise at every step."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ STOCHASTIC = (
     *("DDPMScheduler", "DDPMParallelScheduler", "UnCLIPScheduler", "DDPMWuerstchenScheduler"),
     *("DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler", "SASolverScheduler", "ScoreSdeVeScheduler"),
 )
-"""Classes of schedulers that add noise in every step, whatever their settings."""
+"""Classes of schedulers that add noise at every step, whatever their settings."""
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Classes of schedulers by name, for networks trained on ᾱ and for rectified flow ("" if there is none).
+    """Scheduler classes by name: for networks trained on ᾱ, and for rectified flow; "" if there is none.
 
-    `settings` differ from the model's own.
+    `settings` override those of the model.
     """
 
     alpha_bar: str = ""
@@ -55,14 +55,15 @@ SAMPLERS: dict[str, Sampler] = {
 def make_sampler(name: str, own: Any, *, flow: bool) -> Any:
     """The sampler of this name with the noise schedule of a model's `own` scheduler.
 
-    `flow` says whether it is one of rectified flow. Raises ModelError for a name that does not exist or does not fit.
+    `flow`: the model is one of rectified flow. Raises ModelError for a name that does not exist or does not fit.
     """
     import diffusers
 
     fitting = {n: s.flow if flow else s.alpha_bar for n, s in SAMPLERS.items() if (s.flow if flow else s.alpha_bar)}
     if name not in fitting:
         known = ", ".join(fitting)
-        raise ModelError("model.sampler", f"is no sampler for this model; {known} are", subject=f"sampler {name!r}")
+        fact = f"is not available for this model; available samplers are {known}"
+        raise ModelError("model.sampler", fact, subject=f"sampler {name!r}")
     settings = dict(SAMPLERS[name].settings)
     if flow:
         shift = own.config.get("flow_shift") or own.config.get("shift") or 1.0
@@ -72,7 +73,7 @@ def make_sampler(name: str, own: Any, *, flow: bool) -> Any:
 
 
 def adds_noise(scheduler: Any, arguments: Mapping[str, Any]) -> bool:
-    """Whether a scheduler adds noise of its own after the first step of a pipeline's call with these arguments."""
+    """Whether a scheduler adds noise after the initial one in a pipeline's call with these arguments."""
     if arguments.get("num_inference_steps") == 1:
         return False
     config, parameters = scheduler.config, inspect.signature(scheduler.step).parameters

@@ -1,7 +1,7 @@
-"""Schedulers that make a diffusers pipeline answer questions: what the network predicts, and which levels it walks.
+"""Schedulers that find out what a pipeline's network predicts, and at which levels of noise the pipeline calls it.
 
-A pipeline asks its scheduler for timesteps and hands it every prediction. Prompts, guidance, packing of latents, signs
-and units of time thereby remain the pipeline's business.
+A pipeline gets its timesteps from its scheduler and passes every prediction to it. A scheduler of our own can therefore
+call the network while the pipeline itself handles prompts, guidance, packing of latents, signs and units of time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Asked:
         self.config = config
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Nothing: there is only one timestep."""
+        """Does nothing: there is only one timestep."""
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | None = None) -> Tensor:
         """The latents as they are: all levels have a² + s² = 1 or a + s = 1."""
@@ -43,7 +43,7 @@ class _Asked:
 
 
 class OneCall(_Asked):
-    """Asks for the one timestep `at`, and keeps the network's `output`, after guidance, in the pipeline's packing."""
+    """Makes the pipeline call its network once, at timestep `at`, and keeps the `output`, after guidance and packed."""
 
     at: float | int = 0
     output: Tensor
@@ -56,13 +56,13 @@ class OneCall(_Asked):
         sigmas: Any = None,
         mu: float | None = None,
     ) -> None:
-        """The one timestep, whatever the pipeline wishes."""
+        """The one timestep, whatever the pipeline asks for."""
         self.timesteps = torch.tensor([self.at], device=device)
         self.sigmas = self.timesteps / self.config.get("num_train_timesteps", 1000)
         self.num_inference_steps = 1
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True) -> tuple[Tensor]:
-        """Keep the output; the latents do not matter any more."""
+        """Keep the output; the latents no longer matter."""
         self.output = model_output
         return (sample,)
 
@@ -87,11 +87,11 @@ class Watched:
 
 
 class _Heard(Exception):
-    """The pipeline has said which levels it would walk."""
+    """The pipeline has named its levels."""
 
 
 class _Listening(_Asked):
-    """Sets the levels of another scheduler as the pipeline asks, then stops the pipeline."""
+    """Sets the levels of another scheduler as the pipeline asks for them, then stops the pipeline."""
 
     def __init__(self, own: Any) -> None:
         super().__init__(own.config)
@@ -112,10 +112,10 @@ class _Listening(_Asked):
 
 
 def set_levels(pipe: Any, scheduler: Any, steps: int, **call: Any) -> None:
-    """Set the levels of a scheduler as a pipeline wishes for the arguments of this `call`.
+    """Set the levels of a scheduler as the pipeline does in a `call` with these arguments.
 
-    They may depend on the size of the picture, through the shift of time. Raises what the scheduler raises if it cannot
-    do what the pipeline wishes: an AssertionError, TypeError or ValueError.
+    They may depend on the size of the picture, through the time shift. Raises AssertionError, TypeError or ValueError
+    if the scheduler cannot provide what the pipeline asks for.
     """
     try:
         with_scheduler(pipe, _Listening(scheduler))(num_inference_steps=steps, **call)

@@ -153,7 +153,7 @@ max_steps_option = click.option(
     "--max-steps", type=click.IntRange(0), help="Maximum steps of the decoder inversion.  [default: the method's own]"
 )
 steps_option = click.option("--steps", type=click.IntRange(1), default=25, show_default=True, help="DDIM steps.")
-size_option = click.option("--size", type=Size(), help="Size of the images in pixels.  [default: the model's own]")
+size_option = click.option("--size", type=Size(), help="Size of the images in pixels.  [default: the native size]")
 batch_option = click.option(
     "--batch", type=click.IntRange(1), default=8, show_default=True, help="Images processed at a time."
 )
@@ -178,7 +178,7 @@ model_options = grouped(
         default="pocket",
         show_default=True,
         help='"pocket" or "pocket_flow" (small models that ship with ringmark), a diffusers folder, a hub id or '
-        "id@revision, or a .safetensors file with its configs in the folder of the same name.",
+        "id@revision, or a .safetensors file with its configs in a folder of the same name.",
     ),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …"),
     click.option(
@@ -191,8 +191,8 @@ model_options = grouped(
     click.option(
         "--offload",
         type=click.Choice(["model", "sequential"]),
-        help="Keep weights in main memory until they are needed: by whole networks, or layer by layer, which needs the "
-        "least memory on the device and is slow.",
+        help="Keep weights in main memory until they are needed: whole networks (model), or layer by layer "
+        "(sequential), which needs the least GPU memory and is slow.",
     ),
 )
 
@@ -245,13 +245,13 @@ detection_options = grouped(
         type=Size(),
         multiple=True,
         metavar="WxH",
-        help="Size at which the images may have been drawn; may be repeated, and p is corrected for the number.  "
-        "[default: the image's own size or the model's usual ones, see the documentation]",
+        help="Size at which the images may have been drawn; may be repeated, and p is corrected for the number of "
+        "sizes.  [default: the sizes that fit each image]",
     ),
     click.option(
         "--thorough",
         is_flag=True,
-        help="Invert every image in full, even if cheaper stages settle the verdict. Finds further keys of an image.",
+        help="Run all stages of the inversion on every image, even once a key is found. Finds every key of an image.",
     ),
 )
 

@@ -1,4 +1,4 @@
-"""From a secret to unit normal numbers, the same on every platform.
+"""Expand a secret into standard normal numbers, the same on every platform.
 
 Number i of a label is Φ⁻¹((2n + 1) / 2⁵³), where Φ⁻¹ is the normal quantile and n the upper 52 bits of the i-th word of
 a stream. The stream is a hash in counter mode, SHA-256(secret ‖ label ‖ counter) for counter = 0, 1, 2, …, with the
@@ -19,7 +19,7 @@ WORDS = 4  # of 8 bytes in a SHA-256
 
 
 def normal(secret: bytes, label: str, count: int) -> NDArray[np.float64]:
-    """The first `count` unit normal numbers of this secret for this label; other labels give independent ones.
+    """The first `count` standard normal numbers of this secret and label; other labels give independent numbers.
 
     Odd multiples of 2⁻⁵³ are exact in float64, never 0 or 1, and symmetric about 1/2. No number exceeds 8.3.
     """

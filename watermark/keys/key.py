@@ -34,7 +34,7 @@ COMMON = ("scheme", "kind", "reference", "latent_shape", "model", "created")
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of latents: the models' family, the number of channels, and pixels of the picture per pixel of the latent.
+    """A kind of latents: the models' family, the number of channels, and image pixels per latent pixel and side.
 
     As text: 'stable-diffusion (4 channels, factor 8)'.
     """
@@ -49,17 +49,17 @@ class Kind:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Key:
-    """A key: a public description, `metadata`, and a `secret` of 32 bytes that its marks are expanded from.
+    """A key: a public description, `metadata`, and a `secret` of 32 bytes from which its marks are expanded.
 
-    `metadata` has the scheme's fields and those of COMMON: `kind` is the `Kind` of latents
-    that the key marks. `reference` (H, W) is a size in pixels whose shorter side is the unit of radii: radius r means r
-    cycles per that many pixels. `model` is the identity of the model that the key was made for.
+    `metadata` has the scheme's fields and those of COMMON. `kind` is the `Kind` of latents that the key marks.
+    `reference` (H, W) is a size in pixels; radius r means r cycles per its shorter side. `model` is the identity of the
+    model that the key was made for.
 
-    A key of an older file has float32 `values` in place of the secret, and `latent_shape` in place of kind and
-    reference; it marks latents of that shape only.
+    A key from an older file has float32 `values` in place of the secret and `latent_shape` in place of kind and
+    reference. It marks latents of that shape only.
 
-    `fingerprint` is 16 hex digits of a hash over both parts, without the creation time. Printing a key shows nothing
-    else.
+    `fingerprint` is 16 hex digits of a hash over description and secret, without the creation time. Printing a key
+    shows only the fingerprint.
     """
 
     metadata: dict[str, Any]
@@ -71,13 +71,13 @@ class Key:
 
     @classmethod
     def new(cls, secret: bytes | None = None, **metadata: Any) -> Key:
-        """A key made now; its secret comes from the operating system unless it is given (tests, experiments)."""
+        """A key made now. Its secret comes from the operating system unless it is given (tests, experiments)."""
         created = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return cls(metadata | {"created": created}, secret or secrets.token_bytes(SECRET_BYTES))
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """The shape (C, h, w) of latents at the reference size, or the only one that an old key marks."""
+        """The shape (C, h, w) of latents at the reference size; for an old key, the only shape that it marks."""
         if self.values is not None:
             channels, height, width = self.metadata["latent_shape"]
             return channels, height, width

@@ -214,7 +214,7 @@ class TreeRing:
         """Raises SchemeError for latents without bins in the mask, or for *zeros* with too few beside it."""
         if not self.numbers or (self.pattern == "zeros" and not self.sides):
             (low, high), (_, height, width) = self.placement.radii, self.latent_shape
-            fact = f"have too few frequencies at radii {low}-{high} of {self.side} pixels of the latent"
+            fact = f"have too few frequencies at radii {low}-{high}, in cycles per {self.side} latent pixels"
             raise SchemeError("scheme.size", fact, subject=f"latents of {height}x{width}")
 
     def _expanded(self, secret: bytes) -> Tensor:

@@ -55,12 +55,12 @@ def draw(
 ) -> list[Path]:
     """Draw an image for each prompt into `folder` as PNG, and write labels.csv (path, label, prompt, seed).
 
-    The model's pipeline draws them, by default at its native `size` (H, W) and by its own sampler, away from the
-    `negative` prompt; `loras` are those that the model was loaded with. Images are named by their seeds, which count up
-    from `first_seed`; images drawn by an earlier run are kept. Raises ModelError for settings that do not suit the
-    model, KeyFileError for a key of another kind of latents, SchemeError for a size that the key cannot mark,
-    StoreError for a folder with images of other settings or prompts and, without `force`, if a file that an earlier run
-    did not draw would be replaced.
+    The model's pipeline draws them, by default at its native `size` (H, W) and with its own sampler. `negative` is a
+    prompt for what they should not show; `loras` are those that the model was loaded with. Images are named by their
+    seeds, which count up from `first_seed`; images drawn by an earlier run are kept. Raises ModelError for settings
+    that the model does not support, KeyFileError for a key for another kind of latents, SchemeError for a size that the
+    key cannot mark, and StoreError for a folder with images of other settings or prompts and, without `force`, if a
+    file that an earlier run did not draw would be replaced.
     """
     size = size or model.image_size
     if key:

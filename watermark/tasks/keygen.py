@@ -38,9 +38,9 @@ class Grown:
 
 
 def new_key(model: Model, scheme: str = DEFAULT, calibration: Calibration | None = None, **parameters: Any) -> Key:
-    """A new key for a model, placed where the calibration or the model says that noise is best recovered.
+    """A new key for a model, placed where noise is best recovered according to the calibration or the model.
 
-    Its reference size is the one at which that was measured, or the model's own. `parameters` are those of the scheme.
+    Its reference size is that of the calibration or the model's native size. `parameters` are those of the scheme.
     Raises SchemeError for a mark that does not fit, CalibrationError for a calibration of another model or one without
     measured recovery.
     """

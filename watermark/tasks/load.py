@@ -65,9 +65,9 @@ def load_model(
 ) -> LatentModel:
     """The model of this name, with these LoRA files, loaded once: see `load_pipeline`.
 
-    `device` is as in torch, `dtype` one of torch's floating-point types; "auto" leaves either to the model. Without
-    `text` the model has no text encoders, which only drawing needs. Raises ModelError for a device that cannot be used
-    and for a model that cannot be loaded.
+    `device` is as in torch, `dtype` one of torch's floating-point types; "auto" is as in `LatentModel.from_pretrained`.
+    Without `text`, the text encoders, which only drawing needs, are left out. Raises ModelError for a device that
+    cannot be used and for a model that cannot be loaded.
     """
     if device != "auto":
         _check_device(device)
@@ -85,10 +85,10 @@ def load_model(
 def load_empty_prompt(
     source: str, device: torch.device, dtype: torch.dtype, *, loras: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """The empty prompt as the model's network takes it, from the user's cache folder.
+    """The embedding of the empty prompt, from the user's cache folder.
 
-    It is kept there under a digest of all that it depends on, so that text encoders are loaded only once. The folder,
-    RINGMARK_CACHE or the system's for caches, need not exist or be writable. Raises ModelError.
+    It is stored there under a digest of everything that it depends on, so the text encoders are loaded only once. The
+    folder, RINGMARK_CACHE or else the system's cache folder, need not exist or be writable. Raises ModelError.
     """
     file = _prompt_file(source, dtype, loras)
     try:
@@ -100,7 +100,7 @@ def load_empty_prompt(
         try:
             write_atomic(file, save(kept))
         except OSError as error:
-            LOG.info("the empty prompt is not kept: %s", error)
+            LOG.info("the embedding of the empty prompt cannot be stored: %s", error)
     lists = {name.removesuffix(ROW): [values] for name, values in kept.items() if name.endswith(ROW)}
     return {name: values for name, values in kept.items() if not name.endswith(ROW)} | lists
 
@@ -125,7 +125,7 @@ def _check_device(device: str) -> None:
     try:
         torch.device(device)
     except RuntimeError as error:  # torch's message lists every kind that it was ever built for
-        raise ModelError("model.device", "is not a name of a device", subject=f"device {device}") from error
+        raise ModelError("model.device", "is not the name of a device", subject=f"device {device}") from error
     try:
         torch.empty(1, device=device)
     except (AssertionError, RuntimeError) as error:  # torch asserts that it was built with CUDA

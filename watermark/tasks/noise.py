@@ -20,12 +20,12 @@ __all__ = ["write_noise"]
 def write_noise(
     key: Key, path: Path, seeds: Sequence[int], *, size: Size | None = None, force: bool = False
 ) -> tuple[int, int, int]:
-    """Write unit normal noise with the mark of a key, one for each seed, and return its shape (C, h, w).
+    """Write standard normal noise with the mark of a key, one sample for each seed, and return its shape (C, h, w).
 
-    The file has the tensor "noise" (N, C, h, w), float32, and the description as JSON in its metadata under "ringmark".
-    It can only be read by its owner, since it holds the key's values. It is for pictures of `size` (H, W), by default
-    the key's reference size. Raises StoreError for a file that exists, unless `force`; ModelError for a size that has
-    no whole latents, and SchemeError for an old key and a size, which it does not know.
+    The file holds the float32 tensor "noise" (N, C, h, w) and, in its metadata under "ringmark", a description in JSON.
+    Only its owner can read it, because it reveals the mark. The noise is for images of `size` (H, W), by default the
+    key's reference size. Raises StoreError for a file that exists, unless `force`; ModelError for a size that is not a
+    whole number of latent pixels; and SchemeError for a size given with an old key, which marks only its own.
     """
     from safetensors.torch import save
 
@@ -42,11 +42,11 @@ def _latent_shape(key: Key, size: Size | None) -> tuple[int, int, int]:
     if size is None:
         return key.latent_shape
     if key.values is not None:
-        fact = f"marks only latents of {'x'.join(map(str, key.latent_shape))}, not any other size"
+        fact = f"marks only latents of {'x'.join(map(str, key.latent_shape))}, so no size can be chosen"
         raise SchemeError("scheme.old-key", fact, subject=f"key {key.fingerprint[:8]}")
     kind = Kind(**key.metadata["kind"])
     multiple = kind.factor * max((family.patch for family in FAMILIES if family.name == kind.family), default=1)
     if any(side < multiple or side % multiple for side in size):
-        fact = f"has pictures whose sides are multiples of {multiple} pixels, not {size[1]}x{size[0]}"
+        fact = f"needs images with sides that are multiples of {multiple} pixels, not {size[1]}x{size[0]}"
         raise ModelError("model.size", fact, subject=kind.family, multiple=multiple)
     return kind.channels, size[0] // kind.factor, size[1] // kind.factor

@@ -32,7 +32,7 @@ from ringmark.watermark.cli.options import (
     help="The calibration file to write. Unfinished work is kept in the folder OUTPUT.unfinished: run the same command "
     "to resume, or delete the folder.",
 )
-@click.option("--size", type=Size(), metavar="WxH", help="Size to which images are fitted.  [default: the model's]")
+@click.option("--size", type=Size(), metavar="WxH", help="Size to which images are fitted.  [default: the native size]")
 @click.option("--plot", type=FIGURE, help="Draw how well noise is recovered, by ring, into this PNG or SVG.")
 @inversion_options
 @batch_option

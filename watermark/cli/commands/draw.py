@@ -1,4 +1,4 @@
-"""Draw images; draw noise for other tools."""
+"""Draw images; write noise for other tools."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ringmark.watermark.cli.options import (
 
 
 @click.command()
-@click.option("-o", "--output", type=PATH, required=True, help="The folder to draw into.")
+@click.option("-o", "--output", type=PATH, required=True, help="Folder for the images.")
 @click.option("--key", "key_path", type=PATH, help="Mark the images with this key.")
 @click.option("--no-mark", is_flag=True, help="Draw unmarked images.")
 @click.option("-n", "--number", type=click.IntRange(1), help="Number of images.  [default: one for each prompt]")
@@ -40,7 +40,7 @@ from ringmark.watermark.cli.options import (
 @click.option(
     "--sampler",
     type=click.Choice(list(SAMPLERS)),
-    help="euler-a, dpm++-sde, lcm and ddpm add noise of their own and lose most marks.  [default: the model's own]",
+    help="euler-a, dpm++-sde, lcm and ddpm add noise at every step and lose most marks.  [default: the model's own]",
 )
 @click.option("--lora", "loras", multiple=True, help="A LoRA file, or FILE:SCALE; may be repeated.")
 @batch_option
@@ -102,7 +102,7 @@ def generate(
 @click.command()
 @click.option("-o", "--output", type=FilePath(".safetensors"), required=True, help="The file to write.")
 @click.option("--key", "key_path", type=PATH, required=True, help="The key to embed.")
-@click.option("-n", "--number", type=click.IntRange(1), default=1, show_default=True, help="Number of noises.")
+@click.option("-n", "--number", type=click.IntRange(1), default=1, show_default=True, help="Number of noise samples.")
 @click.option("--size", type=Size(), help="Size of the images in pixels.  [default: the key's reference size]")
 @seed_option
 @force_option
@@ -110,10 +110,10 @@ def generate(
 def noise(
     output: Path, key_path: Path, number: int, size: tuple[int, int] | None, seed: int, force: bool, as_json: bool
 ) -> None:
-    """Draw marked initial noise for other tools, such as ComfyUI.
+    """Write marked initial noise for other tools, such as ComfyUI.
 
-    The file holds the tensor "noise", float32 of shape (N, channels, height, width) in latents. It gives the key away
-    to anyone who reads it: keep it secret. No model is loaded.
+    The file holds the float32 tensor "noise" of shape (N, channels, height, width), in latent pixels. Anyone who has
+    the file can read the mark from it: keep it secret. No model is loaded.
 
     \b
     Example:
@@ -123,5 +123,5 @@ def noise(
     from ringmark.watermark.tasks.noise import write_noise
 
     shape = write_noise(Key.load(key_path), output, list(range(seed, seed + number)), size=size, force=force)
-    text = f"{counted(number, 'marked noise')} of {'x'.join(map(str, shape))} in {output}. Keep it secret."
+    text = f"{counted(number, 'marked noise sample')} of shape {'x'.join(map(str, shape))} in {output}. Keep it secret."
     say({"path": str(output), "number": number, "shape": shape}, text, as_json)

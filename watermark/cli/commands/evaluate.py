@@ -109,7 +109,7 @@ def roc(
 )
 @seed_option
 @guidance_option
-@click.option("--size", type=Size(), metavar="WxH", help="Size of the images.  [default: the model's]")
+@click.option("--size", type=Size(), metavar="WxH", help="Size of the images.  [default: the native size]")
 @max_steps_option
 @steps_option
 @batch_option
