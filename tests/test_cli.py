@@ -25,7 +25,7 @@ from ringmark.watermark.tasks import draw as drawing
 from ringmark.watermark.tasks import info as facts
 from ringmark.watermark.tasks import load
 
-OWN_WORDS = ("output", "key_paths", "key_path", "number", "calibration", "plot", "explain", "seed", "labels")
+OWN_WORDS = ("output", "key_paths", "key_path", "number", "calibration", "plot", "explain", "seed", "size", "labels")
 """Options whose meaning depends on the command."""
 
 

@@ -152,7 +152,9 @@ class DetectionOptions:
 max_steps_option = click.option(
     "--max-steps", type=click.IntRange(0), help="Maximum steps of the decoder inversion.  [default: the method's own]"
 )
-steps_option = click.option("--steps", type=click.IntRange(1), default=25, show_default=True, help="DDIM steps.")
+steps_option = click.option(
+    "--steps", type=click.IntRange(1), default=25, show_default=True, help="Steps of the sampler."
+)
 size_option = click.option("--size", type=Size(), help="Size of the images in pixels.  [default: the native size]")
 batch_option = click.option(
     "--batch", type=click.IntRange(1), default=8, show_default=True, help="Images processed at a time."

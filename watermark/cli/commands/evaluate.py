@@ -13,7 +13,6 @@ from ringmark.watermark.cli.options import (
     PATH,
     Finite,
     ModelOptions,
-    Size,
     batch_option,
     calibration_option,
     force_option,
@@ -24,6 +23,7 @@ from ringmark.watermark.cli.options import (
     names,
     say,
     seed_option,
+    size_option,
     steps_option,
     warn,
 )
@@ -109,7 +109,7 @@ def roc(
 )
 @seed_option
 @guidance_option
-@click.option("--size", type=Size(), metavar="WxH", help="Size of the images.  [default: the native size]")
+@size_option
 @max_steps_option
 @steps_option
 @batch_option
