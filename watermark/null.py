@@ -1,11 +1,10 @@
 """The null, a model of noise recovered from unmarked images, and whitening by it.
 
-Bins are those of orthonormal 2-D transforms; rings are `inversion.noise_recovery.rings`, whose unit is the shorter side
-of the latents that the null was measured on: at any other size, a bin has the covariance of its frequency in cycles per
-pixel. It is that of the nearest ring, because neighbouring rings hardly differ, and because each table then serves its
-own size exactly. The real and imaginary parts
-of a bin and the bins of a ring are assumed to be uncorrelated and of equal variance; the channels of a bin may be
-correlated.
+Bins are those of orthonormal 2-D transforms. Rings are those of `inversion.noise_recovery.rings`; their unit is the
+shorter side of the latents on which the null was measured. At another size, a bin has the covariance of the ring
+nearest to its frequency in cycles per pixel. There is no interpolation, because neighbouring rings hardly differ and
+each table must hold exactly at its own size. The real and imaginary parts of a bin and the bins of a ring are assumed
+to be uncorrelated and of equal variance; the channels of a bin may be correlated.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ class Null:
     def of_model(cls, model: Known, latent_shape: tuple[int, int, int] | None = None) -> Null:
         """The null of a model: its measured variances with independent channels, or white noise.
 
-        It is for latents of this shape, by default the model's own.
+        It is for latents of this shape, by default the model's native one.
         """
         if model.recovery is None:
             return cls.white(latent_shape or model.latent_shape)
@@ -79,7 +78,7 @@ class Null:
     def at(self, latent_shape: tuple[int, int, int]) -> Null:
         """The null of latents (C, h, w) of another size: the same covariance by frequency, and no mean.
 
-        The mean of one size says nothing of another: its bins have other frequencies and phases.
+        The mean at one size says nothing about another, whose bins have other frequencies and phases.
         """
         if not isinstance(self.mean, Tensor) or self.mean.shape == latent_shape:
             return self
