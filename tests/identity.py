@@ -35,7 +35,7 @@ class Identity:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return latents / 4
 
-    def condition(self, prompts: list[str], *, guidance: float = 1.0) -> Condition:
+    def condition(self, prompts: list[str], *, guidance: float = 1.0, negative: str = "") -> Condition:
         return Condition({"prompt_embeds": torch.zeros(len(prompts), 1, 1)})
 
     @property
@@ -85,10 +85,17 @@ def key(seed: int, pattern: str = "ring", radii: tuple[int, int] = (2, 8), **cha
 
 
 def generate(
-    model: Identity, prompts: list[str], seeds: list[int], *, key: Key | None, steps: int, **_: Any
+    model: Identity,
+    prompts: list[str],
+    seeds: list[int],
+    *,
+    key: Key | None,
+    steps: int,
+    size: tuple[int, int],
+    **_: Any,
 ) -> Iterator:
     """`ringmark.watermark.embed.generate` for a model without a pipeline."""
-    noise = initial_noise(seeds, model.latent_shape)
+    noise = initial_noise(seeds, model.noise_shape(size))
     noise = scheme_of(key).embed(noise) if key else noise
     images = model.decode(sample(model, noise, model.condition(prompts), model.schedule(steps))).clamp(-1, 1)
     yield from map(Drawn, images, noise, prompts, seeds)

@@ -39,10 +39,10 @@ def recoverer() -> Recoverer:
     return Recoverer(MODEL, INVERTERS["encoder"], 2)
 
 
-def drawn(folder: Path, number: int, first_seed: int = 0, model=MODEL, marked: Key | None = None) -> Path:
+def drawn(folder: Path, number: int, first_seed: int = 0, model=MODEL, marked: Key | None = None, size=None) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tasks, "generate", generate)
-        tasks.draw(model, folder, [""] * number, first_seed, key=marked, steps=2, guidance=1.0)
+        tasks.draw(model, folder, [""] * number, first_seed, key=marked, steps=2, guidance=1.0, size=size)
     return folder
 
 
@@ -118,8 +118,9 @@ def test_only_enough_images_of_this_very_model_tell_how_well_noise_comes_back(tm
         identity = MODEL.identity | {"fingerprint": "1"}
 
     folders = [drawn(tmp_path / "few", KNOWN - 1), drawn(tmp_path / "others", 9, 1000, Other())]
+    folders += [drawn(tmp_path / "larger", 2, 2000, size=(64, 64))]
     found = calibrate(recoverer(), Unmarked.of(folders), tmp_path / "my.cal")
-    assert found.calibration.recovery is None and found.calibration.sources == {"drawn": KNOWN - 1, "given": 9}
+    assert found.calibration.recovery is None and found.calibration.sources == {"drawn": KNOWN - 1, "given": 11}
     one_more = drawn(tmp_path / "one more", 1, 500)
     found = calibrate(recoverer(), Unmarked.of([*folders, one_more]), tmp_path / "my.cal")
     assert found.calibration.recovery is not None and "recommended mark: channels" in found.sentence()

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -30,16 +30,24 @@ __all__ = ["KNOWN", "Calibrated", "Unmarked", "calibrate", "recovery_of"]
 KNOWN = 32  # images of known noise; with fewer, its recovery is poorly measured, above all on rings of few bins
 
 
+class Origin(NamedTuple):
+    """What an image was drawn from: the model's fingerprint, the noise's seed, and (H, W) unless it was the native."""
+
+    fingerprint: str
+    seed: int
+    size: tuple[int, int] | None
+
+
 @dataclass(frozen=True)
 class Unmarked:
     """Images for a calibration, assumed to be unmarked.
 
-    `paths` has no duplicates. `drawn` holds the model's fingerprint and the noise seed of each image drawn by ringmark.
+    `paths` has no duplicates. `drawn` holds the origin of each image drawn by ringmark.
     `errors` has a line for each folder that could not be listed.
     """
 
     paths: list[Path]
-    drawn: dict[Path, tuple[str, int]]
+    drawn: dict[Path, Origin]
     errors: list[str]
 
     @classmethod
@@ -59,8 +67,8 @@ class Unmarked:
         return cls(paths, drawn, [str(error) for listing in listings for error in listing.unlisted])
 
 
-def _drawn(folder: Path) -> dict[str, tuple[str, int]]:
-    """Model fingerprint and seed of each image drawn into a folder. Raises CalibrationError for marked images."""
+def _drawn(folder: Path) -> dict[str, Origin]:
+    """The origin of each image drawn into a folder. Raises CalibrationError for marked images."""
     path = folder / DRAWN
     if not path.is_file():
         return {}
@@ -69,20 +77,21 @@ def _drawn(folder: Path) -> dict[str, tuple[str, int]]:
         raise CalibrationError("calibration.marked", f"its images were drawn with key {str(key)[:8]}", subject=folder)
     model = settings.get("model")
     fingerprint = model.get("fingerprint", "") if isinstance(model, dict) else ""
-    return {r["sample_id"]: (fingerprint, r["seed"]) for r in records if _is_seed(r.get("seed"))}
+    size = tuple(settings["size"]) if settings.get("size") else None  # older runs drew at the native size only
+    return {r["sample_id"]: Origin(fingerprint, r["seed"], size) for r in records if _is_seed(r.get("seed"))}
 
 
 def _is_seed(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def _refuse_repeated(drawn: dict[Path, tuple[str, int]]) -> None:
+def _refuse_repeated(drawn: dict[Path, Origin]) -> None:
     """Raises CalibrationError for two images drawn from the same noise, since they are not independent."""
-    first: dict[tuple[str, int], Path] = {}
+    first: dict[Origin, Path] = {}
     for path, made in drawn.items():
         other = first.setdefault(made, path)
         if other != path:
-            fact = f"was drawn from the same noise (seed {made[1]}) as {one_line(other)}"
+            fact = f"was drawn from the same noise (seed {made.seed}) as {one_line(other)}"
             raise CalibrationError("calibration.same-noise", fact, subject=path)
 
 
@@ -156,12 +165,13 @@ def calibrate(
         early = [recover(stage, paths, name=f"calibrate, {stage.steps} steps").noise for stage in stages]
     left_out = [f"{one_line(files.ids[i])}: {reason}, so it is left out" for i, reason in unusable.items()]
     errors = [*images.errors, *map(str, files.refused), *left_out]
-    seeds = _seeds(recoverer.model, images, paths)
+    fitted = size or recoverer.model.image_size
+    seeds = _seeds(recoverer.model, images, paths, fitted)
     counts = {"drawn": len(seeds), "given": len(kept) - len(seeds)}
     sources = {kind: count for kind, count in counts.items() if count}
 
     def measured(stage: Recoverer, noise: Tensor, recovery: NoiseRecovery | None = None) -> Calibration:
-        settings = stage.settings_at(size or stage.model.image_size)
+        settings = stage.settings_at(fitted)
         return Calibration.measure(noise, settings.as_dict(), sources, recovery=recovery)
 
     try:
@@ -185,10 +195,11 @@ def _copies(files: RecoveredFiles) -> dict[int, str]:
     return copies
 
 
-def _seeds(model: Model, images: Unmarked, paths: list[Path]) -> dict[int, int]:
-    """Noise seeds of the images that this model drew, by position in `paths`."""
+def _seeds(model: Model, images: Unmarked, paths: list[Path], size: tuple[int, int]) -> dict[int, int]:
+    """Noise seeds of the images that this model drew at this size (H, W), by position in `paths`."""
     made = {i: images.drawn[path] for i, path in enumerate(paths) if path in images.drawn}
-    return {i: seed for i, (fingerprint, seed) in made.items() if fingerprint == model.identity["fingerprint"]}
+    mine = (model.identity["fingerprint"], size)
+    return {i: o.seed for i, o in made.items() if (o.fingerprint, o.size or model.image_size) == mine}
 
 
 def _recovery(noise: Tensor, seeds: dict[int, int]) -> NoiseRecovery | None:
