@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ringmark.inversion.solve import State, norms
 
-__all__ = ["Adam", "Anderson", "ForwardStep", "InertialKM"]
+__all__ = ["Adam", "Anderson", "ForwardStep", "InertialKM", "Operator"]
 
 
 def _each(per_sample: Tensor, like: Tensor) -> Tensor:
@@ -168,3 +168,64 @@ class Anderson:
         # solve_ex, because solve raises for the whole batch if one sample's system is singular
         mix, _ = torch.linalg.solve_ex(gram + self.ridge * eye, right)
         return torch.nan_to_num(mix * inverse, nan=0.0, posinf=0.0, neginf=0.0).float()
+
+
+@dataclass(frozen=True)
+class Operator:
+    """z ← z − P [T(z); z] with P (C × 2C) fitted to a picture whose latent is known: the rendering of the encoder's.
+
+    An iterate (2, C, h, w) holds the picture's latents, which start at y = E(x), and those of its rendering D(y), which
+    start at E(D(y)). The rendering's answer is y, so its error w − y is known at every step, and
+
+        P = argmin Σ_sites |w − y − P [T(w); w]|² + ridge
+
+    tells T what to correct and shrinks the latents as E∘D requires. Where neither says anything about the error, P is
+    small. The ridge is the mean square of T or of w times the regressors per site, so that few sites give a small P.
+    The rendering's error never grows, since P = 0 would keep it.
+
+    A picture that was altered has T that no rendering has. Its change is multiplied, ring by ring of frequencies, by
+    `allowance` times the power of the rendering's T over that of its own, at most 1.
+    """
+
+    allowance: float = 2.0
+
+    def init(self, z: Tensor) -> State:
+        return {"answer": z[:, 0].clone()}
+
+    def step(self, z: Tensor, t: Tensor, error: Tensor, state: State) -> tuple[Tensor, State]:
+        seen = torch.cat([t, z], 2)
+        p = fitted(seen[:, 1], z[:, 1] - state["answer"])
+        change = torch.einsum("bcf,bpfhw->bpchw", p, seen)
+        share = (self.allowance * ring_power(t[:, 1]) / ring_power(t[:, 0])).nan_to_num(1.0).clamp(max=1.0)
+        shrunk = filtered(change[:, 0], share)
+        return z - torch.stack([shrunk, change[:, 1]], 1), state
+
+
+def fitted(seen: Tensor, error: Tensor) -> Tensor:
+    """P (B, C, 2C) with P `seen` ≈ `error` over all sites, by ridge regression of (B, C, h, w) on (B, 2C, h, w)."""
+    x, e = seen.flatten(2).double(), error.flatten(2).double()
+    regressors, sites = x.shape[1:]
+    gram = x @ x.mT
+    power = gram.diagonal(dim1=1, dim2=2).unflatten(1, (2, -1)).mean(2)  # of T and of the latents
+    ridge = (power * regressors / sites).repeat_interleave(regressors // 2, 1)
+    p, _ = torch.linalg.solve_ex(gram + torch.diag_embed(ridge), x @ e.mT)
+    return torch.nan_to_num(p.mT, nan=0.0, posinf=0.0, neginf=0.0).float()
+
+
+def rings(height: int, width: int) -> Tensor:
+    """The ring (h, w // 2 + 1) of each frequency of `rfft2`, in cycles per longer side."""
+    side = max(height, width)
+    return torch.hypot(torch.fft.fftfreq(height)[:, None] * side, torch.fft.rfftfreq(width) * side).round().long()
+
+
+def ring_power(x: Tensor) -> Tensor:
+    """Power of x (B, C, h, w) at each frequency of `rfft2` (B, h, w // 2 + 1), summed over its ring and channels."""
+    power = torch.fft.rfft2(x).abs().square().sum(1)
+    ring = rings(*x.shape[-2:]).to(x.device)
+    sums = power.new_zeros(len(x), int(ring.max()) + 1).index_add_(1, ring.flatten(), power.flatten(1))
+    return sums[:, ring]
+
+
+def filtered(x: Tensor, share: Tensor) -> Tensor:
+    """x (B, C, h, w) with its frequencies multiplied by `share` (B, h, w // 2 + 1)."""
+    return torch.fft.irfft2(torch.fft.rfft2(x) * share[:, None], s=x.shape[-2:])

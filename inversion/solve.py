@@ -51,7 +51,7 @@ class Solution:
 
     `value` (B, …) is the best iterate. `residuals` (K, B) are ‖T‖ and `merits` (K, B) the criterion for the best
     iterate, both NaN once a sample has stopped. `steps` (B,) counts evaluations, `status` says why each sample stopped,
-    and `chosen` (B,) is the evaluation that gave the value.
+    and `chosen` (B,) is the evaluation that gave the value, or from which the last step led to it.
     """
 
     value: Tensor
@@ -157,6 +157,8 @@ def solve(
     max_steps: int,
     tol: float | Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
+    first: tuple[Tensor, Tensor] | None = None,
+    judged: bool = True,
 ) -> Solution:
     """Solve T(z) = 0 for each sample of a batch independently.
 
@@ -165,13 +167,17 @@ def solve(
     that stalls above it also stops. With None, all steps are taken unless T becomes zero or diverges. The returned
     value is the evaluated iterate with the lowest merit, so it is never worse than the start. `progress(k, active)` is
     called after each evaluation. State and iterates are float32 for any dtype of the maps.
+
+    `first` is T and the error at the start if they are known already. If not `judged`, the value is the iterate after
+    the last step, whatever the merits, and T is not evaluated there: for a method that needs no merit. A sample that
+    diverged still gets its best iterate.
     """
     z = start.float()
     limits = None if tol is None else torch.as_tensor(tol, dtype=z.dtype, device=z.device).expand(len(z))
     rows, state, best = torch.arange(len(z), device=z.device), method.init(z), _Progress.start(z)
     sizes, merits = _Log(len(z)), _Log(len(z))
-    for k in range(max_steps + 1 if max_steps else 0):
-        t, error = evaluated(residual, z, rows)
+    for k in range(max_steps + judged if max_steps else 0):
+        t, error = first if first and k == 0 else evaluated(residual, z, rows)
         size, merit = norms(t), norms(error)
         best.update(rows, z, size, merit)
         sizes.add(rows, size)
@@ -185,6 +191,10 @@ def solve(
             rows, z, t, error = rows[keep], z[keep], t[keep], error[keep]
             state = {name: s[keep] for name, s in state.items()}
         z, state = method.step(z, t, error, state)
+    else:
+        if not judged:
+            best.value[rows] = z
+            best.chosen[rows.cpu()] = max(0, max_steps - 1)
     return Solution(
         value=best.value,
         residuals=sizes.stack(),

@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from ringmark.inversion.methods import Adam, Anderson, ForwardStep, InertialKM
+from ringmark.inversion.methods import Adam, Anderson, ForwardStep, InertialKM, Operator, filtered, ring_power
 from ringmark.inversion.solve import Status, norms, solve
 
 
@@ -202,3 +202,37 @@ def test_anderson_with_repeated_differences_stays_finite():
 def test_anderson_that_cannot_work_is_refused(bad):
     with pytest.raises(ValueError, match="Anderson"):
         Anderson(**bad)
+
+
+def test_the_error_of_the_rendering_never_grows():
+    """P = 0 would keep it, and P is fitted to it."""
+    method, z = Operator(), torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    state = method.init(z)
+    before = norms(z[:, 1] - state["answer"])
+    for k in range(4):
+        t = torch.randn(z.shape, generator=torch.Generator().manual_seed(k + 1)) + 0.3 * z
+        z, state = method.step(z, t, t, state)
+        after = norms(z[:, 1] - state["answer"])
+        assert (after < before).all()
+        before = after
+
+
+def test_the_operator_moves_least_where_a_picture_has_what_its_rendering_lacks():
+    """The change at a frequency is multiplied by the allowance times the ratio of powers, at most 1."""
+    z = torch.randn(1, 2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    t = torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
+    loud = t.clone()
+    loud[:, 0] *= 10
+    free, held = (Operator(allowance).step(z, loud, t, Operator().init(z))[0] - z for allowance in (1e9, 1.0))
+    assert torch.allclose(held[:, 1], free[:, 1])
+    ratio = ring_power(t[:, 1]) / ring_power(loud[:, 0])
+    assert torch.allclose(held[:, 0], filtered(free[:, 0], ratio), atol=1e-5)
+    assert norms(held[:, 0]) < 0.05 * norms(free[:, 0])
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (7, 10)])
+def test_rings_hold_frequencies_and_mirror_frequencies_alike(shape):
+    x = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(0))
+    power = ring_power(x)
+    assert torch.allclose(power[:, 1:], power[:, 1:].flip(1))
+    assert torch.allclose(filtered(x, torch.ones_like(power)), x, atol=1e-6)

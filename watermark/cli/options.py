@@ -198,7 +198,7 @@ model_options = grouped(
     ),
 )
 
-METHODS = ("encoder", "forward", "km", "adam", "anderson", "guarded", "gradient", "gradient-lean")
+METHODS = ("encoder", "forward", "km", "adam", "anderson", "guarded", "operator", "gradient", "gradient-lean")
 """The names of inversion.decoder.INVERTERS, which needs torch to import."""
 
 inversion_options = grouped(

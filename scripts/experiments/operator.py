@@ -1,0 +1,142 @@
+"""Decoder inversion with a step learnt from each picture's own rendering, on any autoencoder.
+
+    python -m scripts.experiments operator -o build/operator --images FOLDER                          # pocket's
+    python -m scripts.experiments operator -o build/operator --images FOLDER --autoencoder FOLDER
+
+Photographs are encoded, decoded and rounded to 8 bits, so that their latents are known. The first pictures of the
+folder are skipped: they are for choosing settings, the others for measuring them. The gain is the encoder's NMSE minus
+the method's, in dB, with a 95 % interval from Student's t.
+
+The folder of an autoencoder holds `load.py` with `load() -> (encode, decode)`, from (B, 3, H, W) in [-1, 1] to latents
+and back. Only run code that you trust.
+"""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import torch
+from scipy import stats
+from torch import Tensor
+
+from ringmark.data.images import read_sample, to_array
+from ringmark.data.sources import find_images
+from ringmark.inversion.decoder import INVERTERS, Autoencoder, Inverter, decoder_residual, in_slices
+from ringmark.inversion.methods import ForwardStep, Operator
+from ringmark.inversion.metrics import cocoercivity, nmse_db, trace
+from ringmark.inversion.solve import State
+from scripts.experiments.autoencoders import Pair
+from scripts.experiments.common import Bench, eight_bit, experiment, line, share
+from scripts.experiments.plots import columns, panels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STEPS = 5
+FORWARD = (0.3, 1.0)  # ρ of the plain steps
+ANDERSON = {
+    "Anderson, 2 steps": Inverter(max_steps=2, early=False),
+    "Anderson, default": INVERTERS["anderson"],
+}
+
+
+@dataclass(frozen=True)
+class Watched(Operator):
+    """The operator step, with the picture's latents after each step."""
+
+    path: list[Tensor] = field(default_factory=list)
+
+    def step(self, z: Tensor, t: Tensor, error: Tensor, state: State) -> tuple[Tensor, State]:
+        after, state = super().step(z, t, error, state)
+        self.path.append(after[:, 0])
+        return after, state
+
+
+@torch.inference_mode()
+def paths(model: Autoencoder, images: Tensor, start: Tensor) -> Iterator[tuple[str, tuple[int, list[Tensor]]]]:
+    """Evaluations a step and z_0 … z_STEPS of the operator and of plain steps z ← z − ρ T(z)."""
+    watched = Watched()
+    Inverter(watched, STEPS, early=False)(model, images)
+    yield "operator", (2, [start, *watched.path])
+    residual = decoder_residual(in_slices(model.encode, 2), in_slices(model.decode, 2), images, start)
+    for rho in FORWARD:
+        yield f"forward step {rho:g}", (1, [z for z, _ in trace(residual, start, ForwardStep(rho), STEPS)])
+
+
+@torch.inference_mode()
+def photographs(model: Autoencoder, paths: list[Path], side: int) -> tuple[Tensor, Tensor]:
+    """8-bit pictures (N, 3, side, side) that the decoder makes of photographs' latents, and these latents."""
+    photos = torch.stack([torch.from_numpy(to_array(read_sample(p, (side, side)).image)) for p in paths])
+    latents = torch.cat([model.encode(x) for x in photos.split(4)])
+    return eight_bit(torch.cat([model.decode(z) for z in latents.split(4)])), latents
+
+
+def row_of(way: str, evaluations: float, gain: Tensor) -> dict:
+    mean, half = float(gain.mean()), float(stats.t.ppf(0.975, len(gain) - 1) * gain.std() / len(gain) ** 0.5)
+    return {
+        "method": way,
+        "evaluations": evaluations,
+        "gain dB": mean,
+        "low": mean - half,
+        "high": mean + half,
+        "worst": float(gain.min()),
+        "images that lose": int((gain < 0).sum()),
+    }
+
+
+def condition_of(way: str, path: list[Tensor], truth: Tensor) -> dict:
+    """Where a step S = z_k − z_{k+1} meets Theorem 1's condition about the true latent: ⟨S, z_k − z*⟩ > ‖S‖² / 2.
+
+    It is equivalent to ‖z_{k+1} − z*‖ < ‖z_k − z*‖.
+    """
+    betas = torch.stack([cocoercivity(z, z - after, truth) for z, after in pairwise(path)])
+    met = betas > 0.5
+    return {
+        "method": way,
+        "steps": share(int(met.sum()), met.numel()),
+        "images": share(int(met.all(0).sum()), met.shape[1]),
+    }
+
+
+def figure_of(rows: list[dict]) -> Figure:
+    """Gains against evaluations."""
+    figure, (ax,) = panels(7, 4)
+    for way in dict.fromkeys(row["method"].partition(",")[0] for row in rows):
+        of_way = [row for row in rows if row["method"].startswith(way)]
+        x, gain, low, high = columns(of_way, "evaluations", "gain dB", "low", "high")
+        ax.errorbar(x, gain, [gain - low, high - gain], fmt="o-", capsize=2, label=way)
+    ax.set(xlabel="evaluations of E∘D an image", ylabel="gain over the encoder, dB")
+    ax.legend(fontsize=8)
+    return figure
+
+
+@experiment(16, photographs=True)
+@click.option("--autoencoder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="With load.py.")
+@click.option("--skip", default=24, show_default=True, help="Pictures of the folder that are left out.")
+@click.option("--side", default=192, show_default=True, help="Side of the pictures in pixels.")
+def main(bench: Bench, autoencoder: Path | None, skip: int, side: int) -> None:
+    """The operator step and others against the encoder, on photographs' renderings."""
+    if bench.photographs is None:
+        raise click.UsageError("--images is required")
+    model = Pair(*runpy.run_path(str(autoencoder / "load.py"))["load"]()) if autoencoder else bench.model
+    images, latents = photographs(model, find_images(bench.photographs)[skip : skip + bench.number], side)
+    start = INVERTERS["encoder"](model, images).value
+    first, rows, conditions = nmse_db(start, latents), [], []
+    click.echo(f"encoder {first.mean():.2f} dB")
+    for way, (cost, path) in paths(model, images, start):
+        of_way = [row_of(f"{way}, {k}", cost * k, first - nmse_db(z, latents)) for k, z in enumerate(path) if k]
+        conditions.append(condition_of(way, path, latents))
+        for row in [*of_way, conditions[-1]]:
+            click.echo(line(row, 2))
+        rows += of_way
+    for way, inverter in ANDERSON.items():
+        found = inverter(model, images)
+        rows.append(row_of(way, float(found.steps.float().mean()), first - nmse_db(found.value, latents)))
+        click.echo(line(rows[-1], 2))
+    bench.write(rows, figure_of(rows), conditions=conditions, encoder=float(first.mean()), skip=skip, side=side)
