@@ -39,6 +39,7 @@ WAYS = {
     "Anderson, 2 steps": Inverter(max_steps=2, early=False),
     "Anderson, 8 steps": INVERTERS["anderson"],
     "guarded": INVERTERS["guarded"],
+    "operator": INVERTERS["operator"],
 }
 ATTACKS = (
     "blur:1", "median:3", "resize:2", "jpeg:90", "noise:0.02", "sharpen:1", "webp:80", "jpeg:75", "jpeg:50", "blur:4",
@@ -74,9 +75,9 @@ def figure_of(rows: list[dict]) -> Figure:
     """Cosines by attack, ordered by how fast the residual decreases, fastest first."""
     slower = {r["attack"]: r["slower"] for r in sorted(rows, key=lambda r: r["slower"])}
     figure, (ax,) = panels(11, 4.2)
-    for i, (way, colour) in enumerate(zip(WAYS, (COLOURS[4], COLOURS[3], COLOURS[1], COLOURS[0]), strict=True)):
+    for i, (way, colour) in enumerate(zip(WAYS, (COLOURS[4], COLOURS[3], COLOURS[1], COLOURS[0], COLOURS[2]), strict=True)):
         ordered = [next(r for r in rows if r["attack"] == name and r["way"] == way) for name in slower]
-        x, style = np.arange(len(slower)) + 0.16 * (i - 1.5), {"fmt": "osD^"[i], "ms": 4, "capsize": 2}
+        x, style = np.arange(len(slower)) + 0.16 * (i - 2), {"fmt": "osD^v"[i], "ms": 4, "capsize": 2}
         intervals(ax, x, ordered, "cosine", "low", "high", color=colour, label=way, **style)
     ax.set_xticks(range(len(slower)), [f"{name}\n{value:.2f}" for name, value in slower.items()], fontsize=7)
     label = "attack, and ‖T‖ left after two steps relative to D(E(x))"

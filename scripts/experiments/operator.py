@@ -1,6 +1,7 @@
 """Decoder inversion with a step learnt from each picture's own rendering, on any autoencoder.
 
-    python -m scripts.experiments operator -o build/operator --images FOLDER                          # pocket's
+    python -m scripts.experiments operator -o build/operator                        # pictures that pocket draws
+    python -m scripts.experiments operator -o build/operator --images FOLDER --side 128
     python -m scripts.experiments operator -o build/operator --images FOLDER --autoencoder FOLDER
 
 Photographs are encoded, decoded and rounded to 8 bits, so that their latents are known. The first pictures of the
@@ -121,11 +122,17 @@ def figure_of(rows: list[dict]) -> Figure:
 @click.option("--skip", default=24, show_default=True, help="Pictures of the folder that are left out.")
 @click.option("--side", default=192, show_default=True, help="Side of the pictures in pixels.")
 def main(bench: Bench, autoencoder: Path | None, skip: int, side: int) -> None:
-    """The operator step and others against the encoder, on photographs' renderings."""
-    if bench.photographs is None:
-        raise click.UsageError("--images is required")
-    model = Pair(*runpy.run_path(str(autoencoder / "load.py"))["load"]()) if autoencoder else bench.model
-    images, latents = photographs(model, find_images(bench.photographs)[skip : skip + bench.number], side)
+    """The operator step and others against the encoder, on pictures whose latents are known."""
+    model: Autoencoder = (
+        bench.model if autoencoder is None else Pair(*runpy.run_path(str(autoencoder / "load.py"))["load"]())
+    )
+    if bench.photographs:
+        images, latents = photographs(model, find_images(bench.photographs)[skip : skip + bench.number], side)
+    elif autoencoder:
+        raise click.UsageError("--autoencoder requires --images")
+    else:
+        seen = bench.pictures()
+        images, latents = seen.images, seen.latents
     start = INVERTERS["encoder"](model, images).value
     first, rows, conditions = nmse_db(start, latents), [], []
     click.echo(f"encoder {first.mean():.2f} dB")
