@@ -75,7 +75,8 @@ def figure_of(rows: list[dict]) -> Figure:
     """Cosines by attack, ordered by how fast the residual decreases, fastest first."""
     slower = {r["attack"]: r["slower"] for r in sorted(rows, key=lambda r: r["slower"])}
     figure, (ax,) = panels(11, 4.2)
-    for i, (way, colour) in enumerate(zip(WAYS, (COLOURS[4], COLOURS[3], COLOURS[1], COLOURS[0], COLOURS[2]), strict=True)):
+    colours = [COLOURS[i] for i in (4, 3, 1, 0, 2)]
+    for i, (way, colour) in enumerate(zip(WAYS, colours, strict=True)):
         ordered = [next(r for r in rows if r["attack"] == name and r["way"] == way) for name in slower]
         x, style = np.arange(len(slower)) + 0.16 * (i - 2), {"fmt": "osD^v"[i], "ms": 4, "capsize": 2}
         intervals(ax, x, ordered, "cosine", "low", "high", color=colour, label=way, **style)
