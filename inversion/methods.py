@@ -183,11 +183,12 @@ class Operator:
     small. The ridge is the mean square of T or of w times the regressors per site, so that few sites give a small P.
     The rendering's error never grows, since P = 0 would keep it.
 
-    A picture that was altered has T that no rendering has. Its change is multiplied, ring by ring of frequencies, by
-    `allowance` times the power of the rendering's T over that of its own, at most 1.
+    A picture that was altered has more T than a rendering. With r the power of the rendering's T over that of its own
+    in a ring of frequencies, its change there is multiplied by min(1, `allowance` r) to the power of `steepness`.
     """
 
-    allowance: float = 2.0
+    allowance: float = 1.4
+    steepness: float = 4.0
 
     def init(self, z: Tensor) -> State:
         return {"answer": z[:, 0].clone()}
@@ -197,7 +198,7 @@ class Operator:
         p = fitted(seen[:, 1], z[:, 1] - state["answer"])
         change = torch.einsum("bcf,bpfhw->bpchw", p, seen)
         share = (self.allowance * ring_power(t[:, 1]) / ring_power(t[:, 0])).nan_to_num(1.0).clamp(max=1.0)
-        shrunk = filtered(change[:, 0], share)
+        shrunk = filtered(change[:, 0], share**self.steepness)
         return z - torch.stack([shrunk, change[:, 1]], 1), state
 
 
@@ -206,7 +207,7 @@ def fitted(seen: Tensor, error: Tensor) -> Tensor:
     x, e = seen.flatten(2).double(), error.flatten(2).double()
     regressors, sites = x.shape[1:]
     gram = x @ x.mT
-    power = gram.diagonal(dim1=1, dim2=2).unflatten(1, (2, -1)).mean(2)  # of T and of the latents
+    power = gram.diagonal(dim1=1, dim2=2).reshape(len(x), 2, -1).mean(2)  # of T and of the latents
     ridge = (power * regressors / sites).repeat_interleave(regressors // 2, 1)
     p, _ = torch.linalg.solve_ex(gram + torch.diag_embed(ridge), x @ e.mT)
     return torch.nan_to_num(p.mT, nan=0.0, posinf=0.0, neginf=0.0).float()
@@ -223,9 +224,11 @@ def ring_power(x: Tensor) -> Tensor:
     power = torch.fft.rfft2(x).abs().square().sum(1)
     ring = rings(*x.shape[-2:]).to(x.device)
     sums = power.new_zeros(len(x), int(ring.max()) + 1).index_add_(1, ring.flatten(), power.flatten(1))
-    return sums[:, ring]
+    of_each: Tensor = sums[:, ring]
+    return of_each
 
 
 def filtered(x: Tensor, share: Tensor) -> Tensor:
     """x (B, C, h, w) with its frequencies multiplied by `share` (B, h, w // 2 + 1)."""
-    return torch.fft.irfft2(torch.fft.rfft2(x) * share[:, None], s=x.shape[-2:])
+    result: Tensor = torch.fft.irfft2(torch.fft.rfft2(x) * share[:, None], s=x.shape[-2:])
+    return result
