@@ -64,7 +64,7 @@ def drawn(bench: Bench, key: Key, plan: tuple[str, int, float, float]) -> Tensor
         return {"images": eight_bit(bench.model.decode(latents).float().cpu())}
 
     seeds = [bench.first + bench.number + i for i in range(bench.number)]
-    cache = ["drawn by sampler", key.fingerprint, *plan]
+    cache = ["drawn", key.fingerprint, *plan]
     return bench.batches(cache, make, noise, prompts, seeds, name=f"{sampler}: draw")["images"]
 
 
