@@ -144,25 +144,25 @@ def figure_of(rows: list[dict]) -> Figure:
 
 @experiment(64)
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--keys", "number", default=10, show_default=True, help="Keys that unmarked images are tested for.")
+@click.option("--keys", "key_count", default=10, show_default=True, help="Keys that unmarked images are tested for.")
 @attack_option(*SIX)
-def main(bench: Bench, folder: Path, number: int, attacks: dict[str, Chain | None]) -> None:
+def main(bench: Bench, folder: Path, key_count: int, attacks: dict[str, Chain | None]) -> None:
     """The stages of a verdict on marked images and on the unmarked images of FOLDER."""
     stages = [*early_stages(bench.recoverer), bench.recoverer]
     weights, names = weights_of(stages), [f"{stage.steps} steps" for stage in stages]
-    keys = [bench.key(seed=[bench.seed, i]) for i in range(number)]
+    keys = [bench.key(seed=[bench.seed, i]) for i in range(key_count)]
     unmarked = torch.stack(
         [torch.from_numpy(to_array(read_sample(path, bench.model.image_size).image)) for path in find_images(folder)]
     )
     noise, seconds = recovered(bench, stages, unmarked, "unmarked")
-    costs = seconds.median(0).values.numpy()
+    costs = seconds.double().median(0).values.numpy()
     p = [by_halves(stage, keys, each) for stage, each in zip(stages, noise, strict=True)]
     false = false_rows(p, weights, names, bench.seed)
     rows = [found_row("unmarked", [each.ravel() for each in p], weights, costs, bench.seed)]
     nulls = [calibration_of(stage, each) for stage, each in zip(stages, noise, strict=True)]
     start, prompts = bench.fresh(bench.number)
     marked = bench.draw(mark_in_turn([scheme_of(key) for key in keys], start), prompts).images
-    own = np.arange(bench.number) % number
+    own = np.arange(bench.number) % key_count
     for name, chain in attacks.items():
         noise, _ = recovered(bench, stages, bench.attacked(marked, chain), name)
         p = [p_values(null, keys, each)[np.arange(len(own)), own] for null, each in zip(nulls, noise, strict=True)]
