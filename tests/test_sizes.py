@@ -11,7 +11,7 @@ from identity import Identity, key, old_key, verifier
 from PIL import Image
 
 from ringmark.data.images import Sample, from_array, samples_of
-from ringmark.errors import ModelError
+from ringmark.errors import ModelError, SchemeError
 from ringmark.inversion.sizes import candidate_sizes
 from ringmark.watermark.detect.search import Search
 from ringmark.watermark.embed import initial_noise
@@ -136,3 +136,11 @@ def test_an_old_key_is_looked_for_at_its_own_size_only() -> None:
     assert verifier([mine], model=MODEL).sizes_of((64, 64)) == ((64, 64), (32, 32))
     assert verifier([mine, old], model=MODEL).sizes_of((64, 64)) == ((32, 32),)
     assert verifier([old], model=MODEL).sizes_of((24, 40)) == ((32, 32),)
+
+
+def test_a_key_of_power_alone_is_looked_for_at_the_native_size_only() -> None:
+    """Power strays from ring to ring; without references of that size, p of *zeros* would be too small."""
+    assert verifier([key(1, "zeros")], model=MODEL).sizes_of((64, 64)) == ((32, 32),)
+    with pytest.raises(SchemeError) as caught:
+        verifier([key(1, "zeros")], model=MODEL, sizes=[(64, 64)])
+    assert caught.value.code == "scheme.unranked"

@@ -1,4 +1,4 @@
-"""Tiny random pipelines of every family: loading, marking, our walk against the pipeline's own, and its inversion.
+"""Tiny random pipelines of every family: loading, marking, sampling as the pipeline does, inversion.
 
     python -m scripts.experiments families -o build/families                          # all, a minute
     python -m scripts.experiments families -o build/families --pipeline flux.1-dev    # seconds

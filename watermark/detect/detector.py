@@ -25,7 +25,7 @@ from ringmark.watermark.statistics import ALPHA, conformal_p, corrected, matched
 if TYPE_CHECKING:
     from ringmark.data.images import Sample
 
-__all__ = ["Detector", "blankness"]
+__all__ = ["Detector", "blankness", "check_unranked"]
 
 FLAT = 1 / 255  # an image whose pixels vary less than half a grey level (of a range of 2) shows nothing
 
@@ -61,7 +61,7 @@ class Detector:
         self._tests: dict[str, SchemeTest] = {name: scheme.on(self.null) for name, scheme in self.schemes.items()}
         self._references: dict[str, Array] = {}
         if calibration and not self._ranked:
-            _check_unranked(self.schemes.values())
+            check_unranked(self.schemes.values())
         if self._ranked:
             for scheme in self.schemes.values():
                 self._ranked.check_reach(scheme)
@@ -195,7 +195,7 @@ class Detector:
         return conformal.tolist(), notes
 
 
-def _check_unranked(schemes: Iterable[Scheme]) -> None:
+def check_unranked(schemes: Iterable[Scheme]) -> None:
     """Raises SchemeError for keys without free numbers: p of a power, not of a cosine, needs a ranked null."""
     for scheme in schemes:
         if not scheme.free:

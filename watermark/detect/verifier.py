@@ -14,7 +14,7 @@ from ringmark.inversion.recover import Model, Recoverer
 from ringmark.inversion.sizes import Size, candidate_sizes
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.cascade import Stage, calibrated_stages, walk
-from ringmark.watermark.detect.detector import Detector
+from ringmark.watermark.detect.detector import Detector, check_unranked
 from ringmark.watermark.detect.search import Found, Search
 from ringmark.watermark.detect.verdict import Judged, Verdict
 from ringmark.watermark.keys.key import Key, Kind
@@ -86,6 +86,8 @@ class Verifier:
         stages = [Stage.early(recoverer, detector(calibration=made)) for recoverer, made in early]
         weight = 1 - sum(stage.weight for stage in stages)
         last = Stage(name="full", recoverer=self.recoverer, detector=detector(calibration=calibration), weight=weight)
+        if not calibration and size != self.recoverer.model.image_size:
+            check_unranked(last.detector.schemes.values())
         return [*stages, last]
 
     def _tests(self, sizes: int) -> int:
