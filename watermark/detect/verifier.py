@@ -79,7 +79,8 @@ class Verifier:
             if calibration:
                 calibration.null_at(shape)
         except CalibrationError as error:
-            calibration, notes = None, {name: "; ".join(filter(None, [n, error.fact])) for name, n in notes.items()}
+            calibration, why = None, f"the calibration {error.fact}"
+            notes = {name: "; ".join(filter(None, [note, why])) for name, note in notes.items()}
         null = Null.of_model(self.recoverer.model, shape)
         detector = partial(Detector, self.keys, null=null, alpha=self.alpha, latent_shape=shape, notes=notes)
         early = self._early if calibration and shape == calibration.latent_shape else []

@@ -17,7 +17,8 @@ def facts(model: LatentModel) -> dict[str, str]:
     return {
         "model": model.name,
         "fingerprint": model.identity["fingerprint"],
-        "image size": "{}x{}".format(*model.image_size),
+        "family": model.family.name,
+        "image sizes": ", ".join(f"{width}x{height}" for height, width in model.sizes),
         "latent shape": "x".join(map(str, model.latent_shape)),
         "prediction": model.prediction,
         "device": str(model.device),
