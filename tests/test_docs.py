@@ -25,9 +25,9 @@ from ringmark.watermark.cli.main import main
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 RESULTS = DOCS / "measurements" / "results"
-CARD = ROOT / "data" / "pocket" / "README.md"
+CARDS = [ROOT / "data" / model / "README.md" for model in ("pocket", "pocket_flow")]
 PAGES = sorted(
-    [*(p for s in ("md", "rst") for p in DOCS.rglob(f"*.{s}") if "_build" not in p.parts), *ROOT.glob("*.md"), CARD]
+    [*(p for s in ("md", "rst") for p in DOCS.rglob(f"*.{s}") if "_build" not in p.parts), *ROOT.glob("*.md"), *CARDS]
 )
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -73,7 +73,8 @@ def test_a_wheel_holds_one_name_and_verifies_there(wheel: Path, strange: Path, t
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"ringmark"}
-    assert {"ringmark/py.typed", "ringmark/data/pocket/model_index.json"} <= set(names)
+    models = {f"ringmark/data/{model}/model_index.json" for model in ("pocket", "pocket_flow")}
+    assert {"ringmark/py.typed"} | models <= set(names)
     site = str(tmp_path / "site")
     assert site in run(strange, "-c", "import ringmark; print(ringmark.__file__)", PYTHONPATH=site)
     verify(strange, PYTHONPATH=site)
