@@ -126,6 +126,9 @@ def test_the_empty_prompt_needs_no_text_encoder_if_it_is_known(tiny_parts):
     for one, other in zip(*(m.predict(z, 2, schedule, m.nothing.expand(2)) for m in (model, again)), strict=True):
         assert torch.equal(one, other)
     assert again.identity == model.identity
+    with pytest.raises(ModelError) as caught:
+        again.condition(["a lake"])
+    assert caught.value.code == "model.no-text"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -267,9 +267,14 @@ class LatentModel:
     def condition(self, prompts: list[str], *, guidance: float = 1.0, negative: str = "") -> Condition:
         """Prompts as the network takes them, one row each; long prompts are truncated.
 
-        `guidance` is the scale of classifier-free guidance away from the `negative` prompt; 1 turns it off.
+        `guidance` is the scale of classifier-free guidance away from the `negative` prompt; 1 turns it off. Raises
+        ModelError for a model that was loaded without text encoders.
         """
         family = self.family
+        if not any(part for name, part in self.pipe.components.items() if name.startswith("text_encoder")):
+            raise ModelError(
+                "model.no-text", "was loaded without the text encoders that prompts need", subject=self.name
+            )
         with quiet():
             rows = dict(family.encode(self.pipe, prompts))
         scale = family.unguided if guidance == 1 else guidance

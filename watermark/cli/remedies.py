@@ -98,6 +98,7 @@ REMEDIES: dict[str, str] = {
     "model.sample-size": "fix unet/config.json in the model's folder",
     "model.scaling": "fix vae/config.json in the model's folder",
     "model.no-signal": "such a schedule needs a network that predicts v; check the scheduler's prediction_type",
+    "model.no-text": "load it with its text encoders",
     "model.recovery-damaged": "measure it again with scripts/measure_recovery.py",
     "model.steps": "choose another number with --steps",
     "recovery.method-unknown": "choose one of these with --method",

@@ -169,7 +169,8 @@ def evaluate(
         calibration=calibration,
         force=force,
     )
-    evaluation = carry_out(model.load(), plan, Path(resolve(model.source)))
+    loaded = model.load(text=not (marked and unmarked))  # to draw what is not given
+    evaluation = carry_out(loaded, plan, Path(resolve(model.source)))
     if not as_json:
         warn(evaluation.refused)
     refused = counted(len(evaluation.refused), "file")
