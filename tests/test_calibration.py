@@ -216,6 +216,7 @@ def test_p_values_of_coloured_correlated_noise_are_uniform(calibration, fresh, p
     assert agreement(p, conformal, calibration.n).mean() > 0.999
 
 
+@pytest.mark.slow
 def test_zeros_stay_true_where_power_strays_from_ring_to_ring():
     rng, some = np.random.default_rng(25), scheme("zeros", radii=(4, 6))
     inner = torch.from_numpy(np.isin(rings(*SHAPE[1:]).numpy(), (2, 3)))
@@ -288,6 +289,7 @@ def test_stored_spectra_give_the_scores_of_the_noises_themselves(pattern, mask):
     assert np.allclose(made.reference_scores(some), score, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_cross_fitted_p_values_are_those_of_full_conformal_prediction():
     # Exactly valid, and slow: the new image takes part in the covariance that scores it and every reference alike.
     rng, n = np.random.default_rng(9), 99

@@ -203,6 +203,7 @@ def test_only_what_is_resumed_says_so_when_interrupted(tmp_path: Path, monkeypat
     assert "same command again" in run("generate", "--no-mark", "-o", tmp_path, code=130).stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="pipes of another kind")
 @pytest.mark.parametrize(("args", "closed"), [(["--help"], 1), (["info"], 1), (["keygen"], 2)])
 def test_a_closed_pipe_ends_it_quietly(args: list[str], closed: int) -> None:

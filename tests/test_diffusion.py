@@ -235,7 +235,7 @@ def test_sixteen_bit_latents_stay_so(dtype):
         assert invert(model, z, cond, schedule, method=method).dtype == dtype
 
 
-@pytest.mark.parametrize("steps", [1, 2, 10, 25, 50])
+@pytest.mark.parametrize("steps", [1, 2, 10])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
 @torch.inference_mode()

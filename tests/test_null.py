@@ -135,6 +135,7 @@ def test_printing_a_null_and_using_it_again_changes_nothing():
     assert null.whiten(spectrum(noise, (0, 1)).to(torch.complex64), (0, 1)).dtype == torch.complex64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("test", [cosine_test, matched_filter])
 def test_correlated_channels_need_the_covariance_and_not_the_variance_alone(test):
     shape, channels = (3, 24, 24), (0, 1, 2)

@@ -83,6 +83,7 @@ def test_nothing_is_computed_twice(model, files, kept):
     assert torch.equal(*noise)
 
 
+@pytest.mark.slow
 def test_interrupted_anywhere_nothing_is_lost_but_the_batch(model, files, tmp_path):
     whole, calls = None, 2 * 3 + 2  # of the five files, one each batch, one cannot be read
     for last in range(calls, 0, -1):
