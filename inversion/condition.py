@@ -30,6 +30,8 @@ class Condition:
 
     def __getitem__(self, index: Tensor | slice) -> Condition:
         numbers = torch.arange(len(self))[index.cpu() if isinstance(index, Tensor) else index].tolist()
+        if numbers == list(range(len(self))):  # the usual case in a walk, where embeddings may be large
+            return self
         return replace(self, rows={name: _select(values, numbers) for name, values in self.rows.items()})
 
     def expand(self, number: int) -> Condition:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ringmark.inversion.noise_recovery import rings
 from ringmark.inversion.solve import State, norms
 
 __all__ = ["Adam", "Anderson", "ForwardStep", "InertialKM", "Operator"]
@@ -213,16 +214,11 @@ def fitted(seen: Tensor, error: Tensor) -> Tensor:
     return torch.nan_to_num(p.mT, nan=0.0, posinf=0.0, neginf=0.0).float()
 
 
-def rings(height: int, width: int) -> Tensor:
-    """The ring (h, w // 2 + 1) of each frequency of `rfft2`, in cycles per longer side."""
-    side = max(height, width)
-    return torch.hypot(torch.fft.fftfreq(height)[:, None] * side, torch.fft.rfftfreq(width) * side).round().long()
-
-
 def ring_power(x: Tensor) -> Tensor:
     """Power of x (B, C, h, w) at each frequency of `rfft2` (B, h, w // 2 + 1), summed over its ring and channels."""
     power = torch.fft.rfft2(x).abs().square().sum(1)
-    ring = rings(*x.shape[-2:]).to(x.device)
+    height, width = x.shape[-2:]
+    ring = rings(height, width, max(height, width))[:, : width // 2 + 1].to(x.device)
     sums = power.new_zeros(len(x), int(ring.max()) + 1).index_add_(1, ring.flatten(), power.flatten(1))
     of_each: Tensor = sums[:, ring]
     return of_each

@@ -18,7 +18,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ringmark.errors import ModelError
 
-__all__ = ["FAMILIES", "Family", "family_of", "kind_of", "network_of"]
+__all__ = ["FAMILIES", "MAX_SIDE", "Family", "family_of", "kind_of", "network_of", "noise_shape"]
 
 
 MEGAPIXEL = (
@@ -26,6 +26,10 @@ MEGAPIXEL = (
     *((1344, 768), (768, 1344), (1536, 640), (640, 1536)),
 )
 """Sizes (H, W) of images of about a megapixel."""
+
+
+LEAST_MULTIPLE = 8  # the sides that pipelines of diffusers accept, whatever the autoencoder
+MAX_SIDE = 2048  # of latents; an image of 16384 pixels per side at a factor of 8
 
 
 def as_is(latents: Tensor) -> Tensor:
@@ -121,6 +125,7 @@ def network_of(pipe: Any) -> Any:
 
 
 def encode_sd(pipe: Any, prompts: list[str]) -> dict[str, Any]:
+    """The text encoder's last state."""
     embeds, _ = pipe.encode_prompt(
         prompts, device=pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False
     )
@@ -128,6 +133,7 @@ def encode_sd(pipe: Any, prompts: list[str]) -> dict[str, Any]:
 
 
 def objection_sd(pipe: Any) -> str:
+    """Networks of SDXL and of inpainting models take more inputs."""
     config = pipe.unet.config
     more = [config.get(k) for k in ("addition_embed_type", "class_embed_type", "num_class_embeds")]
     if any(more) or config.in_channels != pipe.vae.config.latent_channels:
@@ -157,6 +163,7 @@ RECTIFIED_FLOW = Family(
 
 
 def encode_sdxl(pipe: Any, prompts: list[str]) -> dict[str, Any]:
+    """Hidden states of both text encoders, and the pooled state of the second."""
     embeds, _, pooled, _ = pipe.encode_prompt(
         prompts, device=pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False
     )
@@ -205,6 +212,7 @@ def unpack(latents: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def encode_sd3(pipe: Any, prompts: list[str]) -> dict[str, Any]:
+    """Hidden states of the three text encoders, and the pooled states of the first two."""
     embeds, _, pooled, _ = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
@@ -222,6 +230,7 @@ SD3 = Family(
 
 
 def encode_flux_1(pipe: Any, prompts: list[str]) -> dict[str, Any]:
+    """T5's hidden states, and CLIP's pooled state."""
     embeds, pooled, _ = pipe.encode_prompt(prompts, None)
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
@@ -239,6 +248,7 @@ FLUX_1 = Family(
 
 
 def encode_flux_2(pipe: Any, prompts: list[str]) -> dict[str, Any]:
+    """Hidden states of some layers of the language model."""
     embeds, _ = pipe.encode_prompt(prompts)
     return {"prompt_embeds": embeds}
 
@@ -250,11 +260,13 @@ def statistics(vae: Any, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalise_flux_2(vae: Any, v: Tensor) -> Tensor:
+    """Patches of 2×2 latents less their mean, over their deviation."""
     mean, deviation = statistics(vae, v)
     return pixel_shuffle((pixel_unshuffle(v, 2) - mean) / deviation, 2)
 
 
 def denormalise_flux_2(vae: Any, z: Tensor) -> Tensor:
+    """The inverse of `normalise_flux_2`."""
     mean, deviation = statistics(vae, z)
     return pixel_shuffle(pixel_unshuffle(z, 2) * deviation + mean, 2)
 
@@ -304,6 +316,7 @@ Z_IMAGE = Family(
 
 
 def encode_qwen_image(pipe: Any, prompts: list[str]) -> dict[str, Any]:
+    """The language model's hidden states and their mask, which the pipeline leaves out if it is all ones."""
     embeds, mask = pipe.encode_prompt(prompts)
     mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
     return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
@@ -341,6 +354,7 @@ def negative_sana(pipe: Any, prompts: list[str]) -> dict[str, Any]:
 
 
 def encode_pixart(pipe: Any, prompts: list[str]) -> dict[str, Any]:
+    """T5's hidden states of the cleaned prompt, and their mask."""
     embeds, mask, *_ = pipe.encode_prompt(prompts, False, clean_caption=True)
     return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
 
@@ -390,3 +404,19 @@ def kind_of(pipe: Any) -> dict[str, Any]:
     config = pipe.vae.config
     channels = config.get("latent_channels") or config.get("z_dim")
     return {"family": family_of(pipe).name, "channels": channels, "factor": int(pipe.vae_scale_factor)}
+
+
+def noise_shape(
+    size: tuple[int, int], *, family: str, channels: int, factor: int, subject: object
+) -> tuple[int, int, int]:
+    """(C, h, w) of the noise of pictures (H, W) for the kind of latents with these fields (see `kind_of`).
+
+    Raises ModelError about `subject` for a size that such models cannot draw.
+    """
+    patch = max((one.patch for one in FAMILIES if one.name == family), default=1)
+    multiple = math.lcm(factor * patch, LEAST_MULTIPLE)
+    if not all(side > 0 and side % multiple == 0 for side in size) or max(size) > MAX_SIDE * factor:
+        height, width = size
+        fact = f"needs images with sides that are multiples of {multiple} pixels, not {width}x{height}"
+        raise ModelError("model.size", fact, subject=subject, multiple=multiple)
+    return channels, size[0] // factor, size[1] // factor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
@@ -16,7 +16,7 @@ from ringmark.inversion.models.families import family_of
 from ringmark.inversion.models.lora import fuse_lora
 from ringmark.inversion.models.place import EMBEDDED, INDEX, POCKET, UNUSED, Place, download, is_text, locate, resolve
 
-__all__ = ["EMBEDDED", "POCKET", "check_tokenizer", "load_pipeline", "quiet", "resolve"]
+__all__ = ["EMBEDDED", "POCKET", "check_tokenizer", "load_pipeline", "quiet", "resolve", "text_pairs"]
 
 FLOW_SCHEDULER = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
 DENOISERS = ("unet", "transformer")
@@ -177,13 +177,19 @@ def _assemble(place: Place, plan: Plan, dtype: torch.dtype, stored: bool) -> Any
         for name, value in plan.arguments.items()
     }
     try:
-        for name, tokenizer in parts.items():
-            encoder = parts.get(name.replace("tokenizer", "text_encoder"))
-            if name.startswith("tokenizer") and None not in (tokenizer, encoder):
-                _fit(getattr(tokenizer, "tokenizer", tokenizer), encoder)  # a processor has a tokenizer
+        for tokenizer, encoder in text_pairs(parts):
+            _fit(tokenizer, encoder)
         return plan.kind(**parts)
     except Exception as error:
         raise place.refusal("model.damaged", f"its parts do not fit together: {_reason(error)}") from error
+
+
+def text_pairs(parts: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """Each tokenizer of a pipeline with its text encoder, where there are both."""
+    for name, tokenizer in parts.items():
+        encoder = parts.get(name.replace("tokenizer", "text_encoder"))
+        if name.startswith("tokenizer") and None not in (tokenizer, encoder):
+            yield getattr(tokenizer, "tokenizer", tokenizer), encoder  # a processor has a tokenizer
 
 
 def _fit(tokenizer: Any, encoder: Any) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
@@ -21,8 +20,8 @@ from torch import Tensor
 
 from ringmark.errors import ModelError, RingmarkError, counted
 from ringmark.inversion.condition import Condition
-from ringmark.inversion.models.families import Family, family_of, kind_of, network_of
-from ringmark.inversion.models.loading import check_tokenizer, load_pipeline, quiet, resolve
+from ringmark.inversion.models.families import MAX_SIDE, Family, family_of, kind_of, network_of, noise_shape
+from ringmark.inversion.models.loading import check_tokenizer, load_pipeline, quiet, resolve, text_pairs
 from ringmark.inversion.models.noise import unhooked
 from ringmark.inversion.models.place import is_text
 from ringmark.inversion.models.samplers import make_sampler
@@ -34,8 +33,6 @@ __all__ = ["PREDICTIONS", "LatentModel", "empty_prompt", "lean"]
 
 LOG = logging.getLogger(__name__)
 
-LEAST_MULTIPLE = 8  # the sides that pipelines of diffusers accept, whatever the autoencoder
-MAX_SIDE = 2048  # of latents; an image of 16384 pixels per side at a factor of 8
 SCHEDULE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
 
 Size = tuple[int, int]
@@ -214,12 +211,7 @@ class LatentModel:
 
     def noise_shape(self, size: Size) -> tuple[int, int, int]:
         """(C, h, w) of the noise of a picture (H, W). Raises ModelError for a size that the model cannot draw."""
-        multiple = math.lcm(self.factor * self.family.patch, LEAST_MULTIPLE)
-        if not all(side > 0 and side % multiple == 0 for side in size) or max(size) > MAX_SIDE * self.factor:
-            height, width = size
-            fact = f"needs images with sides that are multiples of {multiple} pixels, not {width}x{height}"
-            raise ModelError("model.size", fact, subject=self.name, multiple=multiple)
-        return (self.channels, size[0] // self.factor, size[1] // self.factor)
+        return noise_shape(size, subject=self.name, **self.kind)
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] → (B, C, h, w): the posterior mean, scaled as the network expects it."""
@@ -447,13 +439,11 @@ def _moved(values: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 def _check_tokenizers(pipe: Any, name: str) -> None:
     """Raises ModelError if a tokenizer has tokens for which its text encoder has no embedding."""
-    for suffix in ("", "_2", "_3"):
-        tokenizer, encoder = (getattr(pipe, f"{part}{suffix}", None) for part in ("tokenizer", "text_encoder"))
-        if tokenizer is not None and encoder is not None:
-            try:
-                check_tokenizer(tokenizer, encoder)
-            except ValueError as error:
-                raise ModelError("model.damaged", str(error), subject=name) from error
+    for tokenizer, encoder in text_pairs(pipe.components):
+        try:
+            check_tokenizer(tokenizer, encoder)
+        except ValueError as error:
+            raise ModelError("model.damaged", str(error), subject=name) from error
 
 
 @contextmanager

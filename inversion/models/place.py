@@ -30,7 +30,8 @@ UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 CONFIGS = (".json", ".txt", ".model", ".jinja")
 WEIGHTS = re.compile(  # model.fp16-00001-of-00002.safetensors, model.safetensors.index.fp16.json; older: …-of-2.fp16.…
-    r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.safetensors(?:\.index(?:\.(\w+))?\.json)?"
+    r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?"
+    r"\.safetensors(?:\.index(?:\.(\w+))?\.json)?"
 )
 VARIANTS: dict[torch.dtype | None, str] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -7,6 +7,7 @@ call the network while the pipeline itself handles prompts, guidance, packing of
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from functools import wraps
 from typing import Any
 
@@ -26,7 +27,7 @@ def with_scheduler(pipe: Any, scheduler: Any) -> Any:
     return other
 
 
-class _Asked:
+class _Asked(ABC):
     """What pipelines expect of a scheduler besides its steps."""
 
     order, init_noise_sigma = 1, 1.0
@@ -34,8 +35,25 @@ class _Asked:
     def __init__(self, config: Any) -> None:
         self.config = config
 
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        timesteps: Any = None,
+        sigmas: Any = None,
+        mu: float | None = None,
+    ) -> None:
+        """Called by pipelines, which look for the names of these parameters."""
+        asked = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas, "mu": mu}
+        self.set_levels(device, {name: value for name, value in asked.items() if value is not None})
+
+    @abstractmethod
+    def set_levels(self, device: Any, asked: dict[str, Any]) -> None:
+        """Act on what the pipeline asks for."""
+
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Does nothing: there is only one timestep."""
+        """Keep the index, which does not matter: there is only one timestep."""
+        self.begin_index = begin_index
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | None = None) -> Tensor:
         """The latents as they are: all levels have a² + s² = 1 or a + s = 1."""
@@ -48,14 +66,7 @@ class OneCall(_Asked):
     at: float | int = 0
     output: Tensor
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Any = None,
-        timesteps: Any = None,
-        sigmas: Any = None,
-        mu: float | None = None,
-    ) -> None:
+    def set_levels(self, device: Any, asked: dict[str, Any]) -> None:
         """The one timestep, whatever the pipeline asks for."""
         self.timesteps = torch.tensor([self.at], device=device)
         self.sigmas = self.timesteps / self.config.get("num_train_timesteps", 1000)
@@ -97,17 +108,9 @@ class _Listening(_Asked):
         super().__init__(own.config)
         self.own = own
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Any = None,
-        timesteps: Any = None,
-        sigmas: Any = None,
-        mu: float | None = None,
-    ) -> None:
+    def set_levels(self, device: Any, asked: dict[str, Any]) -> None:
         """Set the levels with what is given."""
-        asked = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas, "mu": mu}
-        self.own.set_timesteps(device="cpu", **{name: value for name, value in asked.items() if value is not None})
+        self.own.set_timesteps(device="cpu", **asked)
         raise _Heard
 
 

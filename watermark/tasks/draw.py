@@ -63,14 +63,8 @@ def draw(
     file that an earlier run did not draw would be replaced.
     """
     size = size or model.image_size
-    if key:
-        check_fit(key, model)
-        scheme_of(key, model.noise_shape(size))
-    scheduler = type(model.sampler(sampler, steps, size)).__name__
     how = {"steps": steps, "guidance": guidance, "size": size, "sampler": sampler, "negative": negative}
-    made_with = {"model": model.identity, "dtype": str(model.dtype), "loras": [Path(lora).name for lora in loras]}
-    settings = made_with | how | {"sampler": sampler or scheduler}
-    settings |= {"size": list(size), "key": key.fingerprint if key else None}
+    settings = _settings(model, key, loras, how)
     wanted = {f"{seed:07d}.png": (seed, prompt) for seed, prompt in enumerate(prompts, first_seed)}
     if not force:
         _refuse_foreign(folder, list(wanted))
@@ -78,23 +72,28 @@ def draw(
         _refuse_other_prompts(store, {name: prompt for name, (_, prompt) in wanted.items()})
         missing = [name for name in wanted if name not in store.done or not (folder / name).exists()]
         LOG.info("draw %d of %d images into %s", len(missing), len(wanted), folder)
-        with tqdm(
-            total=len(wanted),
-            initial=len(wanted) - len(missing),
-            desc=f"draw {folder.name}",
-            unit="image",
-            disable=None,
-        ) as bar:
-            for name, record, pixels in _drawn(
-                model, {name: wanted[name] for name in missing}, key=key, batch=batch, **how
-            ):
-                # Recorded first, so that a file without a record was never drawn by us.
-                store.append(record)
-                # Not signed: nothing in the file should reveal that it is marked.
-                save_png(from_array(pixels), folder / name, signed=False)
-                bar.update()
+        images = _drawn(model, {name: wanted[name] for name in missing}, key=key, batch=batch, **how)
+        done = len(wanted) - len(missing)
+        for name, record, pixels in tqdm(
+            images, f"draw {folder.name}", len(wanted), initial=done, unit="image", disable=None
+        ):
+            # Recorded first, so that a file without a record was never drawn by us.
+            store.append(record)
+            # Not signed: nothing in the file should reveal that it is marked.
+            save_png(from_array(pixels), folder / name, signed=False)
     _write_labels(folder)
     return [folder / name for name in wanted]
+
+
+def _settings(model: LatentModel, key: Key | None, loras: Sequence[str], how: dict[str, Any]) -> dict[str, Any]:
+    """Everything that the images depend on, with the name of the sampler. Raises as `draw` for what does not fit."""
+    if key:
+        check_fit(key, model)
+        scheme_of(key, model.noise_shape(how["size"]))
+    scheduler = type(model.sampler(how["sampler"], how["steps"], how["size"])).__name__
+    made_with = {"model": model.identity, "dtype": str(model.dtype), "loras": [Path(lora).name for lora in loras]}
+    named = {"sampler": how["sampler"] or scheduler, "size": list(how["size"])}
+    return made_with | how | named | {"key": key.fingerprint if key else None}
 
 
 def _drawn(

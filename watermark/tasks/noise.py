@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ringmark.data.files import refuse_existing, write_atomic
-from ringmark.errors import ModelError, SchemeError
-from ringmark.inversion.models.families import FAMILIES
-from ringmark.inversion.models.pipeline import Size
+from ringmark.errors import SchemeError
+from ringmark.inversion.models.families import noise_shape
+from ringmark.inversion.sizes import Size
 from ringmark.watermark.embed import initial_noise
-from ringmark.watermark.keys.key import Key, Kind
+from ringmark.watermark.keys.key import Key
 from ringmark.watermark.schemes.base import scheme_of
 
 __all__ = ["write_noise"]
@@ -24,8 +24,8 @@ def write_noise(
 
     The file holds the float32 tensor "noise" (N, C, h, w) and, in its metadata under "ringmark", a description in JSON.
     Only its owner can read it, because it reveals the mark. The noise is for images of `size` (H, W), by default the
-    key's reference size. Raises StoreError for a file that exists, unless `force`; ModelError for a size that is not a
-    whole number of latent pixels; and SchemeError for a size given with an old key, which marks only its own.
+    key's reference size. Raises StoreError for a file that exists, unless `force`; ModelError for a size that such
+    models cannot draw; and SchemeError for a size given with an old key, which marks only its own.
     """
     from safetensors.torch import save
 
@@ -44,9 +44,5 @@ def _latent_shape(key: Key, size: Size | None) -> tuple[int, int, int]:
     if key.values is not None:
         fact = f"marks only latents of {'x'.join(map(str, key.latent_shape))}, so no size can be chosen"
         raise SchemeError("scheme.old-key", fact, subject=f"key {key.fingerprint[:8]}")
-    kind = Kind(**key.metadata["kind"])
-    multiple = kind.factor * max((family.patch for family in FAMILIES if family.name == kind.family), default=1)
-    if any(side < multiple or side % multiple for side in size):
-        fact = f"needs images with sides that are multiples of {multiple} pixels, not {size[1]}x{size[0]}"
-        raise ModelError("model.size", fact, subject=kind.family, multiple=multiple)
-    return kind.channels, size[0] // kind.factor, size[1] // kind.factor
+    kind = key.metadata["kind"]
+    return noise_shape(size, subject=kind["family"], **kind)

@@ -105,10 +105,8 @@ def _add(files: RecoveredFiles, recoverer: Recoverer, samples: list[Sample], kep
 def _recover(recoverer: Recoverer, images: Tensor, contents: list[str], kept: ResultsFolder) -> _Timed:
     """Noise of images (B, 3, H, W)."""
     height, width = images.shape[-2:]
-    settings, device = (
-        recoverer.settings_at((height, width)),
-        {"device": recoverer.model.device.type},
-    )  # times differ between devices
+    settings = recoverer.settings_at((height, width))
+    device = {"device": recoverer.model.device.type}  # times differ between devices
     results = kept.of("latents", settings.of_latents() | device)
     latents = _complete(results, contents, images, lambda rows: recoverer.latents(rows).value)
     results = kept.of("noise", settings.of_noise() | device)
