@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
+from checkpoints import draw
 from identity import of_shape
 from PIL import Image
-from shell import refused, run
+from shell import QUICK, refused, run
 
 from ringmark.data.results import read_records
+from ringmark.inversion.models.loading import POCKET, load_pipeline
 from ringmark.watermark.schemes.base import make_key
 
 
@@ -85,3 +88,31 @@ def test_size_sampler_and_negative_prompt_are_used_and_recorded(house: Path, tmp
 def test_what_the_model_cannot_draw_leaves_nothing_behind(tmp_path: Path, wrong: tuple[str, str]) -> None:
     refused("generate", "--no-mark", "--steps", 2, "-o", tmp_path / "out", *wrong)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> Path:
+    """A LoRA of rank 2 for one attention of pocket."""
+    from safetensors.torch import save_file
+
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
+    rows, columns = load_pipeline(POCKET, text=False).unet.get_submodule(name).weight.shape
+    tensors = {f"unet.{name}.lora_A.weight": draw(2, columns), f"unet.{name}.lora_B.weight": draw(rows, 2, seed=1)}
+    save_file(tensors, tmp_path / "style.safetensors")
+    return tmp_path / "style.safetensors"
+
+
+@pytest.mark.slow
+def test_a_lora_draws_other_pictures_in_which_the_key_is_found(house: Path, tmp_path: Path, lora: Path) -> None:
+    key, out = house / "my.key", tmp_path / "styled"
+    run("generate", "--key", key, "-n", 1, "-o", out, "--steps", 4, "--lora", f"{lora}:0.5")
+    settings, _ = read_records(out / "drawn.jsonl")
+    plain, _ = read_records(house / "images/marked/drawn.jsonl")
+    assert settings["loras"] == ["style.safetensors:0.5"] and settings["model"] != plain["model"]
+    picture = out / "0000000.png"
+    assert picture.read_bytes() != (house / "images/marked/0000000.png").read_bytes()
+    (verdict,) = json.loads(run("verify", picture, "--key", key, *QUICK, "--json").stdout)
+    assert verdict["present"] and verdict["notes"] == []
+    load_pipeline(POCKET, loras=[f"{lora}:0.5"]).save_pretrained(tmp_path / "fused")
+    noted = run("verify", picture, "--key", key, *QUICK, "--model", tmp_path / "fused").stdout
+    assert "carries key" in noted and "the key was made for model pocket" in noted

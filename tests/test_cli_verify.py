@@ -154,3 +154,26 @@ def test_the_calibration_is_noted_once_and_only_where_a_key_was_found(house: Pat
     found = run("verify", *marked, "--key", house / "my.key", *QUICK).stderr
     assert found.count("note: ") == 1 == len(found.splitlines()) and "steps was 25, is 4" in found
     assert "note: " not in run("verify", *unmarked, "--key", house / "my.key", *QUICK, code=1).stderr
+
+
+@pytest.mark.slow
+def test_a_key_works_with_another_precision_of_its_model(tmp_path: Path) -> None:
+    """Its weights are rounded to float16, so that they are no longer those that the key names."""
+    import torch
+
+    from ringmark.inversion.models.loading import POCKET, load_pipeline
+
+    pipe, generator = load_pipeline(POCKET), torch.Generator().manual_seed(0)
+    with torch.no_grad():  # pocket's own weights are float16 numbers
+        for weight in pipe.unet.parameters():
+            weight.mul_(1 + 1e-4 * torch.randn(weight.shape, generator=generator))
+    pipe.save_pretrained(tmp_path / "wide")
+    pipe.to(torch.float16).save_pretrained(tmp_path / "half")
+    run("keygen", "--model", tmp_path / "wide", "-o", tmp_path / "my.key")
+    drawing = ["--model", tmp_path / "wide", "--key", tmp_path / "my.key", "--steps", 4]
+    run("generate", *drawing, "-o", tmp_path / "marked")
+    asked = ["verify", tmp_path / "marked/0000000.png", "--key", tmp_path / "my.key", *QUICK, "--json"]
+    own, other = (json.loads(run(*asked, "--model", tmp_path / name).stdout)[0] for name in ("wide", "half"))
+    assert own["present"] and other["present"]
+    assert other["log10_p"] == pytest.approx(own["log10_p"], rel=0.02)
+    assert own["notes"] == [] and "the key was made for model wide" in other["notes"][0]

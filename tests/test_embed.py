@@ -15,18 +15,21 @@ from torch import Tensor
 
 import ringmark
 from ringmark.errors import KeyFileError, MarkWarning, ModelError, SchemeError
+from ringmark.inversion.diffusion import invert
 from ringmark.inversion.models.families import family_of, kind_of
 from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.inversion.models.walk import Watched
 from ringmark.watermark.embed import generate, initial_noise, mark
 from ringmark.watermark.keys.key import Key
+from ringmark.watermark.null import Null
 from ringmark.watermark.schemes.base import make_key, scheme_of
+from scripts.experiments.common import score_and_p
 
 SIZE = {8: (64, 96), 32: (192, 256)}  # (H, W) by the factor of the latents
 BINNED = {"sana": {"use_resolution_binning": False}, "pixart-sigma": {"use_resolution_binning": False}}
 
 
-def key_for(pipe: Any, secret: int = 1, **other: Any) -> Key:
+def key_for(pipe: Any, secret: int = 1, *, radii: tuple[int, int] = (1, 2), **other: Any) -> Key:
     """A key for this pipeline's kind of latents, of radii that its small pictures have."""
     kind = kind_of(pipe) | other
     return make_key(
@@ -36,7 +39,7 @@ def key_for(pipe: Any, secret: int = 1, **other: Any) -> Key:
         model={"name": "tiny", "fingerprint": "0"},
         secret=bytes([secret]) * 32,
         channels=(0, 2),
-        radii=(1, 2),
+        radii=radii,
     )
 
 
@@ -149,6 +152,65 @@ def test_adapters_can_come_after_the_mark(pipe):
     with mark(controlled, key):
         started = start(controlled, generator=seeded(), image=torch.rand(1, 3, 64, 96))
         assert torch.allclose(started, scheme.embed(plain), atol=1e-5)
+
+
+def with_controlnet(pipe: Any) -> tuple[Any, dict[str, Any]]:
+    """The pipeline with a random ControlNet, and what a call then needs besides the usual arguments."""
+    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+
+    net = ControlNetModel.from_unet(pipe.unet)
+    for block in (*net.controlnet_down_blocks, net.controlnet_mid_block):
+        torch.nn.init.constant_(block.weight, 0.02)  # zero before training
+    parts = pipe.components | {"controlnet": net, "requires_safety_checker": False}
+    return StableDiffusionControlNetPipeline(**parts), {"image": draw(1, 3, 128, 192).sigmoid()}
+
+
+def with_ip_adapter(pipe: Any) -> tuple[Any, dict[str, Any]]:
+    """The pipeline with a random IP-Adapter, and what a call then needs besides the usual arguments."""
+    from diffusers import StableDiffusionPipeline
+
+    unet, width = copy.deepcopy(pipe.unet), pipe.unet.config.cross_attention_dim
+    image_proj = {"proj.weight": draw(4 * width, 8), "proj.bias": draw(4 * width)}
+    image_proj |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    attentions = [name.removesuffix(".processor") for name in unet.attn_processors if "attn2" in name]
+    rows = {2 * i + 1: unet.get_submodule(name).to_k.weight.shape[0] for i, name in enumerate(attentions)}
+    matrices = {f"{i}.to_{part}_ip.weight": draw(n, width, seed=i) for i, n in rows.items() for part in "kv"}
+    adapted = StableDiffusionPipeline(**pipe.components | {"unet": unet, "requires_safety_checker": False})
+    state = {"image_proj": image_proj, "ip_adapter": matrices}
+    adapted.load_ip_adapter(state, subfolder="", weight_name="", image_encoder_folder=None)
+    return adapted, {"ip_adapter_image_embeds": [draw(1, 1, 8)]}
+
+
+@pytest.mark.parametrize("adapt", [with_controlnet, with_ip_adapter])
+def test_marks_are_found_in_what_a_pipeline_draws_with_an_adapter(pipe, adapt, monkeypatch):
+    """By the model without the adapter, as in verification."""
+    adapted, call = adapt(pipe)
+    adapted.scheduler = ddim(pipe.scheduler)
+    call |= {"height": 128, "width": 192, "num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent"}
+    plain = pipe("a red lake", generator=seeded(), **{k: v for k, v in call.items() if "image" not in k}).images
+    key, other = (key_for(pipe, secret, radii=(1, 3)) for secret in (1, 2))
+    with mark(adapted, key):
+        drawn = adapted("a red lake", generator=seeded(), **call).images
+    assert (drawn - plain).std() > 0.1 * plain.std()
+    model = LatentModel(pipe, name="tiny")
+    noise = invert(model, drawn, model.nothing, model.schedule(4, (128, 192)))
+    p, p_other = (score_and_p(scheme_of(k, (4, 16, 24)), Null.white((4, 16, 24)), noise)[1] for k in (key, other))
+    assert p < 1e-6 and p_other > 1e-3
+
+
+def test_a_marked_pipeline_can_be_offloaded():
+    """Whole networks, by the hooks that move weights to a GPU and back; here from the CPU to the CPU.
+
+    Layer by layer is not tested: accelerate needs a GPU for it.
+    """
+    pipe = build("stable-diffusion")
+    key, plain = key_for(pipe), start(pipe, generator=seeded())
+    scheme = scheme_of(key, tuple(plain.shape[1:]))
+    with mark(pipe, key):
+        pipe.enable_model_cpu_offload(device="cpu")
+        assert hasattr(pipe.unet, "_hf_hook")
+        assert torch.allclose(start(pipe, generator=seeded()), scheme.embed(plain), atol=1e-5)
+    assert torch.equal(start(pipe, generator=seeded()), plain)
 
 
 def test_pipelines_that_cannot_be_marked_are_refused(pipe):

@@ -8,9 +8,13 @@ import pytest
 import torch
 from checkpoints import edit
 from families import build
+from identity import MODEL, verifier
+from identity import key as make_key
 
-from ringmark.errors import ModelError
+from ringmark.errors import ModelError, SchemeError
 from ringmark.inversion.models.loading import quiet
+from ringmark.watermark.calibration import Calibration
+from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.tasks import load
 
 
@@ -93,3 +97,14 @@ def test_a_model_that_cannot_be_loaded(folder):
     with pytest.raises(ModelError) as caught:
         lean("somebody/some-model")
     assert caught.value.code == "model.unreachable" and not Path(folder).exists()
+
+
+def test_a_key_of_power_alone_needs_a_calibration():
+    """Its p is too small without ranks, at the native size as at others."""
+    zeros, options = make_key(1, "zeros"), {"model": MODEL, "method": "encoder", "steps": 2, "alpha": 0.05}
+    with pytest.raises(SchemeError) as caught:
+        load.load_verifier([make_key(1), zeros], **options)
+    assert caught.value.code == "scheme.unranked"
+    settings = verifier(method="encoder").recoverer.settings.as_dict()
+    made = Calibration.measure(initial_noise(list(range(20)), MODEL.latent_shape), settings, {"given": 20})
+    assert load.load_verifier(zeros, calibration=made, **options).verifier.keys == [zeros]

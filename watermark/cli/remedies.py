@@ -132,7 +132,7 @@ REMEDIES: dict[str, str] = {
     "scheme.description": "use the file that ringmark keygen wrote",
     "scheme.values": "use the file that ringmark keygen wrote",
     "scheme.size": "choose a larger --size, or make a key with lower radii",
-    "scheme.unranked": "omit the key or the size, or calibrate with images of this size",
+    "scheme.unranked": "omit the key, or give a --calibration of this size and for these options",
     "scheme.old-key": "make a new key, which works at every size, with: ringmark keygen",
     "scheme.noise": "use a key made for these latents",
     "scheme.unfindable": "widen --radii or --channels",

@@ -26,6 +26,7 @@ from ringmark.inversion.models.place import locate
 from ringmark.inversion.recover import Recoverer
 from ringmark.inversion.sizes import Size
 from ringmark.watermark.calibration import Calibration
+from ringmark.watermark.detect.detector import check_unranked
 from ringmark.watermark.detect.search import Search
 from ringmark.watermark.detect.verifier import Verifier, built_in_calibration
 from ringmark.watermark.keys.folder import load_ring
@@ -161,8 +162,8 @@ def load_verifier(
 
     A loaded `model` is used as it is; `device`, `dtype` and `offload` are then ignored. Keys and calibration are read
     before the model is loaded, so that mistakes there show early. Raises KeyFileError, also if `keys` is empty,
-    CalibrationError, ModelError, SchemeError for a key that cannot be searched for, and RingmarkError for an `alpha`
-    outside (0, 1).
+    CalibrationError, ModelError, SchemeError for a key that cannot be searched for or whose p needs a calibration, and
+    RingmarkError for an `alpha` outside (0, 1).
     """
     if not 0 < alpha < 1:
         raise RingmarkError("detector.alpha", "must lie strictly between 0 and 1", subject=f"alpha {alpha:g}")
@@ -177,6 +178,8 @@ def load_verifier(
     used, unchecked = (given, "") if given else _built_in(recoverer, loaded, model)
     finder = Search() if search else None
     verifier = Verifier(recoverer, loaded, alpha=alpha, calibration=used, search=finder, sizes=sizes, thorough=thorough)
+    if not used:
+        check_unranked(verifier.detector.schemes.values())
     return Setup(verifier, unchecked)
 
 
