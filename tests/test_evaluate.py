@@ -28,8 +28,9 @@ from ringmark.watermark.keys.key import Key
 from ringmark.watermark.schemes.base import scheme_of
 from ringmark.watermark.tasks import evaluate as task
 from ringmark.watermark.tasks import quality
-from ringmark.watermark.tasks.evaluate import Plan, evaluate, scores_of
+from ringmark.watermark.tasks.evaluate import evaluate, scores_of
 from ringmark.watermark.tasks.keygen import new_key
+from ringmark.watermark.tasks.plan import Plan
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ringmark.data.files import refuse_foreign
-from ringmark.data.labels import read_labels
-from ringmark.data.results import Results, ResultsFolder, content_id, read_records
-from ringmark.data.sources import check_folder, find_images
+from ringmark.data.results import Results, ResultsFolder, content_id
+from ringmark.data.sources import find_images
 from ringmark.errors import CalibrationError, EvaluationError
 from ringmark.inversion.memory import peak_during, release_memory
 from ringmark.inversion.models.pipeline import LatentModel
-from ringmark.inversion.recover import Recoverer, check_method
-from ringmark.inversion.sizes import Size
-from ringmark.watermark.attacks.chains import Chain, expand
+from ringmark.inversion.recover import Recoverer
+from ringmark.watermark.attacks.chains import Chain
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.detector import Detector
 from ringmark.watermark.detect.verifier import Verifier, fitting_calibration
@@ -33,18 +26,19 @@ from ringmark.watermark.evaluation.cells import CLEAN, Cell, Evaluation, Row
 from ringmark.watermark.evaluation.gain import compare_ways
 from ringmark.watermark.evaluation.plots import write_plots
 from ringmark.watermark.evaluation.rates import Array, tied_below
-from ringmark.watermark.evaluation.report import TABLES, write_tables
-from ringmark.watermark.keys.folder import describe, load_ring
+from ringmark.watermark.evaluation.report import write_tables
+from ringmark.watermark.keys.folder import describe
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.schemes.base import DEFAULT, published_statistics
 from ringmark.watermark.statistics import conformal_p
 from ringmark.watermark.tasks.attack import attack_files, attacked_name
-from ringmark.watermark.tasks.draw import DRAWN, draw, prompts_for
+from ringmark.watermark.tasks.draw import draw, prompts_for
 from ringmark.watermark.tasks.keygen import new_key
+from ringmark.watermark.tasks.plan import Plan, names_in, prompts_in
 from ringmark.watermark.tasks.quality import ImageSet, quality_rows
 from ringmark.watermark.tasks.recover import RecoveredFiles, recover_files
 
-__all__ = ["Plan", "evaluate", "scores_of"]
+__all__ = ["evaluate", "scores_of"]
 
 UNMARKED, MATCHED, CONFORMAL = "unmarked", "matched filter", "conformal p"
 GIVEN = "images are taken from the given folders; marked and unmarked images are assumed to be independent"
@@ -52,112 +46,6 @@ INDEPENDENT = (
     "marked and unmarked images are independent, with different seeds, random draws of attacks and draws of prompts "
     "(some prompts recur); all keys mark the same noises for the same prompts"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What to evaluate: images (drawn unless folders are given), keys, attacks and decoder inversions.
-
-    `number` images of each kind are drawn from `seed`, with `guidance` and `steps`, at `size` (H, W), by default the
-    model's native one; all images are read at that size. Marked and unmarked images are independent; all keys mark the
-    same noises for the same prompts. Without `keys`, a new key is made and kept in `output`.
-
-    Problems that can be found without a model are raised at once. EvaluationError: evaluation.keys if marked images are
-    given without exactly one key, evaluation.same-key, evaluation.methods for a method named twice, evaluation.output
-    for an output folder within a folder of images, evaluation.overlap of the two folders, evaluation.carried for images
-    drawn with another key, and evaluation.unlabelled and evaluation.labels for labels. AttackError, RingmarkError,
-    ImageError, CalibrationError and KeyFileError for the parts; StoreError if, without `force`, an output would replace
-    a file that ringmark did not write.
-    """
-
-    output: Path
-    keys: tuple[Path, ...] = ()
-    marked: Path | None = None
-    unmarked: Path | None = None
-    number: int = 32
-    attacks: tuple[str, ...] = ()
-    methods: tuple[str, ...] = ("encoder", "guarded")
-    seed: int = 0
-    guidance: float = 3.0
-    size: Size | None = None
-    max_steps: int | None = None
-    steps: int = 25
-    batch: int = 8
-    calibration: Path | None = None
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        if self.marked and len(self.given_keys) != 1:
-            fact = f"marked images need exactly the one key that they carry, not {len(self.given_keys)} keys"
-            raise EvaluationError("evaluation.keys", fact)
-        self._check_methods()
-        self._check_folders()
-        _ = self.chains, self.given_keys, self.given_calibration
-        self._check_labels()
-        for name in TABLES:
-            refuse_foreign(self.output / name, self.force)
-
-    def _check_methods(self) -> None:
-        for method in self.methods:
-            check_method(method)
-        if len(set(self.methods)) < len(self.methods):
-            raise EvaluationError("evaluation.methods", "a method is named twice", subject=", ".join(self.methods))
-
-    def _check_folders(self) -> None:
-        folders = [folder for folder in (self.marked, self.unmarked) if folder]
-        for folder in folders:
-            check_folder(folder)
-            if self.output.resolve().is_relative_to(folder.resolve()):
-                fact = f"lies in the image folder {folder}"
-                raise EvaluationError("evaluation.output", fact, subject=self.output)
-        for one, other in combinations(folders, 2):
-            if _overlap(one.resolve(), other.resolve()):
-                raise EvaluationError("evaluation.overlap", "one lies in the other", subject=f"{one} and {other}")
-
-    def _check_labels(self) -> None:
-        for folder, marked in ((self.marked, True), (self.unmarked, False)):
-            if folder:
-                _prompts(folder / "labels.csv", _names(folder, find_images(folder)), marked)
-        if self.marked:
-            _check_carried(self.marked, self.given_keys[0])
-
-    @cached_property
-    def chains(self) -> list[Chain]:
-        """The attacks. Raises AttackError."""
-        return expand(self.attacks)
-
-    @cached_property
-    def given_keys(self) -> list[Key]:
-        """Raises KeyFileError, and EvaluationError, evaluation.same-key, for a key given twice."""
-        keys: list[Key] = []
-        first: dict[str, Path] = {}
-        for file, key in (pair for path in self.keys for pair in load_ring([path]).items()):
-            if key.fingerprint in first:
-                fact = f"holds the same key as {first[key.fingerprint]}"
-                raise EvaluationError("evaluation.same-key", fact, subject=file)
-            first[key.fingerprint] = file
-            keys.append(key)
-        return keys
-
-    @cached_property
-    def given_calibration(self) -> Calibration | None:
-        """Raises CalibrationError."""
-        return Calibration.load(self.calibration) if self.calibration else None
-
-    def settings(self, model: LatentModel) -> dict[str, Any]:
-        """Everything that the images depend on. Keys, attacks, methods and calibrations may differ between runs."""
-        return {
-            "model": model.identity,
-            "marked": self._relative(self.marked),
-            "unmarked": self._relative(self.unmarked),
-            "number": self.number,
-            "seed": self.seed,
-            "guidance": self.guidance,
-            "steps": self.steps,
-        } | ({"size": list(self.size)} if self.size else {})
-
-    def _relative(self, folder: Path | None) -> str | None:
-        return os.path.relpath(folder, self.output) if folder else None
 
 
 def evaluate(model: LatentModel, plan: Plan, folder: Path | None = None) -> Evaluation:
@@ -171,29 +59,23 @@ def evaluate(model: LatentModel, plan: Plan, folder: Path | None = None) -> Eval
     """
     keys = plan.given_keys or [_own_key(model, plan)]
     verifiers, unfit = _verifiers(model, keys, plan, folder)
-    settings = plan.settings(model)
-    with Results(plan.output / "plan.jsonl", settings) as results, ResultsFolder(plan.output / "recovered") as kept:
-        megabytes = {name: _megabytes(verifier.recoverer, plan, results) for name, verifier in verifiers.items()}
+    with (
+        Results(plan.output / "plan.jsonl", plan.settings(model)) as results,
+        ResultsFolder(plan.output / "recovered") as kept,
+    ):
         run = _Run(
             model=model,
             plan=plan,
             keys=keys,
             verifiers=verifiers,
-            megabytes=megabytes,
+            megabytes={name: _megabytes(verifier.recoverer, plan, results) for name, verifier in verifiers.items()},
             sets=[_images(model, plan, key) for key in (None, *keys)],
             kept=kept,
         )
         for chain in (None, *plan.chains):
             run.under(chain)
         quality = quality_rows(run.sets, plan.size or model.image_size, results)
-    evaluation = Evaluation(
-        settings=_facts(model, plan, run, unfit),
-        cells=run.cells,
-        images=run.records,
-        quality=quality,
-        refused=list(dict.fromkeys(run.refused)),
-        gains=compare_ways(run.records, list(map(str, plan.chains)) or [CLEAN]),
-    )
+    evaluation = run.evaluation(quality, unfit)
     write_tables(evaluation, plan.output)
     write_plots(evaluation, plan.output, force=plan.force)
     return evaluation
@@ -297,6 +179,17 @@ class _Run:
             for key, recovered in zip(self.keys, marked, strict=True):
                 about = {"key": key.fingerprint[:8], "attack": str(chain or CLEAN), "method": method}
                 self._score(verifier.detector, key.fingerprint, about, recovered, unmarked)
+
+    def evaluation(self, quality: list[Row], unfit: dict[str, str]) -> Evaluation:
+        """What was found, with the reasons why the calibration does not fit a method."""
+        return Evaluation(
+            settings=_facts(self, unfit),
+            cells=self.cells,
+            images=self.records,
+            quality=quality,
+            refused=list(dict.fromkeys(self.refused)),
+            gains=compare_ways(self.records, list(map(str, self.plan.chains)) or [CLEAN]),
+        )
 
     def _score(
         self, detector: Detector, key: str, about: dict[str, str], marked: _Recovered, unmarked: _Recovered
@@ -412,14 +305,14 @@ def _measured_megabytes(recoverer: Recoverer, plan: Plan) -> float:
     return peak_during(model.device, lambda: short(images))[1]
 
 
-def _facts(model: LatentModel, plan: Plan, run: _Run, unfit: dict[str, str]) -> dict[str, Any]:
+def _facts(run: _Run, unfit: dict[str, str]) -> dict[str, Any]:
     """The settings shown in the report."""
-    detectors = {name: verifier.detector for name, verifier in run.verifiers.items()}
-    return plan.settings(model) | {
+    plan, detectors = run.plan, {name: verifier.detector for name, verifier in run.verifiers.items()}
+    return plan.settings(run.model) | {
         "methods": plan.methods,
         "max_steps": plan.max_steps,
         "batch": plan.batch,
-        "dtype": str(model.dtype),
+        "dtype": str(run.model.dtype),
         "attacks": [CLEAN, *map(str, plan.chains)],
         "keys": [describe(key) for key in run.keys],
         "calibrations": {name: detector.settings()["calibration"] for name, detector in detectors.items()},
@@ -428,7 +321,7 @@ def _facts(model: LatentModel, plan: Plan, run: _Run, unfit: dict[str, str]) -> 
     }
 
 
-# -- images and labels ------------------------------------------------------------------------------------------------
+# -- images ------------------------------------------------------------------------------------------------
 
 
 def _images(model: LatentModel, plan: Plan, key: Key | None) -> ImageSet:
@@ -450,51 +343,6 @@ def _images(model: LatentModel, plan: Plan, key: Key | None) -> ImageSet:
             size=plan.size,
             batch=plan.batch,
         )
-    names = _names(folder, files)
-    prompts_by_name = _prompts(folder / "labels.csv", names, key is not None)
+    names = names_in(folder, files)
+    prompts_by_name = prompts_in(folder / "labels.csv", names, key is not None)
     return ImageSet(name=name, folder=folder, names=names, prompts=prompts_by_name)
-
-
-def _names(folder: Path, files: list[Path]) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in files]
-
-
-def _overlap(one: Path, other: Path) -> bool:
-    return one.is_relative_to(other) or other.is_relative_to(one)
-
-
-def _check_carried(folder: Path, key: Key) -> None:
-    """Raises EvaluationError if the folder's journal says that its images were drawn with another key."""
-    if not (folder / DRAWN).is_file():
-        return
-    carried = read_records(folder / DRAWN)[0].get("key")
-    if carried != key.fingerprint:
-        fact = f"was drawn with {f'key {carried[:8]}' if carried else 'no key'}, not {key.fingerprint[:8]}"
-        raise EvaluationError("evaluation.carried", fact, subject=folder)
-
-
-def _prompts(file: Path, names: list[str], marked: bool) -> dict[str, str]:
-    """The prompts in a folder's labels.csv, if any. Raises EvaluationError if its labels contradict `marked`."""
-    if not file.exists():
-        return {}
-    labels = read_labels(file)
-    if not labels.keys() & set(names):
-        fact = f"no label of {len(labels)} fits an image"
-        raise EvaluationError("evaluation.unlabelled", fact, subject=file, example=names[0])
-    wrong = [name for name in names if labels.get(name, marked) != marked]
-    if wrong:
-        kind = "unmarked" if marked else "marked"
-        fact = f"labels {len(wrong)} of {len(names)} images as {kind}, the first is {wrong[0]}"
-        raise EvaluationError("evaluation.labels", fact, subject=file, kind=kind)
-    return _prompt_column(file)
-
-
-def _prompt_column(file: Path) -> dict[str, str]:
-    """Prompts by path, if the file is a CSV with prompts."""
-    with file.open(encoding="utf-8-sig", newline="") as text:
-        header, *rows = csv.reader(text)
-    columns = [name.strip().lower() for name in header]
-    if not {"path", "prompt"} <= set(columns):  # labels may also be JSON
-        return {}
-    path, prompt = columns.index("path"), columns.index("prompt")
-    return {row[path]: row[prompt] for row in rows if len(row) > max(path, prompt)}

@@ -149,8 +149,8 @@ def evaluate(
     """
     from ringmark.inversion.models.loading import resolve
     from ringmark.watermark.evaluation.report import summary
-    from ringmark.watermark.tasks.evaluate import Plan
     from ringmark.watermark.tasks.evaluate import evaluate as carry_out
+    from ringmark.watermark.tasks.plan import Plan
 
     plan = Plan(
         output=output,
