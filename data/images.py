@@ -18,6 +18,7 @@ from ringmark.data.containers import kind_of
 from ringmark.data.decode import FORMATS, decode, is_cheap, upright
 from ringmark.data.decoder_process import decode_apart
 from ringmark.data.files import SOFTWARE, open_regular, write_atomic
+from ringmark.data.results import content_id
 from ringmark.errors import ImageError
 
 __all__ = [
@@ -47,6 +48,7 @@ class Sample:
     """An 8-bit RGB image with its metadata.
 
     `id` is its path as given, `label` whether it is marked (None if unknown), `notes` the conversions on reading.
+    `content` is a digest of the pixels as they were decoded, before they were fitted, and `size` (H, W) their size.
     """
 
     id: str
@@ -54,6 +56,8 @@ class Sample:
     label: bool | None = None
     prompt: str = ""
     notes: tuple[str, ...] = ()
+    content: str = ""
+    size: Size | None = None
 
 
 def read_sample(
@@ -95,7 +99,10 @@ def _fitted(
     if len(sizes) > 1:
         notes = (*notes, f"tried at {' and '.join(f'{width}x{height}' for height, width in sizes)}")
     fits = [fit(image, size) for size in sizes]
-    return [Sample(id, fitted, notes=(*notes, note) if note else notes) for fitted, note in fits]
+    content, size = content_id(np.asarray(image)), (image.height, image.width)
+    return [
+        Sample(id, fitted, notes=(*notes, note) if note else notes, content=content, size=size) for fitted, note in fits
+    ]
 
 
 def read_image(path: str | os.PathLike[str]) -> tuple[Image.Image, tuple[str, ...]]:

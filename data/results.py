@@ -1,27 +1,27 @@
-"""Results files: one JSON record per line, append-only, so that an interrupted run can be resumed at any point.
+"""Results: a journal of records, append-only, so that an interrupted run can be resumed at any point.
 
-The first line is a header with the settings of the run; results of different settings never share a file. Tensors that
-belong to records are kept in a folder next to the file, one safetensors file for the records appended together: a file
-for each image is slow to write and to copy, and in one file for all a crash or damage would cost more than a batch.
+A journal is a file of JSON lines (`lines`) or a folder of Parquet parts (`parts`), as its path says. It holds the
+settings of the run; results of different settings never share a journal. Tensors that belong to records are kept in a
+folder next to it, one safetensors file for the records appended together: a file for each image is slow to write and to
+copy, and in one file for all a crash or damage would cost more than a batch.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
-import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from ringmark.data.files import PathLike, open_regular, read_tensors, write_atomic
-from ringmark.data.settings import differences, typed
+from ringmark.data.lines import VERSION, Lines, Record, plain, succeeded
+from ringmark.data.parts import Parts, are_parts
+from ringmark.data.settings import typed
 from ringmark.errors import StoreError
 
 if TYPE_CHECKING:
@@ -30,27 +30,13 @@ if TYPE_CHECKING:
     import numpy as np
     from filelock import BaseFileLock
 
-__all__ = ["Results", "ResultsFolder", "content_id", "read_records"]
+__all__ = ["Results", "ResultsFolder", "content_id"]
 
 LOG = logging.getLogger(__name__)
 
-VERSION = 1
-MAX_NESTING = 50
 ID_DIGITS = 32  # hexadecimal; equal ids of different contents are out of the question
 MAX_BYTES = 8 << 30
-CODES = ("results.missing", "results.folder", "results.denied", "results.unreadable", "results.special")
-"""Codes of `read_records` for files that cannot be opened."""
-
-Record = dict[str, Any]
 Tensors = Mapping[str, "np.ndarray"]
-
-
-@dataclass(frozen=True)
-class Header:
-    """The first line: the version of the format and the settings that the results depend on."""
-
-    ringmark: int
-    settings: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -63,16 +49,16 @@ class Place:
 
 
 class Results:
-    """The results file at `path`, created or resumed; records are dicts with a "sample_id".
+    """The results at `path`, created or resumed; records are dicts with a "sample_id".
 
-    An incomplete last line, left by a crash, is removed. `records` holds the last record of each id, `done` the ids
-    whose last record has no error, so failed items are tried again. `fields` names the required fields of a record
-    without an error. A hidden lock file next to the results excludes other runs until `close()` or the end of the
-    `with` block.
+    They are Parquet parts if `path` is a folder or ends in .parquet, otherwise JSON lines. An incomplete last line,
+    left by a crash, is removed. `records` holds the last record of each id, `done` the ids whose last record has no
+    error, so failed items are tried again. `fields` names the required fields of a record without an error. A hidden
+    lock file next to the results excludes other runs until `close()` or the end of the `with` block.
 
-    Raises StoreError if the file holds results of other settings (results.settings), is not a results file
-    (results.foreign; it is not changed), has a damaged line before the last (results.damaged) or a record without one
-    of the fields (results.incomplete), is in use by another run (results.locked), or cannot be opened.
+    Raises StoreError if these are results of other settings (results.settings), no results (results.foreign; nothing is
+    changed), damaged before the last line (results.damaged, results.part), if a record lacks one of the fields
+    (results.incomplete), or if the results are in use by another run (results.locked) or cannot be opened.
     """
 
     done: set[str]
@@ -80,36 +66,15 @@ class Results:
 
     def __init__(self, path: PathLike, settings: Record, *, fields: Collection[str] = ()) -> None:
         self.path = Path(path)
-        header = _encode(_plain({"ringmark": VERSION, "settings": settings}))
-        self._file = _open(self.path)
+        self._journal: Lines | Parts = Parts(self.path) if are_parts(self.path) else Lines(self.path)
+        self._lock: BaseFileLock | None = None
         try:
             self._lock = _lock(self.path)
-        except BaseException:
-            self._file.close()
-            raise
-        try:
-            self.records = self._resume(header, fields)
+            self.records = self._journal.start(json.loads(json.dumps(plain(settings))), fields)
         except BaseException:
             self.close()
             raise
-        self.done = {sample_id for sample_id, record in self.records.items() if _succeeded(record)}
-
-    def _resume(self, header: bytes, fields: Collection[str]) -> dict[str, Record]:
-        """Check the file before anything is written, remove an incomplete last line, and return the records."""
-        self._file.seek(0)
-        content = self._file.readall()
-        if header.startswith(content) and content != header:  # new, or truncated while the header was written
-            self._file.truncate(0)
-            self._write(header)
-            return {}
-        parsed = _parse(self.path, content, fields)
-        if changed := differences(parsed.settings, json.loads(header)["settings"]):
-            fact = f"holds results of other settings ({'; '.join(changed)})"
-            raise StoreError("results.settings", fact, subject=self.path)
-        if parsed.end < len(content):
-            LOG.info("%s: incomplete last line removed", self.path)
-            self._file.truncate(parsed.end)
-        return parsed.records
+        self.done = {sample_id for sample_id, record in self.records.items() if succeeded(record)}
 
     def append(self, record: Record) -> None:
         """Append a record as one line; see `extend`."""
@@ -129,19 +94,19 @@ class Results:
             if not isinstance(record.get("sample_id"), str):
                 fact = f"the sample_id of a record must be a string, not {record.get('sample_id')!r}"
                 raise StoreError("results.id", fact, subject=self.path)
-            added.append(_plain(record))
+            added.append(plain(record))
         if tensors:
             places = self._store(tensors)
             added = [record | {"tensors": place} for record, place in zip(added, places, strict=True)]
-        self._write(b"".join(map(_encode, added)))
+        self._journal.write(added)
         for record in added:
             self.records[record["sample_id"]] = record
-            (self.done.add if _succeeded(record) else self.done.discard)(record["sample_id"])
+            (self.done.add if succeeded(record) else self.done.discard)(record["sample_id"])
 
     def _store(self, tensors: Sequence[Tensors]) -> list[Record]:
         """Write tensors to a file and return their places.
 
-        The file's number is the length of the results: a file whose records were lost in a crash is written again.
+        The file's number is the position in the results: a file whose records were lost in a crash is written again.
         """
         import numpy as np
         from safetensors.numpy import save  # which writes the bytes as they lie in memory
@@ -149,7 +114,7 @@ class Results:
         rows = enumerate(tensors)
         named = {f"{row}/{name}": np.asarray(x, order="C") for row, some in rows for name, x in some.items()}
         content = save(named, {"ringmark tensors": str(VERSION)})
-        number, digest = os.fstat(self._file.fileno()).st_size, hashlib.sha256(content).hexdigest()
+        number, digest = self._journal.position, hashlib.sha256(content).hexdigest()
         write_atomic(_tensor_file(self.path, number), content, 0o600)
         return [asdict(Place(file=number, sha256=digest, row=row)) for row in range(len(tensors))]
 
@@ -207,21 +172,13 @@ class Results:
             found |= zip(missing, made, strict=True)
         return [found[sample_id] for sample_id in ids]
 
-    def _write(self, line: bytes) -> None:
-        try:
-            written = self._file.write(line)
-        except OSError as error:
-            error.filename = str(self.path)
-            raise
-        if written != len(line):  # full disk: a partial line would spoil the next one
-            self._file.truncate(os.fstat(self._file.fileno()).st_size - (written or 0))
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-
     def close(self) -> None:
-        """Close the file and release its lock; harmless when repeated."""
-        self._file.close()
-        if self._lock:
-            self._lock.release()
+        """Close the results and release their lock; harmless when repeated."""
+        try:
+            self._journal.close()
+        finally:
+            if self._lock:
+                self._lock.release()
 
     def __enter__(self) -> Results:
         return self
@@ -239,7 +196,7 @@ class ResultsFolder:
 
     def of(self, name: str, settings: Record) -> Results:
         """The results of these settings, in a file named by their kind `name` and a digest. Raises as `Results`."""
-        path = self.folder / f"{name}-{content_id(json.dumps(_plain(settings), sort_keys=True))}.jsonl"
+        path = self.folder / f"{name}-{content_id(json.dumps(plain(settings), sort_keys=True))}.jsonl"
         if path not in self._open:
             self._open[path] = Results(path, settings)
         return self._open[path]
@@ -280,28 +237,6 @@ def content_id(*parts: object) -> str:
     return digest.hexdigest()[:ID_DIGITS]
 
 
-def read_records(path: PathLike, *, fields: Collection[str] = ()) -> tuple[Record, list[Record]]:
-    """The settings and records of a results file, in order of first appearance; the last record of a sample_id wins.
-
-    An incomplete last line is skipped: the run crashed there, or is writing it. `fields` names the required fields of a
-    record without an error. Raises StoreError as `Results` does, or if the file cannot be read.
-    """
-    with open_regular(path, StoreError, "results") as file:
-        try:
-            content = file.read()
-        except OSError as error:
-            fact = f"cannot be read: {error.strerror}"
-            raise StoreError("results.unreadable", fact, subject=path) from error
-    parsed = _parse(Path(path), content, fields)
-    return parsed.settings, list(parsed.records.values())
-
-
-class _Parsed(NamedTuple):
-    settings: Record
-    records: dict[str, Record]  # the last record of each sample_id, in order of first appearance
-    end: int  # bytes up to the end of the last whole line
-
-
 def _place(record: Record) -> Place | None:
     """Where the tensors of a record are; None if it has none."""
     try:
@@ -330,18 +265,6 @@ def _remove(path: Path) -> None:
             place.rmdir()
 
 
-def _open(path: Path) -> FileIO:
-    """The file, unbuffered, for reading and appending."""
-    try:
-        if path.exists() and not path.is_file():  # opening a pipe could block forever
-            raise OSError(errno.EINVAL, "not a regular file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return open(path, "a+b", buffering=0)
-    except OSError as error:
-        code = "results.no-space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "results.unwritable"
-        raise StoreError(code, f"cannot be opened for writing: {error.strerror}", subject=path) from error
-
-
 def _lock(path: Path) -> BaseFileLock | None:
     from filelock import FileLock, Timeout
 
@@ -359,73 +282,3 @@ def _lock(path: Path) -> BaseFileLock | None:
 def _lock_file(path: Path) -> Path:
     target = Path(os.path.realpath(path))  # the same lock for all names of the file
     return target.with_name(f".{target.name}.lock")
-
-
-def _parse(path: Path, content: bytes, fields: Collection[str]) -> _Parsed:
-    """Read all complete lines; raises StoreError at the first invalid one."""
-    end = content.rfind(b"\n") + 1
-    first, *lines = content[:end].split(b"\n")[:-1] or [b""]
-    settings, records = _settings(path, first), {}
-    for number, line in enumerate(lines, 2):
-        record = _decode(line)
-        if not isinstance(record, dict) or not isinstance(record.get("sample_id"), str):
-            raise StoreError("results.damaged", f"line {number} is not a record", subject=path, line=number)
-        missing = [name for name in fields if name not in record] if _succeeded(record) else []
-        if missing:
-            fact = f"the record in line {number} has no {missing[0]}"
-            raise StoreError("results.incomplete", fact, subject=path, line=number)
-        records[record["sample_id"]] = record
-    return _Parsed(settings, records, end)
-
-
-def _settings(path: Path, line: bytes) -> Record:
-    try:
-        header = typed(Header, _decode(line))
-    except ValueError as error:
-        fact = "is not a ringmark results file"
-        raise StoreError("results.foreign", fact, subject=path) from error
-    if header.ringmark != VERSION:
-        fact = f"has format {header.ringmark}, but this version of ringmark reads format {VERSION}"
-        raise StoreError("results.version", fact, subject=path)
-    return header.settings
-
-
-def _succeeded(record: Record) -> bool:
-    return record.get("error") is None
-
-
-def _encode(value: Record) -> bytes:
-    """A line of JSON."""
-    # Escaped to ASCII: file names that are not UTF-8 contain lone surrogates, which UTF-8 cannot encode.
-    return json.dumps(value, allow_nan=False).encode() + b"\n"
-
-
-def _decode(line: bytes) -> Any:
-    """The JSON value, or None if invalid; valid lines are never null or nested deeper than MAX_NESTING."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    brackets = line.count(b"{") + line.count(b"[")  # a cheap upper bound
-    return value if brackets <= MAX_NESTING or _nesting(value) <= MAX_NESTING else None
-
-
-def _nesting(value: Any) -> int:
-    depth, level = 0, [value]
-    while level := [v for v in level if isinstance(v, (dict, list))]:
-        depth += 1
-        level = [item for v in level for item in (v.values() if isinstance(v, dict) else v)]
-    return depth
-
-
-def _plain(value: Any) -> Any:
-    """The value in types that JSON supports: NaN becomes None, arrays lists and paths text."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value

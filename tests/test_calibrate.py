@@ -15,7 +15,7 @@ from identity import MODEL, Identity, generate, key, verifier
 from PIL import Image
 
 from ringmark.data.images import read_sample, to_array
-from ringmark.data.results import read_records
+from ringmark.data.reader import read_records
 from ringmark.data.sources import find_images
 from ringmark.errors import CalibrationError, ImageError, SchemeError
 from ringmark.inversion.decoder import INVERTERS

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from shell import QUICK, pictures, refused, run
+
+from ringmark.data.reader import read_records
+from ringmark.data.results import content_id
 
 
 def test_audit_records_everything_and_goes_on(house: Path, tmp_path: Path) -> None:
@@ -38,6 +44,30 @@ def test_audit_records_everything_and_goes_on(house: Path, tmp_path: Path) -> No
     records = {r["sample_id"]: r for r in map(json.loads, results.read_text().splitlines()[1:])}
     assert "error" in records["broken.png"] and len(records) == 5
     assert "max_steps was 1, is 2" in refused(*args[:-2], 2)
+
+
+def test_both_forms_of_results_hold_the_same_records_and_resume(house: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    folder = Path(shutil.copytree(house / "images", tmp_path / "images"))
+    (folder / "notes.png").write_bytes(b"not a picture")
+    args = ["audit", folder, "--key", house / "my.key", *QUICK, "--json", "-o"]
+    forms = tmp_path / "r.jsonl", tmp_path / "r.parquet"
+    one, other = (json.loads(run(*args, form).stdout) for form in forms)
+    assert one == other and one["present"] == 2
+    lines, parts = (
+        {r["sample_id"]: {n: v for n, v in r.items() if n != "seconds"} for r in read_records(form)[1]}
+        for form in forms
+    )
+    assert lines == parts and lines["notes.png"]["code"] == "image.unknown-format"
+    first = lines["marked/0000000.png"]
+    with Image.open(folder / "marked" / "0000000.png") as picture:
+        assert first["content"] == content_id(np.asarray(picture.convert("RGB")))
+        assert (first["width"], first["height"], first["model"]) == (*picture.size, "pocket")
+    assert first["stage"] in first["stages"] and first["p_value"] == min(first["stages"].values())
+    assert json.loads(run(*args, forms[1]).stdout) == other
+    assert [path.name for path in forms[1].iterdir()] == ["part-000000.parquet"]
+    assert "steps was 4, is 5" in refused(*args[:-2], "--steps", 5, "-o", forms[1])
+    assert "not a folder of results" in refused(*args, folder)
 
 
 @pytest.fixture

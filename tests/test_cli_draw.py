@@ -12,7 +12,7 @@ from identity import of_shape
 from PIL import Image
 from shell import QUICK, refused, run
 
-from ringmark.data.results import read_records
+from ringmark.data.reader import read_records
 from ringmark.inversion.models.loading import POCKET, load_pipeline
 from ringmark.watermark.schemes.base import make_key
 

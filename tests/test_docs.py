@@ -107,6 +107,23 @@ def test_the_python_of_the_library_page_runs(tmp_path, monkeypatch):
     assert names["counts"].images == 1
 
 
+@pytest.mark.slow
+def test_the_queries_of_the_page_on_scale_find_the_marked_picture(tmp_path, monkeypatch, capsys):
+    duckdb = pytest.importorskip("duckdb")
+    prepare_picture(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    args = ["audit", "pictures", "--key", "my.key", "-o", "results.parquet", "--method", "encoder", "--steps", "1"]
+    assert CliRunner().invoke(main, args).exit_code == 0
+    text = (DOCS / "howto" / "scale.md").read_text(encoding="utf-8")
+    [query] = re.findall(r"```sql\n(.*?)```", text, re.DOTALL)
+    [(name, _, log10_p)] = duckdb.sql(query).fetchall()
+    assert (tmp_path / "pictures" / name).exists() and log10_p < -3
+    names: dict[str, Any] = {}
+    for block in python_blocks(DOCS / "howto" / "scale.md"):
+        exec(compile(block, "scale.md", "exec"), names)
+    assert names["marked"] == 1 and "key" in capsys.readouterr().out
+
+
 def from_pipe_to_verdict(pipe: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Run the first block of the page on marking with this pipeline; what it defines."""
     monkeypatch.chdir(folder)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ringmark.data.results import read_records
+from ringmark.data.reader import read_records
 from ringmark.data.scenes import scene
 from ringmark.errors import StoreError
 from ringmark.watermark.embed import Drawn

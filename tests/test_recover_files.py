@@ -11,7 +11,8 @@ from checkpoints import wrap
 from PIL import Image
 
 from ringmark.data.images import read_sample, to_array
-from ringmark.data.results import ResultsFolder, read_records
+from ringmark.data.reader import read_records
+from ringmark.data.results import ResultsFolder
 from ringmark.errors import StoreError
 from ringmark.inversion.decoder import Inverter
 from ringmark.inversion.methods import Anderson, ForwardStep

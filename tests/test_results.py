@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringmark.data.files import is_ours, read_tensors
-from ringmark.data.results import Results, ResultsFolder, content_id, read_records
+from ringmark.data.reader import read_records
+from ringmark.data.results import Results, ResultsFolder, content_id
 from ringmark.errors import StoreError
 
 SETTINGS = {"steps": 50, "key": "abc", "size": (128, 128)}
@@ -263,7 +264,7 @@ def test_what_json_cannot_hold_has_a_form(path, tmp_path):
 def test_a_full_disk_leaves_the_file_whole(path, monkeypatch):
     with Results(path, SETTINGS) as results:
         results.append({"sample_id": "a"})
-        whole, file = path.read_bytes(), results._file
+        whole, file = path.read_bytes(), results._journal._file
 
         class Full:
             def write(self, line):
@@ -272,7 +273,7 @@ def test_a_full_disk_leaves_the_file_whole(path, monkeypatch):
             def __getattr__(self, name):
                 return getattr(file, name)
 
-        monkeypatch.setattr(results, "_file", Full())
+        monkeypatch.setattr(results._journal, "_file", Full())
         with pytest.raises(OSError, match="space"):
             results.append({"sample_id": "b"})
 

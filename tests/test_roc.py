@@ -134,3 +134,12 @@ def test_the_threshold_at_the_asked_rate_and_the_points_of_the_curve(tmp_path):
     assert points["threshold"][:4] == [None, 502, 501, 500] and points["tpr"][:4] == pytest.approx([0, 1 / 3, 2 / 3, 1])
     assert distance["points"]["threshold"][1:3] == [-502, -501] and len(points["fpr"]) == 104
     assert "needs at least" not in report.table() and "≥ 98" in report.table() and "≤ -98" in report.table()
+
+
+def test_parquet_results_give_the_same_curves(tmp_path):
+    pytest.importorskip("pyarrow")
+    given = [record(f"{i}.png", float(i % 7), shows=i != 3) for i in range(20)] + [{"sample_id": "x", "error": "no"}]
+    truth = labels(tmp_path / "pictures" / "labels.csv", **{str(i): i % 2 for i in range(20)})
+    lines, parts = results(tmp_path / "r.jsonl", *given), results(tmp_path / "r.parquet", *given)
+    one, other = roc_of_files([lines], [truth]), roc_of_files([parts], [truth])
+    assert one.record() == other.record() and set(one.curves) == {"score", "published_distance"}

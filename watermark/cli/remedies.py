@@ -70,6 +70,8 @@ REMEDIES: dict[str, str] = {
     "results.version": "choose another file, or use the version of ringmark that wrote it",
     "results.damaged": "remove line {line}, or choose another file",
     "results.incomplete": "remove line {line}, or audit into another file",
+    "results.part": "remove it, and audit its images again",
+    "results.no-pyarrow": 'install it with: pip install "ringmark[scale]"',
     "results.id": "use the name of the image as the sample_id",
     "results.foreign-image": "choose another folder, or replace it with --force",
     "results.other-prompt": "choose another folder with -o, or other seeds with --seed",

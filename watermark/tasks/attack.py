@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from ringmark.data.images import read_image, save_png
-from ringmark.data.results import Results, read_records
+from ringmark.data.reader import read_records
+from ringmark.data.results import Results
 from ringmark.data.settings import differences
 from ringmark.data.sources import SUFFIXES, list_images, stamp_of
 from ringmark.errors import AttackError, ImageError

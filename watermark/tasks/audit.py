@@ -94,8 +94,9 @@ def audit(
     Args:
         folder: The folder.
         keys: One key or several, each a `Key`, a key file or a folder of keys.
-        results: The file of records, one JSON line per image. An interrupted audit resumes from it; files that have
-            not changed since they were recorded are not read again.
+        results: Where to keep a record for each image: a file of JSON lines, or for Parquet a folder or a name that
+            ends in .parquet. An interrupted audit resumes from it; files that have not changed since they were recorded
+            are not read again.
         follow_links: Also follow links that lead out of the folder.
         model, device, dtype, method, max_steps, steps, alpha, calibration, search, sizes, thorough, batch: As in
             `verify`.
@@ -170,7 +171,7 @@ class _Run:
             for error in self.listing.unlisted:
                 self._refuse(error)
             for judged in verifier.scan(self._readable(verifier.sizes_of, todo), batch):
-                self._record(judged.sample.id, _record(judged))
+                self._record(judged.sample.id, _record(judged, verifier.recoverer.model.name))
         LOG.info("audited %d images in %.1f s", len(todo), time.perf_counter() - started)
 
     def _readable(self, sizes_of: SizesOf, paths: list[Path]) -> Iterator[list[Sample]]:
@@ -191,7 +192,16 @@ class _Run:
         self.bar.update()
 
 
-def _record(judged: Judged) -> Record:
+def _record(judged: Judged, model: str) -> Record:
     """The record of one image."""
     per_key = {v.key: {"p_value": v.p_value, "score": v.score, **v.statistics} for v in judged.verdicts}
-    return judged.best.record() | {"carries": [v.key for v in judged.present], "keys": per_key}
+    best, (height, width) = judged.best, judged.sample.size or (None, None)
+    return best.record() | {
+        "content": judged.sample.content,
+        "width": width,
+        "height": height,
+        "stage": "search" if best.by_search else list(best.stages)[judged.stage],
+        "model": model,
+        "carries": [v.key for v in judged.present],
+        "keys": per_key,
+    }

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ringmark.data.files import one_line
-from ringmark.data.results import ResultsFolder, read_records
+from ringmark.data.reader import read_records
+from ringmark.data.results import ResultsFolder
 from ringmark.data.sources import list_images
 from ringmark.errors import CalibrationError
 from ringmark.inversion.noise_recovery import NoiseRecovery

@@ -11,7 +11,8 @@ from typing import Any
 from tqdm import tqdm
 
 from ringmark.data.images import from_array, save_png
-from ringmark.data.results import Results, read_records
+from ringmark.data.reader import read_records
+from ringmark.data.results import Results
 from ringmark.data.scenes import scene
 from ringmark.errors import StoreError
 from ringmark.inversion.models.pipeline import LatentModel, Size

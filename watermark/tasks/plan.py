@@ -12,7 +12,7 @@ from typing import Any
 
 from ringmark.data.files import refuse_foreign
 from ringmark.data.labels import read_labels
-from ringmark.data.results import read_records
+from ringmark.data.reader import read_records
 from ringmark.data.sources import check_folder, find_images
 from ringmark.errors import EvaluationError
 from ringmark.inversion.models.pipeline import LatentModel

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ringmark.data.labels import match_labels
-from ringmark.data.results import read_records
+from ringmark.data.reader import read_records
 from ringmark.data.settings import differences
 from ringmark.errors import EvaluationError, counted
 from ringmark.watermark.evaluation.gain import compared_columns

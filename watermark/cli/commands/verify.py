@@ -107,7 +107,8 @@ def skipped(files: dict[str, int]) -> str:
     "--output",
     type=PATH,
     required=True,
-    help="The file of results, one JSON line per image. An interrupted audit resumes from it.",
+    help="Results, with a record for each image: a file of JSON lines, or for Parquet a folder or a name that ends in "
+    ".parquet. An interrupted audit resumes from them.",
 )
 @detection_options
 @inversion_options

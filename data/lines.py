@@ -1,0 +1,205 @@
+"""A journal of records as JSON lines, append-only, so that a crash costs at most the last line.
+
+The first line is a header with the settings of the run, every further line a record.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import os
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from ringmark.data.settings import differences, typed
+from ringmark.errors import StoreError
+
+__all__ = ["VERSION", "Header", "Lines", "Record", "check_settings", "iterate", "parse", "plain", "succeeded"]
+
+LOG = logging.getLogger(__name__)
+
+VERSION = 1
+MAX_NESTING = 50
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Header:
+    """The version of the format and the settings that the results depend on."""
+
+    ringmark: int
+    settings: dict[str, Any]
+
+
+class Lines:
+    """The journal at `path`, opened for appending. Raises StoreError if it cannot be opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = _open(path)
+
+    def start(self, settings: Record, fields: Collection[str]) -> dict[str, Record]:
+        """Check the file before anything is written, remove an incomplete last line, and return the records by id."""
+        self._file.seek(0)
+        content = self._file.readall()
+        header = _encode({"ringmark": VERSION, "settings": settings})
+        if header.startswith(content) and content != header:  # new, or truncated while the header was written
+            self._file.truncate(0)
+            self._write(header)
+            return {}
+        parsed = parse(self.path, content, fields)
+        check_settings(self.path, parsed.settings, settings)
+        if parsed.end < len(content):
+            LOG.info("%s: incomplete last line removed", self.path)
+            self._file.truncate(parsed.end)
+        return parsed.records
+
+    def write(self, records: Iterable[Record]) -> None:
+        """Append plain records in one write. Raises OSError if that fails; the file is then unchanged."""
+        self._write(b"".join(map(_encode, records)))
+
+    def _write(self, lines: bytes) -> None:
+        try:
+            written = self._file.write(lines)
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
+        if written != len(lines):  # full disk: a partial line would spoil the next one
+            self._file.truncate(self.position - (written or 0))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+    @property
+    def position(self) -> int:
+        """A number that grows with every record."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def close(self) -> None:
+        """Close the file; harmless when repeated."""
+        self._file.close()
+
+
+class Parsed(NamedTuple):
+    """Settings, the last record of each sample_id in order of first appearance, and the bytes of whole lines."""
+
+    settings: Record
+    records: dict[str, Record]
+    end: int
+
+
+def parse(path: Path, content: bytes, fields: Collection[str] = ()) -> Parsed:
+    """Read all complete lines; `fields` are required of a record without an error.
+
+    Raises StoreError at the first invalid one.
+    """
+    end = content.rfind(b"\n") + 1
+    first, *lines = content[:end].split(b"\n")[:-1] or [b""]
+    settings, records = settings_in(path, first), {}
+    for number, line in enumerate(lines, 2):
+        record = _record(path, number, line)
+        missing = [name for name in fields if name not in record] if succeeded(record) else []
+        if missing:
+            fact = f"the record in line {number} has no {missing[0]}"
+            raise StoreError("results.incomplete", fact, subject=path, line=number)
+        records[record["sample_id"]] = record
+    return Parsed(settings, records, end)
+
+
+def iterate(path: Path, file: BinaryIO) -> Iterator[Record]:
+    """The records in an open journal, one by one, up to an incomplete last line. Raises StoreError."""
+    file.seek(0)
+    settings_in(path, file.readline().rstrip(b"\n"))
+    for number, line in enumerate(file, 2):
+        if line.endswith(b"\n"):
+            yield _record(path, number, line)
+
+
+def settings_in(path: Path, line: bytes) -> Record:
+    """The settings in the header. Raises StoreError (results.foreign, results.version)."""
+    try:
+        header = typed(Header, _decode(line))
+    except ValueError as error:
+        fact = "is not a ringmark results file"
+        raise StoreError("results.foreign", fact, subject=path) from error
+    if header.ringmark != VERSION:
+        fact = f"has format {header.ringmark}, but this version of ringmark reads format {VERSION}"
+        raise StoreError("results.version", fact, subject=path)
+    return header.settings
+
+
+def check_settings(path: Path, found: Record, wanted: Record) -> None:
+    """Raises StoreError (results.settings), naming each difference."""
+    if changed := differences(found, wanted):
+        fact = f"holds results of other settings ({'; '.join(changed)})"
+        raise StoreError("results.settings", fact, subject=path)
+
+
+def succeeded(record: Record) -> bool:
+    """Whether a record has no error."""
+    return record.get("error") is None
+
+
+def plain(value: Any) -> Any:
+    """The value in types that JSON supports: NaN becomes None, arrays lists and paths text."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _open(path: Path) -> FileIO:
+    """The file, unbuffered, for reading and appending."""
+    try:
+        if path.exists() and not path.is_file():  # opening a pipe could block forever
+            raise OSError(errno.EINVAL, "not a regular file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "a+b", buffering=0)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> StoreError:
+    """The error for results that cannot be opened for writing."""
+    code = "results.no-space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "results.unwritable"
+    return StoreError(code, f"cannot be opened for writing: {error.strerror}", subject=path)
+
+
+def _record(path: Path, number: int, line: bytes) -> Record:
+    record = _decode(line)
+    if not isinstance(record, dict) or not isinstance(record.get("sample_id"), str):
+        raise StoreError("results.damaged", f"line {number} is not a record", subject=path, line=number)
+    return record
+
+
+def _encode(value: Record) -> bytes:
+    """A line of JSON."""
+    # Escaped to ASCII: file names that are not UTF-8 contain lone surrogates, which UTF-8 cannot encode.
+    return json.dumps(value, allow_nan=False).encode() + b"\n"
+
+
+def _decode(line: bytes) -> Any:
+    """The JSON value, or None if invalid; valid lines are never null or nested deeper than MAX_NESTING."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    brackets = line.count(b"{") + line.count(b"[")  # a cheap upper bound
+    return value if brackets <= MAX_NESTING or _nesting(value) <= MAX_NESTING else None
+
+
+def _nesting(value: Any) -> int:
+    depth, level = 0, [value]
+    while level := [v for v in level if isinstance(v, (dict, list))]:
+        depth += 1
+        level = [item for v in level for item in (v.values() if isinstance(v, dict) else v)]
+    return depth

@@ -1,0 +1,177 @@
+"""A journal of records as Parquet: a folder of parts, which DuckDB, pandas and Spark read as one table.
+
+A part is never changed. The newest records lie beside them as JSON lines, in a file with the number of the part that
+they become when it is full or the journal is closed, so a crash costs no more than it does with JSON lines alone.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ringmark.data.files import write_atomic
+from ringmark.data.lines import VERSION, Lines, Record, check_settings, settings_in, unwritable
+from ringmark.data.schema import record_of, row_of, table_of
+from ringmark.errors import StoreError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+__all__ = ["Parts", "are_parts", "check_pyarrow", "list_parts", "opened", "rows_of", "settings_of", "unfinished"]
+
+ROWS = 10_000  # of a part
+HEADER = b"ringmark results"
+PART, UNFINISHED = "part-{:06d}.parquet", "_unfinished-{:06d}.jsonl"  # readers of Parquet skip names with _
+NUMBERED = re.compile(r"part-([0-9]{6,})\.parquet")
+
+
+def are_parts(path: Path) -> bool:
+    """Whether results at this path are Parquet: a folder, or a name that ends in .parquet."""
+    return path.suffix.lower() == ".parquet" or path.is_dir()
+
+
+class Parts:
+    """The journal in a folder, which is created unless it is there.
+
+    Raises StoreError: results.no-pyarrow without pyarrow, results.foreign for a folder of other files.
+    """
+
+    def __init__(self, path: Path) -> None:
+        check_pyarrow(path)
+        self.path = path
+        self._tail: Lines | None = None
+        self._unsaved: dict[str, Record] = {}
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            names = os.listdir(path)
+        except OSError as error:
+            raise unwritable(path, error) from error
+        if foreign := [name for name in names if not (NUMBERED.fullmatch(name) or name.startswith(("_", ".")))]:
+            raise StoreError("results.foreign", f"is not a folder of results: it holds {foreign[0]}", subject=path)
+
+    def start(self, settings: Record, fields: Collection[str]) -> dict[str, Record]:
+        """Check all parts before anything is written, and return the records by id. Raises StoreError.
+
+        `fields` are not checked: every field has a column.
+        """
+        self._settings, records = settings, dict[str, Record]()
+        parts = list_parts(self.path)
+        self._number = number_of(parts[-1]) + 1 if parts else 0
+        for part in parts:
+            with opened(part) as file:
+                check_settings(self.path, settings_of(part, file), settings)
+                for batch in file.iter_batches():
+                    records |= {record["sample_id"]: record for record in map(record_of, rows_of(batch))}
+        self._new_tail()
+        return records | self._unsaved
+
+    def write(self, records: Iterable[Record]) -> None:
+        """Append plain records. Raises OSError if that fails, and TypeError for a field that has no column."""
+        records = list(records)
+        for record in records:
+            row_of(record)
+        if not self._tail:
+            raise ValueError("write to closed results")
+        self._tail.write(records)
+        self._unsaved |= {record["sample_id"]: record for record in records}
+        if len(self._unsaved) >= ROWS:
+            self._save()
+
+    @property
+    def position(self) -> int:
+        """A number that grows with every record."""
+        return self._number << 40 | (self._tail.position if self._tail else 0)
+
+    def close(self) -> None:
+        """Write the last part; harmless when repeated."""
+        if self._unsaved:
+            self._save()
+        if self._tail:
+            self._tail.close()
+            if self._number:  # otherwise only the lines hold the settings
+                self._tail.path.unlink()
+        self._tail = None
+
+    def _new_tail(self) -> None:
+        """Open the lines of the next part, and remove those of parts that are written."""
+        tail = Lines(self.path / UNFINISHED.format(self._number))
+        try:
+            self._unsaved = tail.start(self._settings, ())
+        except BaseException:
+            tail.close()
+            raise
+        self._tail = tail
+        for stale in set(self.path.glob("_unfinished-*.jsonl")) - {tail.path}:
+            stale.unlink()
+
+    def _save(self) -> None:
+        """Write the newest records as a part and start new lines."""
+        import pyarrow.parquet as pq
+
+        header = json.dumps({"ringmark": VERSION, "settings": self._settings}).encode()
+        content = io.BytesIO()
+        pq.write_table(table_of(self._unsaved.values(), {HEADER: header}), content, compression="zstd")
+        write_atomic(self.path / PART.format(self._number), content.getvalue())
+        if self._tail:
+            self._tail.close()
+        self._tail, self._unsaved, self._number = None, {}, self._number + 1
+        self._new_tail()
+
+
+def check_pyarrow(path: Path) -> None:
+    """Raises StoreError (results.no-pyarrow) unless pyarrow is installed."""
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError as error:
+        raise StoreError("results.no-pyarrow", "Parquet needs pyarrow, which is not installed", subject=path) from error
+
+
+def list_parts(folder: Path) -> list[Path]:
+    """The parts in a folder, the oldest first."""
+    return sorted((path for path in folder.iterdir() if NUMBERED.fullmatch(path.name)), key=number_of)
+
+
+def number_of(part: Path) -> int:
+    """The number in the name of a part."""
+    return int(NUMBERED.sub(r"\1", part.name))
+
+
+def unfinished(folder: Path) -> Path | None:
+    """The file of the newest records, if it has any that are in no part."""
+    parts = list_parts(folder)
+    path = folder / UNFINISHED.format(number_of(parts[-1]) + 1 if parts else 0)
+    return path if path.exists() else None
+
+
+@contextmanager
+def opened(part: Path) -> Iterator[pq.ParquetFile]:
+    """A part opened for reading. Raises StoreError (results.part) for damage found meanwhile."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(part) as file:
+            yield file
+    except StoreError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, LookupError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise StoreError("results.part", f"is damaged or cannot be read ({reason})", subject=part) from error
+
+
+def settings_of(part: Path, file: pq.ParquetFile) -> Record:
+    """The settings in the header of a part. Raises StoreError (results.foreign, results.version)."""
+    return settings_in(part, (file.schema_arrow.metadata or {}).get(HEADER, b""))
+
+
+def rows_of(batch: pa.RecordBatch) -> list[Record]:
+    """The rows of a batch, with maps as dicts."""
+    rows: list[Record] = batch.to_pylist(maps_as_pydicts="strict")
+    return rows
