@@ -14,6 +14,7 @@ __all__ = [
     "ModelError",
     "RingmarkError",
     "SchemeError",
+    "ServiceError",
     "StoreError",
     "counted",
     "one_line",
@@ -77,6 +78,10 @@ class AttackError(RingmarkError):
 
 class CalibrationError(RingmarkError):
     """A calibration that cannot be made, read, written or used here."""
+
+
+class ServiceError(RingmarkError):
+    """A service that cannot run here, its files, or a URL that it does not fetch."""
 
 
 class MarkWarning(UserWarning):

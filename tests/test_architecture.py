@@ -68,8 +68,9 @@ ROOMS = {
     "ringmark.watermark.figures": 7,
     "ringmark.watermark.evaluation": 8,
     "ringmark.watermark.tasks": 9,
-    "ringmark.watermark.cli": 10,
-    "ringmark": 11,
+    "ringmark.watermark.service": 10,
+    "ringmark.watermark.cli": 11,
+    "ringmark": 12,
 }
 """How high each room lies: imports point to lower rooms, or stay in the room."""
 
