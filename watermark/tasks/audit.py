@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ringmark.data.images import Sample, SizesOf, read_samples
 from ringmark.data.results import Results
 from ringmark.data.sources import Listing, list_images, stamp_of
@@ -23,6 +21,7 @@ from ringmark.watermark.detect.verdict import Judged
 from ringmark.watermark.detect.verifier import Verifier
 from ringmark.watermark.statistics import ALPHA
 from ringmark.watermark.tasks.load import Keys, Model, StrPath, load_verifier
+from ringmark.watermark.tasks.progress import Progress
 
 __all__ = ["Audit", "audit", "audit_folder"]
 
@@ -165,9 +164,8 @@ class _Run:
         """Record every file without an up-to-date record."""
         started, todo = time.perf_counter(), [p for p in self.listing.images if self.name_of(p) not in self.fresh]
         LOG.info("audit of %s: %d images, %d recorded already", self.folder, len(self.stamps), len(self.fresh))
-        with tqdm(
-            total=len(self.stamps), initial=len(self.fresh), desc="audit", unit="image", disable=None
-        ) as self.bar:
+        done = [_findings(self.store.records[name]) for name in self.fresh]
+        with Progress(len(self.stamps), done=done, task="audit", unit="image") as self.progress:
             for error in self.listing.unlisted:
                 self._refuse(error)
             for judged in verifier.scan(self._readable(verifier.sizes_of, todo), batch):
@@ -189,7 +187,7 @@ class _Run:
         record = {"sample_id": name} | record | self.stamps[name]
         if record != self.store.records.get(name):  # otherwise every run would record an unreadable file again
             self.store.append(record)
-        self.bar.update()
+        self.progress.add(*_findings(record))
 
 
 def _record(judged: Judged, model: str) -> Record:
@@ -205,3 +203,10 @@ def _record(judged: Judged, model: str) -> Record:
         "carries": [v.key for v in judged.present],
         "keys": per_key,
     }
+
+
+def _findings(record: Record) -> list[str]:
+    """What progress counts: nothing for an image without a key."""
+    if "error" in record:
+        return ["unreadable"]
+    return {True: ["with a key"], None: ["inconclusive"], False: []}[record["present"]]
