@@ -19,7 +19,7 @@ from ringmark.data.images import Sample, from_array
 from ringmark.errors import StoreError
 from ringmark.inversion.noise_recovery import NoiseRecovery
 from ringmark.watermark.calibration import Calibration
-from ringmark.watermark.detect.verdict import Judged
+from ringmark.watermark.detect.verdict import Judged, Verdicts
 from ringmark.watermark.detect.verifier import Verifier
 from ringmark.watermark.evaluation.plots import RocDisplay, roc_figure
 from ringmark.watermark.evaluation.rates import roc
@@ -65,7 +65,7 @@ def judged(verifier: Verifier, marked: bool) -> Judged:
 
 
 def changed(found: Judged, **changes: object) -> Judged:
-    return found._replace(verdicts=[replace(verdict, **changes) for verdict in found.verdicts])
+    return found._replace(verdicts=Verdicts.of([replace(verdict, **changes) for verdict in found.verdicts]))
 
 
 def calibrated(plain: Verifier) -> Verifier:

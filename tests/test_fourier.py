@@ -85,7 +85,7 @@ def test_a_sum_at_every_shift_by_hand(shape, factor):
 def test_a_cosine_test_is_that_of_the_statistics():
     rng = np.random.default_rng(3)
     template, observed = rng.normal(size=12), rng.normal(size=(40, 12))
-    test = CosineTest(template, lambda noise: noise.numpy())
+    test = CosineTest(template, lambda noise: noise.numpy(), lambda schemes: template[None])
     scores = test.score(observed)
     assert scores == pytest.approx(observed @ template / np.linalg.norm(observed, axis=1) / np.linalg.norm(template))
     assert 10 ** test.log10_p(scores) == pytest.approx(cosine_p(scores, 12))

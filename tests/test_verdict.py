@@ -13,7 +13,7 @@ from ringmark.data.images import Sample
 from ringmark.inversion.decoder import INVERTERS
 from ringmark.inversion.recover import Recovered
 from ringmark.watermark.detect.detector import Detector
-from ringmark.watermark.detect.verdict import Judged, Verdict, p_text
+from ringmark.watermark.detect.verdict import LISTED, Judged, Verdict, Verdicts, p_text
 from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.null import Null
@@ -43,9 +43,8 @@ def judged(keys: list[Key], noise: torch.Tensor) -> Judged:
 
 def of(*pairs: tuple[bool | None, float]) -> Judged:
     """Verdicts of these outcomes and p-values."""
-    return Judged(
-        None, [replace(VERDICT, present=present, p_value=p, log10_p=math.log10(p)) for present, p in pairs], None
-    )
+    verdicts = [replace(VERDICT, present=present, p_value=p, log10_p=math.log10(p)) for present, p in pairs]
+    return Judged(None, Verdicts.of(verdicts), None)
 
 
 def test_what_is_inconclusive_comes_after_what_is_present_and_before_what_is_not():
@@ -93,6 +92,33 @@ def test_a_verdict_in_words():
 )
 def test_a_p_value_too_small_to_be_held_is_a_bound(p, text):
     assert p_text(p) == text
+
+
+def test_verdicts_are_built_once_and_only_when_they_are_asked_for():
+    given = [replace(VERDICT, key=str(k), p_value=0.1 * k, log10_p=math.log10(0.1 * k)) for k in range(3, 8)]
+    built: list[int] = []
+
+    def build(k: int) -> Verdict:
+        built.append(k)
+        return given[k]
+
+    lazy = replace(Verdicts.of(given), build=build)
+    assert Judged(None, lazy, None).best is lazy[0] is lazy.changed(lambda verdict: verdict)[0]
+    assert built == [0] and len(lazy) == 5 and lazy[-1].key == "7" and built == [0, 4]
+    assert lazy[1:3] == given[1:3] and list(lazy) == given and sorted(built) == list(range(5))
+
+
+def test_a_record_of_many_keys_lists_those_that_are_present_or_else_the_best():
+    def listed(present: int, keys: int) -> dict:
+        pairs = [(k < present, 1e-6 * (k + 1)) for k in range(keys)]
+        verdicts = [replace(v, key=str(k)) for k, v in enumerate(of(*pairs).verdicts)]
+        return Judged(None, Verdicts.of(verdicts), None).by_key()
+
+    few = listed(1, LISTED)
+    assert list(few) == [str(k) for k in range(LISTED)]
+    assert few["0"] == {"p_value": 1e-6, "score": 0.1, **VERDICT.statistics}
+    assert list(listed(3, LISTED + 1)) == ["0", "1", "2"] and list(listed(0, LISTED + 1)) == ["0"]
+    assert list(listed(150, 200)) == [str(k) for k in range(LISTED)]
 
 
 def test_a_record_has_every_statistic_under_its_own_name():

@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,11 +28,12 @@ from ringmark.data.files import TensorInfo, read_tensors, write_atomic
 from ringmark.data.settings import differences, typed
 from ringmark.errors import CalibrationError, counted, one_line
 from ringmark.inversion.noise_recovery import NoiseRecovery, rings
+from ringmark.watermark.bank import Bank
 from ringmark.watermark.null import Array, Null
 from ringmark.watermark.statistics import needed_references
 
 if TYPE_CHECKING:
-    from ringmark.watermark.schemes.base import Scheme
+    from ringmark.watermark.schemes.base import Scheme, SchemeTest
 
 __all__ = ["FOLDS", "Calibration", "check_number", "shrunk_mean", "smooth"]
 
@@ -164,18 +165,28 @@ class Calibration:
 
         Raises CalibrationError if the key uses rings beyond `reach`.
         """
-        self.check_reach(scheme)
-        scores = np.empty(self.n)
-        for k, (noise, null) in enumerate(self._parts):
+        return self.reference_table([scheme])[:, 0]
+
+    def reference_table(self, schemes: Sequence[Scheme]) -> Array:
+        """The same (n, K) for keys of one kind. Raises CalibrationError."""
+        self.check_reach(schemes[0])
+        table = np.empty((self.n, len(schemes)))
+        for k in range(FOLDS):
+            null, test, observed = self._observed(k, schemes[0])
+            table[k::FOLDS] = Bank(schemes, null, test).scores(observed)
+        return table
+
+    def _observed(self, k: int, scheme: Scheme) -> tuple[Null, SchemeTest, Array]:
+        """The null of all parts but k, a test under it of a key of this kind, and what it observes of part k."""
+        if (k, scheme.kind) not in self._seen:
+            noise, null = self._parts[k]
             test = scheme.on(null)
-            if (observed := self._observed.get((k, scheme.kind))) is None:
-                observed = self._observed[k, scheme.kind] = test.observe(noise)
-            scores[k::FOLDS] = test.score(observed)
-        return scores
+            self._seen[k, scheme.kind] = null, test, test.observe(noise)
+        return self._seen[k, scheme.kind]
 
     @cached_property
-    def _observed(self) -> dict[tuple[int, Hashable], Array]:
-        """The tests' observations of each part, by part and kind of key; keys of one kind share them."""
+    def _seen(self) -> dict[tuple[int, Hashable], tuple[Null, SchemeTest, Array]]:
+        """What `_observed` returns, by part and kind of key; keys of one kind share it."""
         return {}
 
     @cached_property
@@ -195,6 +206,8 @@ class Calibration:
 
     def check_reach(self, scheme: Scheme) -> None:
         """Raises CalibrationError for a key that uses rings beyond `reach`."""
+        if scheme.kind in self._within:
+            return
         white = torch.randn(1, *self.latent_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         low = torch.fft.fft2(white) * (rings(*self.latent_shape[1:]) <= self.reach)
         beyond = white - torch.fft.ifft2(low).real
@@ -204,6 +217,12 @@ class Calibration:
                 f"holds rings up to {self.reach}, but the key ({scheme.label}) uses rings beyond",
                 subject=self.name,
             )
+        self._within.add(scheme.kind)
+
+    @cached_property
+    def _within(self) -> set[Hashable]:
+        """The kinds of keys that use no rings beyond `reach`."""
+        return set()
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raises CalibrationError, naming each difference, unless this was measured under `settings`.

@@ -91,9 +91,15 @@ class Null:
         ⟨L⁻¹ F, L⁻¹ K⟩ = F* Σ⁻¹ K, for any root of Σ.
         """
         height, width = transform.shape[-2:]
-        ring = rings(height, width, self.side).clamp_max(len(self.covariance) - 1)
-        root = self._root(tuple(channels))[ring].to(transform)
-        return torch.einsum("hwij,bjhw->bihw", root, transform)
+        at = torch.arange(height * width)
+        return self.whiten_bins(transform.flatten(2), channels, at, (height, width)).view(transform.shape)
+
+    def whiten_bins(self, bins: Tensor, channels: Sequence[int], at: Tensor, size: tuple[int, int]) -> Tensor:
+        """The same for some bins (B, c, n) of transforms of this size (h, w), those `at` these flat indices (n,)."""
+        ring = rings(*size, self.side).flatten()[at].clamp_max(len(self.covariance) - 1)
+        root = self._root(tuple(channels))[ring].to(bins)
+        white: Tensor = torch.einsum("nij,bjn->bin", root, bins)
+        return white.contiguous()
 
     def whitened(self, noise: Tensor, channels: Sequence[int]) -> Tensor:
         """The whitened spectrum (B, c, h, w) of noise (B, C, h, w) minus the mean."""

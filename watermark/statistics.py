@@ -24,6 +24,7 @@ __all__ = [
     "cosine_scores",
     "cosine_test",
     "matched_filter",
+    "may_be_undecided",
     "needed_references",
     "power_p",
     "power_scores",
@@ -109,8 +110,8 @@ def cosine_density(cosine: Array, features: int) -> Array:
     return np.where(inside, stats.t.pdf(_student(c, nu), nu) * np.sqrt(nu) * (1 - np.square(c)) ** -1.5, 0)
 
 
-def corrected(log10_p: float, tests: float) -> float:
-    """log₁₀ min(1, `tests` · p), Bonferroni's p-value of the best of several tests.
+def corrected(log10_p: Array | float, tests: float) -> Array:
+    """log₁₀ min(1, `tests` · p) of p-values of any shape, Bonferroni's p-value of the best of several tests.
 
     P(p ≤ α) ≤ α however the tests depend on each other, as long as each is sound by itself. Tests that might have been
     made count with those that were where the picture chose among them.
@@ -120,7 +121,7 @@ def corrected(log10_p: float, tests: float) -> float:
     (6000 noises, seed 1); over 4096 half shifts of 18 unmarked images, clean, turned and cropped, with 400 keys each,
     .026, .006, .0008. Few features are more conservative: 60 of them, half shifts, .009, .002, .0003.
     """
-    return min(0.0, log10_p + math.log10(tests))
+    return np.minimum(0.0, log10_p + math.log10(tests))
 
 
 def matched_filter(recovered: Array, key: Array, variance: Array | float = 1.0) -> tuple[Array, Array]:
@@ -192,6 +193,15 @@ def undecided(p: Array, conformal: Array, n: int, alpha: float) -> Mask:
     """
     reached = np.asarray(conformal) <= max(alpha, 1 / (n + 1))
     return ~agreement(p, conformal, n) & (reached | (np.asarray(p) <= alpha))
+
+
+def may_be_undecided(p: Array, most: int, n: int, *, level: float = 1e-4) -> Mask:
+    """Whether some number k of 0 … `most` references at least as high, out of n, contradicts p (see `agreement`).
+
+    A p-value that all of them allow needs no rank: P(Binomial(n, p) ≤ k) is smallest at k = 0 and P(Binomial(n, p) ≥ k)
+    at k = `most`.
+    """
+    return np.asarray(2 * np.minimum(stats.binom.cdf(0, n, p), stats.binom.sf(most - 1, n, p)) < level)
 
 
 def power_scores(inside: Array, beside: list[Array], weights: Array) -> Array:

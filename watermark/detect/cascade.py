@@ -16,16 +16,18 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ringmark.inversion.decoder import INVERTERS
 from ringmark.inversion.recover import Recoverer
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.detector import Detector
-from ringmark.watermark.detect.verdict import Judged
+from ringmark.watermark.detect.verdict import OUTCOMES, Judged, Verdict, Verdicts
 
 if TYPE_CHECKING:
     from ringmark.data.images import Sample
@@ -88,36 +90,54 @@ def walk(stages: Sequence[Stage], samples: Sequence[Sample], tests: int, *, thor
     encoded = stages[0].recoverer.encode(images)
     encoding = (time.perf_counter() - started) / len(samples)
     judged: dict[int, Judged] = {}
-    rows = list(range(len(samples)))
+    rows, settled = list(range(len(samples))), set[int]()
     for number, stage in enumerate(stages):
         recovered = stage.recoverer(images[rows], encoded[rows])
         if number == 0:
             recovered = replace(recovered, seconds=recovered.seconds + encoding)
         found = stage.trying(tests).judge([samples[i] for i in rows], recovered)
         for i, verdicts, noise in zip(rows, found, recovered.noise, strict=True):
-            named = [replace(v, stages={stage.name: v.p_value}, calibration=calibration) for v in verdicts]
-            here = Judged(sample=samples[i], verdicts=named, noise=noise, tests=tests, stage=number)
+            here = Judged(
+                sample=samples[i],
+                verdicts=verdicts.changed(partial(_named, stage.name, calibration)),
+                noise=noise,
+                tests=tests,
+                stage=number,
+            )
             judged[i] = _joined(judged[i], here) if number else here
-        next_is_last = number == len(stages) - 2
-        rows = [i for i in rows if thorough or not _settled(judged[i], stage.name, next_is_last)]
+            if not thorough and _settled(judged[i], verdicts, next_is_last=number == len(stages) - 2):
+                settled.add(i)
+        rows = [i for i in rows if i not in settled]
         if not rows:
             break
     return [judged[i] for i in range(len(samples))]
 
 
-def _settled(judged: Judged, stage: str, next_is_last: bool) -> bool:
+def _named(stage: str, calibration: str | None, verdict: Verdict) -> Verdict:
+    """The verdict of this stage."""
+    return replace(verdict, stages={stage: verdict.p_value}, calibration=calibration)
+
+
+def _settled(judged: Judged, here: Verdicts, *, next_is_last: bool) -> bool:
     """Whether a key was found, or the last stage is next and this one has nothing to say for any key."""
-    silent = all(verdict.shows and verdict.stages[stage] >= 1 for verdict in judged.verdicts)
-    return bool(judged.present) or (next_is_last and silent)
+    silent = next_is_last and bool((here.log10_p >= 0).all()) and all(v.shows for v in here[:1])
+    return silent or bool(judged.verdicts.present)
 
 
 def _joined(earlier: Judged, later: Judged) -> Judged:
     """The judgement by both stages, with the noise of the stage on which the best verdict rests."""
-    pairs = list(zip(earlier.verdicts, later.verdicts, strict=True))
-    kept = [one.present is not None and one.rank() < other.rank() for one, other in pairs]
-    verdicts = [
-        replace(one if keep else other, stages=one.stages | other.stages, seconds=one.seconds + other.seconds)
-        for keep, (one, other) in zip(kept, pairs, strict=True)
-    ]
-    best = min(range(len(verdicts)), key=lambda i: verdicts[i].rank())
-    return (earlier if kept[best] else later)._replace(verdicts=verdicts)
+    one, other = earlier.verdicts, later.verdicts
+    kept = (one.outcome != OUTCOMES.index(None)) & one.before(other)
+    verdicts = Verdicts(
+        outcome=np.where(kept, one.outcome, other.outcome),
+        log10_p=np.where(kept, one.log10_p, other.log10_p),
+        score=np.where(kept, one.score, other.score),
+        build=partial(_of_both, one, other, kept),
+    )
+    return (earlier if kept[verdicts.best] else later)._replace(verdicts=verdicts)
+
+
+def _of_both(one: Verdicts, other: Verdicts, kept: NDArray[np.bool_], k: int) -> Verdict:
+    """The verdict on a key of the earlier stage if it is kept, or else of the later."""
+    rests_on = one[k] if kept[k] else other[k]
+    return replace(rests_on, stages=one[k].stages | other[k].stages, seconds=one[k].seconds + other[k].seconds)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,18 +17,28 @@ from torch import Tensor
 
 from ringmark.errors import SchemeError
 from ringmark.inversion.recover import Recovered
+from ringmark.watermark.bank import Bank, blocks
 from ringmark.watermark.calibration import Calibration
-from ringmark.watermark.detect.verdict import Verdict
+from ringmark.watermark.detect.verdict import OUTCOMES, Verdict, Verdicts
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.null import Array, Null
 from ringmark.watermark.schemes.base import Scheme, SchemeTest, scheme_of
-from ringmark.watermark.statistics import ALPHA, conformal_p, corrected, matched_filter, undecided
+from ringmark.watermark.statistics import (
+    ALPHA,
+    conformal_p,
+    corrected,
+    matched_filter,
+    may_be_undecided,
+    undecided,
+)
 
 if TYPE_CHECKING:
     from ringmark.data.images import Sample
 
 __all__ = ["Detector", "blankness", "check_unranked"]
 
+PRESENT, UNDECIDED, ABSENT = map(OUTCOMES.index, (True, None, False))
+KEPT = 4096  # keys whose tests and references are kept
 FLAT = 1 / 255  # an image whose pixels vary less than half a grey level (of a range of 2) shows nothing
 
 
@@ -52,19 +64,30 @@ class Detector:
         latent_shape: tuple[int, int, int] | None = None,
         notes: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        self.keys, self.known, self.calibration = list(keys), null, calibration
-        self.alpha, self.tests, self.notes = alpha, tests, notes
+        self.keys, self.known, self.alpha, self.tests, self.notes = list(keys), null, alpha, tests, notes
         shape = latent_shape or (calibration.latent_shape if calibration else None)
-        self.null: Null = calibration.null_at(shape) if calibration and shape else null
-        self._ranked = calibration if calibration and shape == calibration.latent_shape else None
         self.schemes: dict[str, Scheme] = {key.fingerprint: scheme_of(key, shape) for key in keys}
-        self._tests: dict[str, SchemeTest] = {name: scheme.on(self.null) for name, scheme in self.schemes.items()}
-        self._references: dict[str, Array] = {}
+        self._set_null(calibration, shape)
+
+    def _set_null(self, calibration: Calibration | None, shape: tuple[int, int, int] | None) -> None:
+        self.calibration, schemes = calibration, list(self.schemes.values())
+        self.null: Null = calibration.null_at(shape) if calibration and shape else self.known
+        self._ranked = calibration if calibration and shape == calibration.latent_shape else None
         if calibration and not self._ranked:
-            check_unranked(self.schemes.values())
+            check_unranked(schemes)
         if self._ranked:
-            for scheme in self.schemes.values():
+            for scheme in schemes:
                 self._ranked.check_reach(scheme)
+        self._banks = [_Members(keys, Bank([schemes[k] for k in keys], self.null)) for keys in _by_kind(schemes)]
+        self._test = lru_cache(KEPT)(self._make_test)
+        self._references = lru_cache(KEPT)(self._make_references)
+        self._limits: dict[tuple[int, int], Array] = {}
+
+    def under(self, calibration: Calibration) -> Detector:
+        """The same detector under another calibration of its latents."""
+        other = copy.copy(self)
+        other._set_null(calibration, calibration.latent_shape)
+        return other
 
     def trying(self, tests: float) -> Detector:
         """The same detector with this number of tests per key."""
@@ -86,33 +109,108 @@ class Detector:
             "calibration": self.calibration.fingerprint if self.calibration else None,
         }
 
-    def judge(self, samples: Sequence[Sample], recovered: Recovered) -> list[list[Verdict]]:
-        """The verdicts on each recovered sample: one per key, in the order of the keys."""
+    def judge(self, samples: Sequence[Sample], recovered: Recovered) -> list[Verdicts]:
+        """The verdicts on each recovered sample: one per key, in the order of the keys.
+
+        A sample that shows nothing has p = 1 and ranks below all references.
+        """
         doubts = list(map(blankness, recovered.images, recovered.noise))
+        blank = np.array([[bool(doubt)] for doubt in doubts])
         noise = torch.nan_to_num(recovered.noise, 0.0, 0.0, 0.0)
-        observed: dict[Hashable, Array] = {}
-        per_key = []
-        for name, scheme in self.schemes.items():
-            if scheme.kind not in observed:
-                observed[scheme.kind] = self._tests[name].observe(noise)
-            scores = self._tests[name].score(observed[scheme.kind])
-            per_key.append(self._verdicts(name, samples, recovered, noise, scores, doubts))
-        return list(map(list, zip(*per_key, strict=True)))
+        scores, log10_p = self._scored(noise)
+        log10_p = np.where(blank, 0.0, log10_p)
+        doubted = blank | self._contradicted(np.where(blank, -np.inf, scores), 10**log10_p)
+        joint = corrected(log10_p, self.number_of_tests)
+        outcome = np.where(doubted, UNDECIDED, np.where(10**joint <= self.alpha, PRESENT, ABSENT)).astype(np.int8)
+        residuals, status = _residuals(recovered), recovered.solution.status
+        return [
+            Verdicts(
+                outcome=outcome[i],
+                log10_p=joint[i],
+                score=scores[i],
+                build=_Builder(
+                    detector=self,
+                    sample=sample,
+                    noise=noise[i],
+                    residual=residuals[i],
+                    status=status[i].value,
+                    seconds=recovered.seconds,
+                    doubt=doubts[i],
+                    outcome=outcome[i],
+                    log10_p=log10_p[i],
+                    score=scores[i],
+                ),
+            )
+            for i, sample in enumerate(samples)
+        ]
+
+    def _scored(self, noise: Tensor) -> tuple[Array, Array]:
+        """Scores (B, K) and log₁₀ of the uncorrected p-values (B, K) of recovered noise (B, C, h, w)."""
+        scores = np.empty((len(noise), len(self.schemes)))
+        log10_p = np.empty_like(scores)
+        names = list(self.schemes)
+        for members, bank in self._banks:
+            scores[:, members] = bank.scores(bank.test.observe(noise))
+            if bank.by_template:
+                log10_p[:, members] = bank.test.log10_p(scores[:, members])
+                continue
+            for k in members:
+                log10_p[:, k] = self._log10_p(names[k], scores[:, k])
+        return scores, log10_p
+
+    def _contradicted(self, scores: Array, p_values: Array) -> NDArray[np.bool_]:
+        """Which uncorrected p-values (B, K) the ranks of the scores (B, K) contradict (`statistics.undecided`)."""
+        contradicted = np.zeros(scores.shape, bool)
+        if self._ranked is None:
+            return contradicted
+        names, n, alpha = list(self.schemes), self._ranked.n, self.alpha / self.number_of_tests
+        for k in np.flatnonzero((suspects := self._suspects(scores, p_values)).any(0)):
+            rows, references = suspects[:, k], self.reference_scores(names[k])
+            assert references is not None
+            ranks = conformal_p(scores[rows, k], references)
+            contradicted[rows, k] = undecided(p_values[rows, k], ranks, n, alpha)
+        return contradicted
+
+    def _suspects(self, scores: Array, p_values: Array) -> NDArray[np.bool_]:
+        """Which p-values (B, K) their ranks might contradict; the references of all others need not be looked at.
+
+        A contradiction counts only if p ≤ α, or if the rank reaches α: fewer than `most` references score as high. For
+        keys with templates, the score which that takes is known from one matrix product of references and keys.
+        """
+        assert self._ranked
+        n, alpha = self._ranked.n, self.alpha / self.number_of_tests
+        most = min(n, int((n + 1) * max(alpha, 1 / (n + 1))) + 1)
+        suspects = np.ones(scores.shape, bool)
+        for number, (members, bank) in enumerate(self._banks):
+            if bank.by_template:
+                high = scores[:, members] > self._limit(number, most)
+                high[high] = may_be_undecided(p_values[:, members][high], most - 1, n)
+                suspects[:, members] = high | (p_values[:, members] <= alpha)
+        return suspects
+
+    def _limit(self, number: int, most: int) -> Array:
+        """The score (K,) of the unmarked image of this rank, for each key of one of the banks."""
+        assert self._ranked
+        if (number, most) not in self._limits:
+            schemes = self._banks[number].bank.schemes
+            tables = (self._ranked.reference_table(schemes[block]) for block in blocks(len(schemes)))
+            self._limits[number, most] = np.concatenate([np.partition(t, -most, axis=0)[-most] for t in tables])
+        return self._limits[number, most]
 
     def statistic(self, key: str, noise: Tensor) -> tuple[Array, Array]:
         """Scores (B,) and log₁₀ of the uncorrected p-values (B,) of finite recovered noise (B, C, h, w)."""
-        test = self._tests[key]
+        test = self._test(key)
         scores = test.score(test.observe(noise))
         return scores, self._log10_p(key, scores)
 
     def matched_filter(self, key: str, noise: Tensor) -> Array | None:
         """The whitened matched filter (B,) of recovered noise (B, C, h, w); None for a scheme without a template."""
-        test = self._tests[key]
+        test = self._test(key)
         return None if test.template is None else matched_filter(test.observe(noise), test.template)[0]
 
     def density(self, key: str, scores: Array) -> Array | None:
         """The density of these scores under the null; None if it is not known."""
-        return self._tests[key].density(scores)
+        return self._test(key).density(scores)
 
     def threshold(self, key: str) -> float | None:
         """The lowest score at which a key is present; None if it is not known in closed form."""
@@ -130,69 +228,84 @@ class Detector:
 
     def reference_scores(self, key: str) -> Array | None:
         """Scores (n,) of the calibration's unmarked images for a key; None without a calibration of this size."""
-        if self._ranked is None:
-            return None
-        if key not in self._references:
-            self._references[key] = self._ranked.reference_scores(self.schemes[key])
-        return self._references[key]
+        return self._references(key)
+
+    def _make_references(self, key: str) -> Array | None:
+        return self._ranked.reference_scores(self.schemes[key]) if self._ranked else None
+
+    def _make_test(self, key: str) -> SchemeTest:
+        return self.schemes[key].on(self.null)
 
     def _log10_p(self, key: str, scores: Array) -> Array:
-        return self._tests[key].log10_p(scores, self.reference_scores(key))
+        return self._test(key).log10_p(scores, self.reference_scores(key))
 
-    def _verdicts(
-        self,
-        key: str,
-        samples: Sequence[Sample],
-        recovered: Recovered,
-        noise: Tensor,
-        scores: Array,
-        doubts: list[str],
-    ) -> list[Verdict]:
-        """One verdict per sample. A sample that shows nothing has p = 1 and ranks below all references."""
-        blank = np.array([bool(doubt) for doubt in doubts])
-        log10_p = np.where(blank, 0.0, self._log10_p(key, scores))
-        conformal, contradictions = self._rank(key, np.where(blank, -np.inf, scores), 10**log10_p)
-        published = self.schemes[key].published(noise)
-        residuals = _residuals(recovered)
-        verdicts = []
-        for i, sample in enumerate(samples):
-            log10 = corrected(float(log10_p[i]), self.number_of_tests)
-            doubt = doubts[i] or contradictions[i]
-            verdicts.append(
-                Verdict(
-                    sample_id=sample.id,
-                    key=key,
-                    present=None if doubt else 10**log10 <= self.alpha,
-                    p_value=10**log10,
-                    log10_p=log10,
-                    score=float(scores[i]),
-                    statistics={name: float(values[i]) for name, values in published.items()},
-                    residual=residuals[i],
-                    status=recovered.solution.status[i].value,
-                    seconds=recovered.seconds,
-                    label=sample.label,
-                    conformal_p=None if conformal is None else min(1.0, conformal[i] * self.number_of_tests),
-                    calibration=self.calibration.fingerprint if self.calibration else None,
-                    notes=(*sample.notes, *filter(None, [self.notes.get(key), doubt])),
-                    shows=not blank[i],
-                )
+
+class _Members(NamedTuple):
+    """The numbers of the keys of one kind, and their bank."""
+
+    keys: list[int]
+    bank: Bank
+
+
+def _by_kind(schemes: Sequence[Scheme]) -> list[list[int]]:
+    """The numbers of the schemes, in groups of one kind."""
+    groups: dict[Hashable, list[int]] = {}
+    for number, scheme in enumerate(schemes):
+        groups.setdefault(scheme.kind, []).append(number)
+    return list(groups.values())
+
+
+@dataclass(frozen=True, eq=False)
+class _Builder:
+    """Builds the verdicts on one sample, from the outcome, the uncorrected log₁₀ p and the score of each key (K,)."""
+
+    detector: Detector
+    sample: Sample
+    noise: Tensor
+    residual: float | None
+    status: str
+    seconds: float
+    doubt: str
+    outcome: NDArray[np.int8]
+    log10_p: Array
+    score: Array
+
+    def __call__(self, k: int) -> Verdict:
+        detector, key = self.detector, self.detector.keys[k].fingerprint
+        log10_p = float(corrected(self.log10_p[k], detector.number_of_tests))
+        published = detector.schemes[key].published(self.noise[None])
+        conformal, n = self._conformal(key, k)
+        doubt = self.doubt
+        if conformal is not None and not doubt and self.outcome[k] == UNDECIDED:
+            doubt = (
+                f"{round(conformal * (n + 1)) - 1} of {n} unmarked images score as high, "
+                f"which contradicts an uncorrected p of {10 ** self.log10_p[k]:.2g}"
             )
-        return verdicts
+        return Verdict(
+            sample_id=self.sample.id,
+            key=key,
+            present=OUTCOMES[self.outcome[k]],
+            p_value=10**log10_p,
+            log10_p=log10_p,
+            score=float(self.score[k]),
+            statistics={name: float(values[0]) for name, values in published.items()},
+            residual=self.residual,
+            status=self.status,
+            seconds=self.seconds,
+            label=self.sample.label,
+            conformal_p=None if conformal is None else min(1.0, conformal * detector.number_of_tests),
+            calibration=detector.calibration.fingerprint if detector.calibration else None,
+            notes=(*self.sample.notes, *filter(None, [detector.notes.get(key), doubt])),
+            shows=not self.doubt,
+        )
 
-    def _rank(self, key: str, scores: Array, p_values: Array) -> tuple[list[float] | None, list[str]]:
-        """Uncorrected conformal p-values (B,), and for each the reason why it contradicts its p-value, or ""."""
-        references = self.reference_scores(key)
+    def _conformal(self, key: str, k: int) -> tuple[float | None, int]:
+        """The uncorrected conformal p-value and the number of references, or None and 0 without any."""
+        references = self.detector.reference_scores(key)
         if references is None:
-            return None, [""] * len(scores)
-        n, conformal = len(references), conformal_p(scores, references)
-        contradicted = undecided(p_values, conformal, n, self.alpha / self.number_of_tests)
-        reasons = [
-            f"{round(c * (n + 1)) - 1} of {n} unmarked images score as high, "
-            f"which contradicts an uncorrected p of {p:.2g}"
-            for c, p in zip(conformal, p_values, strict=True)
-        ]
-        notes = [reason if doubt else "" for doubt, reason in zip(contradicted, reasons, strict=True)]
-        return conformal.tolist(), notes
+            return None, 0
+        score = np.array(-np.inf if self.doubt else self.score[k])
+        return float(conformal_p(score, references)), len(references)
 
 
 def check_unranked(schemes: Iterable[Scheme]) -> None:

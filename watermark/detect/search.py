@@ -215,7 +215,7 @@ class _Look:
         """The best fit of one key; its p-value is corrected for all possible tests (`statistics.corrected`)."""
         score, shift, _ = self._peak(scheme, noise, candidates)
         best = int(score.argmax())
-        log10_p = corrected(float(scheme.on(self.null).log10_p(score[best : best + 1])[0]), self._tests)
+        log10_p = float(corrected(scheme.on(self.null).log10_p(score[best : best + 1])[0], self._tests))
         down, right = shift[best].tolist()
         return _Fit(score=float(score[best]), log10_p=log10_p, candidate=candidates[best], shift=(down, right))
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ringmark.data.images import Sample
 
-__all__ = ["Judged", "Verdict", "p_text"]
+__all__ = ["LISTED", "OUTCOMES", "Judged", "Verdict", "Verdicts", "p_text"]
+
+OUTCOMES = (True, None, False)
+"""The values of `Verdict.present` in the order in which verdicts rank."""
+LISTED = 100
+"""The most keys that a record lists one by one."""
 
 TINIEST = 1e-300
 """Smaller p-values are printed as a bound, because floats end near 1e-308."""
@@ -55,7 +64,7 @@ class Verdict:
 
     def rank(self) -> tuple[int, float, float]:
         """Orders verdicts on one image: present keys first, then inconclusive ones, and smaller p first."""
-        return ((True, None, False).index(self.present), self.log10_p, -self.score)
+        return (OUTCOMES.index(self.present), self.log10_p, -self.score)
 
     def record(self) -> dict[str, Any]:
         """The verdict as plain values for JSON, with each statistic under its own name."""
@@ -74,6 +83,70 @@ class Verdict:
         return "; ".join([f"{outcome} key {self.key[:8]}, {p_text(self.p_value)}", *self.notes])
 
 
+@dataclass(frozen=True, eq=False)
+class Verdicts(Sequence[Verdict]):
+    """The verdicts on one image, one per key (K,), each built by `build(k)` when it is first asked for.
+
+    What they rank by is kept for all keys: `outcome`, the index of `present` in OUTCOMES, `log10_p` and `score`.
+    """
+
+    outcome: NDArray[np.int8]
+    log10_p: NDArray[np.float64]
+    score: NDArray[np.float64]
+    build: Callable[[int], Verdict]
+    _built: dict[int, Verdict] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, verdicts: Sequence[Verdict]) -> Verdicts:
+        """These verdicts."""
+        return cls(
+            outcome=np.array([OUTCOMES.index(v.present) for v in verdicts], np.int8),
+            log10_p=np.array([v.log10_p for v in verdicts], float),
+            score=np.array([v.score for v in verdicts], float),
+            build=verdicts.__getitem__,
+        )
+
+    def __len__(self) -> int:
+        return len(self.outcome)
+
+    @overload
+    def __getitem__(self, index: int) -> Verdict: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Verdict]: ...
+
+    def __getitem__(self, index: int | slice) -> Verdict | list[Verdict]:
+        rows = range(len(self))[index]
+        if isinstance(rows, range):
+            return [self[k] for k in rows]
+        if rows not in self._built:
+            self._built[rows] = self.build(rows)
+        return self._built[rows]
+
+    def changed(self, change: Callable[[Verdict], Verdict]) -> Verdicts:
+        """The same with a change to each verdict that does not change how they rank."""
+        return Verdicts(self.outcome, self.log10_p, self.score, build=lambda k: change(self[k]))
+
+    @property
+    def best(self) -> int:
+        """The number of the verdict that ranks first, of equal ones the first."""
+        among = np.flatnonzero(self.outcome == self.outcome.min())
+        among = among[self.log10_p[among] == self.log10_p[among].min()]
+        return int(among[self.score[among].argmax()])
+
+    @property
+    def present(self) -> list[int]:
+        """The numbers of the verdicts on keys that are present, the first in rank first."""
+        found = np.flatnonzero(self.outcome == OUTCOMES.index(True))
+        return [int(k) for k in found[np.lexsort((-self.score[found], self.log10_p[found]))]]
+
+    def before(self, other: Verdicts) -> NDArray[np.bool_]:
+        """Which of these verdicts (K,) rank before the other's on the same key."""
+        outcome, log10_p = self.outcome == other.outcome, self.log10_p == other.log10_p
+        lower = (self.log10_p < other.log10_p) | (log10_p & (self.score > other.score))
+        return np.asarray((self.outcome < other.outcome) | (outcome & lower))
+
+
 class Judged(NamedTuple):
     """A sample, its verdicts (one per key), its recovered noise (C, h, w) and the number of tests of each key.
 
@@ -81,7 +154,7 @@ class Judged(NamedTuple):
     """
 
     sample: Sample
-    verdicts: list[Verdict]
+    verdicts: Verdicts
     noise: Tensor
     tests: int = 1
     stage: int = 0
@@ -89,12 +162,22 @@ class Judged(NamedTuple):
     @property
     def best(self) -> Verdict:
         """The verdict with the smallest p: among present keys, else among inconclusive ones, else among all."""
-        return min(self.verdicts, key=Verdict.rank)
+        return self.verdicts[self.verdicts.best]
 
     @property
     def present(self) -> list[Verdict]:
         """The verdicts on keys that are present, smallest p first."""
-        return sorted((v for v in self.verdicts if v.present), key=lambda v: (v.p_value, -v.score))
+        return [self.verdicts[k] for k in self.verdicts.present]
+
+    def by_key(self) -> dict[str, dict[str, float]]:
+        """p, score and statistics by key, for records.
+
+        All keys are listed if there are at most LISTED, otherwise the first LISTED that are present, or the best if
+        none is.
+        """
+        few = len(self.verdicts) <= LISTED
+        listed = self.verdicts if few else self.present[:LISTED] or [self.best]
+        return {v.key: {"p_value": v.p_value, "score": v.score, **v.statistics} for v in listed}
 
     def sentence(self) -> str:
         """One sentence about all keys: those that the image carries, or the one that fits best if it carries none."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.cascade import Stage, calibrated_stages, walk
 from ringmark.watermark.detect.detector import Detector, check_unranked
 from ringmark.watermark.detect.search import Found, Search
-from ringmark.watermark.detect.verdict import Judged, Verdict
+from ringmark.watermark.detect.verdict import OUTCOMES, Judged, Verdict, Verdicts
 from ringmark.watermark.keys.key import Key, Kind
 from ringmark.watermark.null import Null
 from ringmark.watermark.statistics import ALPHA, corrected
@@ -82,11 +81,13 @@ class Verifier:
             calibration, why = None, f"the calibration {error.fact}"
             notes = {name: "; ".join(filter(None, [note, why])) for name, note in notes.items()}
         null = Null.of_model(self.recoverer.model, shape)
-        detector = partial(Detector, self.keys, null=null, alpha=self.alpha, latent_shape=shape, notes=notes)
+        detector = Detector(
+            self.keys, null=null, calibration=calibration, alpha=self.alpha, latent_shape=shape, notes=notes
+        )
         early = self._early if calibration and shape == calibration.latent_shape else []
-        stages = [Stage.early(recoverer, detector(calibration=made)) for recoverer, made in early]
+        stages = [Stage.early(recoverer, detector.under(made)) for recoverer, made in early]
         weight = 1 - sum(stage.weight for stage in stages)
-        last = Stage(name="full", recoverer=self.recoverer, detector=detector(calibration=calibration), weight=weight)
+        last = Stage(name="full", recoverer=self.recoverer, detector=detector, weight=weight)
         if not calibration and size != self.recoverer.model.image_size:
             check_unranked(last.detector.schemes.values())
         return [*stages, last]
@@ -133,7 +134,8 @@ class Verifier:
         """Judge each picture at its best size."""
         best: dict[int, Judged] = {}
         for turn in range(max(map(len, pictures))):
-            todo = [i for i, views in enumerate(pictures) if turn < len(views) and not (turn and best[i].present)]
+            found = {i for i, judged in best.items() if judged.verdicts.present}
+            todo = [i for i, views in enumerate(pictures) if turn < len(views) and i not in found]
             for members in _grouped(todo, [(_size_of(pictures[i][turn]), len(pictures[i])) for i in todo]):
                 samples = [pictures[i][turn] for i in members]
                 for i, judged in zip(members, self._at(samples, self._tests(len(pictures[members[0]]))), strict=True):
@@ -147,20 +149,21 @@ class Verifier:
     def _searched(self, judged: list[Judged], samples: list[Sample], batch: int) -> list[Judged]:
         """The same, searching those samples in which no key was found directly and that are not inconclusive."""
         assert self.search
-        missed = [i for i, j in enumerate(judged) if not j.present and any(v.present is False for v in j.verdicts)]
+        absent = OUTCOMES.index(False)
+        missed = [i for i, j in enumerate(judged) if not j.verdicts.present and (j.verdicts.outcome == absent).any()]
         for members in _grouped(missed, [_size_of(samples[i]) for i in missed]):
             detector, chosen = self._stages[_size_of(samples[members[0]])][-1].detector, [samples[i] for i in members]
             best_fits = self.search(self.recoverer.model, detector.schemes, detector.known, chosen, batch=batch)
             for i, fits in zip(members, best_fits, strict=True):
                 pairs = zip(judged[i].verdicts, fits, strict=True)
                 verdicts = [self._better(verdict, fit, judged[i].tests) for verdict, fit in pairs]
-                judged[i] = judged[i]._replace(verdicts=verdicts)
+                judged[i] = judged[i]._replace(verdicts=Verdicts.of(verdicts))
         return judged
 
     def _better(self, verdict: Verdict, found: Found, tests: int) -> Verdict:
         """The verdict with the search's p if that is smaller, and with the search's score if that finds the key."""
         verdict = replace(verdict, seconds=verdict.seconds + found.seconds)
-        log10_p = corrected(found.log10_p, tests * len(self.keys))
+        log10_p = float(corrected(found.log10_p, tests * len(self.keys)))
         if verdict.present is None or log10_p >= verdict.log10_p:
             return verdict
         verdict = replace(verdict, p_value=10**log10_p, log10_p=log10_p, conformal_p=None)

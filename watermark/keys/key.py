@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ class Key:
             return "values", np.ascontiguousarray(self.values)
         return "secret", np.frombuffer(self.secret, np.uint8)
 
-    @property
+    @cached_property
     def commitment(self) -> str:
         """SHA-256, 64 hex digits, of the description without `created` as sorted JSON, then the secret part.
 

@@ -61,7 +61,14 @@ class SchemeTest(Protocol):
 
     @property
     def template(self) -> Array | None:
-        """The key (d,) whose cosine with what is observed is the score; None if the score is something else."""
+        """The key (d,) whose cosine with what is observed is the score; None if the score is something else.
+
+        With a template, p depends on the score alone.
+        """
+        ...
+
+    def templates(self, schemes: Sequence[Any]) -> Array | None:
+        """The templates (K, d) of keys of the same kind; only called if there is a `template`."""
         ...
 
     def observe(self, noise: Tensor) -> Array:

@@ -5,8 +5,9 @@ Transforms are orthonormal, so a bin of white noise has unit power, and in the u
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,10 +65,14 @@ def at_every_shift(spectrum: Tensor, factor: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class CosineTest:
-    """A `SchemeTest`: the whitened cosine of features (B, d) with a `template` (d,)."""
+    """A `SchemeTest`: the whitened cosine of features (B, d) with a `template` (d,).
+
+    `templates` are those (K, d) of other keys of its kind.
+    """
 
     template: Array
     observe: Callable[[Tensor], Array]
+    templates: Callable[[Sequence[Any]], Array]
 
     def score(self, observed: Array) -> Array:
         """The cosine c (B,) in [-1, 1]; 0 for a vector of zeros."""

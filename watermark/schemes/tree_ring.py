@@ -10,9 +10,10 @@ tested for. The published mask is one row off DC; taking the real part then disc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property, lru_cache, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -104,6 +105,30 @@ def _stored(key: Key, placement: Placement) -> Tensor | None:
     return torch.view_as_complex(torch.from_numpy(key.values).double().contiguous())
 
 
+class _Bins(NamedTuple):
+    """The bins of a mask and radii: their rings and whether they are `inside` (h, w).
+
+    `rows` are the flat indices of one bin of each conjugate pair in the mark; those that are their own mirror are
+    `real_only`.
+    """
+
+    ring: Tensor
+    inside: Tensor
+    rows: Tensor
+    real_only: Tensor
+
+
+@lru_cache(maxsize=64)
+def _bins_of(mask: str, radii: tuple[int, int], size: tuple[int, int], side: int) -> _Bins:
+    """The bins on latents of this size (h, w), which all keys of a kind share."""
+    ring = ring_index(mask, *size, side)
+    inside = (ring >= radii[0]) & (ring <= radii[1])
+    index = torch.arange(inside.numel()).view(size)
+    mirrored = mirror(index)
+    rows = index[(inside | mirror(inside)) & (index <= mirrored)]
+    return _Bins(ring=ring, inside=inside, rows=rows, real_only=rows == mirrored.flatten()[rows])
+
+
 @dataclass(frozen=True, eq=False)
 class PowerTest:
     """A `SchemeTest` for the pattern *zeros*: the power that the mark's rings lack compared with their neighbours.
@@ -118,6 +143,10 @@ class PowerTest:
     @property
     def template(self) -> None:
         """None: the score is not a cosine."""
+        return None
+
+    def templates(self, schemes: Sequence[Any]) -> None:
+        """None, like `template`."""
         return None
 
     def observe(self, noise: Tensor) -> Array:
@@ -177,12 +206,10 @@ class TreeRing:
         self.placement.check(key.latent_shape)
         self.latent_shape = latent_shape or key.latent_shape
         self.side = min(key.latent_shape[1:])
-        stored = _stored(key, self.placement)
-        self.ring = ring_index(self.mask, *self.latent_shape[1:], self.side)
-        self.inside = (self.ring >= self.placement.radii[0]) & (self.ring <= self.placement.radii[1])
-        self._rows, self._real_only = self._independent_bins()
+        self._secret, self._stored = key.secret, _stored(key, self.placement)
+        bins = _bins_of(self.mask, self.placement.radii, self.latent_shape[1:], self.side)
+        self.ring, self.inside, self._rows, self._real_only = bins
         self._check_size()
-        self.spectrum = self._expanded(key.secret) if stored is None else stored
 
     @classmethod
     def fields(
@@ -217,37 +244,29 @@ class TreeRing:
             fact = f"have too few frequencies at radii {low}-{high}, in cycles per {self.side} latent pixels"
             raise SchemeError("scheme.size", fact, subject=f"latents of {height}x{width}")
 
-    def _expanded(self, secret: bytes) -> Tensor:
-        """The spectrum (c, h, w) of this secret on these latents, zero outside the mask, of unit mean power on it.
+    @property
+    def spectrum(self) -> Tensor:
+        """The key's spectrum (c, h, w)."""
+        return _expanded(self) if self._stored is None else self._stored
 
-        rand: independent values on the bins of the mask, so that marked noise is still white noise. ring: one value per
-        circle, which survives flips and rotations about the centre of the picture, at the price of few free numbers and
-        a bump in the middle of the noise. zeros: all zero, so all keys are the same.
-        """
-        if self.pattern == "zeros":
-            return torch.zeros(len(self.placement.channels), *self.latent_shape[1:], dtype=torch.complex128)
-        of_channel = self._at_random if self.pattern == "rand" else self._on_circles
-        transform = torch.stack([of_channel(secret, channel) for channel in self.placement.channels])
-        return _unit_power(transform * self.inside, self.inside)
-
-    def _at_random(self, secret: bytes, channel: int) -> Tensor:
+    def at_random(self, channel: int) -> Tensor:
         """(x + iy)/√2 on the first bin of each conjugate pair, in the order of rows; x on bins that are their own."""
         _, height, width = self.latent_shape
         label = f"tree-ring rand {self.mask} {height}x{width} channel {channel}"
-        drawn = _complex(normal(secret, label, 2 * len(self._rows)))
+        drawn = _complex(normal(self._secret, label, 2 * len(self._rows)))
         half = torch.zeros(height * width, dtype=torch.complex128)
         half[self._rows] = torch.where(self._real_only, drawn.real * 2**0.5 / 2, drawn)
         half = half.view(height, width)
         return half + mirror(half).conj()
 
-    def _on_circles(self, secret: bytes, channel: int) -> Tensor:
+    def on_circles(self, channel: int) -> Tensor:
         """One value per radius; for the centred mask it is real, with phases relative to the middle."""
         _, height, width = self.latent_shape
         high = self.placement.radii[1]
         label, ring = f"tree-ring ring {self.mask} channel {channel}", self.ring.clamp_max(high)
         if self.mask == "published":
-            return _complex(normal(secret, label, 2 * (high + 1)))[ring]
-        return torch.from_numpy(normal(secret, label, high + 1))[ring] * middle_phase(height, width)
+            return _complex(normal(self._secret, label, 2 * (high + 1)))[ring]
+        return torch.from_numpy(normal(self._secret, label, high + 1))[ring] * middle_phase(height, width)
 
     @staticmethod
     def recommend(recovery: NoiseRecovery | None, latent_shape: tuple[int, int, int]) -> dict[str, list[int]]:
@@ -303,9 +322,25 @@ class TreeRing:
         """The whitened cosine, or for *zeros* the power ratio of whitened noise."""
         if self.pattern == "zeros":
             return PowerTest(self, null)
-        channels = self.placement.channels
-        template = self.features(null.whiten(self.hermitian[None], channels))[0].numpy()
-        return CosineTest(template, lambda noise: self.features(self.whitened(noise, null)).numpy())
+        return CosineTest(
+            template=_templates([self], null)[0],
+            observe=partial(self._observed, null),
+            templates=partial(_templates, null=null),
+        )
+
+    def _observed(self, null: Null, noise: Tensor) -> Array:
+        """The features (B, d) of whitened noise (B, C, h, w)."""
+        return self._whitened_features(self._transform(noise - null.mean).flatten(2)[..., self._tested], null)
+
+    def _whitened_features(self, bins: Tensor, null: Null) -> Array:
+        """The features (B, d) of whitened bins (B, c, n), those that are tested."""
+        white = null.whiten_bins(bins, self.placement.channels, self._tested, self.latent_shape[1:])
+        return self._features(white).numpy()
+
+    @cached_property
+    def key_bins(self) -> Tensor:
+        """The Hermitian part of the key's spectrum on the bins that are tested (c, n)."""
+        return self.hermitian.flatten(1)[:, self._tested]
 
     def published(self, noise: Tensor) -> dict[str, Array]:
         """The L1 distance and the p-value of arXiv 2305.20030."""
@@ -334,14 +369,6 @@ class TreeRing:
         inside = np.fft.fftshift(self.inside.numpy())
         return Panel(title=title, values=shown, inside=inside, radii=self.placement.radii, side=self.side)
 
-    def _independent_bins(self) -> tuple[Tensor, Tensor]:
-        """Flat indices of one bin of each conjugate pair in the mark, and which of them are their own mirror."""
-        height, width = self.inside.shape
-        index = torch.arange(height * width).view(height, width)
-        mirrored = mirror(index)
-        rows = index[self._reached & (index <= mirrored)]
-        return rows, rows == mirrored.flatten()[rows]
-
     @property
     def _reached(self) -> Tensor:
         """Mask (h, w) of the masked bins and their conjugates."""
@@ -350,7 +377,8 @@ class TreeRing:
     @property
     def hermitian(self) -> Tensor:
         """The Hermitian part of the key's spectrum, which remains after taking the real part."""
-        return (self.spectrum + mirror(self.spectrum).conj()) / 2
+        spectrum = self.spectrum
+        return (spectrum + mirror(spectrum).conj()) / 2
 
     def whitened(self, noise: Tensor, null: Null) -> Tensor:
         """Whitened transform (B, c, h, w) of the marked channels. Raises SchemeError for noise of another shape."""
@@ -374,7 +402,16 @@ class TreeRing:
         They are the real and imaginary parts of independent bins. For a ring, they are one mean per circle: ring keys
         are constant on circles, and a test on every bin would confuse two of them.
         """
-        return self._circles(transform) if self._averages else self._bins(transform)
+        return self._features(transform.flatten(2)[..., self._tested])
+
+    def _features(self, bins: Tensor) -> Tensor:
+        """The same, of the bins (B, c, n) that are tested."""
+        return self._circles(bins) if self._averages else self._parts(bins)
+
+    @property
+    def _tested(self) -> Tensor:
+        """Flat indices (n,) of the bins that features depend on."""
+        return self.inside.flatten().nonzero().flatten() if self._averages else self._rows
 
     @property
     def numbers(self) -> int:
@@ -391,15 +428,14 @@ class TreeRing:
     def _averages(self) -> bool:
         return self.pattern == "ring" and self.mask == "centred"
 
-    def _bins(self, transform: Tensor) -> Tensor:
-        bins = transform.flatten(2)[..., self._rows]
+    def _parts(self, bins: Tensor) -> Tensor:
         real = bins.real * torch.where(self._real_only, 1.0, 2**0.5)
         imaginary = bins.imag[..., ~self._real_only] * 2**0.5
         return torch.cat([real, imaginary], -1).flatten(1)
 
-    def _circles(self, transform: Tensor) -> Tensor:
+    def _circles(self, bins: Tensor) -> Tensor:
         """Σ / √n over the n bins of each circle, with phases relative to the middle, where conjugate bins are equal."""
-        turned = (transform * middle_phase(*self.inside.shape).conj()).real[..., self.inside]
+        turned = (bins * middle_phase(*self.inside.shape).conj()[self.inside]).real
         circle = torch.bucketize(self.ring[self.inside], self._circles_present)
         count = torch.bincount(circle)
         total = torch.zeros(*turned.shape[:-1], len(count), dtype=turned.dtype).index_add_(-1, circle, turned)
@@ -474,6 +510,27 @@ class TreeRing:
             dot, length = dot + (feature * key).sum(1), length + feature.square().sum(1)
             key_length = key_length + key.square().sum()
         return _ratio(dot, (length * key_length).sqrt())
+
+
+@lru_cache(maxsize=128)  # a spectrum is large: those of 100 000 keys of 4×64×64 latents have 6.6 GB a channel
+def _expanded(scheme: TreeRing) -> Tensor:
+    """The spectrum (c, h, w) of a key on its latents, zero outside the mask, of unit mean power on it.
+
+    rand: independent values on the bins of the mask, so that marked noise is still white noise. ring: one value per
+    circle, which survives flips and rotations about the centre of the picture, at the price of few free numbers and a
+    bump in the middle of the noise. zeros: all zero, so all keys are the same.
+    """
+    channels = scheme.placement.channels
+    if scheme.pattern == "zeros":
+        return torch.zeros(len(channels), *scheme.latent_shape[1:], dtype=torch.complex128)
+    of_channel = scheme.at_random if scheme.pattern == "rand" else scheme.on_circles
+    transform = torch.stack([of_channel(channel) for channel in channels])
+    return _unit_power(transform * scheme.inside, scheme.inside)
+
+
+def _templates(schemes: Sequence[TreeRing], null: Null) -> Array:
+    """The templates (K, d) of keys of one kind: the features of their whitened spectra."""
+    return schemes[0]._whitened_features(torch.stack([scheme.key_bins for scheme in schemes]), null)
 
 
 def _ratio(dot: Tensor, length: Tensor) -> Tensor:

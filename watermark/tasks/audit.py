@@ -192,7 +192,6 @@ class _Run:
 
 def _record(judged: Judged, model: str) -> Record:
     """The record of one image."""
-    per_key = {v.key: {"p_value": v.p_value, "score": v.score, **v.statistics} for v in judged.verdicts}
     best, (height, width) = judged.best, judged.sample.size or (None, None)
     return best.record() | {
         "content": judged.sample.content,
@@ -201,7 +200,7 @@ def _record(judged: Judged, model: str) -> Record:
         "stage": "search" if best.by_search else list(best.stages)[judged.stage],
         "model": model,
         "carries": [v.key for v in judged.present],
-        "keys": per_key,
+        "keys": judged.by_key(),
     }
 
 
