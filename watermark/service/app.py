@@ -39,6 +39,7 @@ PAGE = {
     "/": ("index.html", "text/html"),
     "/page.js": ("page.js", "text/javascript"),
     "/page.css": ("page.css", "text/css"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 NAMES = {400: "malformed", 404: "unknown", 405: "method", 408: "slow", 413: "too-large"}
 FORBIDDEN = ("url.forbidden", "url.private", "url.scheme")
@@ -78,6 +79,7 @@ api = APIRouter(
 @pages.get("/")
 @pages.get("/page.js")
 @pages.get("/page.css")
+@pages.get("/icon.svg")
 async def page(request: Request) -> Response:
     """The page for people, and what it needs."""
     name, media_type = PAGE[request.url.path]

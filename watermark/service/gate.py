@@ -22,7 +22,7 @@ __all__ = ["Gate"]
 LOG = logging.getLogger(__name__)
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
-OPEN = ("/", "/page.js", "/page.css", "/healthz", "/openapi.json")
+OPEN = ("/", "/page.js", "/page.css", "/icon.svg", "/healthz", "/openapi.json")
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "

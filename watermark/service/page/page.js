@@ -26,9 +26,9 @@ function basis(answer) {
     LIMITS[answer.verdict];
 }
 
-function show(item, file, answer, problem) {
+function show(item, answer, problem) {
   item.classList.add(problem ? "error" : answer.verdict);
-  item.querySelector(".verdict").textContent = problem ? `Not tested: the picture ${problem}` : WORDS[answer.verdict](answer);
+  item.querySelector(".verdict").textContent = problem ? `Not tested: ${problem}` : WORDS[answer.verdict](answer);
   if (problem) return;
   item.querySelector(".basis").textContent = basis(answer);
   item.querySelector(".notes").textContent = answer.notes.length ? `Picture: ${answer.notes.join("; ")}.` : "";
@@ -70,15 +70,15 @@ async function test(file, item) {
     const answer = await response.json();
     if (response.ok) {
       found += answer.verdict === "present";
-      show(item, file, answer);
+      show(item, answer);
     } else if (response.status === 401) {
       byId("access").open = true;
-      show(item, file, null, "needs a valid access token; give it above and drop the picture again");
+      show(item, null, "this needs an access token; give it above and choose the picture again");
     } else {
-      show(item, file, null, answer.code.startsWith("image.") ? answer.message : `was refused: ${answer.message}`);
+      show(item, null, answer.code.startsWith("image.") ? `the picture ${answer.message}` : answer.message);
     }
   } catch {
-    show(item, file, null, "could not be sent: the service does not answer or is busy");
+    show(item, null, "the service does not answer, or is busy");
   }
 }
 
@@ -89,7 +89,7 @@ function report() {
     : `Done: ${all === 1 ? "1 picture" : `${all} pictures`}, ${carrying}.`;
 }
 
-async function work() {
+function work() {
   while (waiting.length && running < AT_ONCE) {
     const [file, item] = waiting.shift();
     running++;
@@ -97,10 +97,15 @@ async function work() {
   }
 }
 
+function nameOf(file) {
+  return file.webkitRelativePath || file.droppedFrom || file.name;
+}
+
 function add(files) {
+  files.sort((one, other) => nameOf(one).localeCompare(nameOf(other), undefined, { numeric: true }));
   for (const file of files) {
     const item = byId("result").content.cloneNode(true).firstElementChild;
-    item.querySelector("h3").textContent = file.webkitRelativePath || file.path || file.name;
+    item.querySelector("h3").textContent = nameOf(file);
     item.querySelector(".verdict").textContent = "Waiting …";
     const image = item.querySelector("img");
     if (thumbnails++ < THUMBNAILS) {
@@ -122,7 +127,11 @@ function add(files) {
 }
 
 async function filesOf(entry) {
-  if (entry.isFile) return [await new Promise((resolve, reject) => entry.file(resolve, reject))];
+  if (entry.isFile) {
+    const file = await new Promise((resolve, reject) => entry.file(resolve, reject));
+    file.droppedFrom = entry.fullPath.slice(1);
+    return [file];
+  }
   const reader = entry.createReader(), files = [];
   for (;;) { // a reader hands out entries in portions
     const entries = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
