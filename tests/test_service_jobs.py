@@ -125,6 +125,7 @@ def test_a_batch_is_judged_and_its_webhook_called(tmp_path: Path, monkeypatch: p
     with client(jobs=Jobs(tmp_path), fetcher=Fetcher()) as web:
         files = [("files", (f"{i}.png", content)) for i, content in enumerate([MARKED, PLAIN, FLAT, b"nothing"])]
         data = {"webhook": "https://example.org/hook", "urls": ["http://127.0.0.1/secret"]}
+        assert web.post("/v1/batch", files=files, data={"webhook": "file:///x"}).json()["code"] == "url.scheme"
         created = web.post("/v1/batch", files=files, data=data)
         assert created.status_code == 202 and created.json()["pictures"] == 5
         job = finished(web, created.json()["id"])

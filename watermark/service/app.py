@@ -23,6 +23,7 @@ from starlette.middleware import Middleware
 from ringmark.errors import ImageError, RingmarkError
 from ringmark.watermark.service.access import Caller
 from ringmark.watermark.service.answers import Answer, Created, Job, Problem, Refusal, for_public
+from ringmark.watermark.service.fetch import checked_url
 from ringmark.watermark.service.gate import Gate
 from ringmark.watermark.service.jobs import Source
 from ringmark.watermark.service.metrics import CONTENT_TYPE_LATEST
@@ -125,12 +126,12 @@ async def batch(
     if (urls or webhook) and not service.fetcher:
         raise Refusal(403, "url.forbidden", "this service does not open URLs")
     sources = [Source(name=file.filename or "", file=await checked(service, file)) for file in files]
-    sources += [Source(name=url, url=url) for url in urls]
+    sources += [Source(name=url, url=checked_url(url)) for url in urls]
     if not 0 < len(sources) <= service.limits.batch_pictures:
         fact = f"a job has 1 to {service.limits.batch_pictures} pictures, not {len(sources)}"
         raise Refusal(422, "request.invalid", fact)
     service.charge(caller, len(sources) - 1)  # the request has been counted as one
-    id = await asyncio.to_thread(service.jobs.add, caller, sources, webhook)
+    id = await asyncio.to_thread(service.jobs.add, caller, sources, webhook and checked_url(webhook))
     service.has_work()
     return Created(id=id, pictures=len(sources))
 

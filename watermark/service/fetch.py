@@ -13,7 +13,7 @@ import httpcore2 as httpcore
 
 from ringmark.errors import ServiceError
 
-__all__ = ["Fetcher", "is_public"]
+__all__ = ["Fetcher", "checked_url", "is_public"]
 
 FAILURES = (
     httpcore.NetworkError,
@@ -105,7 +105,7 @@ class Fetcher:
     async def _fetch(self, url: str, into: BinaryIO, max_bytes: int) -> None:
         async with httpcore.AsyncConnectionPool(network_backend=self._backend) as pool:
             for _ in range(1 + MAX_REDIRECTS):
-                request = pool.stream("GET", _checked(url), headers=_headers(url), extensions=TIMEOUT)
+                request = pool.stream("GET", checked_url(url), headers=_headers(url), extensions=TIMEOUT)
                 async with request as response:
                     location = {name.lower(): value for name, value in response.headers}.get(b"location")
                     if 300 <= response.status < 400 and location:
@@ -122,13 +122,17 @@ class Fetcher:
     async def _post(self, url: str, body: bytes) -> None:
         headers = {**_headers(url), "Content-Type": "application/json"}
         async with httpcore.AsyncConnectionPool(network_backend=self._backend) as pool:
-            request = pool.stream("POST", _checked(url), headers=headers, content=body, extensions=TIMEOUT)
+            request = pool.stream("POST", checked_url(url), headers=headers, content=body, extensions=TIMEOUT)
             async with request as response:
                 _check_status(response.status)
 
 
-def _checked(url: str) -> str:
-    parts = urlsplit(url)
+def checked_url(url: str) -> str:
+    """The URL if it is a plain http or https one. Raises ServiceError (url.scheme)."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
         raise ServiceError("url.scheme", "is not a plain http or https URL", subject="the URL")
     return url

@@ -62,7 +62,8 @@ class Gate:
             await self._admit(scope, Headers(scope=scope), body)
             await self.app(scope, body.receive, answer)
         except Refusal as refusal:  # raised here: the application answers its own
-            await body.drain()
+            if refusal.status_code != 413:
+                await body.drain()
             await _send(refusal, answer)
         finally:
             self._record(scope, status, time.monotonic() - started)
