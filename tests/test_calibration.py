@@ -331,6 +331,22 @@ def test_a_key_beyond_the_stored_rings_is_refused(calibration, changes):
         assert caught.value.code == "calibration.reach"
 
 
+def test_trimmed_it_is_smaller_and_serves_keys_of_low_rings_as_before(calibration, tmp_path):
+    whole = replace(calibration, earlier=(calibration,))
+    trimmed, low = whole.trimmed(7), scheme(radii=(2, 6))
+    assert (trimmed.reach, trimmed.earlier, trimmed.n) == (7, (), whole.n) and whole.trimmed(99).reach == whole.reach
+    before, after = whole.reference_scores(low), trimmed.reference_scores(low)
+    assert np.abs(after - before).max() < 0.01 * before.std()
+    with pytest.raises(CalibrationError) as caught:
+        trimmed.check_reach(scheme(radii=(2, 8)))
+    assert caught.value.code == "calibration.reach"
+    sizes = []
+    for i, each in enumerate((whole, trimmed)):
+        each.save(tmp_path / str(i))
+        sizes.append((tmp_path / str(i)).stat().st_size)
+    assert sizes[1] < sizes[0] / 2 and Calibration.load(tmp_path / "1").fingerprint == trimmed.fingerprint
+
+
 def test_its_null_serves_other_sizes_without_the_mean(calibration):
     assert calibration.null_at(SHAPE) is calibration.null
     other = calibration.null_at((3, 24, 32))

@@ -160,6 +160,15 @@ class Calibration:
         """The recovered noises (n, C, h, w) float64, up to ring `reach`."""
         return torch.from_numpy(_unpack(self.spectra[rows], self.latent_shape, self.reach))
 
+    def trimmed(self, reach: int) -> Calibration:
+        """The last stage alone, with spectra up to ring `reach`: a smaller file, for keys within that reach.
+
+        Their scores change only through the mean, which is no longer subtracted on the rings beyond, whose power the
+        smoothed covariance of the nearest rings includes.
+        """
+        reach = min(reach, self.reach)
+        return replace(self, spectra=_pack(self.noise().numpy(), reach), reach=reach, earlier=())
+
     def reference_scores(self, scheme: Scheme) -> Array:
         """Cross-fitted scores (n,) of the unmarked images for this key, in their order.
 
