@@ -1,7 +1,7 @@
 """Cut a calibration to the size that a model's folder has room for: the last stage, and the low rings.
 
-    ringmark calibrate build/calibration-flow --model pocket_flow -o build/pocket_flow.safetensors
-    python -m scripts.trim_calibration build/pocket_flow.safetensors data/pocket_flow/calibration.safetensors --reach 10
+ringmark calibrate build/calibration-flow --model pocket_flow -o build/pocket_flow.safetensors
+python -m scripts.trim_calibration build/pocket_flow.safetensors data/pocket_flow/calibration.safetensors --reach 10
 """
 
 from __future__ import annotations
