@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import io
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
 from ringmark.data.containers import kind_of
-from ringmark.data.decode import FORMATS, decode, is_cheap, upright
+from ringmark.data.decode import FORMATS, Decoded, decode, is_cheap, upright
 from ringmark.data.decoder_process import decode_apart
 from ringmark.data.files import SOFTWARE, open_regular, write_atomic
 from ringmark.data.results import content_id
@@ -30,6 +32,7 @@ __all__ = [
     "read_image",
     "read_sample",
     "read_samples",
+    "samples_in",
     "samples_of",
     "save_png",
     "to_array",
@@ -82,6 +85,28 @@ def read_samples(path: str | os.PathLike[str], sizes_of: SizesOf, *, id: str | N
     Raises ImageError, also for a picture smaller than 1/TINY of the smallest of these sizes.
     """
     return _fitted(*read_image(path), sizes_of, str(path) if id is None else id, path)
+
+
+def samples_in(content: bytes, sizes_of: SizesOf, *, id: str) -> list[Sample]:
+    """The image in the bytes of a file, as `read_samples` would return it. Raises ImageError."""
+    return _fitted(*_decoded(content, id), sizes_of, id, id)
+
+
+def _decoded(content: bytes, id: str) -> Decoded:
+    """The picture in the bytes of a file; the separate process gets those that may be expensive as a file."""
+    if not content:
+        raise ImageError("image.empty", "is empty", subject=id)
+    head = content[:16]
+    if is_cheap(head, len(content)) or not kind_of(head):
+        if decoded := decode(id, io.BytesIO(content)):
+            return decoded
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "picture")
+        path.write_bytes(content)
+        try:
+            return decode_apart(path)
+        except ImageError as error:
+            raise ImageError(error.code, error.fact, subject=id) from None
 
 
 def samples_of(picture: Image.Image, sizes_of: SizesOf, *, id: str) -> list[Sample]:

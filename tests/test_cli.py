@@ -156,7 +156,7 @@ def test_a_refusal_does_not_cost_a_model(house: Path, tmp_path: Path, monkeypatc
     assert "is a folder" in refused("generate", "--key", tmp_path, "-o", tmp_path / "out")
     assert "is not a folder" in refused("keygen", "-n", 2, "-o", house / "my.key")
     assert "with -n" in refused("keygen", "-o", tmp_path)
-    assert "no such folder" in refused("audit", none, *key, "-o", tmp_path / "r.jsonl")
+    assert "does not exist" in refused("audit", none, *key, "-o", tmp_path / "r.jsonl")
     assert "no such folder" in refused("evaluate", *key, "--marked", none, "-o", tmp_path / "out")
     assert "known ones are" in refused("evaluate", "--methods", "magic", "-o", tmp_path / "out")
     assert "unknown attack" in refused("evaluate", "--attacks", "magic", "-o", tmp_path / "out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from shell import QUICK, pictures, refused, run
 
 from ringmark.data.reader import read_records
 from ringmark.data.results import content_id
+from ringmark.watermark.detect.verifier import Verifier
 
 
 def test_audit_records_everything_and_goes_on(house: Path, tmp_path: Path) -> None:
@@ -134,3 +136,65 @@ def test_links_out_of_the_folder_are_followed_only_if_asked(album: list[object],
     assert "2 images: 1 with a key" in result.stdout
     assert "1 link out of the folder not followed; add --follow-links" in result.stderr
     assert "4 images: 1 with a key" in run(*album, "--follow-links").stdout
+
+
+def records_in(results: Path) -> dict[str, dict]:
+    return {r["sample_id"]: {n: v for n, v in r.items() if n != "seconds"} for r in read_records(results)[1]}
+
+
+def test_sources_of_all_kinds_are_audited_with_any_number_of_workers(house: Path, tmp_path: Path) -> None:
+    album, shard = tmp_path / "album", tmp_path / "shard.tar"
+    shutil.copytree(house / "images", album)
+    (album / "broken.png").write_bytes(b"broken")
+    with tarfile.open(shard, "w") as archive:
+        archive.add(album / "marked", "again")
+    shard.write_bytes(shard.read_bytes()[:-10_240])
+    args = ["audit", album, shard, "--key", house / "my.key", *QUICK, "--batch", 3, "--json"]
+    counts = [json.loads(run(*args, "--workers", n, "-o", tmp_path / f"{n}.jsonl").stdout) for n in (0, 1, 3)]
+    assert counts[0] == counts[1] == counts[2]
+    assert {name: counts[0][name] for name in ("images", "present", "absent", "unreadable")} == {
+        **{"images": 8, "present": 4, "absent": 2, "unreadable": 2}
+    }
+    found = records_in(tmp_path / "0.jsonl")
+    assert found == records_in(tmp_path / "1.jsonl") == records_in(tmp_path / "3.jsonl")
+    assert found[f"{shard}"]["code"] == "source.damaged" and found[f"{album}/broken.png"]["code"].startswith("image.")
+    for number in range(2):
+        first, again = (found[f"{place}/000000{number}.png"] for place in (album / "marked", f"{shard}/again"))
+        assert again["same_as"] == first["sample_id"] and again["p_value"] == first["p_value"]
+    before = (tmp_path / "1.jsonl").read_bytes()
+    run(*args, "-o", tmp_path / "1.jsonl")
+    assert (tmp_path / "1.jsonl").read_bytes() == before
+
+
+def test_equal_pixels_are_judged_once_across_runs(house: Path, tmp_path: Path, monkeypatch) -> None:
+    one, results = tmp_path / "one.png", tmp_path / "results.jsonl"
+    with Image.open(pictures(house, "marked")[0]) as picture:
+        for name in ("one.png", "two.bmp", "three.webp"):
+            picture.save(tmp_path / name, lossless=True)
+    args = ["--key", house / "my.key", *QUICK, "-o", results]
+    run("audit", one, *args)
+
+    def never(*_, **__):
+        raise AssertionError("judged again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Verifier, "_judge", never)
+        assert (
+            "3 images: 3 with a key" in run("audit", one, tmp_path / "two.bmp", tmp_path / "three.webp", *args).stdout
+        )
+    assert [r.get("same_as") for r in records_in(results).values()] == [None, str(one), str(one)]
+    one.write_bytes(pictures(house, "unmarked")[0].read_bytes())  # its verdict was that of the others
+    run("audit", one, *args)
+    with Image.open(tmp_path / "two.bmp") as picture:
+        picture.save(tmp_path / "four.png")
+    run("audit", tmp_path / "four.png", *args)
+    assert records_in(results)[str(tmp_path / "four.png")]["present"] is True
+
+
+def test_sources_that_cannot_be_reached_are_named(house: Path, tmp_path: Path) -> None:
+    args = ["--key", house / "my.key", "-o", tmp_path / "r.jsonl"]
+    assert "does not exist; check the name" in refused("audit", tmp_path / "none.tar", *args)
+    assert "unknown scheme; give a path" in refused("audit", "nosuch://hunter2@a/b", *args)
+    assert "hunter2" not in refused("audit", "http://u:hunter2@127.0.0.1:9/a.png?sig=hunter2", *args)
+    (tmp_path / "empty.zip").write_bytes(b"PK\x05\x06" + bytes(18))
+    assert "holds no images" in refused("audit", tmp_path / "empty.zip", *args)

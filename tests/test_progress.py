@@ -12,7 +12,8 @@ from ringmark.watermark.tasks.progress import Progress
 
 
 def three_items(**options: float) -> None:
-    with Progress(4, done=[["with a key"]], task="audit", unit="image", **options) as progress:
+    with Progress(4, task="audit", unit="image", **options) as progress:
+        progress.add("with a key", earlier=True)
         progress.add("with a key")
         progress.add()
         progress.add("unreadable")
@@ -22,7 +23,7 @@ def test_without_a_terminal_the_log_has_rate_remaining_time_and_findings(caplog:
     caplog.set_level(logging.INFO, "ringmark")
     three_items(seconds=0)
     first, *_, last = [record.getMessage() for record in caplog.records]
-    assert first.startswith("audit: 1 of 4, ") and last.startswith("audit: 4 of 4, ")
+    assert first.startswith("audit: 0 of 4, ") and last.startswith("audit: 4 of 4, ")
     assert "image/s" in last or "s/image" in last
     assert last.endswith("00:00 left, 2 with a key, 1 unreadable")
 
@@ -30,7 +31,7 @@ def test_without_a_terminal_the_log_has_rate_remaining_time_and_findings(caplog:
 def test_lines_of_the_log_are_far_apart(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "ringmark")
     three_items(seconds=3600)
-    assert [record.getMessage()[:14] for record in caplog.records] == ["audit: 1 of 4,", "audit: 4 of 4,"]
+    assert [record.getMessage()[:14] for record in caplog.records] == ["audit: 0 of 4,", "audit: 4 of 4,"]
 
 
 def test_on_a_terminal_there_is_a_bar(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,6 +159,13 @@ size_option = click.option("--size", type=Size(), help="Size of the images in pi
 batch_option = click.option(
     "--batch", type=click.IntRange(1), default=8, show_default=True, help="Images processed at a time."
 )
+workers_option = click.option(
+    "--workers",
+    type=click.IntRange(0),
+    default=2,
+    show_default=True,
+    help="Threads that read and decode images beside the computation.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 force_option = click.option("--force", is_flag=True, help="Replace existing files.")
 seed_option = click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the first image's noise.")

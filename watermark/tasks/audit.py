@@ -1,19 +1,23 @@
-"""Audit a folder: find the images that carry a key. An interrupted audit can be resumed."""
+"""Audit the pictures of any source: find those that carry a key. An interrupted audit can be resumed."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ringmark.data.images import Sample, SizesOf, read_samples
+from ringmark.data.ahead import ahead
+from ringmark.data.images import Sample, SizesOf
+from ringmark.data.items import Item, items_of, listed_items
+from ringmark.data.places import public
 from ringmark.data.results import Results
-from ringmark.data.sources import Listing, list_images, stamp_of
+from ringmark.data.sources import SUFFIXES, list_images
 from ringmark.errors import ImageError
 from ringmark.inversion.sizes import Size
 from ringmark.watermark.calibration import Calibration
@@ -23,16 +27,17 @@ from ringmark.watermark.statistics import ALPHA
 from ringmark.watermark.tasks.load import Keys, Model, StrPath, load_verifier
 from ringmark.watermark.tasks.progress import Progress
 
-__all__ = ["Audit", "audit", "audit_folder"]
+__all__ = ["WORKERS", "Audit", "Pictures", "audit", "audit_pictures", "find_pictures"]
 
 LOG = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
 NEEDED = ("present",)  # in each record of an audit
+WORKERS = 2
 
 
-@dataclass(frozen=True)
+@dataclass
 class Audit:
     """Counts of an audit: images with a key (`present`) and without, inconclusive and unreadable ones.
 
@@ -41,36 +46,70 @@ class Audit:
     `outside` has a line for each link that leads out of the folder and was not followed.
     """
 
-    images: int
-    present: int
-    absent: int
-    inconclusive: int
-    unreadable: int
-    by_key: dict[str, int]
-    errors: list[str]
-    skipped: dict[str, int]
-    outside: list[str]
+    images: int = 0
+    present: int = 0
+    absent: int = 0
+    inconclusive: int = 0
+    unreadable: int = 0
+    by_key: dict[str, int] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+    skipped: dict[str, int] = field(default_factory=dict)
+    outside: list[str] = field(default_factory=list)
 
-    @classmethod
-    def of(cls, records: list[Record], listing: Listing) -> Audit:
-        """Count the records of the files in a listing."""
-        errors = [r["error"] for r in records if "error" in r]
-        outcomes = Counter(r["present"] for r in records if "error" not in r)
-        return cls(
-            images=len(records),
-            present=outcomes[True],
-            absent=outcomes[False],
-            inconclusive=outcomes[None],
-            unreadable=len(errors),
-            by_key=dict(Counter(name for r in records for name in r.get("carries", ()))),
-            errors=errors,
+    def count(self, record: Record) -> None:
+        """Count one more record."""
+        self.images += 1
+        if "error" in record:
+            self.unreadable += 1
+            self.errors.append(record["error"])
+            return
+        self.present += record["present"] is True
+        self.absent += record["present"] is False
+        self.inconclusive += record["present"] is None
+        for key in record.get("carries", ()):
+            self.by_key[key] = self.by_key.get(key, 0) + 1
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures to audit: their items, how many there are if that is known, and the names of their sources.
+
+    `folder` is the folder that ids are relative to, if they are relative.
+    """
+
+    items: Iterable[Item]
+    names: str
+    total: int | None = None
+    folder: Path | None = None
+    skipped: dict[str, int] = field(default_factory=dict)
+    outside: list[str] = field(default_factory=list)
+
+
+def find_pictures(sources: Sequence[StrPath], *, follow_links: bool = False) -> Pictures:
+    """The pictures of these sources; see `ringmark.data.items.items_of`.
+
+    Of a single folder on this machine, ids are relative, so that the audit of a tree that was moved with its results
+    can be resumed. Raises ImageError for a source that cannot be reached, and for a folder without images.
+    """
+    given = [os.fspath(source) for source in sources]
+    names = ", ".join(map(public, given))
+    if len(given) == 1 and os.path.isdir(given[0]):
+        folder = Path(given[0])
+        listing = list_images(folder, follow_links=follow_links)
+        return Pictures(
+            items=listed_items(listing, folder),
+            names=names,
+            total=len(listing.images) + len(listing.unlisted),
+            folder=folder,
             skipped=listing.skipped,
             outside=list(map(str, listing.outside)),
         )
+    opened = [items_of(source, follow_links=follow_links) for source in given]
+    return Pictures(items=chain.from_iterable(opened), names=names)
 
 
 def audit(
-    folder: StrPath,
+    sources: StrPath | Iterable[StrPath],
     keys: Keys,
     results: StrPath,
     *,
@@ -87,21 +126,24 @@ def audit(
     thorough: bool = False,
     follow_links: bool = False,
     batch: int = 8,
+    workers: int = WORKERS,
 ) -> Audit:
-    """Test every image of a folder, recursively, for keys and record each verdict in a file.
+    """Test every image of a source for keys and record each verdict.
 
     Args:
-        folder: The folder.
+        sources: One source or several: folders, archives, tables, lists, pictures and patterns that match such, each a
+            path or an address (see `ringmark.data.items.items_of`).
         keys: One key or several, each a `Key`, a key file or a folder of keys.
         results: Where to keep a record for each image: a file of JSON lines, or for Parquet a folder or a name that
             ends in .parquet. An interrupted audit resumes from it; files that have not changed since they were recorded
             are not read again.
         follow_links: Also follow links that lead out of the folder.
+        workers: Threads that read and decode images beside the computation; 0 is none.
         model, device, dtype, method, max_steps, steps, alpha, calibration, search, sizes, thorough, batch: As in
             `verify`.
 
     Raises:
-        ImageError: There is no such folder, or no image in it. Images that cannot be read are recorded instead.
+        ImageError: A source cannot be reached, or there is no image. Images that cannot be read are recorded instead.
         StoreError: `results` is another file or was made with other settings.
         KeyFileError, CalibrationError, ModelError, SchemeError: Keys, calibration and model do not match.
 
@@ -109,6 +151,8 @@ def audit(
         >>> counts = ringmark.audit("pictures", ["my.key", "old.key"], "results.jsonl")
         >>> counts.present, counts.by_key
     """
+    given = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+    pictures = find_pictures(given, follow_links=follow_links)
     verifier, _ = load_verifier(
         keys,
         model=model,
@@ -123,71 +167,102 @@ def audit(
         sizes=sizes,
         thorough=thorough,
     )
-    return audit_folder(verifier, Path(folder), Path(results), follow_links=follow_links, batch=batch)
+    return audit_pictures(verifier, pictures, Path(results), batch=batch, workers=workers)
 
 
-def audit_folder(
-    verifier: Verifier, folder: Path, results: Path, *, follow_links: bool = False, batch: int = 8
+def audit_pictures(
+    verifier: Verifier, pictures: Pictures, results: Path, *, batch: int = 8, workers: int = WORKERS
 ) -> Audit:
-    """Append a record to `results` for each file of `folder`, recursively, that is new or has changed.
+    """Append a record to `results` for each picture that is new or has changed.
 
     A record holds the verdict on the best key; `carries`, the keys that are present; `keys`, with p and score of each;
-    and the file's `size` and `mtime_ns`. A file or folder that cannot be read gets a record with `error`. The next run
-    tries it again, and records it again only if something has changed.
+    and the file's `size` and `mtime_ns`. Equal pixels are judged once: the record of another picture with them copies
+    the verdict and names the first in `same_as`. What cannot be read gets a record with `error`. The next run tries it
+    again, and records it again only if something has changed. Raises ImageError (image.none) if there are no pictures.
     """
-    listing = list_images(folder, follow_links=follow_links)
-    # Relative, so that the audit of a tree that was moved with its results can be resumed.
-    settings = verifier.settings() | {"folder": os.path.relpath(folder, results.parent)}
-    with Results(results, settings, fields=NEEDED) as store:
-        run = _Run(store, folder, listing)
-        run.audit(verifier, batch)
-    records = [record for name, record in store.records.items() if name in run.stamps]
-    return Audit.of(records, listing)
+    folder = {"folder": os.path.relpath(pictures.folder, results.parent)} if pictures.folder else {}
+    with Results(results, verifier.settings() | folder, fields=NEEDED) as store:
+        run = _Run(verifier, store, Audit(skipped=pictures.skipped, outside=pictures.outside))
+        started = time.perf_counter()
+        with Progress(pictures.total, task="audit", unit="image") as progress:
+            for record, earlier in run.records(pictures.items, batch, workers):
+                run.counts.count(record)
+                progress.add(*_findings(record), earlier=earlier)
+        LOG.info("audited %s: %d images in %.1f s", pictures.names, run.judged, time.perf_counter() - started)
+    if not run.counts.images:
+        raise ImageError("image.none", "holds no images", subject=pictures.names, suffixes=", ".join(SUFFIXES))
+    return run.counts
 
 
 class _Run:
-    """One run over a folder: its files, which of them have an up-to-date record, and a progress bar."""
+    """One run over the pictures of a source."""
 
-    def __init__(self, store: Results, folder: Path, listing: Listing) -> None:
-        self.store, self.folder, self.listing = store, folder, listing
-        files = (*listing.images, *(error.path for error in listing.unlisted))
-        self.stamps = {self.name_of(path): stamp_of(path) for path in files}
-        self.fresh = {name for name in self.stamps if self._is_fresh(name)}
+    def __init__(self, verifier: Verifier, store: Results, counts: Audit) -> None:
+        self.verifier, self.store, self.counts = verifier, store, counts
+        self.judged = 0
+        self._pending: dict[str, Item] = {}
+        self._twins: dict[str, list[Item]] = {}
+        """Pictures that wait for the verdict on equal pixels, by content."""
+        self._known = {r["content"]: id for id, r in store.records.items() if r.get("content") and id in store.done}
+        self._done: list[tuple[Record, bool]] = []
 
-    def name_of(self, path: Path) -> str:
-        return str(path.relative_to(self.folder))
+    def records(self, items: Iterable[Item], batch: int, workers: int) -> Iterator[tuple[Record, bool]]:
+        """The record of every picture as soon as it is stored, and whether it is of an earlier run."""
+        for judged in self.verifier.scan(self._readable(items, batch, workers), batch):
+            yield from self._take()
+            self.judged += 1
+            item, content = self._pending.pop(judged.sample.id), judged.sample.content
+            yield self._store(item, _record(judged, self.verifier.recoverer.model.name)), False
+            self._known[content] = item.id
+            for twin in self._twins.pop(content):
+                yield self._store(twin, self._copied(content)), False
+        yield from self._take()
 
-    def _is_fresh(self, name: str) -> bool:
-        return name in self.store.done and self.stamps[name].items() <= self.store.records[name].items()
+    def _take(self) -> list[tuple[Record, bool]]:
+        """The records of pictures that needed no judgement, since the last call."""
+        done, self._done = self._done, []
+        return done
 
-    def audit(self, verifier: Verifier, batch: int) -> None:
-        """Record every file without an up-to-date record."""
-        started, todo = time.perf_counter(), [p for p in self.listing.images if self.name_of(p) not in self.fresh]
-        LOG.info("audit of %s: %d images, %d recorded already", self.folder, len(self.stamps), len(self.fresh))
-        done = [_findings(self.store.records[name]) for name in self.fresh]
-        with Progress(len(self.stamps), done=done, task="audit", unit="image") as self.progress:
-            for error in self.listing.unlisted:
-                self._refuse(error)
-            for judged in verifier.scan(self._readable(verifier.sizes_of, todo), batch):
-                self._record(judged.sample.id, _record(judged, verifier.recoverer.model.name))
-        LOG.info("audited %d images in %.1f s", len(todo), time.perf_counter() - started)
+    def _readable(self, items: Iterable[Item], batch: int, workers: int) -> Iterator[list[Sample]]:
+        """The pictures to judge, at their sizes."""
+        for item, views in ahead(partial(self._attempt, self.verifier.sizes_of), items, workers, 2 * batch):
+            if views is None:
+                self._done.append((self.store.records[item.id], True))
+            elif isinstance(views, ImageError):
+                LOG.info("%s", views)
+                self._done.append((self._store(item, {"error": str(views), "code": views.code}), False))
+            elif views[0].content in self._twins:
+                self._twins[views[0].content].append(item)
+            elif self._is_known(views[0].content):
+                self._done.append((self._store(item, self._copied(views[0].content)), False))
+            else:
+                self._pending[item.id], self._twins[views[0].content] = item, []
+                yield views
 
-    def _readable(self, sizes_of: SizesOf, paths: list[Path]) -> Iterator[list[Sample]]:
-        for path in paths:
-            try:
-                yield read_samples(path, sizes_of, id=self.name_of(path))
-            except ImageError as error:
-                self._refuse(error)
+    def _attempt(self, sizes_of: SizesOf, item: Item) -> list[Sample] | ImageError | None:
+        """The picture at its sizes, the error that prevents that, or None if its record is up to date."""
+        if item.id in self.store.done and item.stamp.items() <= self.store.records[item.id].items():
+            return None
+        try:
+            return item.read(sizes_of)
+        except ImageError as error:
+            return error
 
-    def _refuse(self, error: ImageError) -> None:
-        LOG.info("%s", error)
-        self._record(self.name_of(error.path), {"error": str(error), "code": error.code})
+    def _is_known(self, content: str) -> bool:
+        """Whether there is a verdict on these pixels; that of a picture that has changed since is gone."""
+        return content in self._known and self.store.records[self._known[content]].get("content") == content
 
-    def _record(self, name: str, record: Record) -> None:
-        record = {"sample_id": name} | record | self.stamps[name]
-        if record != self.store.records.get(name):  # otherwise every run would record an unreadable file again
+    def _copied(self, content: str) -> Record:
+        """The verdict on these pixels as that on another picture."""
+        first = self._known[content]
+        record = self.store.records[first]
+        return record | {"same_as": record.get("same_as", first), "seconds": 0.0}
+
+    def _store(self, item: Item, record: Record) -> Record:
+        record = record | {"sample_id": item.id} | item.stamp
+        if record != self.store.records.get(item.id):  # otherwise every run would record an unreadable file again
             self.store.append(record)
-        self.progress.add(*_findings(record))
+        return record
 
 
 def _record(judged: Judged, model: str) -> Record:

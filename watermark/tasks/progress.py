@@ -6,8 +6,6 @@ import io
 import logging
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from itertools import chain
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -27,17 +25,14 @@ BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{post
 class Progress:
     """Reports rate, remaining time and findings of a task on `total` items, to be used in a `with` block.
 
-    `done` holds the findings of each item that an earlier run has done. Lines of the log are at least `seconds` apart.
+    `total` is None if it is not known. Lines of the log are at least `seconds` apart.
     """
 
-    def __init__(
-        self, total: int, *, done: Sequence[Sequence[str]], task: str, unit: str, seconds: float = SECONDS
-    ) -> None:
-        self.found = Counter(chain.from_iterable(done))
+    def __init__(self, total: int | None, *, task: str, unit: str, seconds: float = SECONDS) -> None:
+        self.found: Counter[str] = Counter()
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=total,
-            initial=len(done),
             desc=task,
             unit=unit,
             bar_format=BAR if terminal else LINE,
@@ -47,11 +42,16 @@ class Progress:
             postfix=self._findings(),
         )
 
-    def add(self, *found: str) -> None:
-        """Count one more item, and what was found in it."""
+    def add(self, *found: str, earlier: bool = False) -> None:
+        """Count one more item, and what was found in it. One that an `earlier` run has done takes no time."""
         self.found.update(found)
         self._bar.set_postfix_str(self._findings(), refresh=False)
-        self._bar.update()
+        if earlier:
+            self._bar.initial += 1
+            self._bar.n += 1
+            self._bar.last_print_n += 1
+        else:
+            self._bar.update()
 
     def _findings(self) -> str:
         return ", ".join(f"{number} {name}" for name, number in self.found.items())

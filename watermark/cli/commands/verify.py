@@ -27,6 +27,7 @@ from ringmark.watermark.cli.options import (
     model_options,
     say,
     warn,
+    workers_option,
 )
 from ringmark.watermark.cli.remedies import explained
 
@@ -101,7 +102,7 @@ def skipped(files: dict[str, int]) -> str:
 
 
 @click.command()
-@click.argument("folder", type=PATH)
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
 @click.option(
     "-o",
     "--output",
@@ -114,33 +115,38 @@ def skipped(files: dict[str, int]) -> str:
 @inversion_options
 @links_option
 @batch_option
+@workers_option
 @model_options
 @json_option
 def audit(
-    folder: Path,
+    sources: tuple[str, ...],
     output: Path,
     detection: DetectionOptions,
     inversion: InversionOptions,
     follow_links: bool,
     batch: int,
+    workers: int,
     model: ModelOptions,
     as_json: bool,
 ) -> None:
-    """Look for keys in every image of a folder, recursively.
+    """Look for keys in every image of one or several sources.
 
-    Files that have changed since they were recorded are tested again. Exit code 0: every image has a record, whatever
-    its verdict; 2: usage error, or no such folder; 130: interrupted.
+    A SOURCE is a folder, which is searched recursively; a bucket or a prefix in it (s3://bucket/2026, gs://, hf://); a
+    .tar or .zip archive; a .parquet or .arrow table with an image column; a .csv, .txt or .parquet list of paths; an
+    image (https://…); or a quoted pattern that matches such. Equal images are tested once. Files that have changed
+    since they were recorded are tested again. Exit code 0: every image has a record, whatever its verdict; 2: usage
+    error, or a source that cannot be reached; 130: interrupted.
 
     \b
     Example:
       ringmark audit pictures --key my.key --key old.key -o results.jsonl
+      ringmark audit 's3://bucket/shards/*.tar' --key my.key -o results.parquet
     """
-    from ringmark.data.sources import check_folder
-    from ringmark.watermark.tasks.audit import audit_folder
+    from ringmark.watermark.tasks.audit import audit_pictures, find_pictures
 
-    check_folder(folder)
+    pictures = find_pictures(sources, follow_links=follow_links)
     verifier, unchecked = detection.prepare(model, inversion)
-    counts = audit_folder(verifier, folder, output, follow_links=follow_links, batch=batch)
+    counts = audit_pictures(verifier, pictures, output, batch=batch, workers=workers)
     keys = "".join(f"\n  key {name[:8]}: {count}" for name, count in counts.by_key.items())
     text = (
         f"{counted(counts.images, 'image')}: {counts.present} with a key, {counts.absent} without, "

@@ -1,0 +1,212 @@
+"""Files wherever fsspec reaches them: on this machine, in buckets, on web servers.
+
+What an address keeps secret, a password or a signature, never appears in an id, a record, an error or the log: errors
+of drivers are reported by their kind only, because their texts quote addresses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any, BinaryIO
+from urllib.parse import parse_qsl, urlsplit
+
+from ringmark.errors import ImageError
+
+__all__ = ["MAX_BYTES", "Place", "has_scheme", "is_web", "public", "stamp_in", "too_many_bytes"]
+
+MAX_BYTES = 512 << 20  # of one picture: 64 million pixels of 8 bytes
+SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)  # two letters or more: C:/ is a drive
+USER = re.compile(r"//[^/?#]*@")
+SIGNING = re.compile(
+    r"(x-(amz|goog|oss|cos|ms)-.*|aws\w*|google\w*|sig|signature|token|.*token|.*key|key.*|.*secret.*|.*password|auth.*"
+    r"|credential.*|policy|expires|s[a-z])",
+    re.IGNORECASE,
+)
+"""Names of the parameters with which an address is signed, Azure's two-letter ones among them."""
+DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
+STAMPS = ("mtime", "LastModified", "last_modified", "updated", "created")
+REFUSED = re.compile("credential|forbidden|denied|unauthorized|gatedrepo|authentication", re.IGNORECASE)
+
+
+def has_scheme(address: str) -> bool:
+    """Whether this is an address such as s3://bucket/name, not a path."""
+    return SCHEME.match(address) is not None
+
+
+def is_web(address: str) -> bool:
+    """Whether this is the address of a web server."""
+    return address.lower().startswith(("http://", "https://"))
+
+
+def public(address: str) -> str:
+    """An address without user, password, signature and fragment; a path is returned unchanged.
+
+    Parameters that sign it are dropped, so the same object has the same name under another signature; all others are
+    replaced by a digest, because their names do not say whether they are secret.
+    """
+    if not has_scheme(address):
+        return address
+    address = USER.sub("//", address, count=1)
+    if not is_web(address):  # elsewhere ? and # belong to the name
+        return address
+    parts = urlsplit(address)
+    others = [(name, value) for name, value in parse_qsl(parts.query, True) if not SIGNING.fullmatch(name)]
+    mark = f"?{hashlib.sha256(repr(others).encode()).hexdigest()[:12]}" if others else ""
+    return f"{parts.scheme}://{parts.netloc}{parts.path}{mark}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A file or folder: its filesystem of fsspec, its path there, and the id by which it is known."""
+
+    files: Any
+    path: str
+    id: str
+
+    @classmethod
+    def at(cls, address: str) -> Place:
+        """The place of an address or a path.
+
+        Raises ImageError: source.no-driver if a package for it is missing, source.scheme for an unknown scheme.
+        """
+        from fsspec import url_to_fs
+
+        scheme = (SCHEME.match(address) or ["", "file"])[1].lower()
+        try:
+            with _reported(public(address)):
+                files, path = url_to_fs(address)
+        except ImportError:
+            package = DRIVERS.get(scheme, f"its fsspec driver for {scheme}")
+            fact = f"needs {package}, which is not installed"
+            raise ImageError("source.no-driver", fact, subject=public(address), package=package) from None
+        return cls(files=files, path=path, id=public(address))
+
+    def below(self, path: str) -> Place:
+        """The place of another path of this filesystem."""
+        return Place(files=self.files, path=path, id=self._id_of(path))
+
+    def _id_of(self, path: str) -> str:
+        scheme = SCHEME.match(self.id)
+        if not scheme:
+            return path
+        whole = path if has_scheme(path) else f"{scheme[0]}{path.lstrip('/')}"
+        return public(whole)
+
+    def named(self, id: str) -> Place:
+        """The same place by another name."""
+        return replace(self, id=id)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this is a file of this machine."""
+        return not has_scheme(self.id)
+
+    def check(self) -> None:
+        """Raises ImageError unless there is something at this place or below."""
+        if hasattr(self.files, "call_s3"):
+            next(self.walk(), None) or self.facts()
+        else:
+            self.facts()
+
+    def facts(self) -> dict[str, Any]:
+        """Type, size and times as the filesystem gives them. Raises ImageError."""
+        with _reported(self.id):
+            found: dict[str, Any] = self.files.info(self.path)
+            return found
+
+    def read(self) -> bytes:
+        """The bytes of a picture. Raises ImageError, image.too-many-bytes for more than MAX_BYTES."""
+        with self.opened() as file:
+            content: bytes = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise too_many_bytes(self.id)
+        return content
+
+    @contextmanager
+    def opened(self, *, seekable: bool = False) -> Iterator[BinaryIO]:
+        """The file, opened for reading, from its beginning to its end unless it is to be `seekable`.
+
+        A file on the web is copied to a temporary one if it is to be seekable, because not every server sends parts.
+        Raises ImageError, also for errors in the `with` block.
+        """
+        whole = {"block_size": 0} if is_web(self.id) else {}
+        with _reported(self.id), self.files.open(self.path, "rb", **whole) as file:
+            if not (seekable and whole):
+                yield file
+                return
+            with tempfile.TemporaryFile() as copy:
+                while piece := file.read(1 << 20):
+                    copy.write(piece)
+                copy.seek(0)
+                yield copy
+
+    def walk(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Paths and facts of all files below, page by page where the filesystem allows. Raises ImageError."""
+        with _reported(self.id):
+            if hasattr(self.files, "call_s3"):
+                yield from self._pages()
+                return
+            for _, _, found in self.files.walk(self.path, detail=True, on_error="raise"):
+                yield from ((facts["name"], facts) for _, facts in sorted(found.items()))
+
+    def _pages(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The objects of a bucket, a thousand at a time; a walk would hold the listing of a whole level."""
+        bucket, _, prefix = self.path.partition("/")
+        more: dict[str, str] = {}
+        while True:
+            page = self.files.call_s3(
+                "list_objects_v2", Bucket=bucket, Prefix=f"{prefix.rstrip('/')}/" if prefix else "", **more
+            )
+            for entry in page.get("Contents", ()):
+                if not entry["Key"].endswith("/"):
+                    yield f"{bucket}/{entry['Key']}", {"size": entry["Size"], "LastModified": entry["LastModified"]}
+            if not page.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def glob(self) -> list[str]:
+        """The paths that this pattern matches. Raises ImageError."""
+        with _reported(self.id):
+            return sorted(self.files.glob(self.path))
+
+
+def too_many_bytes(id: str) -> ImageError:
+    """The error for a picture of more than MAX_BYTES."""
+    return ImageError("image.too-many-bytes", f"has more than {MAX_BYTES >> 20} MB", subject=id)
+
+
+def stamp_in(facts: dict[str, Any]) -> dict[str, int | None]:
+    """Size and modification time among the facts about a file."""
+    when = next((facts[name] for name in STAMPS if facts.get(name)), None)
+    seconds = when.timestamp() if isinstance(when, datetime) else when
+    mtime = round(seconds * 1e9) if isinstance(seconds, (int, float)) else None
+    return {"size": facts.get("size"), "mtime_ns": mtime}
+
+
+@contextmanager
+def _reported(id: str) -> Iterator[None]:
+    """Turns what drivers raise into an ImageError that quotes nothing of theirs."""
+    try:
+        yield
+    except (ImageError, ImportError):
+        raise
+    except Exception as error:
+        chain = [error]
+        while cause := chain[-1].__cause__:  # a driver may call every failure "not found"
+            chain.append(cause)  # type: ignore[arg-type]
+        kind, status = type(chain[-1]).__name__, getattr(chain[-1], "status", None)
+        refusals = [one for one in chain if isinstance(one, PermissionError) or REFUSED.search(type(one).__name__)]
+        if refusals or status in (401, 403):
+            raise ImageError("source.denied", "may not be read, or needs credentials", subject=id) from None
+        if isinstance(chain[-1 if is_web(id) else 0], (FileNotFoundError, NotADirectoryError)) or status in (404, 410):
+            raise ImageError("source.missing", "does not exist", subject=id) from None
+        if isinstance(error, ValueError) and "rotocol" in str(error):
+            raise ImageError("source.scheme", "has an unknown scheme", subject=id) from None
+        fact = f"cannot be read ({kind}{f' {status}' if isinstance(status, int) else ''})"
+        raise ImageError("source.unreachable", fact, subject=id) from None
