@@ -14,7 +14,7 @@ from ringmark.errors import CalibrationError, KeyFileError, RingmarkError, Schem
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.geometry import Candidate
 from ringmark.watermark.detect.search import Found, Search
-from ringmark.watermark.detect.verifier import built_in_calibration, check_fit, fitting_calibration
+from ringmark.watermark.detect.verifier import Verifier, built_in_calibration, check_fit, fitting_calibration
 from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.schemes.base import make_key
 from ringmark.watermark.schemes.tree_ring import TreeRing
@@ -242,3 +242,19 @@ def test_of_a_key_that_the_search_found_the_calibration_has_no_part() -> None:
     (judged, *_) = looking.scan(pictures(noise_of()))
     assert judged.best.by_search and judged.best.conformal_p is None and judged.best.calibration == made.fingerprint
     assert replace(judged.best, present=True) == judged.best
+
+
+def test_detectors_are_kept_for_the_sizes_used_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of ever new sizes do not fill the memory, and those of old ones are judged as before."""
+    made: list[tuple[int, int]] = []
+    original = Verifier._stages_at
+    monkeypatch.setattr(Verifier, "_stages_at", lambda self, size: made.append(size) or original(self, size))
+    monkeypatch.setattr("ringmark.watermark.detect.verifier.MAX_SIZES", 2)
+    looking = verifier([key(1)], steps=2)
+    (judged,) = looking.scan(pictures(initial_noise([1], MODEL.latent_shape)))
+    for side in (24, 40, 48):
+        assert looking.sizes_of((side, 32))[0] == (side, 32)
+    (again,) = looking.scan(pictures(initial_noise([1], MODEL.latent_shape)))
+    assert again.best.p_value == judged.best.p_value
+    assert made == [(32, 32), (24, 32), (40, 32), (48, 32), (32, 32)]
+    assert looking._stages.cache_info().currsize == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from ringmark.data.images import Sample
 
 __all__ = ["Verifier", "built_in_calibration", "check_fit", "fitting_calibration"]
+
+MAX_SIZES = 64  # whose detectors are kept; strangers send pictures of every size
 
 
 class Verifier:
@@ -63,8 +66,10 @@ class Verifier:
             calibration.check(recoverer.settings.as_dict())
         self._calibration = calibration
         self._early = calibrated_stages(recoverer, calibration) if calibration else []
-        self._stages = {size: self._stages_at(size) for size in (model.image_size, *self.sizes)}
-        self.detector = self._stages[(*self.sizes, model.image_size)[0]][-1].detector.trying(self._tests(1))
+        self._stages = lru_cache(MAX_SIZES)(self._stages_at)
+        for size in (model.image_size, *self.sizes):  # so that a key that does not fit is refused now
+            self._stages(size)
+        self.detector = self._stages((*self.sizes, model.image_size)[0])[-1].detector.trying(self._tests(1))
         for name, scheme in self.detector.schemes.items() if search else ():
             if not scheme.searchable:
                 raise SchemeError(
@@ -98,7 +103,7 @@ class Verifier:
 
     def detector_of(self, judged: Judged) -> Detector:
         """The detector that judged a sample."""
-        return self._stages[_size_of(judged.sample)][judged.stage].trying(judged.tests)
+        return self._stages(_size_of(judged.sample))[judged.stage].trying(judged.tests)
 
     def sizes_of(self, picture: Size) -> tuple[Size, ...]:
         """The sizes (H, W) at which a picture of this size is tried, of which every key fits each; at least one."""
@@ -107,11 +112,10 @@ class Verifier:
         return tuple(fitting) or (model.image_size,)
 
     def _fits(self, size: Size) -> bool:
-        if size not in self._stages:
-            try:
-                self._stages[size] = self._stages_at(size)
-            except SchemeError:  # an old key, or radii beyond what latents of this size hold
-                return False
+        try:
+            self._stages(size)
+        except SchemeError:  # an old key, or radii beyond what latents of this size hold
+            return False
         return True
 
     def settings(self) -> dict[str, Any]:
@@ -119,7 +123,7 @@ class Verifier:
         both = self.recoverer.settings.as_dict() | self.detector.settings()
         search = {"search": repr(self.search)} if self.search else {}
         sizes = {"sizes": list(map(list, self.sizes))} if self.sizes else {}
-        weights = {stage.name: stage.weight for stage in self._stages[self.recoverer.model.image_size]}
+        weights = {stage.name: stage.weight for stage in self._stages(self.recoverer.model.image_size)}
         stages = {"stages": weights, "thorough": self.thorough} if len(weights) > 1 else {}
         return both | search | sizes | stages
 
@@ -144,7 +148,7 @@ class Verifier:
 
     def _at(self, samples: list[Sample], tests: int) -> list[Judged]:
         """Judge samples of one size with this number of tests of each key."""
-        return walk(self._stages[_size_of(samples[0])], samples, tests, thorough=self.thorough)
+        return walk(self._stages(_size_of(samples[0])), samples, tests, thorough=self.thorough)
 
     def _searched(self, judged: list[Judged], samples: list[Sample], batch: int) -> list[Judged]:
         """The same, searching those samples in which no key was found directly and that are not inconclusive."""
@@ -152,7 +156,7 @@ class Verifier:
         absent = OUTCOMES.index(False)
         missed = [i for i, j in enumerate(judged) if not j.verdicts.present and (j.verdicts.outcome == absent).any()]
         for members in _grouped(missed, [_size_of(samples[i]) for i in missed]):
-            detector, chosen = self._stages[_size_of(samples[members[0]])][-1].detector, [samples[i] for i in members]
+            detector, chosen = self._stages(_size_of(samples[members[0]]))[-1].detector, [samples[i] for i in members]
             best_fits = self.search(self.recoverer.model, detector.schemes, detector.known, chosen, batch=batch)
             for i, fits in zip(members, best_fits, strict=True):
                 pairs = zip(judged[i].verdicts, fits, strict=True)
