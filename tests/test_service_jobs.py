@@ -17,6 +17,7 @@ from ringmark.watermark.service.access import PUBLIC, Caller
 from ringmark.watermark.service.answers import Problem
 from ringmark.watermark.service.fetch import Fetcher
 from ringmark.watermark.service.jobs import Jobs, Picture, Source
+from ringmark.watermark.service.service import Limits
 
 PROBLEM = Problem(code="image.damaged", message="is damaged")
 
@@ -139,6 +140,14 @@ def test_a_batch_is_judged_and_its_webhook_called(tmp_path: Path, monkeypatch: p
     assert all(p["answer"] is None or p["answer"]["evidence"] is None for p in job["pictures"])
     assert calls == [("https://example.org/hook", b'{"id": "%s", "state": "done"}' % job["id"].encode())]
     assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".")) == ["jobs.sqlite"]
+
+
+def test_the_pictures_of_jobs_are_bounded(tmp_path: Path) -> None:
+    with client(jobs=Jobs(tmp_path), limits=Limits(job_pictures=3, waiting_in_jobs=2)) as web:
+        sent = [web.post("/v1/batch", files=[("files", MARKED)] * number) for number in (0, 4, 3)]
+        assert [r.json()["code"] for r in sent] == ["request.invalid", "request.invalid", "service.busy"]
+        assert sent[2].status_code == 429 and sent[2].headers["Retry-After"] == "60"
+        assert web.post("/v1/batch", files=[("files", MARKED)] * 2).status_code == 202
 
 
 def test_a_restarted_service_goes_on(tmp_path: Path) -> None:

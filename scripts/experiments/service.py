@@ -4,8 +4,8 @@
 
 Rounds of `--clients` clients that each send one picture after the other for `--seconds`, and wait as told when they are
 refused with 429, alternate with rounds of `Verifier.scan` for as long. Reported are pictures per second, of wall time
-and of the processor time of all threads, the ratio of service to engine, the latency of answered requests, all statuses,
-and the memory of the service. The clients' own work is part of the wall time of the service.
+and of the processor time of all threads, the ratio of service to engine, the latency of answered requests, all
+statuses, and the memory of the service. The clients' own work is part of the wall time of the service.
 """
 
 from __future__ import annotations

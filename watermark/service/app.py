@@ -17,6 +17,7 @@ from fastapi import APIRouter, Depends, FastAPI, File, Form, Query, Request, Res
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
+from pydantic import Field
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
@@ -44,6 +45,8 @@ PAGE = {
 }
 NAMES = {400: "malformed", 404: "unknown", 405: "method", 408: "slow", 413: "too-large"}
 FORBIDDEN = ("url.forbidden", "url.private", "url.scheme")
+MAX_NAME = 200  # characters of the name of a picture
+MINUTE = 60
 SIGNAL = "ringmark"  # the signal type that lookups answer for
 
 
@@ -67,7 +70,8 @@ def the_caller(request: Request) -> Caller:
 Served = Annotated[Service, Depends(the_service)]
 Called = Annotated[Caller, Depends(the_caller)]
 OptionalFile = Annotated[UploadFile | None, File(description="The picture.")]
-OptionalUrl = Annotated[str | None, Form(description="Where to fetch it, if the service allows URLs.", max_length=2048)]
+Url = Annotated[str, Field(max_length=2048)]
+OptionalUrl = Annotated[Url | None, Form(description="Where to fetch it, if the service allows URLs.")]
 
 pages = APIRouter(include_in_schema=False)
 health = APIRouter(tags=["operation"])
@@ -113,8 +117,8 @@ async def batch(
     service: Served,
     caller: Called,
     files: Annotated[list[UploadFile], File(description="Pictures.")] = [],  # noqa: B006  FastAPI copies it
-    urls: Annotated[list[str], Form(description="Where to fetch more.")] = [],  # noqa: B006
-    webhook: Annotated[str | None, Form(description="Called once all are judged.", max_length=2048)] = None,
+    urls: Annotated[list[Url], Form(description="Where to fetch more.")] = [],  # noqa: B006
+    webhook: Annotated[Url | None, Form(description="Called once all are judged.")] = None,
 ) -> Created:
     """Judge many pictures in the background: a job, which survives a restart of the service.
 
@@ -125,11 +129,13 @@ async def batch(
         raise Refusal(403, "service.no-jobs", "this service takes no jobs")
     if (urls or webhook) and not service.fetcher:
         raise Refusal(403, "url.forbidden", "this service does not open URLs")
-    sources = [Source(name=file.filename or "", file=await checked(service, file)) for file in files]
+    sources = [Source(name=(file.filename or "")[:MAX_NAME], file=await checked(service, file)) for file in files]
     sources += [Source(name=url, url=checked_url(url)) for url in urls]
-    if not 0 < len(sources) <= service.limits.batch_pictures:
-        fact = f"a job has 1 to {service.limits.batch_pictures} pictures, not {len(sources)}"
+    if not 0 < len(sources) <= service.limits.job_pictures:
+        fact = f"a job has 1 to {service.limits.job_pictures} pictures, not {len(sources)}"
         raise Refusal(422, "request.invalid", fact)
+    if await asyncio.to_thread(service.jobs.count) + len(sources) > service.limits.waiting_in_jobs:
+        raise Refusal(429, "service.busy", "too many pictures of jobs are waiting", MINUTE)
     service.charge(caller, len(sources) - 1)  # the request has been counted as one
     id = await asyncio.to_thread(service.jobs.add, caller, sources, webhook and checked_url(webhook))
     service.has_work()
@@ -156,7 +162,10 @@ async def lookup(
 
 @api.get("/m/lookup", tags=["hasher-matcher-actioner"], responses=problems(403, 502, 504))
 async def lookup_url(
-    request: Request, service: Served, caller: Called, url: Annotated[str, Query(max_length=2048)]
+    request: Request,
+    service: Served,
+    caller: Called,
+    url: Annotated[Url, Query(description="Where to fetch the picture.")],
 ) -> dict[str, list[str]]:
     """The same for a picture to fetch."""
     found = await judged(request, service, caller, None, url)

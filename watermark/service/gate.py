@@ -37,8 +37,8 @@ class Gate:
     """ASGI middleware around the routes.
 
     A caller is identified, and counted against its rate, before any part of the body is parsed. The body must arrive
-    within `limits.body_seconds` and `limits.max_body` bytes. The log and the metrics name routes, not paths, since a
-    path or a query can hold anything.
+    within `limits.body_seconds` and have at most `limits.max_body` bytes, or `limits.max_job` for a job. The log and
+    the metrics name routes, not paths, since a path or a query can hold anything.
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
@@ -49,7 +49,8 @@ class Gate:
             await self.app(scope, receive, send)
             return
         started, status = time.monotonic(), 500
-        body = _Body(receive, self.service.limits.max_body, self.service.limits.body_seconds)
+        limits = self.service.limits
+        body = _Body(receive, limits.max_job if scope["path"] == "/v1/batch" else limits.max_body, limits.body_seconds)
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -84,7 +85,7 @@ class Gate:
         if caller is None:
             raise Refusal(401, "token.required", "a valid token is required")
         scope.setdefault("state", {})["caller"] = caller
-        if scope["method"] == "POST" or "url" in scope["query_string"].decode("latin-1"):
+        if scope["method"] == "POST" or scope["path"] == "/m/lookup":
             self.service.charge(caller, 1)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:

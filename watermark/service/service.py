@@ -35,24 +35,34 @@ LOG = logging.getLogger(__name__)
 
 DECODERS = 2
 MARGIN = 0.5  # of the deadline, filled with work that is expected; and of that work, done before others come again
+FORM_BYTES = 1 << 16  # around the pictures of a request
 IDLE_SECONDS = 1  # between looks for webhooks that are due
 
 
 @dataclass(frozen=True)
 class Limits:
-    """`waiting` pictures at once, `deadline` seconds from the whole request to the answer, `max_bytes` of a picture."""
+    """How much is accepted: pictures that wait, pictures of a job and of all jobs, bytes of a picture; and how long
+    a request may take to arrive (`body_seconds`) and then to be answered (`deadline`). `batch` pictures are judged
+    together.
+    """
 
     waiting: int = 128
     deadline: float = 30.0
     max_bytes: int = 32 << 20
     body_seconds: float = 30.0
     batch: int = 8
-    batch_pictures: int = 256
+    job_pictures: int = 256
+    waiting_in_jobs: int = 10_000
 
     @property
     def max_body(self) -> int:
-        """The bytes of a request, which can hold several pictures of a job."""
-        return 4 * self.max_bytes
+        """The bytes of a request with one picture."""
+        return self.max_bytes + FORM_BYTES
+
+    @property
+    def max_job(self) -> int:
+        """The bytes of a request with the pictures of a job."""
+        return 4 * self.max_bytes + FORM_BYTES
 
 
 class Service:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from ringmark.watermark.cli.commands.verify import UNCHECKED
 from ringmark.watermark.cli.options import (
     PATH,
     DetectionOptions,
@@ -16,7 +17,6 @@ from ringmark.watermark.cli.options import (
     detection_options,
     inversion_options,
     model_options,
-    say,
     warn,
 )
 
@@ -76,7 +76,7 @@ def serve(
 
     allowed = access.Access(access.load_tokens(tokens) if tokens else None)
     with run.bind(host, port, tokens=tokens is not None) as bound:
-        verifier, _ = detection.prepare(model, inversion)
+        verifier, unchecked = detection.prepare(model, inversion)
         limits = service.Limits(waiting=waiting, deadline=deadline, max_bytes=max_mb << 20, batch=batch)
         served = service.Service(
             verifier,
@@ -85,7 +85,10 @@ def serve(
             fetcher=fetch.Fetcher() if allow_urls else None,
             jobs=jobs.Jobs(jobs_folder) if jobs_folder else None,
         )
-        warn([f"http://{host}:{bound.getsockname()[1]} verifies pictures; stop it with Ctrl-C"])
+        place = f"[{host}]" if ":" in host else host
+        warn([f"http://{place}:{bound.getsockname()[1]} verifies pictures; stop it with Ctrl-C"])
+        if unchecked:
+            warn([f"{UNCHECKED} ({unchecked})"])
         run.serve(served, bound)
 
 
@@ -117,4 +120,4 @@ def token(name: str, tokens: Path, scope: str, per_minute: int, revoke: bool) ->
     if revoke:
         remove_token(tokens, name)
     else:
-        say(None, add_token(tokens, name, "p" if scope == "p" else "verdict", per_minute), False)
+        click.echo(add_token(tokens, name, "p" if scope == "p" else "verdict", per_minute))
