@@ -66,9 +66,8 @@ class RecoverySettings:
     """Everything that recovered noise depends on besides the picture.
 
     `model` is the model's identity, `image_size` (H, W) that of the pictures, `dtype` the network's. `method`,
-    `max_steps`, `early`, `gradient`, `lean` and `guarded` describe the decoder inversion as in `Inverter`. `steps` is
-    the number of steps of the sampler inversion, `timesteps` its first and last timestep, as in "1-961", or "" without
-    steps.
+    `max_steps`, `early`, `gradient` and `lean` describe the decoder inversion as in `Inverter`. `steps` is the number
+    of steps of the sampler inversion, `timesteps` its first and last timestep, as in "1-961", or "" without steps.
     """
 
     model: dict[str, Any]
@@ -79,16 +78,12 @@ class RecoverySettings:
     early: bool
     gradient: bool
     lean: bool
-    guarded: bool
     steps: int
     timesteps: str
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as plain values for JSON; a `guarded` of False is left out, as in older files."""
-        values = asdict(self) | {"image_size": list(self.image_size)}
-        if not self.guarded:
-            del values["guarded"]
-        return values
+        """The settings as plain values for JSON."""
+        return asdict(self) | {"image_size": list(self.image_size)}
 
     def of_latents(self) -> dict[str, Any]:
         """The settings that the latents depend on."""
@@ -122,7 +117,7 @@ class Recoverer:
     model's schedule does not work with this number.
     """
 
-    def __init__(self, model: Model, inverter: Inverter = INVERTERS["guarded"], steps: int = 25) -> None:
+    def __init__(self, model: Model, inverter: Inverter = INVERTERS["operator"], steps: int = 25) -> None:
         self.model, self.inverter, self.steps = model, inverter, steps
         self._schedules = {model.image_size: model.schedule(steps)} if steps else {}
         self._nothing = model.nothing
@@ -150,7 +145,6 @@ class Recoverer:
             early=self.inverter.early,
             gradient=self.inverter.gradient,
             lean=self.inverter.lean,
-            guarded=self.inverter.guarded,
             steps=self.steps,
             timesteps=f"{timesteps[0]:g}-{timesteps[-1]:g}" if timesteps else "",
         )

@@ -40,7 +40,6 @@ class Status(Enum):
     STALLED = "stalled"  # its best residual no longer improves
     MAX_STEPS = "max steps"
     NO_STEPS = "no steps"  # none were asked for; the value is the start
-    START_KEPT = "start kept"  # its residual decreased too little to be reliable; the value is the start
     ROUNDED = "16-bit rounding"  # 16-bit maps lose more than the rounding of an 8-bit image; 32 bits are more accurate
     DIVERGED = "diverged"  # NaN, overflow, or a residual far above the first; the value is still the best iterate
 

@@ -119,7 +119,7 @@ def old_key(described: Key, spectrum: torch.Tensor) -> Key:
 
 
 def verifier(
-    keys=(), *, method: str = "guarded", max_steps: int | None = None, steps: int = 2, model=MODEL, **options: Any
+    keys=(), *, method: str = "operator", max_steps: int | None = None, steps: int = 2, model=MODEL, **options: Any
 ) -> Verifier:
     """A verifier of these keys on the model, of few steps."""
     return Verifier(Recoverer.named(model, method, max_steps, steps), list(keys), **options)

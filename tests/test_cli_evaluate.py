@@ -42,7 +42,7 @@ def test_evaluate_compares_methods_and_attacks(tmp_path: Path, monkeypatch) -> N
     monkeypatch.setattr(quality, "train_classifiers", lambda *_: train(20, 5, quality.SCENE_SIZE))
     args = ["evaluate", "-o", tmp_path / "out", "-n", 2, *QUICK]
     found = json.loads(run(*args, "--json").stdout)
-    assert {(row["method"], row["attack"]) for row in found["rows"]} == {("encoder", "clean"), ("guarded", "clean")}
+    assert {(row["method"], row["attack"]) for row in found["rows"]} == {("encoder", "clean"), ("operator", "clean")}
     for name in ("evaluation.csv", "evaluation.json", "evaluation.md", "scores.csv", "roc-clean.png", "roc-clean.svg"):
         assert (tmp_path / "out" / name).stat().st_size > 100
     more = run(*args, "--methods", "encoder", "--methods", " forward", "--attacks", "flip, blur:1").stdout

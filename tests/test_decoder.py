@@ -75,7 +75,7 @@ def test_no_steps_are_the_encoder_alone():
 def test_the_iterate_kept_has_the_least_pixel_residual():
     maps, truth = Linear(low=0.05), draw(2, *LATENT)
     images = rounded(maps.decode(truth))
-    done = invert_decoder(maps.encode, maps.decode, images, max_steps=20, tol=None)
+    done = invert_decoder(maps.encode, maps.decode, images, Anderson(), max_steps=20, tol=None)
     error = norms(maps.decode(done.value) - images)
     assert torch.allclose(error, done.merits.nan_to_num(torch.inf).min(0).values, rtol=1e-3, atol=1e-6)
 
@@ -95,7 +95,7 @@ def test_auto_stops_at_the_level_of_rounding_and_no_further(method):
 
 def test_auto_takes_no_step_for_an_image_the_encoder_already_explains():
     maps, truth = Linear(error=0.0), draw(2, *LATENT)
-    done = invert_decoder(maps.encode, maps.decode, rounded(maps.decode(truth)))
+    done = invert_decoder(maps.encode, maps.decode, rounded(maps.decode(truth)), Anderson())
     assert done.steps.tolist() == [1, 1] and done.status == [Status.CONVERGED] * 2
 
 
@@ -125,12 +125,13 @@ def test_quantisation_level_does_not_depend_on_the_batch():
     assert together.std() > 0
 
 
-def test_a_result_does_not_depend_on_the_batch():
+@pytest.mark.parametrize("name", ["operator", "anderson"])
+def test_a_result_does_not_depend_on_the_batch(name):
     maps, truth = Linear(low=0.2, error=0.3), draw(5, *LATENT)
     images = rounded(maps.decode(truth * torch.tensor([0.01, 0.1, 1, 2, 5]).view(5, 1, 1, 1)))
-    together = invert_decoder(maps.encode, maps.decode, images)
+    together = INVERTERS[name](maps, images)
     for i in range(5):
-        alone = invert_decoder(maps.encode, maps.decode, images[i : i + 1])
+        alone = INVERTERS[name](maps, images[i : i + 1])
         assert torch.allclose(alone.value[0], together.value[i], rtol=1e-3, atol=1e-4)
         assert alone.steps[0] == together.steps[i] and alone.status[0] == together.status[i]
 
@@ -159,7 +160,7 @@ def test_no_graph_is_stored():
         graphs.append(out.grad_fn)
         return out
 
-    done = invert_decoder(maps.encode, decode, maps.decode(draw(1, *LATENT)), max_steps=3, tol=None)
+    done = invert_decoder(maps.encode, decode, maps.decode(draw(1, *LATENT)), Anderson(), max_steps=3, tol=None)
     assert graphs == [None] * 4 and not done.value.requires_grad
 
 
@@ -169,6 +170,7 @@ def test_progress_is_told():
         maps.encode,
         maps.decode,
         maps.decode(draw(2, *LATENT)),
+        Anderson(),
         max_steps=3,
         tol=None,
         progress=lambda k, active: heard.append((k, active)),
@@ -237,12 +239,25 @@ SPECTRA = {
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("seed", range(3))
-def test_the_default_gains_and_does_not_lose_whatever_the_spectrum(spectrum, seed):
+def test_the_default_does_not_lose_whatever_the_spectrum(spectrum, seed):
+    """Even with fewer sites than regressors, where P fits the rendering whatever it is."""
+    maps, truth = Spectrum(SPECTRA[spectrum], seed), draw(8, *LATENT, seed=seed + 10)
+    images = rounded(maps.decode(truth).clamp(-1, 1))
+    start = nmse_db(maps.encode(images), truth)
+    for steps in (2, 8, 20):
+        gain = start - nmse_db(invert_decoder(maps.encode, maps.decode, images, max_steps=steps).value, truth)
+        assert gain.min() > -0.15 and gain.mean() > 0, (steps, gain)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("seed", range(3))
+def test_anderson_gains_and_does_not_lose_whatever_the_spectrum(spectrum, seed):
     maps, truth = Spectrum(SPECTRA[spectrum], seed), draw(8, *LATENT, seed=seed + 10)
     images = rounded(maps.decode(truth).clamp(-1, 1))
     start = nmse_db(maps.encode(images), truth)
     for steps in (8, 40):
-        gain = start - nmse_db(invert_decoder(maps.encode, maps.decode, images, max_steps=steps).value, truth)
+        done = invert_decoder(maps.encode, maps.decode, images, Anderson(), max_steps=steps)
+        gain = start - nmse_db(done.value, truth)
         assert gain.min() > -0.05 and gain.mean() > 1, (steps, gain)
 
     def pixels(z):
@@ -266,7 +281,8 @@ def test_saturated_pixels_may_be_whiter_than_white():
     images = maps.decode(truth).clamp(-1, 1)
     assert (images.abs() == 1).float().mean() > 0.02
     cut, uncut = (
-        invert_decoder(maps.encode, maps.decode, images, max_steps=60, tol=1e-5, pixels=p) for p in ((-1, 1), (-9, 9))
+        invert_decoder(maps.encode, maps.decode, images, Anderson(), max_steps=60, tol=1e-5, pixels=p)
+        for p in ((-1, 1), (-9, 9))
     )
     assert (nmse_db(cut.value, truth) < -60).all() and (nmse_db(uncut.value, truth) > -40).all()
 
@@ -324,65 +340,9 @@ def test_every_inverter_by_name(name):
     done = Inverter.named(name)(maps, images)
     better = nmse_db(done.value, truth) < nmse_db(maps.encode(images), truth) - 0.3
     assert better.all() or name == "encoder"
-    assert Status.START_KEPT not in done.status
     few, most = Inverter.named(name, 3), 6 if name == "operator" else 4
     assert few.max_steps == (0 if name == "encoder" else 3) and few(maps, images).steps.max() <= most
     assert getattr(few.method, "horizon", 3) == 3
-
-
-class Shrinking:
-    """E∘D shrinks half of the directions by a factor of 20; D draws nothing there."""
-
-    def decode(self, z):
-        return z.clone()
-
-    def encode(self, x):
-        return x * torch.tensor([0.9, 0.8, 0.05, 0.05])
-
-
-@pytest.mark.parametrize("steps", [2, 8])
-def test_guarded_keeps_the_encoder_where_the_residual_hardly_falls(steps):
-    maps = Shrinking()
-    decoded = torch.tensor([[0.5, -0.3, 0, 0], [0.2, 0.4, 0, 0.0]])
-    altered = decoded + torch.tensor([0, 0, 0.3, 0.2])
-    options = {"max_steps": steps, "tol": None, "pixels": (-9, 9)}
-    both = (maps.encode, maps.decode, torch.cat([decoded, altered]), ForwardStep())
-    guarded, trusting = invert_decoder(*both, guarded=True, **options), invert_decoder(*both, **options)
-    assert [s is Status.START_KEPT for s in guarded.status] == [False, False, True, True]
-    assert torch.equal(guarded.value[:2], trusting.value[:2])
-    assert torch.equal(guarded.value[2:], maps.encode(altered))
-    assert torch.equal(guarded.merits.nan_to_num(), trusting.merits.nan_to_num())
-    assert torch.equal(trusting.at_value(trusting.merits), trusting.merits.nan_to_num(torch.inf).amin(0))
-    assert guarded.chosen[2:].tolist() == [0, 0] and torch.equal(
-        guarded.at_value(guarded.merits)[2:], guarded.merits[0, 2:]
-    )
-
-    # Rounding that rules in 16 bit does not hide that the start was kept.
-    def coarse(x):
-        return (maps.encode(x.float()) + 0.2 * torch.sin(1e5 * x.float())).bfloat16()
-
-    done = invert_decoder(coarse, lambda z: z.float(), both[2], ForwardStep(), guarded=True, **options)
-    assert done.status == [Status.START_KEPT] * 4 and done.chosen.tolist() == [0] * 4
-
-
-def test_guarded_keeps_the_encoder_where_nothing_falls():
-    # E∘D turns by a quarter: neither this picture's residual nor that of D(E(x)) ever falls.
-    def turn(z):
-        return torch.stack([-z[:, 1], z[:, 0]], 1)
-
-    images = torch.tensor([[0.3, -0.2]])
-    done = invert_decoder(turn, torch.clone, images, ForwardStep(), max_steps=2, tol=None, pixels=(-9, 9), guarded=True)
-    assert done.status == [Status.START_KEPT] and torch.equal(done.value, turn(images))
-
-
-def test_guarded_keeps_the_encoder_where_nothing_is_finite():
-    maps = Linear()
-    done = invert_decoder(maps.encode, lambda z: maps.decode(z) * torch.nan, draw(2, *IMAGE), max_steps=2, guarded=True)
-    assert torch.equal(done.value, maps.encode(draw(2, *IMAGE))) and done.status == [Status.DIVERGED] * 2
-    assert invert_decoder(maps.encode, maps.decode, draw(2, *IMAGE), max_steps=0, guarded=True).residuals.shape == (
-        0,
-        2,
-    )
 
 
 @pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
@@ -427,19 +387,25 @@ class EachSite:
     decode = staticmethod(torch.clone)
 
 
-def by_operator(maps, images, steps):
-    return invert_decoder(maps.encode, maps.decode, images, Operator(), max_steps=steps, pixels=(-99, 99))
+TRUSTING = Operator(allowance=1e9)  # takes no picture for an altered one
 
 
-@given(st.lists(st.floats(-2, 5), min_size=4, max_size=4), st.integers(0, 100), st.integers(1, 5))
+def by_operator(maps, images, steps, method=TRUSTING):
+    return invert_decoder(maps.encode, maps.decode, images, method, max_steps=steps, pixels=(-99, 99))
+
+
+@given(st.lists(st.floats(-2, 5), min_size=4, max_size=4), st.integers(0, 100), st.integers(1, 5), st.booleans())
 @settings(max_examples=30, deadline=None)
-def test_the_operator_does_not_lose_on_a_random_map_of_the_channels(eigenvalues, seed, steps):
+def test_the_operator_does_not_lose_on_a_random_map_of_the_channels(eigenvalues, seed, steps, trusting):
     """Its form is the operator's own, so that only directions that E∘D wipes out stay unknown."""
     q = torch.linalg.qr(draw(4, 4, seed=seed))[0]
     maps, truth = EachSite(q @ torch.diag(torch.tensor(eigenvalues)) @ q.T), draw(3, 4, 12, 12, seed=seed)
-    start, end = (norms(z - truth) for z in (maps.encode(truth), by_operator(maps, truth, steps).value))
+    start, end = (
+        norms(z - truth)
+        for z in (maps.encode(truth), by_operator(maps, truth, steps, TRUSTING if trusting else Operator()).value)
+    )
     assert (end <= 1.01 * start + 1e-3 * norms(truth)).all()
-    if min(map(abs, eigenvalues)) > 0.5:
+    if trusting and min(map(abs, eigenvalues)) > 0.5:
         assert (end <= 0.5 * start + 1e-3 * norms(truth)).all()
 
 
@@ -451,17 +417,9 @@ def test_the_operator_does_not_lose_on_dense_maps(spectrum):
     def encode(x):
         return ((x.flatten(1) @ q * torch.linspace(*spectrum, 256)) @ q.T).view_as(x)
 
-    done = invert_decoder(encode, torch.clone, truth, Operator(), max_steps=3, pixels=(-99, 99))
-    assert (nmse_db(done.value, truth) < nmse_db(encode(truth), truth) + 0.05).all()
-
-
-@pytest.mark.parametrize("spectrum", SPECTRA)
-@pytest.mark.parametrize("seed", range(3))
-def test_the_operator_gains_on_average_with_fewer_sites_than_regressors(spectrum, seed):
-    maps, truth = Spectrum(SPECTRA[spectrum], seed), draw(8, *LATENT, seed=seed + 10)
-    images = rounded(maps.decode(truth).clamp(-1, 1))
-    gain = nmse_db(maps.encode(images), truth) - nmse_db(Inverter.named("operator")(maps, images).value, truth)
-    assert gain.mean() > 0.2 and gain.min() > -0.6
+    for method in (TRUSTING, Operator()):
+        done = invert_decoder(encode, torch.clone, truth, method, max_steps=3, pixels=(-99, 99))
+        assert (nmse_db(done.value, truth) < nmse_db(encode(truth), truth) + 0.05).all()
 
 
 def test_the_operator_keeps_latents_that_the_encoder_knows():
@@ -482,6 +440,18 @@ def test_a_step_of_the_operator_costs_two_evaluations_and_does_not_depend_on_the
     assert torch.allclose(torch.cat(alone), together.value, atol=1e-5)
     start = invert_decoder(maps.encode, decode, truth, Operator(), max_steps=0)
     assert torch.equal(start.value, maps.encode(truth)) and start.steps.tolist() == [0] * 3
+
+
+def test_the_operator_keeps_what_the_encoder_saw_of_a_strongly_altered_picture():
+    """E∘D shrinks half of the channels, where D draws nothing and the alteration lies."""
+    maps, truth = EachSite(torch.diag(torch.tensor([0.9, 0.8, 0.05, 0.05]))), draw(4, 4, 12, 12)
+    truth[:, 2:] = 0
+    altered = truth + 2 * torch.tensor([0, 0, 1.0, 1.0]).view(4, 1, 1) * draw(4, 4, 12, 12, seed=1)
+    plain, start = by_operator(maps, truth, 2, Operator()).value, maps.encode(truth)
+    assert (norms(plain - truth) < 0.5 * norms(start - truth)).all()
+    start = maps.encode(altered)
+    trusting, shy = (norms(by_operator(maps, altered, 2, m).value - start) for m in (TRUSTING, Operator()))
+    assert (shy < 0.2 * trusting).all()
 
 
 def test_the_operator_keeps_the_encoder_where_nothing_is_finite():

@@ -181,7 +181,7 @@ def test_a_stopped_run_goes_on(found, model, plan, tmp_path, monkeypatch):
 @pytest.mark.parametrize("pattern", ["rand", "ring", "zeros"])
 def test_every_statistic_is_larger_for_marked_noise(model, keys, pattern):
     key = Key.load(keys[pattern])
-    scheme, judge = scheme_of(key), Verifier(Recoverer.named(model, "guarded", steps=2), [key]).detector
+    scheme, judge = scheme_of(key), Verifier(Recoverer.named(model, "operator", steps=2), [key]).detector
     noise = torch.randn(40, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     (marked, p), (unmarked, q) = (scores_of(judge, key.fingerprint, x) for x in (scheme.embed(noise[:20]), noise[20:]))
     assert next(iter(marked)) == scheme.score_name and ("matched filter" in marked) == (pattern != "zeros")

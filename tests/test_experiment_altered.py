@@ -21,13 +21,13 @@ def test_mean_by_hand():
 
 
 @pytest.mark.slow
-def test_the_residual_of_an_altered_picture_falls_slower(pocket, bench):
+def test_an_altered_picture_keeps_a_smaller_share(pocket, bench):
     painted = [torch.from_numpy(scene(i).pixels).permute(2, 0, 1) / 127.5 - 1 for i in range(4)]
     with torch.inference_mode():
         decoded = pocket.decode(pocket.encode(torch.stack(painted).float())).clamp(-1, 1)
-    altered = bench().attacked(decoded, parse("contrast:1.5"))
-    plain, altered = (script.falls(pocket, x)["slower"] for x in (decoded, altered))
-    assert altered.mean() > 1.3 * plain.mean()
+    altered = bench().attacked(decoded, parse("noise:0.1"))
+    plain, altered = (script.shares(pocket, x)["share"] for x in (decoded, altered))
+    assert altered.mean() < 0.5 * plain.mean()
 
 
 @pytest.mark.slow
@@ -35,11 +35,6 @@ def test_small_setting(experiment, tmp_path):
     found = experiment("altered", tmp_path, "-n", 2, "--steps", 2, "--attack", "noise:0.1")
     rows = {(r["attack"], r["way"]): r for r in found["rows"]}
     assert set(rows) == {(a, w) for a in ("clean", "noise:0.1") for w in script.WAYS}
-    for attack in ("clean", "noise:0.1"):
-        kept = rows[attack, "guarded"]["kept"]
-        like = {0: "Anderson, 2 steps", 1: "encoder"}.get(kept)
-        if like is not None:
-            assert rows[attack, "guarded"]["cosine"] == pytest.approx(rows[attack, like]["cosine"], abs=1e-4)
 
 
 def test_what_is_refused(tmp_path):

@@ -86,7 +86,7 @@ def test_without_steps_the_latents_stand_for_the_noise(model):
     assert latents.settings.timesteps == "" and latents.settings.steps == 0
 
 
-@pytest.mark.parametrize("method", ["encoder", "guarded"])
+@pytest.mark.parametrize("method", ["encoder", "operator"])
 def test_what_is_encoded_already_is_not_encoded_again(model, method):
     recoverer, images = Recoverer.named(model, method, steps=2), torch.rand(3, 3, 16, 16) * 2 - 1
     plain, given = recoverer(images), recoverer(images, recoverer.encode(images))
@@ -99,25 +99,23 @@ def test_settings_are_what_calibration_files_hold():
         "model": Identity.identity,
         "image_size": [8, 8],
         "dtype": "torch.float32",
-        "method": "Anderson(window=5, beta=1.0, ridge=0.0001, safeguard=1.2)",
+        "method": "Operator(allowance=1.9, steepness=8.0)",
         "max_steps": 2,
         "early": False,
         "gradient": False,
         "lean": False,
-        "guarded": True,
         "steps": 25,
         "timesteps": "1-25",
     }
     assert settings.as_dict() == expected and list(settings.as_dict()) == list(expected)
     assert json.loads(json.dumps(settings.as_dict())) == expected
-    assert "guarded" not in Recoverer(Identity(), INVERTERS["encoder"]).settings.as_dict()
 
 
 def test_settings_are_told_apart_by_what_they_serve():
     settings = Recoverer(Identity()).settings
     latents, noise = settings.of_latents(), settings.of_noise()
     assert latents | noise == settings.as_dict()
-    assert not {"steps", "timesteps"} & set(latents) and not {"method", "max_steps", "guarded"} & set(noise)
+    assert not {"steps", "timesteps"} & set(latents) and not {"method", "max_steps"} & set(noise)
     assert Recoverer(Identity(), steps=7).settings.of_latents() == latents
     assert Recoverer(Identity(), INVERTERS["forward"]).settings.of_noise() == noise
 
@@ -139,7 +137,7 @@ def test_a_recoverer_by_name(method):
 def test_a_name_of_no_method():
     with pytest.raises(RingmarkError) as caught:
         Recoverer.named(Identity(), "nonesuch")
-    assert caught.value.code == "recovery.method-unknown" and "guarded" in str(caught.value)
+    assert caught.value.code == "recovery.method-unknown" and "operator" in str(caught.value)
 
 
 def test_steps_that_cannot_be_walked(model):

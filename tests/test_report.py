@@ -67,7 +67,7 @@ SETTINGS = {
     "guidance": 1.0,
     "seed": 0,
     "images": "drawn",
-    "calibrations": {"encoder": None, "guarded": "abcd"},
+    "calibrations": {"encoder": None, "operator": "abcd"},
     "calibration_unfit": {"encoder": "made with other steps"},
 }
 
@@ -97,10 +97,10 @@ def evaluation() -> Evaluation:
     cells = [
         cell(attack, rng.normal(1, 1, 30), rng.normal(0, 1, 30), method=method, **default)
         for attack in ("flip", "blur:1", "blur:3")
-        for method in ("encoder", "guarded")
+        for method in ("encoder", "operator")
         for default in ({"statistic": "whitened cosine", "p": p, "published": None}, {})
     ]
-    images = records("encoder", 0.5) + records("guarded", 2.0)
+    images = records("encoder", 0.5) + records("operator", 2.0)
     gains = compare_ways(images, ["flip", "blur:1"], draws=100)
     return Evaluation(
         settings=SETTINGS, cells=cells, images=images, quality=[], refused=["x.png: no image"], gains=gains
@@ -115,7 +115,7 @@ def test_gains_are_in_every_table(tmp_path) -> None:
     with (tmp_path / "gains.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert (
-        rows[1]["of_method"] == "guarded" and rows[1]["over_column"] == "score" and rows[1]["attacks"] == "flip blur:1"
+        rows[1]["of_method"] == "operator" and rows[1]["over_column"] == "score" and rows[1]["attacks"] == "flip blur:1"
     )
     assert float(rows[1]["gain"]) == made.gains[1].gain > float(rows[1]["low"]) > 0
     report = (tmp_path / "evaluation.md").read_text()

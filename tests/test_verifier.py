@@ -27,7 +27,7 @@ def drawn_calibration(recoverer, number: int = 50) -> Calibration:
 
 
 @pytest.mark.parametrize("pattern", ["ring", "rand", "zeros"])
-@pytest.mark.parametrize("method", ["encoder", "anderson", "guarded"])
+@pytest.mark.parametrize("method", ["encoder", "anderson", "operator"])
 def test_marked_are_found_and_unmarked_are_not(pattern: str, method: str) -> None:
     mine = key(1, pattern)
     noise = initial_noise(list(range(8)), MODEL.latent_shape)

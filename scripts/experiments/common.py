@@ -203,7 +203,7 @@ class Bench:
 
     def noise_of(self, images: Tensor, name: str) -> Tensor:
         """The noise (N, C, h, w) that a detector recovers by default."""
-        return self.recover(self.invert(INVERTERS["guarded"], images, name).latents, name)
+        return self.recover(self.invert(INVERTERS["operator"], images, name).latents, name)
 
     def attacked(self, images: Tensor, chain: Chain | None) -> Tensor:
         """The images (N, 3, H, W) after an attack, each with its own generator."""

@@ -17,7 +17,7 @@ import click
 from torch import Tensor
 
 from ringmark.inversion.decoder import Inverter
-from ringmark.inversion.methods import Adam
+from ringmark.inversion.methods import Adam, Anderson
 from ringmark.inversion.metrics import correlation, nmse_db
 from ringmark.watermark.evaluation.rates import roc
 from ringmark.watermark.evaluation.tables import write_table
@@ -44,8 +44,8 @@ def contenders(its: int) -> dict[str, Inverter]:
         adam(its): Inverter.named("adam", half),
         lean(its): Inverter.named("gradient-lean", its // 5),
     }
-    budgets = {ours(k): Inverter(max_steps=k, early=False) for k in sorted({*BUDGETS, half})}
-    return known | gradients(its // 5) | gradients(its) | budgets | {DEFAULT: Inverter()}
+    budgets = {ours(k): Inverter(Anderson(), k) for k in sorted({*BUDGETS, half})}
+    return known | gradients(its // 5) | gradients(its) | budgets | {DEFAULT: Inverter.named("anderson")}
 
 
 def adam(its: int) -> str:
@@ -62,7 +62,7 @@ def ours(steps: int) -> str:
 
 def gradients(steps: int) -> dict[str, Inverter]:
     """Both settings of the gradient baseline of arXiv 2409.18442 at this many iterations."""
-    by = partial(Inverter, max_steps=steps, early=False, gradient=True)
+    by = partial(Inverter, max_steps=steps, gradient=True)
     return {
         f"gradient 0.1 scheduled, {steps}": by(Adam(lr=0.1, horizon=steps)),
         f"gradient 0.01 fixed, {steps}": by(Adam(lr=0.01, horizon=None)),

@@ -38,8 +38,8 @@ TRUE = "true"
 INVERTERS = {
     "encoder": Inverter.named("encoder"),
     "gradient, 50": Inverter.named("gradient"),
-    "gradient-free": Inverter(),
-    "guarded": Inverter.named("guarded"),
+    "gradient-free": Inverter.named("anderson"),
+    "operator": Inverter.named("operator"),
 }
 
 

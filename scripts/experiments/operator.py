@@ -29,7 +29,7 @@ from torch import Tensor
 from ringmark.data.images import read_sample, to_array
 from ringmark.data.sources import find_images
 from ringmark.inversion.decoder import INVERTERS, Autoencoder, Inverter, decoder_residual, in_slices
-from ringmark.inversion.methods import ForwardStep, Operator
+from ringmark.inversion.methods import Anderson, ForwardStep, Operator
 from ringmark.inversion.metrics import cocoercivity, nmse_db, trace
 from ringmark.inversion.solve import State
 from scripts.experiments.autoencoders import Pair
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 STEPS = 5
 FORWARD = (0.3, 1.0)  # ρ of the plain steps
 ANDERSON = {
-    "Anderson, 2 steps": Inverter(max_steps=2, early=False),
+    "Anderson, 2 steps": Inverter(Anderson()),
     "Anderson, default": INVERTERS["anderson"],
 }
 
@@ -63,7 +63,7 @@ class Watched(Operator):
 def paths(model: Autoencoder, images: Tensor, start: Tensor) -> Iterator[tuple[str, tuple[int, list[Tensor]]]]:
     """Evaluations a step and z_0 … z_STEPS of the operator and of plain steps z ← z − ρ T(z)."""
     watched = Watched()
-    Inverter(watched, STEPS, early=False)(model, images)
+    Inverter(watched, STEPS)(model, images)
     yield "operator", (2, [start, *watched.path])
     residual = decoder_residual(in_slices(model.encode, 2), in_slices(model.decode, 2), images, start)
     for rho in FORWARD:

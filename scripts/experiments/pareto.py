@@ -17,6 +17,7 @@ import click
 import torch
 
 from ringmark.inversion.decoder import Inverter
+from ringmark.inversion.methods import Anderson
 from ringmark.inversion.metrics import nmse_db
 from scripts.experiments.common import Bench, Pictures, experiment, line, mean_and_error
 from scripts.experiments.costs import peak_memory, seconds
@@ -36,7 +37,7 @@ def contenders(shortest: int) -> dict[str, Inverter]:
         f"paper's Adam, {n}": Inverter.named("adam", n) for n in (shortest, *(int(f * shortest) for f in (2.5, 5, 10)))
     }
     descent = [gradients(n) for n in (shortest, *(int(f * shortest) for f in (1.5, 2.5, 5)))]
-    budgets = {ours(k): Inverter(max_steps=k, early=False) for k in BUDGETS}
+    budgets = {ours(k): Inverter(Anderson(), k) for k in BUDGETS}
     return {"encoder": Inverter.named("encoder")} | adam | {n: i for d in descent for n, i in d.items()} | budgets
 
 

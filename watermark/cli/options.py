@@ -205,7 +205,7 @@ model_options = grouped(
     ),
 )
 
-METHODS = ("encoder", "forward", "km", "adam", "anderson", "guarded", "operator", "gradient", "gradient-lean")
+METHODS = ("encoder", "operator", "anderson", "forward", "km", "adam", "gradient", "gradient-lean")
 """The names of inversion.decoder.INVERTERS, which needs torch to import."""
 
 inversion_options = grouped(
@@ -214,10 +214,11 @@ inversion_options = grouped(
     click.option(
         "--method",
         type=click.Choice(METHODS),
-        default="guarded",
+        default="operator",
         show_default=True,
-        help="Decoder inversion. guarded is robust to altered images; anderson is the most accurate on unaltered "
-        "ones; encoder skips the inversion; gradient is the slow baseline; gradient-lean is the same with less memory.",
+        help="Decoder inversion. operator suits every autoencoder and altered images; anderson is more accurate on "
+        "unaltered images of some autoencoders; encoder skips the inversion; gradient is the slow baseline; "
+        "gradient-lean is the same with less memory.",
     ),
     max_steps_option,
     steps_option,

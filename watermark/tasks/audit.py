@@ -116,7 +116,7 @@ def audit(
     model: Model = "pocket",
     device: str = "auto",
     dtype: str = "auto",
-    method: str = "guarded",
+    method: str = "operator",
     max_steps: int | None = None,
     steps: int = 25,
     alpha: float = ALPHA,

@@ -149,7 +149,7 @@ def load_verifier(
     device: str = "auto",
     dtype: str = "auto",
     offload: str | None = None,
-    method: str = "guarded",
+    method: str = "operator",
     max_steps: int | None = None,
     steps: int = 25,
     alpha: float = ALPHA,

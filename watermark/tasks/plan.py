@@ -50,7 +50,7 @@ class Plan:
     unmarked: Path | None = None
     number: int = 32
     attacks: tuple[str, ...] = ()
-    methods: tuple[str, ...] = ("encoder", "guarded")
+    methods: tuple[str, ...] = ("encoder", "operator")
     seed: int = 0
     guidance: float = 3.0
     size: Size | None = None

@@ -36,7 +36,7 @@ def verify(
     model: Model = "pocket",
     device: str = "auto",
     dtype: str = "auto",
-    method: str = "guarded",
+    method: str = "operator",
     max_steps: int | None = None,
     steps: int = 25,
     alpha: float = ALPHA,

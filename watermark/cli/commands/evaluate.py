@@ -101,7 +101,7 @@ def roc(
 )
 @click.option(
     "--methods",
-    default=("encoder,guarded",),
+    default=("encoder,operator",),
     multiple=True,
     show_default=True,
     callback=names,
@@ -145,7 +145,7 @@ def evaluate(
 
     \b
     Example:
-      ringmark evaluate -n 200 --attacks tree-ring --methods encoder,guarded -o evaluation
+      ringmark evaluate -n 200 --attacks tree-ring --methods encoder,operator -o evaluation
     """
     from ringmark.inversion.models.loading import resolve
     from ringmark.watermark.evaluation.report import summary
