@@ -205,8 +205,9 @@ class Operator:
         `steepness`. If E∘D merely scales, r is 1. The share is 0 where r is not a number.
         """
         relative = norms((end - start).flatten(0, 1)) / norms(start.flatten(0, 1))
-        picture, rendering = relative.square().unflatten(0, (-1, 2)).unbind(1)
-        return (self.allowance * rendering / picture).nan_to_num(0.0).clamp(max=1.0) ** self.steepness
+        picture, rendering = relative.square().view(-1, 2).unbind(1)
+        kept: Tensor = (self.allowance * rendering / picture).nan_to_num(0.0).clamp(max=1.0) ** self.steepness
+        return kept
 
 
 FOLDS = 4  # of the sites, for generalisation
