@@ -155,6 +155,7 @@ def test_the_queue_is_bounded_and_a_deadline_is_kept() -> None:
     made = service(limits=Limits(waiting=2, deadline=0.5, batch=1))
     held = Held(made.verifier)
     with TestClient(make_app(made), base_url="http://127.0.0.1") as web, ThreadPoolExecutor() as pool:
+        made.batcher.seconds = 0.0  # as if pictures took no time, so that only their number is bounded
         first = [pool.submit(verify, web, MARKED) for _ in range(2)]
         held.started.wait(30)
         until = time.monotonic() + 30
