@@ -1,6 +1,7 @@
 """Distances and tests on float64 arrays.
 
 Scores are larger for marked images. A p-value is the probability of at least this score in an unmarked image.
+Distributions are taken from `scipy.special`: importing `scipy.stats` takes half a second.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, special, stats
+from scipy import special
 
 __all__ = [
     "ALPHA",
@@ -66,7 +67,7 @@ def cosine_p(cosine: Array, features: int) -> Array:
 
     t = c √(ν / (1 − c²)), ν = features − 1, is Student-t under any spherical null.
     """
-    return np.asarray(stats.t.sf(_student(cosine, features - 1), features - 1))
+    return np.asarray(special.stdtr(features - 1, -_student(cosine, features - 1)))
 
 
 def _student(cosine: Array, nu: int) -> Array:
@@ -98,16 +99,18 @@ def cosine_bound(features: int, alpha: float) -> float:
 
     Two random keys with white spectra are that close with probability alpha.
     """
-    t = float(stats.t.isf(alpha, features - 1))
+    t = -float(special.stdtrit(features - 1, alpha))
     return t / math.hypot(math.sqrt(features - 1), t)
 
 
 def cosine_density(cosine: Array, features: int) -> Array:
-    """Density of the whitened cosine c under a spherical null: that of t times dt/dc; 0 outside (−1, 1)."""
-    nu = features - 1
+    """Density of the whitened cosine c of d features under a spherical null; 0 outside (−1, 1).
+
+    (1 − c²)^((d − 3)/2) / B(1/2, (d − 1)/2)
+    """
     inside = np.abs(cosine) < 1
     c = np.where(inside, cosine, 0)
-    return np.where(inside, stats.t.pdf(_student(c, nu), nu) * np.sqrt(nu) * (1 - np.square(c)) ** -1.5, 0)
+    return np.where(inside, (1 - np.square(c)) ** ((features - 3) / 2) / special.beta(0.5, (features - 1) / 2), 0)
 
 
 def corrected(log10_p: Array | float, tests: float) -> Array:
@@ -134,7 +137,7 @@ def matched_filter(recovered: Array, key: Array, variance: Array | float = 1.0) 
     f, k = np.asarray(recovered, float) / np.sqrt(variance), np.asarray(key, float) / np.sqrt(variance)
     length = np.linalg.norm(k)
     z = f @ k / length if length > 0 else np.zeros(len(f))
-    return z, stats.norm.sf(z)
+    return z, special.ndtr(-z)
 
 
 def conformal_p(score: Array, reference: Array) -> Array:
@@ -158,7 +161,7 @@ def spread_p(score: Array, reference: Array) -> Array:
     """
     n = len(reference)
     t = (score - reference.mean()) / (reference.std(ddof=1) * math.sqrt(1 + 1 / n))
-    return np.asarray(stats.t.sf(t, n - 1))
+    return np.asarray(special.stdtr(n - 1, -t))
 
 
 def agreement(p: Array, conformal: Array, n: int, *, level: float = 1e-4) -> Mask:
@@ -171,7 +174,7 @@ def agreement(p: Array, conformal: Array, n: int, *, level: float = 1e-4) -> Mas
     Images tested with the same references are not independent, so false disagreements occur in clusters.
     """
     k = np.rint(np.asarray(conformal) * (n + 1)) - 1
-    return np.asarray(2 * np.minimum(stats.binom.cdf(k, n, p), stats.binom.sf(k - 1, n, p)) >= level)
+    return np.asarray(2 * np.minimum(special.bdtr(k, n, p), special.bdtrc(k - 1, n, p)) >= level)
 
 
 def needed_references(alpha: float) -> int:
@@ -201,7 +204,7 @@ def may_be_undecided(p: Array, most: int, n: int, *, level: float = 1e-4) -> Mas
     A p-value that all of them allow needs no rank: P(Binomial(n, p) ≤ k) is smallest at k = 0 and P(Binomial(n, p) ≥ k)
     at k = `most`.
     """
-    return np.asarray(2 * np.minimum(stats.binom.cdf(0, n, p), stats.binom.sf(most - 1, n, p)) < level)
+    return np.asarray(2 * np.minimum(special.bdtr(0, n, p), special.bdtrc(most - 1, n, p)) < level)
 
 
 def power_scores(inside: Array, beside: list[Array], weights: Array) -> Array:
@@ -227,7 +230,7 @@ def power_p(score: Array, channels: int, inside: int, beside: Array, weights: Ar
     inner = _degrees(special.polygamma(1, inside / 2) / channels)
     outer = _degrees((np.square(weights) * special.polygamma(1, beside / 2)).sum() / channels)
     moved = _log_mean(inside) - (weights * _log_mean(beside)).sum() - _log_mean(inner) + _log_mean(outer)
-    return np.asarray(stats.f.cdf(np.exp(np.minimum(-score - moved, 700)), inner, outer))  # keeps exp finite
+    return np.asarray(special.fdtr(inner, outer, np.exp(np.minimum(-score - moved, 700))))  # keeps exp finite
 
 
 TINY = np.finfo(float).tiny
@@ -240,6 +243,8 @@ def _log_mean(k: float | Array) -> Array:
 
 def _degrees(variance: float) -> float:
     """k with Var log χ²ₖ = ψ′(k/2) = `variance`, bracketed by 1/x < ψ′(x) < 1/x + 1/x²."""
+    from scipy import optimize  # takes a third of a second, and only *zeros* needs it
+
     low, high = 1 / variance, 1 / variance + 2
     half: float = optimize.brentq(lambda half: float(special.polygamma(1, half)) - variance, low, high)
     return 2 * half
@@ -264,7 +269,7 @@ def published_p_value(recovered: Array, key: Array) -> Array:
     apart[apart] = np.square(f[apart] - k).sum(-1) > NOTHING * k.size * sigma[apart] ** 2
     p[(sigma > 0) & ~apart] = 0.0
     noncentral = np.square(k).sum() / sigma[apart] ** 2
-    p[apart] = stats.ncx2.cdf(np.square(f[apart] - k).sum(-1) / sigma[apart] ** 2, k.shape[-1], noncentral)
+    p[apart] = special.chndtr(np.square(f[apart] - k).sum(-1) / sigma[apart] ** 2, k.shape[-1], noncentral)
     return p
 
 
