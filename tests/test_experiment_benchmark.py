@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -31,14 +32,18 @@ def test_every_image_is_drawn_and_judged_with_its_own_key(bench, monkeypatch):
     keys = [run.key(seed=i) for i in range(2)]
     asked = []
 
+    def judge(key, images):
+        asked.append((key, len(images)))
+        return [0.5] * len(images)
+
     def ways(bench, key):
-        return {way: lambda images: asked.append((way, key, len(images))) or [0.5] * len(images) for way in script.WAYS}
+        return dict.fromkeys(script.WAYS, partial(judge, key))
 
     monkeypatch.setattr(script, "ways_of", ways)
     monkeypatch.setattr(script.Bench, "calibration_used", "none")
     images = script.marked_images(run, keys)
     table = script.judged_by_key(run, keys, images, "clean")
-    assert [(key, n) for _, key, n in asked] == [(keys[0], 3)] * 3 + [(keys[1], 2)] * 3
+    assert asked == [(keys[0], 3)] * 3 + [(keys[1], 2)] * 3
     assert table["stages"].shape == (5,) and table["seconds"].shape == (5, 3)
     noise, prompts = run.fresh(5)
     marked = torch.cat([scheme_of(keys[0]).embed(noise[:3]), scheme_of(keys[1]).embed(noise[3:])])

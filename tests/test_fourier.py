@@ -186,7 +186,7 @@ def test_the_lowest_ring_may_be_chosen_and_is_never_passed():
     gain[:, :5] = 100
     gain[:, 11:] = 100
     for lowest in (3, 4, 5):
-        chosen = recommend(recovery(shape, gain), shape, lowest=lowest)
+        chosen = recommend(recovery(shape, gain), shape, lows=range(lowest, 11))
         assert chosen.radii[0] >= lowest and chosen.radii[1] <= 10
 
 

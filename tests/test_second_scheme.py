@@ -69,6 +69,9 @@ class SignTest:
         signs = self.scheme.signs.flatten().double().numpy()
         return np.divide(observed @ signs, length, out=np.zeros(len(observed)), where=length > 0)
 
+    def of_shifts(self, values: Array) -> Array:
+        return values
+
     def log10_p(self, scores: Array, references: Array | None = None) -> Array:
         return np.asarray(stats.norm.logsf(scores) / math.log(10))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import mpmath
@@ -25,6 +26,7 @@ from ringmark.watermark.statistics import (
     cosine_p,
     cosine_scores,
     cosine_test,
+    fisher,
     matched_filter,
     needed_references,
     power_p,
@@ -457,3 +459,15 @@ def test_one_cosine_has_the_ordinary_p_value():
 def test_the_best_of_many_tests_is_corrected_for_them_all():
     assert corrected(-5.0, 1) == -5 and corrected(-5.0, 100) == pytest.approx(-3) and corrected(-400.0, 10) == -399
     assert corrected(-5.0, 10**6) == corrected(0.0, 2) == 0
+
+
+@given(st.lists(st.floats(-70, 0), min_size=1, max_size=4))
+def test_fisher_is_the_tail_of_chi_square(log10_p):
+    combined = fisher([np.array([each]) for each in log10_p])
+    x = -2 * math.log(10) * sum(log10_p)
+    assert combined[0] == pytest.approx(stats.chi2.logsf(x, 2 * len(log10_p)) / math.log(10), rel=1e-9, abs=1e-12)
+
+
+def test_fisher_of_uniform_p_is_uniform():
+    p = np.random.default_rng(4).uniform(size=(3, 4000))
+    assert stats.kstest(10 ** fisher(list(np.log10(p))), "uniform").pvalue > 0.01

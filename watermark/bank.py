@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ringmark.watermark.null import Array, Null
-from ringmark.watermark.schemes.base import Scheme, SchemeTest
-from ringmark.watermark.statistics import cosine_scores
+from ringmark.watermark.schemes.base import Scheme, SchemeTest, TemplateTest
 
 __all__ = ["BLOCK", "Bank", "blocks"]
 
@@ -36,17 +35,19 @@ class Bank:
 
     @property
     def by_template(self) -> bool:
-        """Whether scores are cosines with templates."""
-        return self.test.template is not None
+        """Whether scores come from templates."""
+        return isinstance(self.test, TemplateTest)
 
     @cached_property
     def _templates(self) -> NDArray[np.float32]:
-        parts = [np.asarray(self.test.templates(self.schemes[block])) for block in blocks(len(self.schemes))]
+        assert isinstance(self.test, TemplateTest)
+        parts = [self.test.templates(self.schemes[block]) for block in blocks(len(self.schemes))]
         return np.concatenate(parts, dtype=np.float32, casting="same_kind")
 
     def scores(self, observed: Array) -> Array:
         """Features (B, d) → scores (B, K)."""
-        if not self.by_template:
+        test = self.test
+        if not isinstance(test, TemplateTest):
             return np.stack([scheme.on(self.null).score(observed) for scheme in self.schemes], 1)
         parts = (self._templates[block].astype(float) for block in blocks(len(self.schemes)))
-        return np.hstack([cosine_scores(observed, templates) for templates in parts])
+        return np.hstack([test.scores(observed, templates) for templates in parts])

@@ -7,6 +7,7 @@ Distributions are taken from `scipy.special`: importing `scipy.stats` takes half
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ __all__ = [
     "cosine_p",
     "cosine_scores",
     "cosine_test",
+    "fisher",
     "matched_filter",
     "may_be_undecided",
     "needed_references",
@@ -111,6 +113,17 @@ def cosine_density(cosine: Array, features: int) -> Array:
     inside = np.abs(cosine) < 1
     c = np.where(inside, cosine, 0)
     return np.where(inside, (1 - np.square(c)) ** ((features - 3) / 2) / special.beta(0.5, (features - 1) / 2), 0)
+
+
+def fisher(log10_p: Sequence[Array]) -> Array:
+    """log₁₀ of the combined p-value of independent tests, from that of each; arrays of one shape (Fisher's method).
+
+    With x = −Σ ln p_i over n tests, 2x is χ² with 2n degrees of freedom, so p = e^−x Σ_{k<n} x^k / k!, which is uniform
+    if the p_i are independent and uniform.
+    """
+    x = -math.log(10) * np.sum(log10_p, 0)
+    terms = sum(x**k / math.factorial(k) for k in range(len(log10_p)))
+    return np.asarray(np.log10(terms) - x / math.log(10))
 
 
 def corrected(log10_p: Array | float, tests: float) -> Array:

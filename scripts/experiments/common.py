@@ -40,7 +40,8 @@ from ringmark.watermark.figures import save_figure
 from ringmark.watermark.keys.key import SECRET_BYTES, Key
 from ringmark.watermark.null import Null
 from ringmark.watermark.schemes.base import DEFAULT, Scheme
-from ringmark.watermark.schemes.fourier import Placement, recommend
+from ringmark.watermark.schemes.fourier import Placement
+from ringmark.watermark.schemes.tree_ring import TreeRing
 from ringmark.watermark.tasks.draw import prompts_for
 from ringmark.watermark.tasks.keygen import new_key
 
@@ -127,13 +128,14 @@ class Bench:
         self, place: Placement | None = None, *, seed: int | list[int] | np.random.Generator, **pattern: Any
     ) -> Key:
         """A key from a seed, by default with the default placement; an experiment's key need not be secret."""
-        place, secret = place or self.placement, np.random.default_rng(seed).bytes(SECRET_BYTES)
-        pattern |= {"channels": place.channels, "radii": place.radii}
+        secret = np.random.default_rng(seed).bytes(SECRET_BYTES)
+        if place:
+            pattern |= {"channels": place.channels, "radii": place.radii}
         return new_key(self.model, DEFAULT, secret=secret, **pattern)
 
     @property
     def placement(self) -> Placement:
-        return recommend(self.model.recovery, self.model.latent_shape)
+        return TreeRing(self.key(seed=0)).placement
 
     def fresh(self, number: int, offset: int = 0) -> tuple[Tensor, list[str]]:
         """New noise (number, C, h, w) and as many prompts."""

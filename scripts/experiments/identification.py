@@ -32,10 +32,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ringmark.watermark.attacks.chains import Chain
+from ringmark.watermark.bank import Bank
 from ringmark.watermark.figures import COLOURS
 from ringmark.watermark.null import Null
 from ringmark.watermark.schemes.tree_ring import TreeRing
-from ringmark.watermark.statistics import ALPHA, cosine_p, published_distance
+from ringmark.watermark.statistics import ALPHA, published_distance
 from ringmark.watermark.tasks.keygen import draw_keys
 from scripts.experiments.common import Bench, attack_option, experiment, mark_in_turn, share
 from scripts.experiments.plots import intervals, legend_below, panels
@@ -60,23 +61,12 @@ def make_schemes(bench: Bench, number: int) -> list[TreeRing]:
 
 
 def scores(null: Null, schemes: list[TreeRing], noise: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Whitened cosine, uncorrected p-value and published distance, each (N, K), of noise (N, C, h, w) and K keys.
-
-    Keys of one kind share their features, so the cosines are one matrix product F Kᵀ of unit rows; c and p equal those
-    of each key's own test.
-    """
-    tests, first = [scheme.on(null) for scheme in schemes], schemes[0]
-    features, keys = tests[0].observe(noise), np.stack([test.template for test in tests])
-    cosine, bins = np.clip(_unit(features) @ _unit(keys).T, -1, 1), first.masked(noise)[0].numpy()
-    nothing = torch.zeros(1, *first.latent_shape)
+    """Score, uncorrected p-value and published distance, each (N, K), of noise (N, C, h, w) and K keys of one kind."""
+    first, nothing = schemes[0], torch.zeros(1, *schemes[0].latent_shape)
+    score = Bank(schemes, null).scores(first.on(null).observe(noise))
+    bins = first.masked(noise)[0].numpy()
     distance = [published_distance(bins, scheme.masked(nothing)[1].numpy()) for scheme in schemes]
-    return cosine, cosine_p(cosine, features.shape[1]), np.stack(distance, 1)
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    """Rows scaled to unit length; rows of zeros, from failed inversions, stay zero."""
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)
+    return score, 10 ** first.on(null).log10_p(score), np.stack(distance, 1)
 
 
 def members(images: int, keys: int, total: int) -> np.ndarray:

@@ -24,7 +24,7 @@ from torch import Tensor
 from ringmark.inversion.decoder import INVERTERS, Inverter
 from ringmark.inversion.recover import Model, Recoverer
 from ringmark.watermark.detect.geometry import IDENTITY, Candidate, Peak, best_shift, undo, window
-from ringmark.watermark.null import Null
+from ringmark.watermark.null import Array, Null
 from ringmark.watermark.schemes.base import Scheme
 from ringmark.watermark.statistics import corrected
 
@@ -200,7 +200,7 @@ class _Look:
             part = others[start : start + CHUNK]
             turned = undo(noise.expand(len(part), -1, -1, -1), part, padding="zeros")
             peaks = [(scheme, self._peak(scheme, turned, part)) for scheme in self.schemes.values()]
-            log10_p.append(np.min([scheme.on(self.null).log10_p(peak.score) for scheme, peak in peaks], 0))
+            log10_p.append(np.min([self._scored(scheme, peak.score)[1] for scheme, peak in peaks], 0))
         if not log10_p:
             return []
         return [others[i] for i in np.argsort(np.concatenate(log10_p), kind="stable")[: self.search.dear]]
@@ -213,11 +213,22 @@ class _Look:
 
     def _fit(self, scheme: Scheme, noise: Tensor, candidates: Sequence[Candidate]) -> _Fit:
         """The best fit of one key; its p-value is corrected for all possible tests (`statistics.corrected`)."""
-        score, shift, _ = self._peak(scheme, noise, candidates)
-        best = int(score.argmax())
-        log10_p = float(corrected(scheme.on(self.null).log10_p(score[best : best + 1])[0], self._tests))
+        value, shift, _ = self._peak(scheme, noise, candidates)
+        best = int(value.argmax())
+        score, log10_p = self._scored(scheme, value[best : best + 1])
         down, right = shift[best].tolist()
-        return _Fit(score=float(score[best]), log10_p=log10_p, candidate=candidates[best], shift=(down, right))
+        return _Fit(
+            score=float(score[0]),
+            log10_p=float(corrected(log10_p[0], self._tests)),
+            candidate=candidates[best],
+            shift=(down, right),
+        )
+
+    def _scored(self, scheme: Scheme, values: Array) -> tuple[Array, Array]:
+        """Scores and log₁₀ p of values of `Scheme.shift_scores`."""
+        test = scheme.on(self.null)
+        scores = test.of_shifts(values)
+        return scores, test.log10_p(scores)
 
 
 class _Fit(NamedTuple):

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from ringmark.errors import SchemeError
 
@@ -31,6 +31,7 @@ __all__ = [
     "Scheme",
     "SchemeEntry",
     "SchemeTest",
+    "TemplateTest",
     "description",
     "make_key",
     "parameters_text",
@@ -61,14 +62,7 @@ class SchemeTest(Protocol):
 
     @property
     def template(self) -> Array | None:
-        """The key (d,) whose cosine with what is observed is the score; None if the score is something else.
-
-        With a template, p depends on the score alone.
-        """
-        ...
-
-    def templates(self, schemes: Sequence[Any]) -> Array | None:
-        """The templates (K, d) of keys of the same kind; only called if there is a `template`."""
+        """The key (d,) whose cosine with what is observed decides; None if something else does."""
         ...
 
     def observe(self, noise: Tensor) -> Array:
@@ -79,12 +73,34 @@ class SchemeTest(Protocol):
         """Features (B, d) → scores (B,), larger for marked images; a vector of zeros scores lowest or neutral."""
         ...
 
+    def of_shifts(self, values: Array) -> Array:
+        """The scores (B,) of values (B,) of `Scheme.shift_scores`; only called if the scheme is `searchable`."""
+        ...
+
     def log10_p(self, scores: Array, references: Array | None = None) -> Array:
         """log₁₀ of the one-sided p-values (B,) of scores; `references` (n,) are scores of unmarked images."""
         ...
 
     def density(self, scores: Array) -> Array | None:
         """The null density at these scores; None if it is not known."""
+        ...
+
+
+@runtime_checkable
+class TemplateTest(SchemeTest, Protocol):
+    """A test with a `template`, on which p depends only through the score, so that many keys are tested at once."""
+
+    @property
+    def template(self) -> Array:
+        """The key (d,)."""
+        ...
+
+    def templates(self, schemes: Sequence[Any]) -> Array:
+        """The templates (K, d) of keys of the same kind."""
+        ...
+
+    def scores(self, observed: Array, templates: Array) -> Array:
+        """Features (B, d), templates (K, d) → scores (B, K)."""
         ...
 
 
@@ -127,9 +143,9 @@ class Scheme(Protocol):
         ...
 
     def shift_scores(self, noise: Tensor, null: Null, *, factor: int = 1) -> Tensor:
-        """The score of noise (B, C, h, w) at every cyclic shift: (B, factor·h, factor·w) float64.
+        """How well noise (B, C, h, w) fits at every cyclic shift: (B, factor·h, factor·w) float64.
 
-        Raises SchemeError if the scheme is not `searchable`.
+        `SchemeTest.of_shifts` makes scores of the values. Raises SchemeError if the scheme is not `searchable`.
         """
         ...
 

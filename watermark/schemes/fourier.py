@@ -5,24 +5,29 @@ Transforms are orthonormal, so a bin of white noise has unit power, and in the u
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from ringmark.errors import SchemeError
 from ringmark.inversion.noise_recovery import NoiseRecovery, rings
 from ringmark.watermark.null import Array
-from ringmark.watermark.statistics import cosine_density, cosine_log10_p, cosine_scores
+from ringmark.watermark.statistics import cosine_density, cosine_log10_p, cosine_scores, fisher
 
 __all__ = [
     "BUDGET",
+    "BandedTest",
     "CosineTest",
     "Placement",
     "at_every_shift",
+    "bands_of",
     "middle_phase",
     "mirror",
     "recommend",
@@ -31,6 +36,7 @@ __all__ = [
 
 
 BUDGET = 0.08  # share of the coefficients that a recommended mark may alter
+LOWEST, SPLIT = 2, 6  # a mark is tested in bands if it reaches from at most the first ring to at least the second
 
 
 def signed_frequencies(height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -78,6 +84,14 @@ class CosineTest:
         """The cosine c (B,) in [-1, 1]; 0 for a vector of zeros."""
         return cosine_scores(observed, self.template)
 
+    def scores(self, observed: Array, templates: Array) -> Array:
+        """The same (B, K) for the templates (K, d) of many keys."""
+        return cosine_scores(observed, templates)
+
+    def of_shifts(self, values: Array) -> Array:
+        """The cosines themselves."""
+        return values
+
     def log10_p(self, scores: Array, references: Array | None = None) -> Array:
         """From Student's t; the references are not needed."""
         return cosine_log10_p(scores, len(self.template))
@@ -85,6 +99,41 @@ class CosineTest:
     def density(self, scores: Array) -> Array:
         """The density of c under a spherical null."""
         return cosine_density(scores, len(self.template))
+
+
+@dataclass(frozen=True, eq=False)
+class BandedTest:
+    """A `SchemeTest`: the whitened cosines of disjoint bands of rings, each with a p-value of its own, combined.
+
+    `bands` are the positions of each band's features among all (d,). Under a spherical null, the cosines of disjoint
+    bands are independent, and so are their p-values p_b, which `statistics.fisher` combines. The score is −log₁₀ p.
+    """
+
+    template: Array
+    observe: Callable[[Tensor], Array]
+    templates: Callable[[Sequence[Any]], Array]
+    bands: Sequence[NDArray[np.int64]]
+
+    def score(self, observed: Array) -> Array:
+        """−log₁₀ p (B,)."""
+        return self.scores(observed, self.template[None])[:, 0]
+
+    def scores(self, observed: Array, templates: Array) -> Array:
+        """The same (B, K) for the templates (K, d) of many keys."""
+        cosines = [(cosine_scores(observed[:, band], templates[:, band]), len(band)) for band in self.bands]
+        return -fisher([cosine_log10_p(cosine, numbers) for cosine, numbers in cosines])
+
+    def of_shifts(self, values: Array) -> Array:
+        """−log₁₀ p of cosines of all features."""
+        return -cosine_log10_p(values, len(self.template))
+
+    def log10_p(self, scores: Array, references: Array | None = None) -> Array:
+        """The negative score; the references are not needed."""
+        return -scores
+
+    def density(self, scores: Array) -> Array:
+        """The density of −log₁₀ p, p being uniform: ln 10 · 10^−s for s ≥ 0."""
+        return np.where(scores < 0, 0.0, math.log(10) * 10.0 ** -np.maximum(scores, 0.0))
 
 
 @dataclass(frozen=True)
@@ -137,27 +186,43 @@ class Placement:
             )
 
 
+def bands_of(radii: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """The bands in which a recommended mark of these radii is tested; none if all of its rings are tested together.
+
+    A crop moves high rings by more than the width of a bin and leaves low ones nearly in place; brightness and contrast
+    spoil the lowest rings. A mark that has both is tested by halves (see scripts/experiments/placement.py).
+    """
+    low, high = radii
+    middle = (low + high - 1) // 2
+    return ((low, middle), (middle + 1, high)) if low <= LOWEST < SPLIT <= high else ()
+
+
 def recommend(
-    recovery: NoiseRecovery | None, latent_shape: tuple[int, int, int], *, budget: float = BUDGET, lowest: int = 3
+    recovery: NoiseRecovery | None,
+    latent_shape: tuple[int, int, int],
+    *,
+    budget: float = BUDGET,
+    lows: Sequence[int] | None = None,
 ) -> Placement:
     """The placement with the greatest expected signal, Σ a²/v over its bins, within a share `budget` of all bins.
 
-    Radii below `lowest` determine the picture's layout, and radii beyond a third of the side rarely survive
-    compression; both are avoided. Without a measured recovery, or if nothing fits the budget, the mark is placed in all
-    channels at middle frequencies.
+    `lows` are the lowest radii to choose from, by default 3 and more: lower ones determine the picture's layout. Radii
+    beyond a third of the side rarely survive compression and are avoided. Without a measured recovery, or if nothing
+    fits the budget, the mark is placed in all channels at middle frequencies, or from the first of `lows` if given.
     """
     count, height, width = latent_shape
     short = min(height, width)
     if recovery is None:
-        return Placement(tuple(range(count)), (max(1, short // 16), max(2, short // 6)))
+        radii = (lows[0], max(lows[0] + 1, short // 7)) if lows else (max(1, short // 16), max(2, short // 6))
+        return Placement(tuple(range(count)), radii)
     sizes = torch.bincount(rings(height, width).flatten()).double()
     gain = recovery.attenuation.clamp_min(0).square() / recovery.variance * sizes
     allowed = budget * count * height * width
     best, chosen = -1.0, None
-    for low in range(lowest, short // 3 + 1):
+    for low in lows or range(3, short // 3 + 1):
         for high in range(low + 1, short // 3 + 1):
             number = min(count, int(allowed // sizes[low : high + 1].sum()))
             total, order = gain[:, low : high + 1].sum(1).sort(descending=True)
             if number and (signal := float(total[:number].sum())) > best:
                 best, chosen = signal, Placement(tuple(sorted(order[:number].tolist())), (low, high))
-    return chosen or recommend(None, latent_shape)
+    return chosen or recommend(None, latent_shape, lows=lows)

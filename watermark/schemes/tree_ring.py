@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ringmark.errors import SchemeError
@@ -27,9 +28,11 @@ from ringmark.watermark.null import Array, Null, spectrum
 from ringmark.watermark.schemes.base import Panel, SchemeTest
 from ringmark.watermark.schemes.fourier import (
     BUDGET,
+    BandedTest,
     CosineTest,
     Placement,
     at_every_shift,
+    bands_of,
     middle_phase,
     mirror,
     recommend,
@@ -84,6 +87,35 @@ def _whole_numbers(metadata: Mapping[str, Any], field: str) -> tuple[int, ...]:
     if not isinstance(values, list) or not all(type(n) is int for n in values):
         raise SchemeError("scheme.description", f"its {field} are not whole numbers", subject="key")
     return tuple(values)
+
+
+def _bands(metadata: Mapping[str, Any], placement: Placement) -> tuple[tuple[int, int], ...]:
+    """The bands of a key's description, none in most. Raises SchemeError unless each lies within the radii."""
+    bands, (lowest, highest) = metadata.get("bands", []), placement.radii
+    if not isinstance(bands, list) or not all(
+        isinstance(band, list)
+        and len(band) == 2
+        and all(type(n) is int for n in band)
+        and lowest <= band[0] <= band[1] <= highest
+        for band in bands
+    ):
+        raise SchemeError("scheme.description", "its bands are not ranges within its radii", subject="key")
+    return tuple((low, high) for low, high in bands)
+
+
+def _is_range(band: object, radii: tuple[int, int]) -> bool:
+    """Whether this is a list of two whole numbers in ascending order within the radii."""
+    numbers = isinstance(band, list) and len(band) == 2 and all(type(n) is int for n in band)
+    return bool(numbers and radii[0] <= band[0] <= band[1] <= radii[1])  # type: ignore[index]
+
+
+def _lows(pattern: str) -> tuple[int, ...] | None:
+    """The lowest radii that `recommend` chooses from.
+
+    Independent values leave the noise white, so they may take the lowest rings, which survive crops. The other patterns
+    would show in the picture there.
+    """
+    return (1,) if pattern == "rand" else None
 
 
 def _complex(numbers: Array) -> Tensor:
@@ -145,10 +177,6 @@ class PowerTest:
         """None: the score is not a cosine."""
         return None
 
-    def templates(self, schemes: Sequence[Any]) -> None:
-        """None, like `template`."""
-        return None
-
     def observe(self, noise: Tensor) -> Array:
         """Features of the mask, then the powers on its sides (B, d)."""
         transform = self.scheme.whitened(noise, self.null)
@@ -164,6 +192,10 @@ class PowerTest:
         )
         shaped = [part.reshape(len(observed), channels, -1) for part in (inside, *beside)]
         return power_scores(shaped[0], shaped[1:], self.scheme.side_weights)
+
+    def of_shifts(self, values: Array) -> Array:
+        """The values themselves; *zeros* is not searchable."""
+        return values
 
     @property
     def _beside(self) -> Array:
@@ -206,6 +238,7 @@ class TreeRing:
         self.placement.check(key.latent_shape)
         self.latent_shape = latent_shape or key.latent_shape
         self.side = min(key.latent_shape[1:])
+        self.bands = _bands(meta, self.placement)
         self._secret, self._stored = key.secret, _stored(key, self.placement)
         bins = _bins_of(self.mask, self.placement.radii, self.latent_shape[1:], self.side)
         self.ring, self.inside, self._rows, self._real_only = bins
@@ -223,19 +256,24 @@ class TreeRing:
         radii: tuple[int, int] | None = None,
         budget: float | None = None,
     ) -> dict[str, Any]:
-        """Pattern and placement; `recommend` chooses channels and radii within the budget unless they are given."""
-        best = recommend(recovery, latent_shape, budget=BUDGET if budget is None else budget)
+        """Pattern, placement and bands.
+
+        Channels and radii are chosen within the budget unless they are given. Radii that are given make one band.
+        """
+        best = recommend(recovery, latent_shape, budget=BUDGET if budget is None else budget, lows=_lows(pattern))
         placement = Placement(best.channels if channels is None else channels, best.radii if radii is None else radii)
         placement.check(latent_shape)
         if budget is not None:
             placement.check_budget(latent_shape, budget)
         _check_names(pattern, mask)
+        banded = radii is None and (pattern, mask) == ("rand", "centred")
+        bands = bands_of(placement.radii) if banded else ()
         return {
             "pattern": pattern,
             "mask": mask,
             "channels": list(placement.channels),
             "radii": list(placement.radii),
-        }
+        } | ({"bands": list(map(list, bands))} if bands else {})
 
     def _check_size(self) -> None:
         """Raises SchemeError for latents without bins in the mask, or for *zeros* with too few beside it."""
@@ -270,8 +308,8 @@ class TreeRing:
 
     @staticmethod
     def recommend(recovery: NoiseRecovery | None, latent_shape: tuple[int, int, int]) -> dict[str, list[int]]:
-        """Channels and radii of new keys, where the noise is recovered best."""
-        best = recommend(recovery, latent_shape)
+        """Channels and radii of new keys with the default pattern, where the noise is recovered best."""
+        best = recommend(recovery, latent_shape, lows=_lows("rand"))
         return {"channels": list(best.channels), "radii": list(best.radii)}
 
     @property
@@ -281,8 +319,8 @@ class TreeRing:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """Pattern, mask, placement, and the latents and reference side that give it a meaning."""
-        return ("tree-ring", self.pattern, self.mask, self.placement, self.latent_shape, self.side)
+        """Pattern, mask, placement, bands, and the latents and reference side that give them a meaning."""
+        return ("tree-ring", self.pattern, self.mask, self.placement, self.bands, self.latent_shape, self.side)
 
     @property
     def free(self) -> int:
@@ -297,7 +335,9 @@ class TreeRing:
     @property
     def score_name(self) -> str:
         """The name of the score."""
-        return "power ratio" if self.pattern == "zeros" else "whitened cosine"
+        if self.pattern == "zeros":
+            return "power ratio"
+        return "−log₁₀ p" if self.bands else "whitened cosine"
 
     def embed(self, noise: Tensor) -> Tensor:
         """Replace the masked bins by the key's and transform back; exact for the centred mask only (see the module).
@@ -319,14 +359,21 @@ class TreeRing:
             )
 
     def on(self, null: Null) -> SchemeTest:
-        """The whitened cosine, or for *zeros* the power ratio of whitened noise."""
+        """The whitened cosine, of bands if the key has any, or for *zeros* the power ratio of whitened noise."""
         if self.pattern == "zeros":
             return PowerTest(self, null)
-        return CosineTest(
-            template=_templates([self], null)[0],
-            observe=partial(self._observed, null),
-            templates=partial(_templates, null=null),
-        )
+        template, observe = _templates([self], null)[0], partial(self._observed, null)
+        templates = partial(_templates, null=null)
+        if not self.bands:
+            return CosineTest(template=template, observe=observe, templates=templates)
+        return BandedTest(template=template, observe=observe, templates=templates, bands=self._features_of_bands)
+
+    @property
+    def _features_of_bands(self) -> list[NDArray[np.int64]]:
+        """The positions of each band's features among all."""
+        ring = self.ring.flatten()[self._rows]
+        of_channel = torch.cat([ring, ring[~self._real_only]]).repeat(len(self.placement.channels)).numpy()
+        return [np.flatnonzero((of_channel >= low) & (of_channel <= high)) for low, high in self.bands]
 
     def _observed(self, null: Null, noise: Tensor) -> Array:
         """The features (B, d) of whitened noise (B, C, h, w)."""

@@ -19,8 +19,8 @@ from ringmark.watermark.detect.verifier import check_fit
 from ringmark.watermark.keys.folder import load_folder
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.null import Array, Null
-from ringmark.watermark.schemes.base import DEFAULT, Scheme, SchemeTest, make_key, scheme_of
-from ringmark.watermark.statistics import ALPHA, cosine_scores
+from ringmark.watermark.schemes.base import DEFAULT, Scheme, SchemeTest, TemplateTest, make_key, scheme_of
+from ringmark.watermark.statistics import ALPHA
 from ringmark.watermark.tasks.calibrate import recovery_of
 
 __all__ = ["TRIES", "Grown", "Ring", "draw_keys", "grow", "keys_in", "new_key", "write_key"]
@@ -74,11 +74,12 @@ class _Kind:
 
     def scores(self, mark: Tensor) -> Array:
         """The score of each test (K,) for this mark; one matrix product if the tests have templates."""
-        observed = self.tests[0].observe(mark)
-        templates = [test.template for test in self.tests if test.template is not None]
-        if not templates:
+        first = self.tests[0]
+        observed = first.observe(mark)
+        if not isinstance(first, TemplateTest):
             return np.concatenate([test.score(observed) for test in self.tests])
-        return cosine_scores(observed, np.stack(templates)).reshape(-1)
+        templates = [test.template for test in self.tests if isinstance(test, TemplateTest)]
+        return first.scores(observed, np.stack(templates)).reshape(-1)
 
 
 class Ring:
