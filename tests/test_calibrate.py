@@ -224,13 +224,13 @@ def well_recovered(channel: int, low: int, high: int) -> NoiseRecovery:
 def test_a_key_goes_where_the_calibration_says(house, tmp_path):
     made = replace(Calibration.load(house / "my.cal"), recovery=well_recovered(1, 3, 8), name="my.cal")
     found = new_key(MODEL, "tree-ring", made).metadata
-    assert (found["channels"], found["radii"]) == ([1], [3, 8])
+    assert (found["channels"], found["radii"]) == ([1], [1, 8])
     assert new_key(MODEL, "tree-ring", made, channels=(0,)).metadata["channels"] == [0]
     low, high = new_key(MODEL, "tree-ring", made, budget=0.03).metadata["radii"]
     assert Placement((1,), (low, high)).share(MODEL.latent_shape) <= 0.03 < Placement((1,), (3, 8)).share((3, 32, 32))
     error = refused(lambda: new_key(MODEL, "tree-ring", made, budget=0.001), SchemeError)
-    assert (error.code, error.subject) == ("scheme.budget", "channels 0, 1, 2, radii 2-5")
-    assert "0.0859" in error.fact and "0.001" in error.fact
+    assert (error.code, error.subject) == ("scheme.budget", "channels 0, 1, 2, radii 1-4")
+    assert "0.0664" in error.fact and "0.001" in error.fact
     assert new_key(MODEL, "tree-ring").metadata["channels"] == [0, 1, 2]  # nothing is known of this model
     assert recovery_of(MODEL, None) is None and recovery_of(MODEL, made) is made.recovery
     error = refused(lambda: new_key(MODEL, "tree-ring", replace(made, recovery=None)))
@@ -244,7 +244,7 @@ def test_keygen_takes_a_calibration(house, run, tmp_path):
     replace(Calibration.load(house / "my.cal"), recovery=well_recovered(1, 3, 8)).save(tmp_path / "my.cal")
     args = ["keygen", "-o", tmp_path / "my.key", "--json", "--force", "--calibration"]
     found = json.loads(run(*args, tmp_path / "my.cal"))
-    assert (found["channels"], found["radii"]) == ([1], [3, 8])
+    assert (found["channels"], found["radii"]) == ([1], [1, 8])
     assert json.loads(run(*args, tmp_path / "my.cal", "--channels", "0"))["channels"] == [0]
     assert run(*args, tmp_path / "none", code=2).startswith(f"{tmp_path / 'none'}: ")
 
