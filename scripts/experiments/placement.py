@@ -106,9 +106,9 @@ def figure_of(rows: list[dict]) -> Figure:
     figure, axes = panels(11, 4.5, across=2)
     attacks = list(dict.fromkeys(row["attack"] for row in rows))
     for ax, column in zip(axes, ("auc", "found"), strict=True):
-        for marker, name in zip("os^vD*X", CANDIDATES, strict=True):
+        for k, (marker, name) in enumerate(zip("os^vD*X", CANDIDATES, strict=True)):
             values = [row[column] for row in rows if row["bands"] == name]
-            ax.plot(range(len(attacks)), values, marker, label=name, alpha=0.8)
+            ax.plot(np.arange(len(attacks)) + 0.1 * (k - 3), values, marker, label=name, alpha=0.8)
         ax.set(ylabel="AUC" if column == "auc" else f"share with p ≤ {ALPHA:g}", ylim=(0, 1.03))
         ax.set_xticks(range(len(attacks)), attacks, fontsize=8, rotation=30)
     legend_below(figure, len(CANDIDATES))
