@@ -3,8 +3,9 @@
     python -m scripts.experiments autoencoders -o build/autoencoders                      # 64 images, two minutes
     python -m scripts.experiments autoencoders -o build/autoencoders -n 8 --updates 60    # seconds
 
-Three pairs (E, D): an autoencoder, one trained to remove noise, and the encoder of one autoencoder with the decoder of
-another, which were not trained together. Latents are those of held-out scenes; images are D(z) rounded to 8 bits.
+Four pairs (E, D): an autoencoder, one trained to remove noise, the encoder of one autoencoder with the decoder of
+another, which were not trained together, and one that was not trained at all. Latents are those of held-out scenes;
+images are D(z) rounded to 8 bits.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def pairs(updates: int) -> dict[str, Pair]:
     plain, other, denoising = (
         train(images, updates, seed=seed, noise=noise) for seed, noise in zip(SEEDS, (0, 0, 0.2), strict=True)
     )
-    return {"plain": plain, "denoising": denoising, "strangers": Pair(plain.encode, other.decode)}
+    strangers, random = Pair(plain.encode, other.decode), train(images, 0, seed=SEEDS[0])
+    return {"plain": plain, "denoising": denoising, "strangers": strangers, "untrained": random}
 
 
 def measure(name: str, pair: Pair, number: int) -> list[dict]:

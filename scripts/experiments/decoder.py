@@ -31,7 +31,8 @@ from scripts.experiments.plots import columns, panels
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BUDGETS = (1, 2, 3, 4, 6, 8, 12, 20)
+BUDGETS = (1, 2, 3, 4, 6, 8, 12, 20)  # steps of Anderson, "ours"
+OPERATOR = (1, 2, 3, 4, 6)  # steps of the operator, at two evaluations each
 MEMORY_BATCH = 8  # the batch size of the inversions
 ENCODER, DEFAULT = "encoder", "ours, default"
 
@@ -45,6 +46,7 @@ def contenders(its: int) -> dict[str, Inverter]:
         lean(its): Inverter.named("gradient-lean", its // 5),
     }
     budgets = {ours(k): Inverter(Anderson(), k) for k in sorted({*BUDGETS, half})}
+    budgets |= {f"operator, {k} steps": Inverter(max_steps=k) for k in OPERATOR}
     return known | gradients(its // 5) | gradients(its) | budgets | {DEFAULT: Inverter.named("anderson")}
 
 
@@ -150,10 +152,12 @@ def as_high(rows: dict[str, dict], *rivals: str) -> list[dict]:
 def figure_of(rows: list[dict]) -> Figure:
     """NMSE against time, with our budgets as a line and the others as points."""
     figure, (ax,) = panels(8, 5)
-    budgets = sorted((r for r in rows if r["method"].endswith("steps")), key=lambda r: r["seconds"])
-    ax.plot(*columns(budgets, "seconds", "NMSE dB"), "o-", label="ours, 1 … steps")
+    lines = {name: [r for r in rows if r["method"].startswith(f"{name}, ")] for name in ("ours", "operator")}
+    for name, budgets in lines.items():
+        budgets = sorted((r for r in budgets if r["method"] != DEFAULT), key=lambda r: r["seconds"])
+        ax.plot(*columns(budgets, "seconds", "NMSE dB"), "o-", label=f"{name}, 1 … steps")
     for row in rows:
-        if row not in budgets:
+        if not row["method"].endswith(" steps"):
             ax.errorbar(row["seconds"], row["NMSE dB"], row["standard error"], fmt="s", label=row["method"])
     ax.set(xscale="log", xlabel="seconds per image", ylabel="NMSE of the latent, dB (mean ± standard error)")
     ax.grid(alpha=0.3)

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 import torch
@@ -49,25 +49,44 @@ ANDERSON = {
 
 @dataclass(frozen=True)
 class Watched(Operator):
-    """The operator step, with the picture's latents after each step."""
+    """The operator step, with all iterates (B, 2, C, h, w): the latents of pictures and of their renderings."""
 
     path: list[Tensor] = field(default_factory=list)
 
+    def init(self, z: Tensor) -> State:
+        self.path.append(z)
+        return super().init(z)
+
     def step(self, z: Tensor, t: Tensor, error: Tensor, state: State) -> tuple[Tensor, State]:
         after, state = super().step(z, t, error, state)
-        self.path.append(after[:, 0])
+        self.path.append(after)
         return after, state
+
+    def values(self) -> list[Tensor]:
+        """What the inversion returns after 0, 1, … steps."""
+        start = self.path[0]
+        shares = [self.share(start, z).view(-1, 1, 1, 1) for z in self.path]
+        return [start[:, 0].lerp(z[:, 0], share) for z, share in zip(self.path, shares, strict=True)]
+
+
+class Walked(NamedTuple):
+    """Evaluations of E∘D a step, and for z_0, z_1, …: the iterates and what an inversion returns that stops there."""
+
+    cost: int
+    iterates: list[Tensor]
+    values: list[Tensor]
 
 
 @torch.inference_mode()
-def paths(model: Autoencoder, images: Tensor, start: Tensor) -> Iterator[tuple[str, tuple[int, list[Tensor]]]]:
-    """Evaluations a step and z_0 … z_STEPS of the operator and of plain steps z ← z − ρ T(z)."""
+def paths(model: Autoencoder, images: Tensor, start: Tensor) -> Iterator[tuple[str, Walked]]:
+    """The paths of the operator and of plain steps z ← z − ρ T(z)."""
     watched = Watched()
     Inverter(watched, STEPS)(model, images)
-    yield "operator", (2, [start, *watched.path])
+    yield "operator", Walked(2, [z[:, 0] for z in watched.path], watched.values())
     residual = decoder_residual(in_slices(model.encode, 2), in_slices(model.decode, 2), images, start)
     for rho in FORWARD:
-        yield f"forward step {rho:g}", (1, [z for z, _ in trace(residual, start, ForwardStep(rho), STEPS)])
+        iterates = [z for z, _ in trace(residual, start, ForwardStep(rho), STEPS)]
+        yield f"forward step {rho:g}", Walked(1, iterates, iterates)
 
 
 @torch.inference_mode()
@@ -136,9 +155,10 @@ def main(bench: Bench, autoencoder: Path | None, skip: int, side: int) -> None:
     start = INVERTERS["encoder"](model, images).value
     first, rows, conditions = nmse_db(start, latents), [], []
     click.echo(f"encoder {first.mean():.2f} dB")
-    for way, (cost, path) in paths(model, images, start):
-        of_way = [row_of(f"{way}, {k}", cost * k, first - nmse_db(z, latents)) for k, z in enumerate(path) if k]
-        conditions.append(condition_of(way, path, latents))
+    for way, walked in paths(model, images, start):
+        gains = [first - nmse_db(z, latents) for z in walked.values]
+        of_way = [row_of(f"{way}, {k}", walked.cost * k, gain) for k, gain in enumerate(gains) if k]
+        conditions.append(condition_of(way, walked.iterates, latents))
         for row in [*of_way, conditions[-1]]:
             click.echo(line(row, 2))
         rows += of_way
