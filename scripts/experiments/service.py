@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -61,32 +62,33 @@ def request(content: bytes) -> bytes:
     return head.encode() + body
 
 
-async def response(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
-    """The status and the headers of the next response."""
-    status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").rstrip().split("\r\n")
-    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    await reader.readexactly(int(headers["content-length"]))
-    return int(status.split()[1]), headers
+async def asked(port: int, request: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of the response to a request, over a connection of its own."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(request)
+        await writer.drain()
+        status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").rstrip().split("\r\n")
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        return int(status.split()[1]), headers, await reader.readexactly(int(headers["content-length"]))
+    finally:
+        writer.close()
 
 
 async def client(port: int, requests: Iterator[bytes], load: Load) -> None:
-    """Send one request after the other over one connection."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    try:
-        while True:
-            started = time.perf_counter()
-            writer.write(next(requests))
-            await writer.drain()
-            status, headers = await response(reader)
-            load.statuses[status] += 1
-            if status == 200:
-                load.seconds.append(time.perf_counter() - started)
-            else:
-                await asyncio.sleep(float(headers.get("retry-after", 1)))
-    except (OSError, asyncio.IncompleteReadError) as error:
-        load.errors[type(error).__name__] += 1
-    finally:
-        writer.close()
+    """Send one request after the other."""
+    for content in requests:
+        started = time.perf_counter()
+        try:
+            status, headers, _ = await asked(port, content)
+        except (OSError, asyncio.IncompleteReadError) as error:
+            load.errors[type(error).__name__] += 1
+            continue
+        load.statuses[status] += 1
+        if status == 200:
+            load.seconds.append(time.perf_counter() - started)
+        else:
+            await asyncio.sleep(float(headers.get("retry-after", 1)))
 
 
 async def loaded(process: int, port: int, contents: list[bytes], clients: int, seconds: float) -> Load:
@@ -122,23 +124,27 @@ def served(*options: object) -> Iterator[tuple[int, int]]:
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
         port = int(process.stderr.readline().split()[0].rpartition(":")[2])
-        wait_for(port)
+        judged_by(port)  # waits until it answers
         try:
             yield process.pid, port
         finally:
             process.terminate()
 
 
-def wait_for(port: int) -> None:
-    """Wait until the service answers."""
+def judged_by(port: int) -> int:
+    """How many pictures the service has judged, also those that nobody waited for."""
+    *_, metrics = asyncio.run(asked(port, b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"))
+    found = re.search(rb"^ringmark_batch_pictures_sum (\S+)", metrics, re.MULTILINE)
+    assert found
+    return round(float(found[1]))
 
-    async def asked() -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        await response(reader)
-        writer.close()
 
-    asyncio.run(asked())
+def settle(process: int) -> None:
+    """Wait until a process has no more work."""
+    before = -1.0
+    while (now := processor_seconds(process)) > before:
+        before = now
+        time.sleep(1)
 
 
 def scanned(verifier: Verifier, paths: list[Path], seconds: float) -> int:
@@ -187,10 +193,12 @@ def main(bench: Bench, clients: int, seconds: float, rounds: int) -> None:
 def measured(process: int, port: int, paths: list[Path], clients: int, seconds: float, rows: list[dict]) -> Load:
     """A round of the service, whose row is added to `rows`."""
     contents = [path.read_bytes() for path in paths]
-    before, started = processor_seconds(process), time.perf_counter()
+    before, judged, started = processor_seconds(process), judged_by(port), time.perf_counter()
     load = asyncio.run(loaded(process, port, contents, clients, seconds))
-    wall, busy = time.perf_counter() - started, processor_seconds(process) - before
-    rows.append(row("service", len(load.seconds), wall, busy))
+    wall = time.perf_counter() - started
+    settle(process)
+    judged, busy = judged_by(port) - judged, processor_seconds(process) - before
+    rows.append(row("service", len(load.seconds) / wall, judged / busy))
     return load
 
 
@@ -198,11 +206,12 @@ def engine_row(verifier: Verifier, paths: list[Path], seconds: float) -> dict:
     """A round of the engine."""
     before, started = time.process_time(), time.perf_counter()
     number = scanned(verifier, paths, seconds)
-    return row("engine", number, time.perf_counter() - started, time.process_time() - before)
+    return row("engine", number / (time.perf_counter() - started), number / (time.process_time() - before))
 
 
-def row(what: str, pictures: int, wall: float, busy: float) -> dict:
-    return {"what": what, "pictures": pictures, "per second": pictures / wall, "per processor second": pictures / busy}
+def row(what: str, wall: float, busy: float) -> dict:
+    """Pictures per second of wall time and of processor time."""
+    return {"what": what, "per second": wall, "per processor second": busy}
 
 
 def summary(rows: list[dict], loads: list[Load]) -> dict:
@@ -212,7 +221,7 @@ def summary(rows: list[dict], loads: list[Load]) -> dict:
         for what in ("service", "engine")
         for unit in ("per second", "per processor second")
     }
-    seconds = [s for load in loads for s in load.seconds]
+    seconds = [s for load in loads for s in load.seconds] or [float("nan")]
     statuses, errors = (sum((getattr(load, name) for load in loads), Counter()) for name in ("statuses", "errors"))
     return {
         "ratio": rates["service", "per second"] / rates["engine", "per second"],

@@ -22,6 +22,7 @@ __all__ = ["Gate"]
 LOG = logging.getLogger(__name__)
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
+JUDGED = ("/v1/verify", "/m/lookup")
 OPEN = ("/", "/page.js", "/page.css", "/icon.svg", "/healthz", "/openapi.json")
 HEADERS = {
     "Cache-Control": "no-store",
@@ -85,7 +86,9 @@ class Gate:
         if caller is None:
             raise Refusal(401, "token.required", "a valid token is required")
         scope.setdefault("state", {})["caller"] = caller
-        if scope["method"] == "POST" or scope["path"] == "/m/lookup":
+        if scope["path"] in JUDGED:
+            self.service.check_room()
+        if scope["method"] == "POST" or scope["path"] in JUDGED:
             self.service.charge(caller, 1)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:

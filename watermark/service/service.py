@@ -125,14 +125,18 @@ class Service:
         if seconds:
             raise Refusal(429, "rate.exceeded", f"more than {caller.per_minute} pictures per minute", seconds)
 
+    def check_room(self) -> None:
+        """Raises Refusal if no further picture can wait, or be judged in time."""
+        expected = self.waiting * self.batcher.seconds
+        if self.waiting >= self.limits.waiting or expected > self.limits.deadline * MARGIN:
+            raise Refusal(429, "service.busy", "too many pictures are waiting", expected * MARGIN)
+
     async def judge(self, path: Path, left: Callable[[], Coroutine[None, None, object]]) -> Answer:
         """The answer for the picture in a file. Raises ImageError, or Refusal if there is no room or no time.
 
         Once `left()` is done, because the client has left, the rest of the work is skipped.
         """
-        expected = self.waiting * self.batcher.seconds
-        if self.waiting >= self.limits.waiting or expected > self.limits.deadline * MARGIN:
-            raise Refusal(429, "service.busy", "too many pictures are waiting", expected * MARGIN)
+        self.check_room()
         deadline = time.monotonic() + self.limits.deadline
         self.waiting += 1
         try:
