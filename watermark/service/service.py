@@ -34,7 +34,7 @@ __all__ = ["Limits", "Service"]
 LOG = logging.getLogger(__name__)
 
 DECODERS = 2
-MARGIN = 0.5  # of the deadline, filled with work that is expected; and of that work, done before others come again
+MARGIN = 0.5  # of the deadline that the pictures before one may take
 FORM_BYTES = 1 << 16  # around the pictures of a request
 IDLE_SECONDS = 1  # between looks for webhooks that are due
 
@@ -129,7 +129,7 @@ class Service:
         """Raises Refusal if no further picture can wait, or be judged in time."""
         expected = self.waiting * self.batcher.seconds
         if self.waiting >= self.limits.waiting or expected > self.limits.deadline * MARGIN:
-            raise Refusal(429, "service.busy", "too many pictures are waiting", expected * MARGIN)
+            raise Refusal(429, "service.busy", "too many pictures are waiting", expected)
 
     async def judge(self, path: Path, left: Callable[[], Coroutine[None, None, object]]) -> Answer:
         """The answer for the picture in a file. Raises ImageError, or Refusal if there is no room or no time.
