@@ -24,7 +24,7 @@ from ringmark.inversion.noise_recovery import NoiseRecovery
 from ringmark.inversion.recover import Recoverer
 from ringmark.watermark.embed import generate
 from ringmark.watermark.figures import recovery_figure, save_figure
-from ringmark.watermark.schemes.fourier import recommend
+from ringmark.watermark.schemes.base import DEFAULT, parameters_text, recommended
 from ringmark.watermark.tasks.draw import prompts_for
 
 
@@ -53,7 +53,7 @@ def main(
     recovery = measure(recoverer, model, number, seed, **settings)
     settings |= {"inversion_steps": recoverer.steps, "images": number, "seed": seed}
     recovery.save(folder, **settings, model=model.identity["fingerprint"])
-    click.echo(f"recommended mark: {recommend(recovery, model.latent_shape)}")
+    click.echo(f"recommended mark: {parameters_text(DEFAULT, recommended(DEFAULT, recovery, model.latent_shape))}")
     if plot:
         save_figure(recovery_figure(recovery), plot, force=True)
 

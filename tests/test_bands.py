@@ -12,7 +12,7 @@ from ringmark.errors import SchemeError
 from ringmark.watermark.bank import Bank
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.null import Null
-from ringmark.watermark.schemes.base import make_key
+from ringmark.watermark.schemes.base import description, make_key
 from ringmark.watermark.schemes.fourier import BandedTest, bands_of
 from ringmark.watermark.schemes.tree_ring import TreeRing
 from ringmark.watermark.statistics import cosine_p, cosine_scores
@@ -34,6 +34,10 @@ def test_only_recommended_rand_keys_have_bands():
     for parameters in ({"radii": (1, 9)}, {"pattern": "ring"}, {"pattern": "zeros"}, {"mask": "published"}):
         assert "bands" not in key(**parameters).metadata
     assert bands_of((4, 10)) == bands_of((1, 5)) == ()
+
+
+def test_bands_as_text():
+    assert description(key().metadata, ()).get("bands") == "1-4,5-9"
 
 
 def test_p_by_hand():

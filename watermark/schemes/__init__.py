@@ -35,6 +35,11 @@ def _range(text: str) -> tuple[int, int]:
     return span[0], span[-1]
 
 
+def _ranges(ranges: list[list[int]]) -> str:
+    """[[1, 4], [5, 9]] as '1-4,5-9'."""
+    return ",".join("-".join(map(str, span)) for span in ranges)
+
+
 def _share(text: str) -> float:
     try:
         share = float(text)
@@ -84,5 +89,6 @@ register(
             PublishedStatistic(name="published_distance", label="published distance", larger_if_marked=False),
             PublishedStatistic(name="published_p", label="published p", larger_if_marked=False, compared=False),
         ),
+        show={"bands": _ranges},
     )
 )
