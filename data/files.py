@@ -169,11 +169,12 @@ def is_ours(path: PathLike) -> bool:
     - SVG: the creator in its metadata is ringmark.
     - JSON and JSON lines: the first name in the first object starts with "ringmark".
     - safetensors: a name in its metadata starts with "ringmark".
+    - HTML: a comment after the doctype starts with "ringmark".
     - Markdown: its first line is a comment that starts with "ringmark".
     - CSV has no place for a signature: the file lies next to a ringmark journal (a *.jsonl file written by `Results`).
 
-    A path that ends in .png, .svg, .json, .jsonl, .csv or .md must hold that format. Other files, empty files and
-    unreadable files are not ours.
+    A path that ends in .png, .svg, .json, .jsonl, .csv, .html or .md must hold that format. Other files, empty files
+    and unreadable files are not ours.
     """
     try:
         with open_regular(path) as file:
@@ -183,7 +184,8 @@ def is_ours(path: PathLike) -> bool:
     suffix = Path(path).suffix.lower()
     if suffix == ".csv":
         return b"\0" not in head and _beside_journal(Path(path))
-    marks = {".png": _in_png, ".svg": _in_svg, ".json": _in_json, ".jsonl": _in_json, ".md": _in_markdown}
+    marks = {".png": _in_png, ".svg": _in_svg, ".json": _in_json, ".jsonl": _in_json}
+    marks |= {".html": _in_html, ".md": _in_markdown}
     return any(
         has_mark(head) for has_mark in ([marks[suffix]] if suffix in marks else [*marks.values(), _in_safetensors])
     )
@@ -215,6 +217,10 @@ def _in_safetensors(head: bytes) -> bool:
 
 def _in_markdown(head: bytes) -> bool:
     return head.startswith(b"<!-- ringmark")
+
+
+def _in_html(head: bytes) -> bool:
+    return re.match(rb"<!doctype html>\s*<!-- ringmark", head) is not None
 
 
 def _beside_journal(path: Path) -> bool:

@@ -35,6 +35,7 @@ __all__ = [
     "samples_in",
     "samples_of",
     "save_png",
+    "thumbnail",
     "to_array",
 ]
 
@@ -149,6 +150,15 @@ def read_image(path: str | os.PathLike[str]) -> tuple[Image.Image, tuple[str, ..
         file.seek(0)
         decoded = decode(path, file) if is_cheap(head, size) or not kind_of(head) else None
     return decoded or decode_apart(path)
+
+
+def thumbnail(path: str | os.PathLike[str], side: int) -> bytes:
+    """The picture at `path` as a JPEG of at most `side` pixels per side. Raises ImageError as `read_image` does."""
+    image, _ = read_image(path)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()
 
 
 def fit(image: Image.Image, size: tuple[int, int]) -> tuple[Image.Image, str | None]:

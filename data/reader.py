@@ -135,7 +135,8 @@ class Source:
         if self._lines and self._file:
             records = iterate(self._lines, self._file)
             while group := list(islice(records, rows)):
-                yield pd.DataFrame([[row[name] for name in names] for row in map(row_of, group)], columns=names)
+                found = (row_of(record, strict=False) for record in group)
+                yield pd.DataFrame([[row[name] for name in names] for row in found], columns=names)
 
     def __enter__(self) -> Source:
         return self

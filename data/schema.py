@@ -15,7 +15,7 @@ from ringmark.data.lines import Record, succeeded
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["FIELDS", "arrow_schema", "record_of", "row_of"]
+__all__ = ["FIELDS", "arrow_schema", "file_name", "record_of", "row_of"]
 
 FIELDS = {
     "sample_id": "string",
@@ -75,13 +75,28 @@ def arrow_schema(metadata: dict[bytes, bytes] | None = None) -> pa.Schema:
     return pa.schema([(name, kinds[kind]) for name, kind in FIELDS.items()], metadata)
 
 
-def row_of(record: Record) -> Record:
-    """A record as a row with exactly the FIELDS. Raises TypeError for another field that is not a number."""
+def row_of(record: Record, *, strict: bool = True) -> Record:
+    """A record as a row with exactly the FIELDS.
+
+    Another field that is not a number raises TypeError if `strict`; otherwise it is left out, since a later version may
+    have written it.
+    """
     others = {name: value for name, value in record.items() if name not in FIELDS}
     if wrong := [name for name, value in others.items() if isinstance(value, (str, list, dict))]:
-        raise TypeError(f"{wrong[0]} is not a field of a record")
+        if strict:
+            raise TypeError(f"{wrong[0]} is not a field of a record")
+        others = {name: value for name, value in others.items() if name not in wrong}
     row = {name: record.get(name) for name in FIELDS} | {"statistics": others or None}
-    return row | {name: row[name] and LONE.sub(lambda x: rf"\u{ord(x[0]):04x}", row[name]) for name in NAMES}
+    return {name: LONE.sub(_escaped, value) if isinstance(value, str) else value for name, value in row.items()}
+
+
+def _escaped(byte: re.Match[str]) -> str:
+    return rf"\u{ord(byte[0]):04x}"
+
+
+def file_name(text: str) -> str:
+    """The name of a file from a row, in which bytes that are not UTF-8 are escaped."""
+    return ESCAPED.sub(lambda x: chr(int(f"dc{x[1]}", 16)), text)
 
 
 def record_of(row: Record) -> Record:
@@ -89,7 +104,7 @@ def record_of(row: Record) -> Record:
     kept = (*STAMP, *UNKNOWN) if succeeded(row) else STAMP
     record = {name: value for name, value in row.items() if value is not None or name in kept}
     for name in record.keys() & NAMES:
-        record[name] = ESCAPED.sub(lambda x: chr(int(f"dc{x[1]}", 16)), record[name])
+        record[name] = file_name(record[name])
     statistics: Record = record.pop("statistics", {})
     return record | statistics
 

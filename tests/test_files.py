@@ -200,6 +200,12 @@ def test_a_table_is_ours_beside_our_journal(tmp_path):
     assert code(refuse_foreign, tmp_path / "diary.md") == "file.foreign"
 
 
+@pytest.mark.parametrize(("first", "ours"), [("<!-- ringmark report -->", True), ("<p>ringmark report", False)])
+def test_a_report_is_ours_by_its_comment(tmp_path, first, ours):
+    (tmp_path / "report.html").write_text(f"<!doctype html>\n{first}\n")
+    assert is_ours(tmp_path / "report.html") == ours
+
+
 def test_what_is_no_file_is_never_replaced(tmp_path):
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     assert not code(refuse_foreign, tmp_path / "new")

@@ -20,7 +20,17 @@ from PIL import Image, ImageCms, ImageFile, PngImagePlugin, TiffImagePlugin, fea
 
 from ringmark.data import decode, decoder_process
 from ringmark.data.files import is_ours, one_line
-from ringmark.data.images import Sample, fit, from_array, read_image, read_sample, samples_of, save_png, to_array
+from ringmark.data.images import (
+    Sample,
+    fit,
+    from_array,
+    read_image,
+    read_sample,
+    samples_of,
+    save_png,
+    thumbnail,
+    to_array,
+)
 from ringmark.errors import ImageError
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -647,6 +657,12 @@ def test_fitting_is_said(size, note):
 def test_a_mere_crop_does_not_blur():
     assert np.array_equal(fit(Image.fromarray(PHOTO), (24, 15))[0], PHOTO[:, 2:17])
     assert np.array_equal(fit(Image.fromarray(PHOTO), (7, 20))[0], PHOTO[8:15])
+
+
+def test_a_thumbnail_is_a_small_jpeg(tmp_path):
+    Image.new("RGBA", (300, 100), (200, 10, 10, 255)).save(tmp_path / "a.png")
+    with Image.open(io.BytesIO(thumbnail(tmp_path / "a.png", 60))) as small:
+        assert (small.format, small.size, small.mode) == ("JPEG", (60, 20), "RGB")
 
 
 def test_fitting_equals_resizing_and_then_cropping():

@@ -21,6 +21,7 @@ from ringmark.watermark.cli.commands.draw import generate, noise
 from ringmark.watermark.cli.commands.evaluate import evaluate, roc
 from ringmark.watermark.cli.commands.info import info, invert
 from ringmark.watermark.cli.commands.keys import keygen, keys
+from ringmark.watermark.cli.commands.report import report
 from ringmark.watermark.cli.commands.serve import serve, token
 from ringmark.watermark.cli.commands.verify import audit, verify
 from ringmark.watermark.cli.options import EXIT_INTERRUPTED, EXIT_PIPE, EXIT_USAGE, warn
@@ -135,7 +136,7 @@ def main(ctx: click.Context, verbose: int) -> None:
         _log_to_stderr(ctx, logging.INFO if verbose == 1 else logging.DEBUG)
 
 
-COMMANDS = (keygen, keys, generate, noise, calibrate, verify, audit, serve, token)
+COMMANDS = (keygen, keys, generate, noise, calibrate, verify, audit, report, serve, token)
 MORE = (roc, evaluate, attack, invert, demo, info)
 for command in (*COMMANDS, *MORE):
     main.add_command(command)

@@ -82,6 +82,7 @@ REMEDIES: dict[str, str] = {
     "results.incomplete": "remove line {line}, or audit into another file",
     "results.part": "remove it, and audit its images again",
     "results.no-pyarrow": 'install it with: pip install "ringmark[scale]"',
+    "results.no-audit": "give results written by ringmark audit",
     "results.id": "use the name of the image as the sample_id",
     "results.foreign-image": "choose another folder, or replace it with --force",
     "results.other-prompt": "choose another folder with -o, or other seeds with --seed",
