@@ -166,7 +166,8 @@ def scanned(verifier: Verifier, paths: list[Path], seconds: float) -> int:
 @click.option("--clients", default=200, show_default=True, help="Clients at a time.")
 @click.option("--seconds", default=60.0, show_default=True, help="Length of a round.")
 @click.option("--rounds", default=3, show_default=True, help="Rounds of the service, and as many of the engine.")
-def main(bench: Bench, clients: int, seconds: float, rounds: int) -> None:
+@click.option("--deadline", default=30.0, show_default=True, help="--deadline of the service.")
+def main(bench: Bench, clients: int, seconds: float, rounds: int, deadline: float) -> None:
     """Throughput, latency and memory of ringmark serve under load."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -178,7 +179,7 @@ def main(bench: Bench, clients: int, seconds: float, rounds: int) -> None:
             save_png(from_array(image.numpy()), path)
         verifier, _ = load_verifier(folder / "my.key", model=bench.model)
         rows, loads = [], []
-        with served("--key", folder / "my.key", "--model", bench.source) as (process, port):
+        with served("--key", folder / "my.key", "--model", bench.source, "--deadline", deadline) as (process, port):
             scanned(verifier, paths, 0)
             for _ in range(rounds):
                 loads.append(measured(process, port, paths, clients, seconds, rows))
