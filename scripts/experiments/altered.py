@@ -32,7 +32,8 @@ from ringmark.watermark.attacks.chains import Chain
 from ringmark.watermark.figures import COLOURS
 from ringmark.watermark.null import Null
 from ringmark.watermark.schemes.tree_ring import TreeRing
-from scripts.experiments.common import SEED, Bench, attack_option, experiment, score_and_p
+from ringmark.watermark.statistics import cosine_scores
+from scripts.experiments.common import SEED, Bench, attack_option, experiment
 from scripts.experiments.plots import intervals, panels
 
 if TYPE_CHECKING:
@@ -108,10 +109,10 @@ def measure(bench: Bench, scheme: TreeRing, name: str, altered: Tensor) -> list[
     """A row for each way of inverting the decoder of these images."""
     share = bench.batches(["shares"], partial(shares, bench.model), altered, name=f"{name}: shares")["share"].numpy()
     about = {"attack": name, "n": len(altered), "share": float(np.median(share))}
-    rows, null = [], Null.of_model(bench.model)
+    rows, test = [], scheme.on(Null.of_model(bench.model))
     for way, inverter in WAYS.items():
         noise = bench.recover(bench.invert(inverter, altered, f"{name}, {way}").latents, f"{name}, {way}")
-        rows.append(about | {"way": way} | mean_of(score_and_p(scheme, null, noise)[0]))
+        rows.append(about | {"way": way} | mean_of(cosine_scores(test.observe(noise), test.template)))
     return rows
 
 
