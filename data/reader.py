@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-__all__ = ["read_records", "read_results", "read_settings"]
+__all__ = ["newest_records", "read_records", "read_results", "read_settings"]
 
 ROWS = 20_000  # of a table
 CODES = ("results.missing", "results.folder", "results.denied", "results.unreadable", "results.special")
@@ -68,6 +68,13 @@ def read_results(path: PathLike, columns: Collection[str] = (), *, rows: int = R
             keep = newest[at : at + len(table)]
             at += len(table)
             yield table[: len(keep)][keep].reset_index(drop=True)
+
+
+def newest_records(path: PathLike) -> Iterator[Record]:
+    """Stream the records, of each sample_id the last, as `read_results` does. Raises StoreError."""
+    with Source(Path(path)) as source:
+        newest = _newest(source)
+        yield from compress(source.records(), newest)
 
 
 def _newest(source: Source) -> NDArray[np.bool_]:

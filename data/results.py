@@ -1,9 +1,8 @@
 """Results: a journal of records, append-only, so that an interrupted run can be resumed at any point.
 
 A journal is a file of JSON lines (`lines`) or a folder of Parquet parts (`parts`), as its path says. It holds the
-settings of the run; results of different settings never share a journal. Tensors that belong to records are kept in a
-folder next to it, one safetensors file for the records appended together: a file for each image is slow to write and to
-copy, and in one file for all a crash or damage would cost more than a batch.
+settings of the run; results of different settings never share a journal. Tensors that belong to records are kept next
+to it (`tensor_files`).
 """
 
 from __future__ import annotations
@@ -12,16 +11,15 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ringmark.data.files import PathLike, open_regular, read_tensors, write_atomic
-from ringmark.data.lines import VERSION, Lines, Record, plain, succeeded
+from ringmark.data.files import PathLike
+from ringmark.data.lines import Lines, Record, plain, succeeded
 from ringmark.data.parts import Parts, are_parts
-from ringmark.data.settings import typed
+from ringmark.data.tensor_files import Place, Rows, TensorFiles, Tensors
 from ringmark.errors import StoreError
 
 if TYPE_CHECKING:
@@ -35,17 +33,6 @@ __all__ = ["Results", "ResultsFolder", "content_id"]
 LOG = logging.getLogger(__name__)
 
 ID_DIGITS = 32  # hexadecimal; equal ids of different contents are out of the question
-MAX_BYTES = 8 << 30
-Tensors = Mapping[str, "np.ndarray"]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the tensors of a record are: the number of their file, its SHA-256, and the record's row in it."""
-
-    file: int
-    sha256: str
-    row: int
 
 
 class Results:
@@ -66,6 +53,7 @@ class Results:
 
     def __init__(self, path: PathLike, settings: Record, *, fields: Collection[str] = ()) -> None:
         self.path = Path(path)
+        self._tensors = TensorFiles(self.path)
         self._journal: Lines | Parts = Parts(self.path) if are_parts(self.path) else Lines(self.path)
         self._lock: BaseFileLock | None = None
         try:
@@ -96,27 +84,13 @@ class Results:
                 raise StoreError("results.id", fact, subject=self.path)
             added.append(plain(record))
         if tensors:
-            places = self._store(tensors)
+            # A file whose records were lost in a crash is written again.
+            places = self._tensors.write(self._journal.position, tensors)
             added = [record | {"tensors": place} for record, place in zip(added, places, strict=True)]
         self._journal.write(added)
         for record in added:
             self.records[record["sample_id"]] = record
             (self.done.add if succeeded(record) else self.done.discard)(record["sample_id"])
-
-    def _store(self, tensors: Sequence[Tensors]) -> list[Record]:
-        """Write tensors to a file and return their places.
-
-        The file's number is the position in the results: a file whose records were lost in a crash is written again.
-        """
-        import numpy as np
-        from safetensors.numpy import save  # which writes the bytes as they lie in memory
-
-        rows = enumerate(tensors)
-        named = {f"{row}/{name}": np.asarray(x, order="C") for row, some in rows for name, x in some.items()}
-        content = save(named, {"ringmark tensors": str(VERSION)})
-        number, digest = self._journal.position, hashlib.sha256(content).hexdigest()
-        write_atomic(_tensor_file(self.path, number), content, 0o600)
-        return [asdict(Place(file=number, sha256=digest, row=row)) for row in range(len(tensors))]
 
     def tensors(self, ids: Iterable[str]) -> dict[str, dict[str, np.ndarray]]:
         """The tensors of these ids by name; each file is read once.
@@ -125,33 +99,16 @@ class Results:
         Raises StoreError for a file that cannot be read.
         """
         wanted = [sample_id for sample_id in ids if sample_id in self.done]
-        files: dict[tuple[int, str], dict[str, dict[str, np.ndarray]]] = {}
+        files: dict[tuple[int, str], Rows] = {}
         found: dict[str, dict[str, np.ndarray]] = {}
         for sample_id in wanted:
-            if place := _place(self.records[sample_id]):
+            if place := Place.of(self.records[sample_id]):
                 file = place.file, place.sha256
-                files[file] = files[file] if file in files else self._load(*file)
+                files[file] = files[file] if file in files else self._tensors.read(*file)
                 if row := files[file].get(str(place.row)):
                     found[sample_id] = row
         self.done.difference_update(set(wanted) - found.keys())
         return found
-
-    def _load(self, number: int, digest: str) -> dict[str, dict[str, np.ndarray]]:
-        """The tensors in a file by row; nothing, and a warning, if it is missing or damaged."""
-        path = _tensor_file(self.path, number)
-        rows: dict[str, dict[str, np.ndarray]] = {}
-        try:
-            with open_regular(path) as file:
-                if hashlib.sha256(file.read()).hexdigest() != digest:
-                    raise StoreError("file.damaged", "is damaged", subject=path)
-            for label, values in read_tensors(path, max_bytes=MAX_BYTES).tensors.items():
-                row, _, name = label.partition("/")
-                rows.setdefault(row, {})[name] = values
-        except StoreError as error:
-            if error.code not in ("file.missing", "file.damaged"):
-                raise
-            LOG.warning("%s; its contents are computed again", error)
-        return rows
 
     def complete(
         self, ids: Sequence[str], make: Callable[[list[int]], Sequence[Tensors]]
@@ -237,32 +194,11 @@ def content_id(*parts: object) -> str:
     return digest.hexdigest()[:ID_DIGITS]
 
 
-def _place(record: Record) -> Place | None:
-    """Where the tensors of a record are; None if it has none."""
-    try:
-        return typed(Place, record.get("tensors"))
-    except ValueError:
-        return None
-
-
-def _tensor_folder(path: Path) -> Path:
-    target = Path(os.path.realpath(path))  # the same folder for all names of the results
-    return target.with_name(f"{target.name}.tensors")
-
-
-def _tensor_file(path: Path, number: int) -> Path:
-    """A file of tensors; there is a folder for each MiB of results, so that none gets too large to list."""
-    return _tensor_folder(path) / f"{number >> 20:04d}" / f"{number:010d}.safetensors"
-
-
 def _remove(path: Path) -> None:
     """Remove results, their tensors and their lock."""
-    folder = _tensor_folder(path)
-    for file in (*folder.glob("*/*.safetensors"), path, _lock_file(path)):
+    TensorFiles(path).remove()
+    for file in (path, _lock_file(path)):
         file.unlink(missing_ok=True)
-    for place in (*folder.glob("*"), folder):
-        with suppress(OSError):
-            place.rmdir()
 
 
 def _lock(path: Path) -> BaseFileLock | None:

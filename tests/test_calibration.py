@@ -473,7 +473,7 @@ def test_there_and_back(calibration, tmp_path):
 
 def test_a_thousand_images_of_the_pocket_model_are_a_few_megabytes(tmp_path):
     noise = np.zeros((1, 4, 32, 32))
-    assert 1000 * ringmark.watermark.calibration._pack(noise, 32 // 3).nbytes < 3e6
+    assert 1000 * ringmark.watermark.calibration.pack(noise, 32 // 3).nbytes < 3e6
 
 
 def test_the_fingerprint_is_of_everything(path):

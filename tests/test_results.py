@@ -424,7 +424,7 @@ def test_tensors_that_cannot_be_written_leave_no_record(path, monkeypatch):
         raise OSError(errno.ENOSPC, "no space")
 
     with Results(path, SETTINGS) as results:
-        monkeypatch.setattr("ringmark.data.results.write_atomic", refuse)
+        monkeypatch.setattr("ringmark.data.tensor_files.write_atomic", refuse)
         with pytest.raises(OSError, match="space"):
             results.extend([{"sample_id": "a"}], [row(1.0)])
         assert results.done == set() and results.records == {}

@@ -35,7 +35,17 @@ from ringmark.watermark.statistics import needed_references
 if TYPE_CHECKING:
     from ringmark.watermark.schemes.base import Scheme, SchemeTest
 
-__all__ = ["FOLDS", "Calibration", "check_number", "shrunk_mean", "smooth"]
+__all__ = [
+    "FOLDS",
+    "Calibration",
+    "check_number",
+    "default_reach",
+    "pack",
+    "reaches_beyond",
+    "shrunk_mean",
+    "smooth",
+    "unpack",
+]
 
 FOLDS = 10
 SERVED = (0.5, 1.5)  # sides, of the calibrated ones, at which its null was shown to hold (docs/explanation/keys.md)
@@ -88,9 +98,8 @@ class Calibration:
     ) -> Calibration:
         """Measure a calibration on recovered noise (n, C, h, w) of unmarked images.
 
-        `settings` is `RecoverySettings.as_dict()`. `reach` defaults to three eighths of the shorter side: rings beyond
-        rarely survive compression. Raises CalibrationError for fewer images than LEAST, and for noise that is not
-        finite or has no power on some ring.
+        `settings` is `RecoverySettings.as_dict()`. `reach` defaults to `default_reach`. Raises CalibrationError for
+        fewer images than LEAST, and for noise that is not finite or has no power on some ring.
         """
         noise = np.asarray(noise)
         check_number(len(noise))
@@ -103,10 +112,10 @@ class Calibration:
                 f"{len(broken)} of {len(noise)} noises are not finite, the first is number {broken[0]}",
             )
         channels, height, width = map(int, noise.shape[1:])
-        reach = min(height, width) * 3 // 8 if reach is None else reach
+        reach = default_reach((channels, height, width)) if reach is None else reach
         calibration = cls(
             power=np.stack([_cross_power(noise[k::FOLDS]) for k in range(FOLDS)]),
-            spectra=_pack(noise, reach),
+            spectra=pack(noise, reach),
             latent_shape=(channels, height, width),
             reach=reach,
             settings=json.loads(json.dumps(settings)),
@@ -134,7 +143,7 @@ class Calibration:
             images[without] = 0
         share, n = images / images.sum(), int(images.sum())
         parts = np.stack([self.spectra[k::FOLDS].mean(0, dtype=float) for k in range(FOLDS)])
-        average = _unpack(np.tensordot(share, parts, 1)[None], self.latent_shape, self.reach)
+        average = unpack(np.tensordot(share, parts, 1)[None], self.latent_shape, self.reach)
         power = np.tensordot(share, self.power, 1)
         mean = shrunk_mean(average, power, n)
         bins = np.bincount(rings(*self.latent_shape[1:]).flatten().numpy())
@@ -158,7 +167,7 @@ class Calibration:
 
     def noise(self, rows: slice = slice(None)) -> Tensor:
         """The recovered noises (n, C, h, w) float64, up to ring `reach`."""
-        return torch.from_numpy(_unpack(self.spectra[rows], self.latent_shape, self.reach))
+        return torch.from_numpy(unpack(self.spectra[rows], self.latent_shape, self.reach))
 
     def trimmed(self, reach: int) -> Calibration:
         """The last stage alone, with spectra up to ring `reach`: a smaller file, for keys within that reach.
@@ -167,7 +176,7 @@ class Calibration:
         smoothed covariance of the nearest rings includes.
         """
         reach = min(reach, self.reach)
-        return replace(self, spectra=_pack(self.noise().numpy(), reach), reach=reach, earlier=())
+        return replace(self, spectra=pack(self.noise().numpy(), reach), reach=reach, earlier=())
 
     def reference_scores(self, scheme: Scheme) -> Array:
         """Cross-fitted scores (n,) of the unmarked images for this key, in their order.
@@ -217,10 +226,7 @@ class Calibration:
         """Raises CalibrationError for a key that uses rings beyond `reach`."""
         if scheme.kind in self._within:
             return
-        white = torch.randn(1, *self.latent_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        low = torch.fft.fft2(white) * (rings(*self.latent_shape[1:]) <= self.reach)
-        beyond = white - torch.fft.ifft2(low).real
-        if np.abs(scheme.on(Null.white(self.latent_shape)).observe(beyond)).max() > 1e-9:
+        if reaches_beyond(scheme, self.latent_shape, self.reach):
             raise CalibrationError(
                 "calibration.reach",
                 f"holds rings up to {self.reach}, but the key ({scheme.label}) uses rings beyond",
@@ -340,6 +346,19 @@ class Calibration:
         return None
 
 
+def default_reach(latent_shape: tuple[int, int, int]) -> int:
+    """Three eighths of the shorter side: rings beyond rarely survive compression."""
+    return min(latent_shape[1:]) * 3 // 8
+
+
+def reaches_beyond(scheme: Scheme, latent_shape: tuple[int, int, int], reach: int) -> bool:
+    """Whether a key's test uses rings beyond `reach` of latents (C, h, w)."""
+    white = torch.randn(1, *latent_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    low = torch.fft.fft2(white) * (rings(*latent_shape[1:]) <= reach)
+    beyond = white - torch.fft.ifft2(low).real
+    return bool(np.abs(scheme.on(Null.white(latent_shape)).observe(beyond)).max() > 1e-9)
+
+
 def check_number(n: int) -> None:
     """Raises CalibrationError if n images are too few for any calibration."""
     if n < LEAST:
@@ -389,14 +408,16 @@ def _stored_bins(height: int, width: int, reach: int) -> NDArray[np.bool_]:
     return rings(height, width).numpy()[:, : width // 2 + 1] <= reach
 
 
-def _pack(noise: NDArray[Any], reach: int) -> NDArray[Any]:
+def pack(noise: NDArray[Any], reach: int) -> NDArray[np.float16]:
+    """The bins of rfft2 of noise (n, C, h, w) up to ring `reach`: (n, C, m, 2) float16, which may overflow."""
     height, width = noise.shape[2:]
     stored = np.fft.rfft2(noise.astype(float), norm="ortho")[:, :, _stored_bins(height, width, reach)]
     with np.errstate(over="ignore"):
         return np.stack([stored.real, stored.imag], -1).astype(np.float16)
 
 
-def _unpack(spectra: NDArray[Any], latent_shape: tuple[int, int, int], reach: int) -> NDArray[Any]:
+def unpack(spectra: NDArray[Any], latent_shape: tuple[int, int, int], reach: int) -> NDArray[Any]:
+    """The noise (n, C, h, w) with only these bins; the inverse of `pack`."""
     channels, height, width = latent_shape
     f = np.zeros((len(spectra), channels, height, width // 2 + 1), complex)
     f[:, :, _stored_bins(height, width, reach)] = spectra[..., 0].astype(float) + 1j * spectra[..., 1]

@@ -23,11 +23,11 @@ from ringmark.watermark.cli.commands.info import info, invert
 from ringmark.watermark.cli.commands.keys import keygen, keys
 from ringmark.watermark.cli.commands.report import report
 from ringmark.watermark.cli.commands.serve import serve, token
-from ringmark.watermark.cli.commands.verify import audit, verify
+from ringmark.watermark.cli.commands.verify import audit, reaudit, verify
 from ringmark.watermark.cli.options import EXIT_INTERRUPTED, EXIT_PIPE, EXIT_USAGE, warn
 from ringmark.watermark.cli.remedies import explained, explained_system_error
 
-RESUMED = ("generate", "audit", "calibrate", "evaluate", "attack", "demo")
+RESUMED = ("generate", "audit", "reaudit", "calibrate", "evaluate", "attack", "demo")
 
 
 class Refusal(click.ClickException):
@@ -136,7 +136,7 @@ def main(ctx: click.Context, verbose: int) -> None:
         _log_to_stderr(ctx, logging.INFO if verbose == 1 else logging.DEBUG)
 
 
-COMMANDS = (keygen, keys, generate, noise, calibrate, verify, audit, report, serve, token)
+COMMANDS = (keygen, keys, generate, noise, calibrate, verify, audit, reaudit, report, serve, token)
 MORE = (roc, evaluate, attack, invert, demo, info)
 for command in (*COMMANDS, *MORE):
     main.add_command(command)

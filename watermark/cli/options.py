@@ -231,17 +231,19 @@ calibration_option = click.option(
     help="File written by ringmark calibrate; p-values are based on it and checked against its unmarked images.  "
     "[default: the model's own, if it has one for these settings]",
 )
+keys_option = click.option("--key", "key_paths", type=PATH, multiple=True, required=True, help=KEYS_HELP)
+alpha_option = click.option(
+    "--alpha",
+    type=Finite(0, 1, min_open=True, max_open=True),
+    default=1e-3,
+    show_default=True,
+    help="Significance level: a key is present at p ≤ ALPHA, corrected for the number of keys.",
+)
 detection_options = grouped(
     "detection",
     DetectionOptions,
-    click.option("--key", "key_paths", type=PATH, multiple=True, required=True, help=KEYS_HELP),
-    click.option(
-        "--alpha",
-        type=Finite(0, 1, min_open=True, max_open=True),
-        default=1e-3,
-        show_default=True,
-        help="Significance level: a key is present at p ≤ ALPHA, corrected for the number of keys.",
-    ),
+    keys_option,
+    alpha_option,
     calibration_option,
     click.option(
         "--search",

@@ -14,8 +14,8 @@ so does one whose p its unmarked pictures contradict, which counts only if it is
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -26,36 +26,47 @@ from numpy.typing import NDArray
 from ringmark.inversion.decoder import INVERTERS
 from ringmark.inversion.recover import Recoverer
 from ringmark.watermark.calibration import Calibration
-from ringmark.watermark.detect.detector import Detector
-from ringmark.watermark.detect.verdict import OUTCOMES, Judged, Verdict, Verdicts
+from ringmark.watermark.detect.detector import Detector, Seen
+from ringmark.watermark.detect.verdict import OUTCOMES, Judged, Tried, Verdict, Verdicts
 
 if TYPE_CHECKING:
     from ringmark.data.images import Sample
 
-__all__ = ["EARLY", "Stage", "calibrated_stages", "early_stages", "walk"]
+__all__ = ["EARLY", "Stage", "Trial", "calibrated_stages", "early_stages", "go_through", "stage_name", "walk"]
 
 EARLY = {0: 0.1, 3: 0.2}
 """Weights of the stages before the last by their numbers of steps; see scripts/experiments/cascade.py."""
 
 
 @dataclass(frozen=True, eq=False)
-class Stage:
-    """A stage for pictures of one size: how it recovers noise, how it tests noise, and its weight."""
+class Trial:
+    """A stage for latents of one shape: its name, how it tests noise, and its weight."""
 
     name: str
-    recoverer: Recoverer
     detector: Detector
     weight: float = 1.0
-
-    @classmethod
-    def early(cls, recoverer: Recoverer, detector: Detector) -> Stage:
-        """One of the stages before the last."""
-        name = f"{recoverer.steps} steps" if recoverer.steps else "latents"
-        return cls(name=name, recoverer=recoverer, detector=detector, weight=EARLY[recoverer.steps])
 
     def trying(self, tests: int) -> Detector:
         """The detector for this number of tests of each key; p/w is p corrected for 1/w as many tests."""
         return self.detector.trying(tests / self.weight)
+
+
+@dataclass(frozen=True, eq=False)
+class Stage(Trial):
+    """A stage that also recovers the noise."""
+
+    recoverer: Recoverer = field(kw_only=True)
+
+    @classmethod
+    def early(cls, recoverer: Recoverer, detector: Detector) -> Stage:
+        """One of the stages before the last."""
+        steps = recoverer.steps
+        return cls(name=stage_name(steps), recoverer=recoverer, detector=detector, weight=EARLY[steps])
+
+
+def stage_name(steps: int) -> str:
+    """The name of the early stage with this number of steps."""
+    return f"{steps} steps" if steps else "latents"
 
 
 def early_stages(recoverer: Recoverer) -> list[Recoverer]:
@@ -84,25 +95,42 @@ def walk(stages: Sequence[Stage], samples: Sequence[Sample], tests: int, *, thor
     from ringmark.data.images import to_array
 
     images = torch.from_numpy(np.stack([to_array(sample.image) for sample in samples]))
-    whole = stages[-1].detector.calibration
-    calibration = whole.fingerprint if whole else None
     started = time.perf_counter()
     encoded = stages[0].recoverer.encode(images)
     encoding = (time.perf_counter() - started) / len(samples)
+
+    def recover(number: int, rows: list[int]) -> Seen:
+        recovered = stages[number].recoverer(images[rows], encoded[rows])
+        return Seen.of(replace(recovered, seconds=recovered.seconds + (0 if number else encoding)))
+
+    return go_through(stages, samples, tests, recover, thorough=thorough)
+
+
+def go_through(
+    stages: Sequence[Trial],
+    samples: Sequence[Sample],
+    tests: int,
+    recover: Callable[[int, list[int]], Seen],
+    *,
+    thorough: bool = False,
+    depth: int | None = None,
+) -> list[Judged]:
+    """`walk`, where `recover(number, rows)` gives what a stage sees of these samples; at most `depth` stages."""
+    whole = stages[-1].detector.calibration
+    calibration = whole.fingerprint if whole else None
     judged: dict[int, Judged] = {}
     rows, settled = list(range(len(samples))), set[int]()
-    for number, stage in enumerate(stages):
-        recovered = stage.recoverer(images[rows], encoded[rows])
-        if number == 0:
-            recovered = replace(recovered, seconds=recovered.seconds + encoding)
-        found = stage.trying(tests).judge([samples[i] for i in rows], recovered)
-        for i, verdicts, noise in zip(rows, found, recovered.noise, strict=True):
+    for number, stage in enumerate(stages[:depth]):
+        seen = recover(number, rows)
+        found = stage.trying(tests).judge([samples[i] for i in rows], seen)
+        for i, verdicts, noise in zip(rows, found, seen.noise, strict=True):
             here = Judged(
                 sample=samples[i],
                 verdicts=verdicts.changed(partial(_named, stage.name, calibration)),
                 noise=noise,
                 tests=tests,
                 stage=number,
+                trail=(Tried(notes=samples[i].notes, noise=(noise,)),),
             )
             judged[i] = _joined(judged[i], here) if number else here
             if not thorough and _settled(judged[i], verdicts, next_is_last=number == len(stages) - 2):
@@ -134,7 +162,8 @@ def _joined(earlier: Judged, later: Judged) -> Judged:
         score=np.where(kept, one.score, other.score),
         build=partial(_of_both, one, other, kept),
     )
-    return (earlier if kept[verdicts.best] else later)._replace(verdicts=verdicts)
+    trail = (Tried(notes=earlier.trail[0].notes, noise=earlier.trail[0].noise + later.trail[0].noise),)
+    return (earlier if kept[verdicts.best] else later)._replace(verdicts=verdicts, trail=trail)
 
 
 def _of_both(one: Verdicts, other: Verdicts, kept: NDArray[np.bool_], k: int) -> Verdict:

@@ -35,9 +35,10 @@ from ringmark.watermark.statistics import (
 if TYPE_CHECKING:
     from ringmark.data.images import Sample
 
-__all__ = ["Detector", "blankness", "check_unranked"]
+__all__ = ["FLAT_IMAGE", "OVERFLOW", "Detector", "Seen", "blankness", "check_unranked"]
 
 PRESENT, UNDECIDED, ABSENT = map(OUTCOMES.index, (True, None, False))
+FLAT_IMAGE, OVERFLOW = "the image is one flat colour", "the inversion overflowed"
 KEPT = 4096  # keys whose tests and references are kept
 FLAT = 1 / 255  # an image whose pixels vary less than half a grey level (of a range of 2) shows nothing
 
@@ -109,20 +110,19 @@ class Detector:
             "calibration": self.calibration.fingerprint if self.calibration else None,
         }
 
-    def judge(self, samples: Sequence[Sample], recovered: Recovered) -> list[Verdicts]:
+    def judge(self, samples: Sequence[Sample], recovered: Recovered | Seen) -> list[Verdicts]:
         """The verdicts on each recovered sample: one per key, in the order of the keys.
 
         A sample that shows nothing has p = 1 and ranks below all references.
         """
-        doubts = list(map(blankness, recovered.images, recovered.noise))
-        blank = np.array([[bool(doubt)] for doubt in doubts])
-        noise = torch.nan_to_num(recovered.noise, 0.0, 0.0, 0.0)
+        seen = recovered if isinstance(recovered, Seen) else Seen.of(recovered)
+        blank = np.array([[bool(doubt)] for doubt in seen.doubts])
+        noise = torch.nan_to_num(seen.noise, 0.0, 0.0, 0.0)
         scores, log10_p = self._scored(noise)
         log10_p = np.where(blank, 0.0, log10_p)
         doubted = blank | self._contradicted(np.where(blank, -np.inf, scores), 10**log10_p)
         joint = corrected(log10_p, self.number_of_tests)
         outcome = np.where(doubted, UNDECIDED, np.where(10**joint <= self.alpha, PRESENT, ABSENT)).astype(np.int8)
-        residuals, status = _residuals(recovered), recovered.solution.status
         return [
             Verdicts(
                 outcome=outcome[i],
@@ -132,10 +132,10 @@ class Detector:
                     detector=self,
                     sample=sample,
                     noise=noise[i],
-                    residual=residuals[i],
-                    status=status[i].value,
-                    seconds=recovered.seconds,
-                    doubt=doubts[i],
+                    residual=seen.residuals[i],
+                    status=seen.status[i],
+                    seconds=seen.seconds,
+                    doubt=seen.doubts[i],
                     outcome=outcome[i],
                     log10_p=log10_p[i],
                     score=scores[i],
@@ -240,6 +240,29 @@ class Detector:
         return self._test(key).log10_p(scores, self.reference_scores(key))
 
 
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What verdicts on a batch rest on and report: noise (B, C, h, w), and for each picture why it cannot be tested
+    ("" if it can), its residual and the status of its inversion; seconds of computing time per image."""
+
+    noise: Tensor
+    doubts: list[str]
+    residuals: list[float | None]
+    status: list[str]
+    seconds: float
+
+    @classmethod
+    def of(cls, recovered: Recovered) -> Seen:
+        """What has just been recovered."""
+        return cls(
+            noise=recovered.noise,
+            doubts=list(map(blankness, recovered.images, recovered.noise)),
+            residuals=_residuals(recovered),
+            status=[status.value for status in recovered.solution.status],
+            seconds=recovered.seconds,
+        )
+
+
 class _Members(NamedTuple):
     """The numbers of the keys of one kind, and their bank."""
 
@@ -319,8 +342,8 @@ def check_unranked(schemes: Iterable[Scheme]) -> None:
 def blankness(image: Tensor, noise: Tensor) -> str:
     """Why an image (3, H, W) with this recovered noise (C, h, w) cannot be tested; "" if it can."""
     if image.std((1, 2)).max() < FLAT:
-        return "the image is one flat colour"
-    return "" if noise.isfinite().all() else "the inversion overflowed"
+        return FLAT_IMAGE
+    return "" if noise.isfinite().all() else OVERFLOW
 
 
 def _residuals(recovered: Recovered) -> list[float | None]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from ringmark.data.images import Sample
 
-__all__ = ["LISTED", "OUTCOMES", "Judged", "Verdict", "Verdicts", "p_text"]
+__all__ = ["LISTED", "OUTCOMES", "Judged", "Tried", "Verdict", "Verdicts", "p_text"]
 
 OUTCOMES = (True, None, False)
 """The values of `Verdict.present` in the order in which verdicts rank."""
@@ -147,10 +147,18 @@ class Verdicts(Sequence[Verdict]):
         return np.asarray((self.outcome < other.outcome) | (outcome & lower))
 
 
+class Tried(NamedTuple):
+    """A sample at one size: notes on how it was fitted, and the noise (C, h, w) of every stage that it went through."""
+
+    notes: tuple[str, ...]
+    noise: tuple[Tensor, ...]
+
+
 class Judged(NamedTuple):
     """A sample, its verdicts (one per key), its recovered noise (C, h, w) and the number of tests of each key.
 
-    `stage` is the number of the stage that recovered this noise, on which the best verdict rests.
+    `stage` is the number of the stage that recovered this noise, on which the best verdict rests. `trail`
+    holds what was seen at each size at which the sample was tried.
     """
 
     sample: Sample
@@ -158,6 +166,7 @@ class Judged(NamedTuple):
     noise: Tensor
     tests: int = 1
     stage: int = 0
+    trail: tuple[Tried, ...] = ()
 
     @property
     def best(self) -> Verdict:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ringmark.errors import CalibrationError, KeyFileError, SchemeError
-from ringmark.inversion.recover import Model, Recoverer
+from ringmark.inversion.recover import Recoverer
 from ringmark.inversion.sizes import Size, candidate_sizes
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.cascade import Stage, calibrated_stages, walk
@@ -24,7 +24,7 @@ from ringmark.watermark.statistics import ALPHA, corrected
 if TYPE_CHECKING:
     from ringmark.data.images import Sample
 
-__all__ = ["Verifier", "built_in_calibration", "check_fit", "fitting_calibration"]
+__all__ = ["Verifier", "better", "built_in_calibration", "check_fit", "detector_at", "fitting_calibration", "grouped"]
 
 MAX_SIZES = 64  # whose detectors are kept; strangers send pictures of every size
 
@@ -64,7 +64,7 @@ class Verifier:
         self._notes = {key.fingerprint: check_fit(key, model) for key in keys}
         if calibration:
             calibration.check(recoverer.settings.as_dict())
-        self._calibration = calibration
+        self.calibration = calibration
         self._early = calibrated_stages(recoverer, calibration) if calibration else []
         self._stages = lru_cache(MAX_SIZES)(self._stages_at)
         for size in (model.image_size, *self.sizes):  # so that a key that does not fit is refused now
@@ -78,22 +78,21 @@ class Verifier:
 
     def _stages_at(self, size: Size) -> list[Stage]:
         """The stages of pictures of this size; there are early ones if the calibration was made at this size."""
-        shape, calibration, notes = self.recoverer.model.noise_shape(size), self._calibration, self._notes
-        try:
-            if calibration:
-                calibration.null_at(shape)
-        except CalibrationError as error:
-            calibration, why = None, f"the calibration {error.fact}"
-            notes = {name: "; ".join(filter(None, [note, why])) for name, note in notes.items()}
-        null = Null.of_model(self.recoverer.model, shape)
-        detector = Detector(
-            self.keys, null=null, calibration=calibration, alpha=self.alpha, latent_shape=shape, notes=notes
+        shape, model = self.recoverer.model.noise_shape(size), self.recoverer.model
+        detector = detector_at(
+            shape,
+            self.keys,
+            null=Null.of_model(model, shape),
+            calibration=self.calibration,
+            alpha=self.alpha,
+            notes=self._notes,
         )
+        calibration = detector.calibration
         early = self._early if calibration and shape == calibration.latent_shape else []
         stages = [Stage.early(recoverer, detector.under(made)) for recoverer, made in early]
         weight = 1 - sum(stage.weight for stage in stages)
         last = Stage(name="full", recoverer=self.recoverer, detector=detector, weight=weight)
-        if not calibration and size != self.recoverer.model.image_size:
+        if not calibration and size != model.image_size:
             check_unranked(last.detector.schemes.values())
         return [*stages, last]
 
@@ -140,10 +139,10 @@ class Verifier:
         for turn in range(max(map(len, pictures))):
             found = {i for i, judged in best.items() if judged.verdicts.present}
             todo = [i for i, views in enumerate(pictures) if turn < len(views) and i not in found]
-            for members in _grouped(todo, [(_size_of(pictures[i][turn]), len(pictures[i])) for i in todo]):
+            for members in grouped(todo, [(_size_of(pictures[i][turn]), len(pictures[i])) for i in todo]):
                 samples = [pictures[i][turn] for i in members]
                 for i, judged in zip(members, self._at(samples, self._tests(len(pictures[members[0]]))), strict=True):
-                    best[i] = min(best.get(i, judged), judged, key=lambda each: each.best.rank())
+                    best[i] = better(best[i], judged) if i in best else judged
         return [best[i] for i in range(len(pictures))]
 
     def _at(self, samples: list[Sample], tests: int) -> list[Judged]:
@@ -155,7 +154,7 @@ class Verifier:
         assert self.search
         absent = OUTCOMES.index(False)
         missed = [i for i, j in enumerate(judged) if not j.verdicts.present and (j.verdicts.outcome == absent).any()]
-        for members in _grouped(missed, [_size_of(samples[i]) for i in missed]):
+        for members in grouped(missed, [_size_of(samples[i]) for i in missed]):
             detector, chosen = self._stages(_size_of(samples[members[0]]))[-1].detector, [samples[i] for i in members]
             best_fits = self.search(self.recoverer.model, detector.schemes, detector.known, chosen, batch=batch)
             for i, fits in zip(members, best_fits, strict=True):
@@ -176,11 +175,36 @@ class Verifier:
         return replace(verdict, present=True, by_search=True, score=found.score, notes=(*verdict.notes, found.note))
 
 
+def detector_at(
+    shape: tuple[int, int, int],
+    keys: Sequence[Key],
+    *,
+    null: Null,
+    calibration: Calibration | None,
+    alpha: float,
+    notes: Mapping[str, str],
+) -> Detector:
+    """The detector for latents of this shape; without the calibration, and with a note, if that is for others."""
+    try:
+        if calibration:
+            calibration.null_at(shape)
+    except CalibrationError as error:
+        calibration, why = None, f"the calibration {error.fact}"
+        notes = {name: "; ".join(filter(None, [note, why])) for name, note in notes.items()}
+    return Detector(keys, null=null, calibration=calibration, alpha=alpha, latent_shape=shape, notes=notes)
+
+
+def better(one: Judged, other: Judged) -> Judged:
+    """The judgement of a sample at the size that fits better, with the trails at both."""
+    first = min(one, other, key=lambda each: each.best.rank())
+    return first._replace(trail=one.trail + other.trail)
+
+
 def _size_of(sample: Sample) -> Size:
     return sample.image.height, sample.image.width
 
 
-def _grouped(members: Sequence[int], labels: Sequence[Hashable]) -> Iterable[list[int]]:
+def grouped(members: Sequence[int], labels: Sequence[Hashable]) -> Iterable[list[int]]:
     """The members in groups of equal labels, in the order in which they come."""
     groups: dict[Hashable, list[int]] = {}
     for member, label in zip(members, labels, strict=True):
@@ -188,7 +212,23 @@ def _grouped(members: Sequence[int], labels: Sequence[Hashable]) -> Iterable[lis
     return groups.values()
 
 
-def check_fit(key: Key, model: Model) -> str:
+class Made(Protocol):
+    """What is asked of a model that a key has to fit."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def identity(self) -> dict[str, Any]: ...
+
+    @property
+    def kind(self) -> dict[str, Any]: ...
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]: ...
+
+
+def check_fit(key: Key, model: Made) -> str:
     """A note if the key was made for a model of other weights, otherwise "".
 
     Other weights of the same kind (a fine-tune, a LoRA, another precision) recover most of a mark, and p holds for

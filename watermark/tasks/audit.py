@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,26 @@ from ringmark.data.sources import SUFFIXES, list_images
 from ringmark.errors import ImageError
 from ringmark.inversion.sizes import Size
 from ringmark.watermark.calibration import Calibration
+from ringmark.watermark.detect.kept import tensors_of
 from ringmark.watermark.detect.verdict import Judged
 from ringmark.watermark.detect.verifier import Verifier
 from ringmark.watermark.statistics import ALPHA
+from ringmark.watermark.tasks.keep import keep_context
 from ringmark.watermark.tasks.load import Keys, Model, StrPath, load_verifier
 from ringmark.watermark.tasks.progress import Progress
 
-__all__ = ["WORKERS", "Audit", "Pictures", "audit", "audit_pictures", "find_pictures"]
+__all__ = [
+    "NEEDED",
+    "WORKERS",
+    "Audit",
+    "Pictures",
+    "Record",
+    "audit",
+    "audit_pictures",
+    "find_pictures",
+    "findings",
+    "record_of",
+]
 
 LOG = logging.getLogger(__name__)
 
@@ -127,6 +140,7 @@ def audit(
     follow_links: bool = False,
     batch: int = 8,
     workers: int = WORKERS,
+    keep_noise: bool = False,
 ) -> Audit:
     """Test every image of a source for keys and record each verdict.
 
@@ -139,6 +153,7 @@ def audit(
             are not read again.
         follow_links: Also follow links that lead out of the folder.
         workers: Threads that read and decode images beside the computation; 0 is none.
+        keep_noise: Also keep the low frequencies of recovered noise next to the results, for `reaudit`.
         model, device, dtype, method, max_steps, steps, alpha, calibration, search, sizes, thorough, batch: As in
             `verify`.
 
@@ -167,27 +182,38 @@ def audit(
         sizes=sizes,
         thorough=thorough,
     )
-    return audit_pictures(verifier, pictures, Path(results), batch=batch, workers=workers)
+    return audit_pictures(verifier, pictures, Path(results), batch=batch, workers=workers, keep_noise=keep_noise)
 
 
 def audit_pictures(
-    verifier: Verifier, pictures: Pictures, results: Path, *, batch: int = 8, workers: int = WORKERS
+    verifier: Verifier,
+    pictures: Pictures,
+    results: Path,
+    *,
+    batch: int = 8,
+    workers: int = WORKERS,
+    keep_noise: bool = False,
 ) -> Audit:
     """Append a record to `results` for each picture that is new or has changed.
 
     A record holds the verdict on the best key; `carries`, the keys that are present; `keys`, with p and score of each;
     and the file's `size` and `mtime_ns`. Equal pixels are judged once: the record of another picture with them copies
     the verdict and names the first in `same_as`. What cannot be read gets a record with `error`. The next run tries it
-    again, and records it again only if something has changed. Raises ImageError (image.none) if there are no pictures.
+    again, and records it again only if something has changed. With `keep_noise`, `reaudit` can test the pictures for
+    other keys. Raises ImageError (image.none) if there are no pictures.
     """
     folder = {"folder": os.path.relpath(pictures.folder, results.parent)} if pictures.folder else {}
-    with Results(results, verifier.settings() | folder, fields=NEEDED) as store:
-        run = _Run(verifier, store, Audit(skipped=pictures.skipped, outside=pictures.outside))
+    noise = {"noise": "kept"} if keep_noise else {}
+    with Results(results, verifier.settings() | folder | noise, fields=NEEDED) as store:
+        if keep_noise:
+            keep_context(results, verifier)
+        counts = Audit(skipped=pictures.skipped, outside=pictures.outside)
+        run = _Run(verifier, store, counts, keep_noise=keep_noise)
         started = time.perf_counter()
         with Progress(pictures.total, task="audit", unit="image") as progress:
             for record, earlier in run.records(pictures.items, batch, workers):
                 run.counts.count(record)
-                progress.add(*_findings(record), earlier=earlier)
+                progress.add(*findings(record), earlier=earlier)
         LOG.info("audited %s: %d images in %.1f s", pictures.names, run.judged, time.perf_counter() - started)
     if not run.counts.images:
         raise ImageError("image.none", "holds no images", subject=pictures.names, suffixes=", ".join(SUFFIXES))
@@ -197,8 +223,8 @@ def audit_pictures(
 class _Run:
     """One run over the pictures of a source."""
 
-    def __init__(self, verifier: Verifier, store: Results, counts: Audit) -> None:
-        self.verifier, self.store, self.counts = verifier, store, counts
+    def __init__(self, verifier: Verifier, store: Results, counts: Audit, *, keep_noise: bool) -> None:
+        self.verifier, self.store, self.counts, self.keep_noise = verifier, store, counts, keep_noise
         self.judged = 0
         self._pending: dict[str, Item] = {}
         self._twins: dict[str, list[Item]] = {}
@@ -208,15 +234,24 @@ class _Run:
 
     def records(self, items: Iterable[Item], batch: int, workers: int) -> Iterator[tuple[Record, bool]]:
         """The record of every picture as soon as it is stored, and whether it is of an earlier run."""
-        for judged in self.verifier.scan(self._readable(items, batch, workers), batch):
+        verdicts = self.verifier.scan(self._readable(items, batch, workers), batch)
+        while group := list(islice(verdicts, batch)):
             yield from self._take()
-            self.judged += 1
-            item, content = self._pending.pop(judged.sample.id), judged.sample.content
-            yield self._store(item, _record(judged, self.verifier.recoverer.model.name)), False
-            self._known[content] = item.id
-            for twin in self._twins.pop(content):
-                yield self._store(twin, self._copied(content)), False
+            for record in self._stored(group):
+                yield record, False
         yield from self._take()
+
+    def _stored(self, group: list[Judged]) -> Iterator[Record]:
+        """Store the verdicts on a batch, then those on equal pictures that wait for them."""
+        model, pending = self.verifier.recoverer.model.name, [self._pending.pop(one.sample.id) for one in group]
+        records = [record_of(one, model) | item.stamp for one, item in zip(group, pending, strict=True)]
+        self.store.extend(records, list(map(tensors_of, group)) if self.keep_noise else ())
+        self.judged += len(group)
+        yield from records
+        for record in records:
+            self._known[record["content"]] = record["sample_id"]
+            for twin in self._twins.pop(record["content"]):
+                yield self._store(twin, self._copied(record["content"]))
 
     def _take(self) -> list[tuple[Record, bool]]:
         """The records of pictures that needed no judgement, since the last call."""
@@ -265,7 +300,7 @@ class _Run:
         return record
 
 
-def _record(judged: Judged, model: str) -> Record:
+def record_of(judged: Judged, model: str) -> Record:
     """The record of one image."""
     best, (height, width) = judged.best, judged.sample.size or (None, None)
     return best.record() | {
@@ -279,7 +314,7 @@ def _record(judged: Judged, model: str) -> Record:
     }
 
 
-def _findings(record: Record) -> list[str]:
+def findings(record: Record) -> list[str]:
     """What progress counts: nothing for an image without a key."""
     if "error" in record:
         return ["unreadable"]

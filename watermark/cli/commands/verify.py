@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,11 +19,13 @@ from ringmark.watermark.cli.options import (
     DetectionOptions,
     InversionOptions,
     ModelOptions,
+    alpha_option,
     batch_option,
     detection_options,
     force_option,
     inversion_options,
     json_option,
+    keys_option,
     links_option,
     model_options,
     say,
@@ -30,6 +33,9 @@ from ringmark.watermark.cli.options import (
     workers_option,
 )
 from ringmark.watermark.cli.remedies import explained
+
+if TYPE_CHECKING:
+    from ringmark.watermark.tasks.audit import Audit
 
 UNCHECKED = "note: p-values are not checked against unmarked images, because the model's calibration does not apply"
 
@@ -101,9 +107,7 @@ def skipped(files: dict[str, int]) -> str:
     return f"{counted(sum(files.values()), 'other file')} skipped ({kinds}); "
 
 
-@click.command()
-@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
-@click.option(
+output_option = click.option(
     "-o",
     "--output",
     type=PATH,
@@ -111,11 +115,22 @@ def skipped(files: dict[str, int]) -> str:
     help="Results, with a record for each image: a file of JSON lines, or for Parquet a folder or a name that ends in "
     ".parquet. An interrupted audit resumes from them.",
 )
+
+
+@click.command()
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
+@output_option
 @detection_options
 @inversion_options
 @links_option
 @batch_option
 @workers_option
+@click.option(
+    "--keep-noise",
+    is_flag=True,
+    help="Also keep the low frequencies of recovered noise next to the results, so that ringmark reaudit can test the "
+    "images for other keys. They are rough copies of the images: keep them as private.",
+)
 @model_options
 @json_option
 def audit(
@@ -126,6 +141,7 @@ def audit(
     follow_links: bool,
     batch: int,
     workers: int,
+    keep_noise: bool,
     model: ModelOptions,
     as_json: bool,
 ) -> None:
@@ -146,19 +162,50 @@ def audit(
 
     pictures = find_pictures(sources, follow_links=follow_links)
     verifier, unchecked = detection.prepare(model, inversion)
-    counts = audit_pictures(verifier, pictures, output, batch=batch, workers=workers)
-    keys = "".join(f"\n  key {name[:8]}: {count}" for name, count in counts.by_key.items())
-    text = (
-        f"{counted(counts.images, 'image')}: {counts.present} with a key, {counts.absent} without, "
-        f"{counts.inconclusive} inconclusive, {counts.unreadable} unreadable; "
-        f"{skipped(counts.skipped)}records in {output}{keys}"
-    )
+    counts = audit_pictures(verifier, pictures, output, batch=batch, workers=workers, keep_noise=keep_noise)
     if not as_json:
         warn(counts.errors)
         if counts.outside:
             warn(
                 [f"{counted(len(counts.outside), 'link')} out of the folder not followed; add --follow-links to do so"]
             )
-    say(asdict(counts), text, as_json)
+    say(asdict(counts), _summary(counts, output), as_json)
     if unchecked and counts.present and not as_json:
         warn([f"{UNCHECKED} ({unchecked})"])
+
+
+def _summary(counts: Audit, output: Path) -> str:
+    """The counts in words."""
+    keys = "".join(f"\n  key {name[:8]}: {count}" for name, count in counts.by_key.items())
+    return (
+        f"{counted(counts.images, 'image')}: {counts.present} with a key, {counts.absent} without, "
+        f"{counts.inconclusive} inconclusive, {counts.unreadable} unreadable; "
+        f"{skipped(counts.skipped)}records in {output}{keys}"
+    )
+
+
+@click.command()
+@click.argument("audited", type=PATH)
+@keys_option
+@output_option
+@alpha_option
+@json_option
+def reaudit(audited: Path, key_paths: tuple[Path, ...], output: Path, alpha: float, as_json: bool) -> None:
+    """Look for other keys in the images of an audit.
+
+    AUDITED are results of ringmark audit --keep-noise. No image is opened and no model is loaded. The p-values are
+    those of an audit with these keys, on the stages that each image went through; after audit --thorough these are
+    all. Exit code 0: every image has a record, whatever its verdict; 2: usage error, or no such results; 130:
+    interrupted.
+
+    \b
+    Example:
+      ringmark audit pictures --key old.key -o results.parquet --keep-noise
+      ringmark reaudit results.parquet --key new.key -o new.parquet
+    """
+    from ringmark.watermark.tasks.reaudit import reaudit as look_again
+
+    counts = look_again(audited, key_paths, output, alpha=alpha)
+    if not as_json:
+        warn(counts.errors)
+    say(asdict(counts), _summary(counts, output), as_json)

@@ -1,0 +1,99 @@
+"""Audit pictures again for other keys, by the noise that an audit has kept: without images and without a model."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from ringmark.data.reader import newest_records, read_settings
+from ringmark.data.results import Results
+from ringmark.data.tensor_files import Place, Rows, TensorFiles
+from ringmark.errors import RingmarkError, StoreError
+from ringmark.watermark.detect.kept import KeptPicture, KeptVerifier
+from ringmark.watermark.statistics import ALPHA
+from ringmark.watermark.tasks.audit import NEEDED, Audit, Record, findings, record_of
+from ringmark.watermark.tasks.keep import load_context
+from ringmark.watermark.tasks.load import Keys, StrPath, load_keys
+from ringmark.watermark.tasks.progress import Progress
+
+__all__ = ["reaudit"]
+
+LOG = logging.getLogger(__name__)
+
+BATCH = 512  # pictures judged at a time
+KEPT = ("sample_id", "size", "mtime_ns", "same_as")
+"""Fields of a record that are not of the verdict."""
+OF_KEYS = ("keys", "alpha", "search", "noise")
+"""Settings of an audit that those of a further one replace."""
+
+
+def reaudit(audited: StrPath, keys: Keys, results: StrPath, *, alpha: float = ALPHA) -> Audit:
+    """Test the pictures of an audit for other keys, by the noise that it has kept.
+
+    Args:
+        audited: The results of an audit that kept its noise.
+        keys: One key or several, each a `Key`, a key file or a folder of keys.
+        results: Where to keep the new records, as in `audit`. An interrupted run resumes from it.
+        alpha: Significance level in (0, 1).
+
+    Raises:
+        StoreError: The audit kept no noise (noise.none), or its files are damaged; `results` are others.
+        KeyFileError: A key was made for other latents, or uses frequencies that are not kept (key.reach).
+    """
+    if not 0 < alpha < 1:
+        raise RingmarkError("detector.alpha", "must lie strictly between 0 and 1", subject=f"alpha {alpha:g}")
+    source, counts = Path(audited), Audit()
+    context, settings = load_context(source), read_settings(source)
+    if context.calibration:
+        context.calibration.check_level(alpha)
+    verifier = KeptVerifier(load_keys(keys), context, alpha=alpha)
+    others = {name: value for name, value in settings.items() if name not in OF_KEYS}
+    started = time.perf_counter()
+    with (
+        Results(results, others | verifier.settings(), fields=NEEDED) as store,
+        Progress(None, task="reaudit", unit="image") as progress,
+    ):
+        pictures = _pictures(source, searched="search" in settings)
+        while group := list(islice(pictures, BATCH)):
+            todo = [(record, picture) for record, picture in group if record["sample_id"] not in store.done]
+            store.extend(_judged(verifier, todo))
+            new = {record["sample_id"] for record, _ in todo}
+            for id in (record["sample_id"] for record, _ in group):
+                counts.count(store.records[id])
+                progress.add(*findings(store.records[id]), earlier=id not in new)
+    LOG.info("reaudited %s: %d images in %.1f s", source, counts.images, time.perf_counter() - started)
+    return counts
+
+
+def _pictures(source: Path, *, searched: bool) -> Iterator[tuple[Record, KeptPicture | None]]:
+    """The records of an audit, each with what is kept of its picture, if anything is."""
+    files, number, rows = TensorFiles(source), -1, Rows()
+    for record in newest_records(source):
+        place = Place.of(record)
+        if place and place.file != number:
+            number, rows = place.file, files.read(place.file, place.sha256)
+        tensors = rows.get(str(place.row)) if place else None
+        yield record, KeptPicture.of(record, tensors, searched=searched) if tensors else None
+
+
+def _judged(verifier: KeptVerifier, pairs: list[tuple[Record, KeptPicture | None]]) -> list[Record]:
+    """The new records: of verdicts, and of pictures that could not be read or whose noise is gone."""
+    started = time.perf_counter()
+    judged = verifier.judge([picture for _, picture in pairs if picture])
+    seconds = (time.perf_counter() - started) / max(1, len(judged))
+    old = [record for record, picture in pairs if picture]
+    verdicts = [
+        record_of(one, verifier.context.name) | {"seconds": seconds} | {n: was[n] for n in KEPT if n in was}
+        for was, one in zip(old, judged, strict=True)
+    ]
+    return verdicts + [_failed(record) for record, picture in pairs if not picture]
+
+
+def _failed(record: Record) -> Record:
+    if "error" in record:
+        return record
+    error = StoreError("noise.missing", "its noise is missing or damaged", subject=record["sample_id"])
+    return {n: record[n] for n in KEPT if n in record} | {"error": str(error), "code": error.code}
