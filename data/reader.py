@@ -81,8 +81,7 @@ def _newest(source: Source) -> NDArray[np.bool_]:
     """Whether each record is the last of its sample_id."""
     import numpy as np
 
-    hashes = [np.fromiter(map(hash, table["sample_id"]), np.int64) for table in source.tables(["sample_id"], ROWS)]
-    backwards = np.concatenate([np.empty(0, np.int64), *hashes])[::-1]
+    backwards = np.fromiter(map(hash, source.ids()), np.int64)[::-1]
     newest = np.zeros(len(backwards), bool)
     newest[np.unique(backwards, return_index=True)[1]] = True
     return newest[::-1]
@@ -127,6 +126,15 @@ class Source:
                     yield from map(record_of, rows_of(batch))
         if self._lines and self._file:
             yield from iterate(self._lines, self._file)
+
+    def ids(self) -> Iterator[str]:
+        """The sample_id of every record, the oldest first; as they are stored, so they differ as records do."""
+        for part in self.parts:
+            with opened(part) as file:
+                for batch in file.iter_batches(columns=["sample_id"]):
+                    yield from batch.column(0).to_pylist()
+        if self._lines and self._file:
+            yield from (row_of(record)["sample_id"] for record in iterate(self._lines, self._file))
 
     def tables(self, names: Sequence[str], rows: int) -> Iterator[pd.DataFrame]:
         """All records as tables with these columns, the oldest first."""

@@ -135,6 +135,7 @@ class Detector:
                     residual=seen.residuals[i],
                     status=seen.status[i],
                     seconds=seen.seconds,
+                    compared=seen.compared,
                     doubt=seen.doubts[i],
                     outcome=outcome[i],
                     log10_p=log10_p[i],
@@ -243,13 +244,15 @@ class Detector:
 @dataclass(frozen=True, eq=False)
 class Seen:
     """What verdicts on a batch rest on and report: noise (B, C, h, w), and for each picture why it cannot be tested
-    ("" if it can), its residual and the status of its inversion; seconds of computing time per image."""
+    ("" if it can), its residual and the status of its inversion; seconds of computing time per image. The published
+    statistics, which take longer than all else, are only computed if they are `compared`."""
 
     noise: Tensor
     doubts: list[str]
     residuals: list[float | None]
     status: list[str]
     seconds: float
+    compared: bool = True
 
     @classmethod
     def of(cls, recovered: Recovered) -> Seen:
@@ -288,6 +291,7 @@ class _Builder:
     residual: float | None
     status: str
     seconds: float
+    compared: bool
     doubt: str
     outcome: NDArray[np.int8]
     log10_p: Array
@@ -296,7 +300,7 @@ class _Builder:
     def __call__(self, k: int) -> Verdict:
         detector, key = self.detector, self.detector.keys[k].fingerprint
         log10_p = float(corrected(self.log10_p[k], detector.number_of_tests))
-        published = detector.schemes[key].published(self.noise[None])
+        published = detector.schemes[key].published(self.noise[None]) if self.compared else {}
         conformal, n = self._conformal(key, k)
         doubt = self.doubt
         if conformal is not None and not doubt and self.outcome[k] == UNDECIDED:
