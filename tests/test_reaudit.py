@@ -63,7 +63,7 @@ def calibration() -> Calibration:
 
 
 def audited(album: Path, results: Path, *keys, **options) -> Path:
-    verifier = identity.verifier(keys, steps=5, alpha=ALPHA, **options)
+    verifier = identity.verifier(keys, method="guarded", steps=5, alpha=ALPHA, **options)
     audit_pictures(verifier, find_pictures([album]), results, batch=3, keep_noise=True)
     return results
 

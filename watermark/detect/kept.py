@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +26,7 @@ from ringmark.watermark.calibration import Calibration, default_reach, pack, rea
 from ringmark.watermark.detect.cascade import Trial, go_through, stage_name
 from ringmark.watermark.detect.detector import FLAT_IMAGE, OVERFLOW, Seen, check_unranked
 from ringmark.watermark.detect.verdict import Judged
-from ringmark.watermark.detect.verifier import better, check_fit, detector_at, grouped
+from ringmark.watermark.detect.verifier import MAX_SIZES, better, check_fit, detector_at, grouped
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.null import Null
 from ringmark.watermark.schemes.base import scheme_of
@@ -146,20 +146,15 @@ class KeptVerifier:
     def __init__(self, keys: Sequence[Key], context: Context, *, alpha: float) -> None:
         self.keys, self.context, self.alpha = list(keys), context, alpha
         self._notes = {key.fingerprint: check_fit(key, context) for key in keys}
-        self._trials: dict[Shape, list[Trial]] = {}
+        self.trials = lru_cache(MAX_SIZES)(self._make_trials)
         self.trials(context.latent_shape)
 
     def settings(self) -> dict[str, Any]:
         """What verdicts depend on besides the noise."""
         return self.trials(self.context.latent_shape)[-1].detector.settings()
 
-    def trials(self, shape: Shape) -> list[Trial]:
-        """The stages of latents of this shape."""
-        if shape not in self._trials:
-            self._trials[shape] = self._make_trials(shape)
-        return self._trials[shape]
-
     def _make_trials(self, shape: Shape) -> list[Trial]:
+        """The stages of latents of this shape."""
         context, reach = self.context, default_reach(shape)
         for scheme in {scheme.kind: scheme for scheme in (scheme_of(key, shape) for key in self.keys)}.values():
             if reaches_beyond(scheme, shape, reach):
