@@ -54,7 +54,7 @@ def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def calibration() -> Calibration:
     """Of 60 unmarked pictures, with both early stages."""
     images = torch.from_numpy(np.stack([to_array(s.image) for s in identity.samples(noise(*range(100, 160)))]))
-    recoverer = Recoverer.named(identity.MODEL, "guarded", None, 5)
+    recoverer = Recoverer.named(identity.MODEL, "operator", None, 5)
     *earlier, whole = (
         Calibration.measure(each(images).noise, each.settings.as_dict(), {"noise": 60})
         for each in (*early_stages(recoverer), recoverer)
@@ -63,7 +63,7 @@ def calibration() -> Calibration:
 
 
 def audited(album: Path, results: Path, *keys, **options) -> Path:
-    verifier = identity.verifier(keys, method="guarded", steps=5, alpha=ALPHA, **options)
+    verifier = identity.verifier(keys, steps=5, alpha=ALPHA, **options)
     audit_pictures(verifier, find_pictures([album]), results, batch=3, keep_noise=True)
     return results
 
