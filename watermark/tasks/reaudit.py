@@ -47,8 +47,6 @@ def reaudit(audited: StrPath, keys: Keys, results: StrPath, *, alpha: float = AL
         raise RingmarkError("detector.alpha", "must lie strictly between 0 and 1", subject=f"alpha {alpha:g}")
     source, counts = Path(audited), Audit()
     context, settings = load_context(source), read_settings(source)
-    if context.calibration:
-        context.calibration.check_level(alpha)
     verifier = KeptVerifier(load_keys(keys), context, alpha=alpha)
     others = {name: value for name, value in settings.items() if name not in OF_KEYS}
     started = time.perf_counter()
