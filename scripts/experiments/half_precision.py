@@ -59,7 +59,7 @@ def main(bench: Bench, key_count: int, half: str) -> None:
     """Power and p of noise recovered in half precision, against float32."""
     images = bench.draw(*bench.fresh(bench.number)).images
     keys = [bench.key(seed=[bench.seed, i]) for i in range(key_count)]
-    benches = (bench, replace(bench, dtype=half))
+    benches = [replace(bench, dtype=dtype) for dtype in ("float32", half)]
     (full, noises), (_, rounded) = (
         (stages, recovered(each, stages, images, str(each.model.dtype))[0])
         for each in benches
