@@ -64,7 +64,7 @@ run() {
         ;;
     networks)
         either --shape "SD 2.1" --shape SDXL --shape FLUX.1 --shape LaVie --way bfloat16 --batch 1 --batch 4 --rounds 3 \
-            -- --way bfloat16 --batch 1 --rounds 1
+            -- --way eager --batch 1 --rounds 1
         experiment networks 150 speed "${arguments[@]}"
         ;;
     batches)
