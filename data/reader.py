@@ -134,7 +134,7 @@ class Source:
                 for batch in file.iter_batches(columns=["sample_id"]):
                     yield from batch.column(0).to_pylist()
         if self._lines and self._file:
-            yield from (row_of(record)["sample_id"] for record in iterate(self._lines, self._file))
+            yield from (row_of(record, strict=False)["sample_id"] for record in iterate(self._lines, self._file))
 
     def tables(self, names: Sequence[str], rows: int) -> Iterator[pd.DataFrame]:
         """All records as tables with these columns, the oldest first."""
