@@ -16,11 +16,13 @@ from ringmark.watermark.cli.options import (
     batch_option,
     detection_options,
     inversion_options,
+    json_option,
     model_options,
+    say,
     warn,
 )
 
-TOKENS_HELP = "File of tokens, with mode 0600."
+TOKENS_HELP = "File of tokens, made by ringmark token, with mode 0600."
 
 
 @click.command()
@@ -28,7 +30,7 @@ TOKENS_HELP = "File of tokens, with mode 0600."
 @inversion_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address; others need --tokens.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--tokens", type=PATH, help=f"{TOKENS_HELP} Each request then needs one; see ringmark token.")
+@click.option("--tokens", type=PATH, help=TOKENS_HELP)
 @click.option("--jobs", "jobs_folder", type=PATH, help="Folder for batches, which are refused without it.")
 @click.option(
     "--allow-urls", is_flag=True, help="Fetch pictures from URLs and call webhooks, at public addresses only."
@@ -94,7 +96,7 @@ def serve(
 
 @click.command()
 @click.argument("name")
-@click.option("--tokens", type=PATH, required=True, help=f"{TOKENS_HELP} It is made if it is missing.")
+@click.option("--tokens", type=PATH, required=True, help=TOKENS_HELP)
 @click.option(
     "--scope",
     type=click.Choice(["verdict", "p"]),
@@ -106,10 +108,11 @@ def serve(
     "--per-minute", type=click.IntRange(1), default=600, show_default=True, help="Pictures it may send per minute."
 )
 @click.option("--revoke", is_flag=True, help="Remove the token instead.")
-def token(name: str, tokens: Path, scope: str, per_minute: int, revoke: bool) -> None:
+@json_option
+def token(name: str, tokens: Path, scope: str, per_minute: int, revoke: bool, as_json: bool) -> None:
     """Make a token for ringmark serve, and print it once; the file holds only its hash.
 
-    A running service has to be restarted to know of the change.
+    The file is made if it is missing. A running service has to be restarted to know of the change.
 
     \b
     Example:
@@ -119,5 +122,7 @@ def token(name: str, tokens: Path, scope: str, per_minute: int, revoke: bool) ->
 
     if revoke:
         remove_token(tokens, name)
+        say({"name": name, "token": None}, f"token {name} removed from {tokens}", as_json)
     else:
-        click.echo(add_token(tokens, name, "p" if scope == "p" else "verdict", per_minute))
+        made = add_token(tokens, name, "p" if scope == "p" else "verdict", per_minute)
+        say({"name": name, "token": made}, made, as_json)
