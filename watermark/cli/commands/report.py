@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ringmark.errors import counted
-from ringmark.watermark.cli.options import PATH, FilePath, Finite, force_option
+from ringmark.watermark.cli.options import PATH, FilePath, Finite, force_option, json_option, say
 
 
 @click.command()
@@ -28,7 +28,8 @@ from ringmark.watermark.cli.options import PATH, FilePath, Finite, force_option
     help="Most thumbnails in each list of images; 0 leaves all pictures out.",
 )
 @force_option
-def report(results: Path, output: Path, fdr: float, thumbnails: int, force: bool) -> None:
+@json_option
+def report(results: Path, output: Path, fdr: float, thumbnails: int, force: bool, as_json: bool) -> None:
     """Report an audit as one HTML page.
 
     RESULTS are those of ringmark audit. The page needs no network and no other file. It counts images by key, folder,
@@ -42,8 +43,15 @@ def report(results: Path, output: Path, fdr: float, thumbnails: int, force: bool
     from ringmark.watermark.tasks.report import write_report
 
     tally = write_report(results, output, fdr=fdr, shown=thumbnails, force=force)
-    found = tally.discoveries(fdr).number
-    click.echo(
-        f"{counted(tally.images, 'image')}: {tally.outcomes['present']} with a key, {found} at a false discovery rate "
-        f"of {fdr:g}; reported in {output}"
+    counts = {
+        "output": str(output),
+        "images": tally.images,
+        "present": tally.outcomes["present"],
+        "discoveries": tally.discoveries(fdr).number,
+        "false_discovery_rate": fdr,
+    }
+    text = (
+        f"{counted(tally.images, 'image')}: {counts['present']} with a key, {counts['discoveries']} at a false "
+        f"discovery rate of {fdr:g}; reported in {output}"
     )
+    say(counts, text, as_json)

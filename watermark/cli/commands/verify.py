@@ -200,7 +200,6 @@ def reaudit(audited: Path, key_paths: tuple[Path, ...], output: Path, alpha: flo
 
     \b
     Example:
-      ringmark audit pictures --key old.key -o results.parquet --keep-noise
       ringmark reaudit results.parquet --key new.key -o new.parquet
     """
     from ringmark.watermark.tasks.reaudit import reaudit as look_again
