@@ -45,7 +45,7 @@ def test_every_command_works(name: str, tmp_path: Path) -> None:
         made = tmp_path / "made.safetensors"
         run("calibrate", tmp_path / "unmarked", *model, *drawing, "--method", "encoder", "-o", made)
         verifying += ["--calibration", made, "--alpha", 0.06]
-    (verdict,) = json.loads(run(*verifying, code=1).stdout)
+    (verdict,) = json.loads(run(*verifying, code=(0, 1)).stdout)  # random weights show a mark only by chance
     assert 0 < verdict["p_value"] <= 1 and bool(verdict["calibration"]) == (native.channels == 4)
     run("attack", tmp_path / "images/marked", tmp_path / "attacked", "--attack", "jpeg:50")
     run("audit", tmp_path / "attacked", *reading, "-o", tmp_path / "audit.jsonl")

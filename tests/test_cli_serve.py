@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,9 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def served(*args: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A service in a process of its own, and its address."""
     command = [sys.executable, "-m", "ringmark.watermark.cli", "serve", "--port", "0", *map(str, args)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A shell that started the tests in the background may have made its children ignore SIGINT.
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL) if os.name == "posix" else None
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
     try:
         assert process.stderr
         yield process, process.stderr.readline().split()[0]

@@ -28,6 +28,6 @@ def test_power_is_compared_ring_by_ring():
 
 @pytest.mark.slow
 def test_small_setting(experiment, tmp_path):
-    found = experiment("half_precision", tmp_path, "-n", 20, "--keys", 3, "--steps", 4)
+    found = experiment("half_precision", tmp_path, "-n", 20, "--keys", 3, "--steps", 4, figure=False)
     assert [row["steps"] for row in found["rows"]] == [0, 3, 4] and found["half"] == "bfloat16"
     assert all(0 < row["power, largest change"] < 0.5 for row in found["rows"])

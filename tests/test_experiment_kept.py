@@ -7,6 +7,6 @@ import pytest
 
 @pytest.mark.slow
 def test_small_setting(experiment, tmp_path):
-    found = experiment("kept", tmp_path, "-n", 16, "--keys", 1, "--keys", 10, "--rounds", 1)
+    found = experiment("kept", tmp_path, "-n", 16, "--keys", 1, "--keys", 10, "--rounds", 1, figure=False)
     assert [row["keys"] for row in found["rows"]] == [1, 10] and found["bytes"] > 4000
     assert all(row["images a second"] > 0 for row in found["rows"])

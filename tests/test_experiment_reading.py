@@ -7,6 +7,6 @@ import pytest
 
 @pytest.mark.slow
 def test_small_setting(experiment, tmp_path):
-    found = experiment("reading", tmp_path, "-n", 2, "--rounds", 1, "--side", 256)
+    found = experiment("reading", tmp_path, "-n", 2, "--rounds", 1, "--side", 256, figure=False)
     assert [row["workers"] for row in found["rows"]] == [0, 1, 2] * 3
     assert all(row["s an image"] > 0 for row in found["rows"])

@@ -32,7 +32,7 @@ def test_architectures_are_those_of_the_models(name, parameters):
 @pytest.mark.slow
 def test_small_setting(experiment, tmp_path):
     ways = ("--way", "eager", "--way", "channels-last")
-    found = experiment("speed", tmp_path, *ways, "--batch", 1, "--rounds", 1)
+    found = experiment("speed", tmp_path, *ways, "--batch", 1, "--rounds", 1, figure=False)
     rows = {(row["part"], row["way"]): row for row in found["rows"]}
     assert set(rows) == {(part, way) for part in ("encoder", "decoder", "network") for way in ways[1::2]}
     assert all(row["ms an image"] > 0 and row["error"] < 1e-4 for row in found["rows"])

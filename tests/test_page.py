@@ -16,7 +16,7 @@ from ringmark.watermark.evaluation.page import (
     Axis,
     Bars,
     Curve,
-    Picture,
+    Thumbnail,
     calibration_finding,
     corrections,
     log10_p_text,
@@ -69,7 +69,7 @@ def hostile_page(names: list[str] = HOSTILE) -> str:
         record |= {"model": name, "stage": name, "carries": [name], "notes": [name], "score": math.nan}
         failed = {"sample_id": name, "error": f"{name}: is damaged", "code": name}
         tally.add(pd.DataFrame(list(map(row_of, (record, failed)))))
-    pictures = {name: Picture("a%20b.png", b"\xff\xd8", "") for name in names}
+    pictures = {name: Thumbnail("a%20b.png", b"\xff\xd8", "") for name in names}
     settings = {"folder": names[0], "keys": names, "nested": {names[0]: names}}
     return render(tally, settings, title=f"Audit of {names[0]}", written=names[1], fdr=0.05, pictures=pictures, shown=3)
 

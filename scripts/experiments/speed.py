@@ -114,7 +114,7 @@ def inputs_of(shape: Shape, number: int, **place: Any) -> dict[str, Tensor]:
     found: dict[str, Any] = {
         "sample": normal(number, channels, *frames, height, width),
         "timestep": torch.full((number,), 500.0).to(**place),
-        "encoder_hidden_states": normal(number, TOKENS, cross),
+        "encoder_hidden_states": normal(number * shape.frames, TOKENS, cross),
     }
     if "addition_embed_type" in shape.config:
         found["added_cond_kwargs"] = {

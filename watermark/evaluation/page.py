@@ -25,7 +25,7 @@ from ringmark.watermark.evaluation.tally import BARS, DECADES, LISTED, OTHERS, O
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-__all__ = ["Picture", "render"]
+__all__ = ["Thumbnail", "render"]
 
 TEMPLATES = Path(__file__).parent / "templates"
 ROWS = 200  # of a table of counts
@@ -36,7 +36,7 @@ VERDICTS = {"present": "key", "absent": "no key", "inconclusive": "inconclusive"
 
 
 @dataclass(frozen=True)
-class Picture:
+class Thumbnail:
     """A file in the audited folder: its `link` relative to the page, and a JPEG `thumbnail`, or why there is none."""
 
     link: str
@@ -131,7 +131,7 @@ def render(
     title: str,
     written: str,
     fdr: float,
-    pictures: Mapping[str, Picture],
+    pictures: Mapping[str, Thumbnail],
     shown: int,
 ) -> str:
     """The page. `pictures` are by the names of records; the first `shown` records of each list are drawn."""

@@ -18,7 +18,7 @@ from ringmark.data.places import is_web
 from ringmark.data.reader import read_results, read_settings
 from ringmark.data.schema import file_name
 from ringmark.errors import ImageError, StoreError
-from ringmark.watermark.evaluation.page import Picture, render
+from ringmark.watermark.evaluation.page import Thumbnail, render
 from ringmark.watermark.evaluation.tally import COLUMNS, Row, Tally
 
 __all__ = ["FDR", "SHOWN", "write_report"]
@@ -65,31 +65,31 @@ def _alpha(results: Path, settings: Mapping[str, Any]) -> float:
     raise StoreError("results.no-audit", "are not the results of an audit", subject=results)
 
 
-def _pictures(tally: Tally, folder: Path | None, output: Path, shown: int) -> dict[str, Picture]:
+def _pictures(tally: Tally, folder: Path | None, output: Path, shown: int) -> dict[str, Thumbnail]:
     """The pictures of all listed records, by name; the first `shown` of each list have a thumbnail."""
     lists = [best.rows() for best in (tally.significant, tally.inconclusive, tally.near)]
     drawn = {row.name for rows in lists for row in rows[:shown]}
     return {row.name: _picture(row, folder, output, draw=row.name in drawn) for rows in lists for row in rows}
 
 
-def _picture(row: Row, folder: Path | None, output: Path, *, draw: bool) -> Picture:
+def _picture(row: Row, folder: Path | None, output: Path, *, draw: bool) -> Thumbnail:
     """The picture of a record: a link on the web, or a file inside the audited folder that has not changed since."""
     if folder is None:
-        return Picture(row.name if is_web(row.name) else "", b"", "not shown")
+        return Thumbnail(row.name if is_web(row.name) else "", b"", "not shown")
     path = folder / file_name(row.name)
     try:
         real = path.resolve()
         if not real.is_relative_to(folder.resolve()):
-            return Picture("", b"", "outside the audited folder")
+            return Thumbnail("", b"", "outside the audited folder")
         if not real.is_file():
-            return Picture("", b"", "file not found")
+            return Thumbnail("", b"", "file not found")
         changed = real.stat().st_size != row.size
     except (OSError, ValueError):
-        return Picture("", b"", "file not found")
+        return Thumbnail("", b"", "file not found")
     link = quote(os.fsencode(os.path.relpath(path, output.parent).replace(os.sep, "/")))
     if changed or not draw:
-        return Picture(link, b"", "file has changed since the audit" if changed else "not shown")
+        return Thumbnail(link, b"", "file has changed since the audit" if changed else "not shown")
     try:
-        return Picture(link, thumbnail(real, SIDE))
+        return Thumbnail(link, thumbnail(real, SIDE))
     except ImageError as error:
-        return Picture(link, b"", error.fact)
+        return Thumbnail(link, b"", error.fact)
