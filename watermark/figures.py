@@ -331,6 +331,9 @@ def _evidence(detector: Detector, verdict: Verdict) -> ScoreDisplay | PValueDisp
     reach = 1.15 * max(0.3, abs(verdict.score), detector.threshold(verdict.key) or 0)
     x = np.linspace(-reach, reach, 1001)
     density = detector.density(verdict.key, x)
+    if density is not None:  # a score that cannot be negative needs no room there
+        possible = x >= x[density > 0][0]
+        x, density = x[possible], density[possible]
     references = detector.reference_scores(verdict.key)
     if verdict.by_search or not np.isfinite(verdict.score) or (density is None and references is None):
         title = f"largest {name} of the search" if verdict.by_search else name
