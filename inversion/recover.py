@@ -17,11 +17,11 @@ from ringmark.inversion.noise_recovery import NoiseRecovery
 from ringmark.inversion.schedule import Schedule
 from ringmark.inversion.solve import Solution
 
-__all__ = ["Model", "Recovered", "Recoverer", "RecoverySettings", "check_method"]
+__all__ = ["Identified", "Model", "Recovered", "Recoverer", "RecoverySettings", "check_method"]
 
 
-class Model(Autoencoder, Denoiser, Protocol):
-    """What recovery needs from a latent diffusion model."""
+class Identified(Protocol):
+    """A model by name, identity and kind of latents."""
 
     @property
     def name(self) -> str: ...
@@ -34,6 +34,10 @@ class Model(Autoencoder, Denoiser, Protocol):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]: ...
+
+
+class Model(Identified, Autoencoder, Denoiser, Protocol):
+    """What recovery needs from a latent diffusion model."""
 
     @property
     def recovery(self) -> NoiseRecovery | None: ...

@@ -96,7 +96,7 @@ class _Progress:
     chosen: Tensor
 
     @classmethod
-    def start(cls, z: Tensor) -> _Progress:
+    def start(cls, z: Tensor, status: Status) -> _Progress:
         count = len(z)
         return cls(
             value=z.clone(),
@@ -104,7 +104,7 @@ class _Progress:
             first=torch.full((count,), torch.inf, device=z.device),
             lowest=torch.full((count, PATIENCE + 1), torch.inf, device=z.device),
             steps=torch.zeros(count, dtype=torch.int64),
-            status=[Status.MAX_STEPS] * count,
+            status=[status] * count,
             chosen=torch.zeros(count, dtype=torch.int64),
         )
 
@@ -117,6 +117,10 @@ class _Progress:
         best = torch.fmin(self.lowest[rows, :1], size[:, None])
         self.lowest[rows] = torch.cat([best, self.lowest[rows, :-1]], 1)
         self.steps[rows.cpu()] += 1
+
+    def keep(self, rows: Tensor, z: Tensor, evaluation: int) -> None:
+        """Take z as the value, whatever its merit; its logs are those of this evaluation."""
+        self.value[rows], self.chosen[rows.cpu()] = z, max(0, evaluation)
 
     def finished(self, rows: Tensor, size: Tensor, tol: Tensor | None) -> Tensor:
         """Mask (A,) of the active samples that stop here; records their status."""
@@ -131,6 +135,16 @@ class _Progress:
                 self.status[row] = status
             done |= now
         return done
+
+    def solution(self, sizes: _Log, merits: _Log) -> Solution:
+        return Solution(
+            value=self.value,
+            residuals=sizes.stack(),
+            merits=merits.stack(),
+            steps=self.steps,
+            status=self.status,
+            chosen=self.chosen,
+        )
 
 
 @dataclass
@@ -173,7 +187,8 @@ def solve(
     """
     z = start.float()
     limits = None if tol is None else torch.as_tensor(tol, dtype=z.dtype, device=z.device).expand(len(z))
-    rows, state, best = torch.arange(len(z), device=z.device), method.init(z), _Progress.start(z)
+    rows, state = torch.arange(len(z), device=z.device), method.init(z)
+    best = _Progress.start(z, Status.MAX_STEPS if max_steps else Status.NO_STEPS)
     sizes, merits = _Log(len(z)), _Log(len(z))
     for k in range(max_steps + judged if max_steps else 0):
         t, error = first if first and k == 0 else evaluated(residual, z, rows)
@@ -192,13 +207,5 @@ def solve(
         z, state = method.step(z, t, error, state)
     else:
         if not judged:
-            best.value[rows] = z
-            best.chosen[rows.cpu()] = max(0, max_steps - 1)
-    return Solution(
-        value=best.value,
-        residuals=sizes.stack(),
-        merits=merits.stack(),
-        steps=best.steps,
-        status=best.status if max_steps else [Status.NO_STEPS] * len(start),
-        chosen=best.chosen,
-    )
+            best.keep(rows, z, max_steps - 1)
+    return best.solution(sizes, merits)

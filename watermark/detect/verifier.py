@@ -7,10 +7,10 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ringmark.errors import CalibrationError, KeyFileError, SchemeError
-from ringmark.inversion.recover import Recoverer
+from ringmark.inversion.recover import Identified, Recoverer
 from ringmark.inversion.sizes import Size, candidate_sizes
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.cascade import Stage, calibrated_stages, walk
@@ -212,23 +212,7 @@ def grouped(members: Sequence[int], labels: Sequence[Hashable]) -> Iterable[list
     return groups.values()
 
 
-class Made(Protocol):
-    """What is asked of a model that a key has to fit."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def identity(self) -> dict[str, Any]: ...
-
-    @property
-    def kind(self) -> dict[str, Any]: ...
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]: ...
-
-
-def check_fit(key: Key, model: Made) -> str:
+def check_fit(key: Key, model: Identified) -> str:
     """A note if the key was made for a model of other weights, otherwise "".
 
     Other weights of the same kind (a fine-tune, a LoRA, another precision) recover most of a mark, and p holds for

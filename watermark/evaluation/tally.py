@@ -298,7 +298,7 @@ class Tally:
 
 
 def folder_of(name: str) -> str:
-    """The first folder in the name of a record: 'a' for a/b/c.png, '' for c.png, 's3://bucket/a' for s3://bucket/a/b.png."""
+    """The first folder in a record's name: 'a' for a/b/c.png, '' for c.png, 's3://bucket/a' for s3://bucket/a/b.png."""
     depth = 4 if "://" in name else 2 if name.startswith("/") else 1
     return "/".join(name.split("/")[:-1][:depth])
 

@@ -90,14 +90,7 @@ class Fetcher:
         try:
             with anyio.fail_after(SECONDS):
                 await work
-        except (
-            httpcore.NetworkError,
-            httpcore.ProtocolError,
-            httpcore.TimeoutException,
-            OSError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except FAILURES as error:
             if isinstance(error, ServiceError):
                 raise
             raise ServiceError("url.unreachable", "cannot be fetched", subject="the URL") from error
