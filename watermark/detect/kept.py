@@ -26,7 +26,7 @@ from ringmark.watermark.calibration import Calibration, default_reach, pack, rea
 from ringmark.watermark.detect.cascade import Trial, go_through, stage_name
 from ringmark.watermark.detect.detector import FLAT_IMAGE, OVERFLOW, Seen, check_unranked
 from ringmark.watermark.detect.verdict import Judged
-from ringmark.watermark.detect.verifier import MAX_SIZES, better, check_fit, detector_at, grouped
+from ringmark.watermark.detect.verifier import MAX_SIZES, at_best_size, check_fit, detector_at
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.null import Null
 from ringmark.watermark.schemes.base import scheme_of
@@ -80,8 +80,7 @@ def tensors_of(judged: Judged) -> dict[str, NDArray[Any]]:
 
 
 class View(NamedTuple):
-    """A picture at one size: without its image, the shape of its latents, and the frequencies (C, m, 2) of each
-    stage."""
+    """A picture at one size: a sample without an image, the latents' shape, and each stage's frequencies (C, m, 2)."""
 
     sample: Sample
     shape: Shape
@@ -182,21 +181,11 @@ class KeptVerifier:
 
     def judge(self, pictures: Sequence[KeptPicture]) -> list[Judged]:
         """Judge each picture at its best size, as `Verifier.scan` does."""
-        best: dict[int, Judged] = {}
-        for turn in range(max((len(picture.views) for picture in pictures), default=0)):
-            todo = [
-                i
-                for i, picture in enumerate(pictures)
-                if turn < len(picture.views) and not (turn and best[i].verdicts.present)
-            ]
-            labels = [
-                (p.views[turn].shape, len(p.views[turn].stages), p.tests) for p in map(pictures.__getitem__, todo)
-            ]
-            for members in grouped(todo, labels):
-                judged = self._at([pictures[i] for i in members], turn)
-                for i, here in zip(members, judged, strict=True):
-                    best[i] = better(best[i], here) if i in best else here
-        return [best[i] for i in range(len(pictures))]
+        return at_best_size(
+            [len(picture.views) for picture in pictures],
+            lambda i, turn: pictures[i].label(turn),
+            lambda members, turn: self._at([pictures[i] for i in members], turn),
+        )
 
     def _at(self, pictures: list[KeptPicture], turn: int) -> list[Judged]:
         """Judge pictures of one shape, depth and number of tests."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
@@ -135,15 +135,14 @@ class Verifier:
 
     def _judge(self, pictures: list[Sequence[Sample]]) -> list[Judged]:
         """Judge each picture at its best size."""
-        best: dict[int, Judged] = {}
-        for turn in range(max(map(len, pictures))):
-            found = {i for i, judged in best.items() if judged.verdicts.present}
-            todo = [i for i, views in enumerate(pictures) if turn < len(views) and i not in found]
-            for members in grouped(todo, [(_size_of(pictures[i][turn]), len(pictures[i])) for i in todo]):
-                samples = [pictures[i][turn] for i in members]
-                for i, judged in zip(members, self._at(samples, self._tests(len(pictures[members[0]]))), strict=True):
-                    best[i] = better(best[i], judged) if i in best else judged
-        return [best[i] for i in range(len(pictures))]
+
+        def label(i: int, turn: int) -> tuple[Size, int]:
+            return _size_of(pictures[i][turn]), len(pictures[i])
+
+        def judge(members: list[int], turn: int) -> list[Judged]:
+            return self._at([pictures[i][turn] for i in members], self._tests(len(pictures[members[0]])))
+
+        return at_best_size(list(map(len, pictures)), label, judge)
 
     def _at(self, samples: list[Sample], tests: int) -> list[Judged]:
         """Judge samples of one size with this number of tests of each key."""
@@ -192,6 +191,26 @@ def detector_at(
         calibration, why = None, f"the calibration {error.fact}"
         notes = {name: "; ".join(filter(None, [note, why])) for name, note in notes.items()}
     return Detector(keys, null=null, calibration=calibration, alpha=alpha, latent_shape=shape, notes=notes)
+
+
+def at_best_size(
+    views: Sequence[int],
+    label: Callable[[int, int], Hashable],
+    judge: Callable[[list[int], int], list[Judged]],
+) -> list[Judged]:
+    """Judge pictures at one size after the other, until a key is found; the size that fits best counts.
+
+    Picture i has `views[i]` sizes. `judge(members, turn)` judges the views number `turn` of pictures with equal
+    `label(i, turn)`.
+    """
+    best: dict[int, Judged] = {}
+    for turn in range(max(views, default=0)):
+        found = {i for i, judged in best.items() if judged.verdicts.present}
+        todo = [i for i, number in enumerate(views) if turn < number and i not in found]
+        for members in grouped(todo, [label(i, turn) for i in todo]):
+            for i, judged in zip(members, judge(members, turn), strict=True):
+                best[i] = better(best[i], judged) if i in best else judged
+    return [best[i] for i in range(len(views))]
 
 
 def better(one: Judged, other: Judged) -> Judged:
