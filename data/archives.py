@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from typing import BinaryIO, NamedTuple
 
-from ringmark.data.places import MAX_BYTES
+from ringmark.data.locations import MAX_BYTES
 from ringmark.data.sources import SUFFIXES
 from ringmark.errors import ImageError
 

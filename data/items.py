@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from ringmark.data.archives import ARCHIVES, entries
 from ringmark.data.images import Sample, SizesOf, read_samples, samples_in
-from ringmark.data.places import MAX_BYTES, Place, has_scheme, is_web, public, stamp_in, too_many_bytes
+from ringmark.data.locations import MAX_BYTES, Location, has_scheme, is_web, public, stamp_in, too_many_bytes
 from ringmark.data.sources import SUFFIXES, Listing, list_images, stamp_of
 from ringmark.data.tables import LISTS, TABLES, listed, rows
 from ringmark.errors import ImageError
@@ -77,104 +77,104 @@ def items_of(source: str, *, follow_links: bool = False) -> Iterator[Item]:
     matches such; a name's suffix says which. What cannot be read is an item that fails. Raises ImageError at once if
     the source cannot be reached.
     """
-    places = _expanded(source)
-    return (item for place in places for item in _guarded(place, follow_links))
+    locations = _expanded(source)
+    return (item for location in locations for item in _guarded(location, follow_links))
 
 
-def _guarded(place: Place, follow_links: bool) -> Iterator[Item]:
+def _guarded(location: Location, follow_links: bool) -> Iterator[Item]:
     try:
-        yield from _inside(place, follow_links)
+        yield from _inside(location, follow_links)
     except ImageError as error:
-        yield Item.failed(place.id, error)
+        yield Item.failed(location.id, error)
 
 
-def _expanded(source: str) -> Sequence[Place]:
-    """The place of a source, or those that its pattern matches. Raises ImageError."""
+def _expanded(source: str) -> Sequence[Location]:
+    """The location of a source, or those that its pattern matches. Raises ImageError."""
     if not has_scheme(source):
         paths = [source] if os.path.lexists(source) else sorted(glob.glob(source, recursive=True))
-        places = [Place.at(os.path.abspath(path)).named(path) for path in paths]
+        locations = [Location.at(os.path.abspath(path)).named(path) for path in paths]
     elif glob.has_magic(source) and not is_web(source):  # where ? begins the parameters
-        pattern = Place.at(source)
-        places = [pattern.below(path) for path in pattern.glob()]
+        pattern = Location.at(source)
+        locations = [pattern.below(path) for path in pattern.glob()]
     else:
-        places = [Place.at(source)]
-        places[0].check()
-    if not places:
+        locations = [Location.at(source)]
+        locations[0].check()
+    if not locations:
         raise ImageError("source.missing", "does not exist", subject=public(source))
-    return places
+    return locations
 
 
-def _inside(place: Place, follow_links: bool) -> Iterator[Item]:
-    """The items in a place, by the kind that its name says it is."""
-    name = place.id.partition("?")[0].lower() if is_web(place.id) else place.id.lower()
-    if place.is_local and os.path.isdir(place.path):
-        yield from listed_items(list_images(place.id, follow_links=follow_links))
+def _inside(location: Location, follow_links: bool) -> Iterator[Item]:
+    """The items in a location, by the kind that its name says it is."""
+    name = location.id.partition("?")[0].lower() if is_web(location.id) else location.id.lower()
+    if location.is_local and os.path.isdir(location.path):
+        yield from listed_items(list_images(location.id, follow_links=follow_links))
     elif name.endswith(ARCHIVES):
-        yield from _in_archive(place)
+        yield from _in_archive(location)
     elif name.endswith(TABLES):
-        yield from _in_table(place)
+        yield from _in_table(location)
     elif name.endswith(LISTS):
-        yield from _in_list(place)
-    elif name.endswith(SUFFIXES) or place.is_local:
-        yield _at(place)
+        yield from _in_list(location)
+    elif name.endswith(SUFFIXES) or location.is_local:
+        yield _at(location)
     else:
-        for path, facts in place.walk():
+        for path, facts in location.walk():
             if path.lower().endswith(SUFFIXES) and not posixpath.basename(path).startswith("."):
-                yield _at(place.below(path), **stamp_in(facts))
+                yield _at(location.below(path), **stamp_in(facts))
 
 
-def _at(place: Place, size: int | None = None, mtime_ns: int | None = None) -> Item:
-    if place.is_local:
-        path = Path(place.id)
-        return Item(id=place.id, read=partial(_read_file, path, place.id), **stamp_of(path))
-    read = partial(_refuse, too_many_bytes(place.id)) if (size or 0) > MAX_BYTES else partial(_fetch, place)
-    return Item(id=place.id, read=read, size=size, mtime_ns=mtime_ns)
+def _at(location: Location, size: int | None = None, mtime_ns: int | None = None) -> Item:
+    if location.is_local:
+        path = Path(location.id)
+        return Item(id=location.id, read=partial(_read_file, path, location.id), **stamp_of(path))
+    read = partial(_refuse, too_many_bytes(location.id)) if (size or 0) > MAX_BYTES else partial(_fetch, location)
+    return Item(id=location.id, read=read, size=size, mtime_ns=mtime_ns)
 
 
-def _fetch(place: Place, sizes_of: SizesOf) -> list[Sample]:
-    return samples_in(place.read(), sizes_of, id=place.id)
+def _fetch(location: Location, sizes_of: SizesOf) -> list[Sample]:
+    return samples_in(location.read(), sizes_of, id=location.id)
 
 
-def _in_archive(place: Place) -> Iterator[Item]:
-    size = place.facts().get("size")
-    with place.opened(seekable=place.id.lower().endswith(".zip")) as file:
-        for entry in entries(file, place.id, size):
-            id = f"{place.id}/{entry.name}" if entry.name else place.id
+def _in_archive(location: Location) -> Iterator[Item]:
+    size = location.facts().get("size")
+    with location.opened(seekable=location.id.lower().endswith(".zip")) as file:
+        for entry in entries(file, location.id, size):
+            id = f"{location.id}/{entry.name}" if entry.name else location.id
             if isinstance(entry.content, ImageError):
                 yield Item.failed(id, entry.content)
             else:
                 yield Item.holding(id, entry.content, entry.mtime_ns)
 
 
-def _in_table(place: Place) -> Iterator[Item]:
-    with place.opened(seekable=True) as file:
-        for row in rows(file, place.id):
-            id = f"{place.id}#{row.number}"
+def _in_table(location: Location) -> Iterator[Item]:
+    with location.opened(seekable=True) as file:
+        for row in rows(file, location.id):
+            id = f"{location.id}#{row.number}"
             if row.path is not None:
-                yield _named(place, row.path)
+                yield _named(location, row.path)
             elif row.content is not None:
                 yield Item.holding(id, row.content)
             else:
                 yield Item.failed(id, ImageError("image.empty", "has no bytes", subject=id))
 
 
-def _in_list(place: Place) -> Iterator[Item]:
-    with place.opened() as file:
-        for path in listed(file, place.id):
-            yield _named(place, path)
+def _in_list(location: Location) -> Iterator[Item]:
+    with location.opened() as file:
+        for path in listed(file, location.id):
+            yield _named(location, path)
 
 
-def _named(place: Place, path: str) -> Item:
+def _named(location: Location, path: str) -> Item:
     """The picture at a path in a list: an address, or a path relative to the list; only a list here may name any."""
     try:
         if has_scheme(path):
-            return _at(Place.at(path))
-        if place.is_local:
-            here = os.path.join(os.path.dirname(place.id), path)
-            return _at(place.named(here))
+            return _at(Location.at(path))
+        if location.is_local:
+            here = os.path.join(os.path.dirname(location.id), path)
+            return _at(location.named(here))
         if path.startswith("/") or ".." in path.split("/"):
             raise ImageError("source.outside", "is outside of the folder of its list", subject=path)
-        folder = place.path.partition("?")[0] if is_web(place.id) else place.path
-        return _at(place.below(f"{posixpath.dirname(folder)}/{path}"))
+        folder = location.path.partition("?")[0] if is_web(location.id) else location.path
+        return _at(location.below(f"{posixpath.dirname(folder)}/{path}"))
     except ImageError as error:
         return Item.failed(public(path), error)

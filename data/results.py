@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from ringmark.data.files import PathLike
 from ringmark.data.lines import Lines, Record, plain, succeeded
 from ringmark.data.parts import Parts, are_parts
-from ringmark.data.tensor_files import Place, Rows, TensorFiles, Tensors
+from ringmark.data.tensor_files import Rows, TensorFiles, TensorRow, Tensors
 from ringmark.errors import StoreError
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Results:
         files: dict[tuple[int, str], Rows] = {}
         found: dict[str, dict[str, np.ndarray]] = {}
         for sample_id in wanted:
-            if place := Place.of(self.records[sample_id]):
+            if place := TensorRow.of(self.records[sample_id]):
                 file = place.file, place.sha256
                 files[file] = files[file] if file in files else self._tensors.read(*file)
                 if row := files[file].get(str(place.row)):

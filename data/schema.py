@@ -47,7 +47,7 @@ FIELDS = {
     "code": "string",
     "size": "int64",
     "mtime_ns": "int64",
-    "tensors": "place",
+    "tensors": "row",
 }
 """Name and type of each field, in the order of the columns; docs/reference/formats.md says what they mean."""
 
@@ -70,7 +70,7 @@ def arrow_schema(metadata: dict[bytes, bytes] | None = None) -> pa.Schema:
         "strings": pa.list_(text),
         "numbers": numbers,
         "tables": pa.map_(text, numbers),
-        "place": pa.struct({"file": pa.int64(), "sha256": text, "row": pa.int32()}),
+        "row": pa.struct({"file": pa.int64(), "sha256": text, "row": pa.int32()}),
     }
     return pa.schema([(name, kinds[kind]) for name, kind in FIELDS.items()], metadata)
 

@@ -23,7 +23,7 @@ from ringmark.errors import StoreError
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Place", "Rows", "TensorFiles", "Tensors"]
+__all__ = ["Rows", "TensorFiles", "TensorRow", "Tensors"]
 
 LOG = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ Rows = dict[str, dict[str, "np.ndarray"]]
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorRow:
     """Where the tensors of a record are: the number of their file, its SHA-256, and the record's row in it."""
 
     file: int
@@ -42,7 +42,7 @@ class Place:
     row: int
 
     @classmethod
-    def of(cls, record: Record) -> Place | None:
+    def of(cls, record: Record) -> TensorRow | None:
         """The place in a record; None if it has none."""
         try:
             return typed(cls, record.get("tensors"))
@@ -68,7 +68,7 @@ class TensorFiles:
         content = save(named, {"ringmark tensors": str(VERSION)})
         write_atomic(self._file(number), content, 0o600)
         digest = hashlib.sha256(content).hexdigest()
-        return [asdict(Place(file=number, sha256=digest, row=row)) for row in range(len(tensors))]
+        return [asdict(TensorRow(file=number, sha256=digest, row=row)) for row in range(len(tensors))]
 
     def read(self, number: int, digest: str) -> Rows:
         """The tensors in a file by row; nothing, and a warning, if it is missing or damaged. Raises StoreError."""

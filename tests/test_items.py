@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ringmark.data import archives, places
+from ringmark.data import archives, locations
 from ringmark.data.items import items_of
-from ringmark.data.places import Place, public
+from ringmark.data.locations import Location, public
 from ringmark.data.results import content_id
 from ringmark.errors import ImageError
 
@@ -370,9 +370,9 @@ def test_a_listing_is_read_page_by_page(bucket, monkeypatch):
         asked.append(method)
         return call(method, MaxKeys=10, **given)
 
-    place = Place.at("s3://bucket/many")
-    monkeypatch.setattr(place.files, "call_s3", pages)
-    walk = place.walk()
+    location = Location.at("s3://bucket/many")
+    monkeypatch.setattr(location.files, "call_s3", pages)
+    walk = location.walk()
     next(walk)
     assert len(asked) == 1
     assert [path for path, _ in walk] == [f"bucket/many/{i:03d}.png" for i in range(1, 25)] and len(asked) == 3
@@ -405,5 +405,5 @@ def test_drivers_and_schemes_that_are_not_there(monkeypatch):
 
 
 def test_what_is_larger_than_a_picture_is_not_fetched(web, monkeypatch):
-    monkeypatch.setattr(places, "MAX_BYTES", 100)
+    monkeypatch.setattr(locations, "MAX_BYTES", 100)
     assert read(f"{web}/a.png") == {f"{web}/a.png": "image.too-many-bytes"}

@@ -14,7 +14,17 @@ import torch
 from ringmark.errors import ModelError
 from ringmark.inversion.models.families import family_of
 from ringmark.inversion.models.lora import fuse_lora
-from ringmark.inversion.models.place import EMBEDDED, INDEX, POCKET, UNUSED, Place, download, is_text, locate, resolve
+from ringmark.inversion.models.model_files import (
+    EMBEDDED,
+    INDEX,
+    POCKET,
+    UNUSED,
+    ModelFiles,
+    download,
+    is_text,
+    locate,
+    resolve,
+)
 
 __all__ = ["EMBEDDED", "POCKET", "check_tokenizer", "load_pipeline", "quiet", "resolve", "text_pairs"]
 
@@ -62,28 +72,28 @@ def load_pipeline(
     text encoders keep the dtype of their files instead of `dtype`. Prints nothing. Raises ModelError.
     """
     with quiet():
-        place = locate(source, revision, dtype)
+        model = locate(source, revision, dtype)
         try:
-            plan = _plan(place, text, dtype)
+            plan = _plan(model, text, dtype)
         except ModelError as error:
-            if error.code != "model.incomplete" or Path(place.source).exists():
+            if error.code != "model.incomplete" or Path(model.source).exists():
                 raise
-            place = download(place.source, revision, dtype)  # the rest of an interrupted download
-            plan = _plan(place, text, dtype)
+            model = download(model.source, revision, dtype)  # the rest of an interrupted download
+            plan = _plan(model, text, dtype)
         if not network:
             modules = [name for name, part in plan.arguments.items() if isinstance(part, Part) and part.is_module]
             plan.arguments.update({name: None for name in modules if not is_text(name)})
-        pipe = _assemble(place, plan, dtype, stored)
+        pipe = _assemble(model, plan, dtype, stored)
         for lora in loras:
             fuse_lora(pipe, lora, text=text, network=network)
     return pipe
 
 
-def _plan(place: Place, text: bool, dtype: torch.dtype) -> Plan:
+def _plan(model: ModelFiles, text: bool, dtype: torch.dtype) -> Plan:
     """What to load. Nothing is loaded yet, but what is missing is found. Raises ModelError."""
-    index = place.index()
-    kind = _pipeline_class(place, index)
-    optional, held = getattr(kind, "_optional_components", ()), _held(place)
+    index = model.index()
+    kind = _pipeline_class(model, index)
+    optional, held = getattr(kind, "_optional_components", ()), _held(model)
     arguments: dict[str, Any] = {}
     for name, parameter in signature(kind).parameters.items():
         if name == "requires_safety_checker":
@@ -91,18 +101,18 @@ def _plan(place: Place, text: bool, dtype: torch.dtype) -> Plan:
         elif name in UNUSED or (is_text(name) and not text):
             arguments[name] = None
         elif name in index:
-            arguments[name] = _part(place, name, index[name], dtype, held)
+            arguments[name] = _part(model, name, index[name], dtype, held)
         elif parameter.default is parameter.empty:
             arguments[name] = None
         needed = parameter.default is parameter.empty and name not in (*UNUSED, *optional)
         spared = is_text(name) and (name in index or not text)  # Stable Diffusion 3 does without one of three
         if needed and not spared and arguments[name] is None:
             fact = f"its {INDEX} names no {name}, which a {kind.__name__} needs"
-            raise place.refusal("model.incomplete", fact)
+            raise model.refusal("model.incomplete", fact)
     return Plan(kind, arguments)
 
 
-def _pipeline_class(place: Place, index: dict[str, Any]) -> Any:
+def _pipeline_class(model: ModelFiles, index: dict[str, Any]) -> Any:
     """The pipeline's class. diffusers has none for a UNet with velocity, which is stored as Stable Diffusion is."""
     import diffusers
 
@@ -112,17 +122,17 @@ def _pipeline_class(place: Place, index: dict[str, Any]) -> Any:
     kind = RectifiedFlowPipeline if name == RectifiedFlowPipeline.__name__ else getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
         fact = f"is a {name}, which diffusers {diffusers.__version__} does not have"
-        raise place.refusal("model.family", fact)
+        raise model.refusal("model.family", fact)
     if kind is diffusers.StableDiffusionPipeline and index.get("scheduler") == FLOW_SCHEDULER:
         return RectifiedFlowPipeline
     try:
         family_of(kind)
     except ModelError as error:
-        raise place.refusal(error.code, f"is a {kind.__name__}, which {error.fact}") from error
+        raise model.refusal(error.code, f"is a {kind.__name__}, which {error.fact}") from error
     return kind
 
 
-def _part(place: Place, name: str, entry: Any, dtype: torch.dtype, held: list[str]) -> Any:
+def _part(model: ModelFiles, name: str, entry: Any, dtype: torch.dtype, held: list[str]) -> Any:
     """An entry of model_index.json: a Part for [library, class], None for [null, null], and other values as they are.
 
     `held` are the names of tensors in the single file.
@@ -131,19 +141,19 @@ def _part(place: Place, name: str, entry: Any, dtype: torch.dtype, held: list[st
         return entry
     if entry == [None, None]:
         return None
-    kind = _class(place, name, entry)
+    kind = _class(model, name, entry)
     if not Part(kind).is_module:
-        if not (place.folder / name).is_dir():
-            raise place.refusal("model.incomplete", f"lacks its {name}")
+        if not (model.folder / name).is_dir():
+            raise model.refusal("model.incomplete", f"lacks its {name}")
         return Part(kind)
     begin = VAE_IN_FILE if name == "vae" else TEXT_IN_FILE
-    if place.file and (name in DENOISERS or any(key.startswith(begin) for key in held)):
-        return Part(kind, place.stored(place.file), in_file=True)
-    weights = place.weights(name, dtype)
+    if model.file and (name in DENOISERS or any(key.startswith(begin) for key in held)):
+        return Part(kind, model.stored(model.file), in_file=True)
+    weights = model.weights(name, dtype)
     return Part(kind, weights.dtype, weights.variant)
 
 
-def _class(place: Place, name: str, entry: list[Any]) -> Any:
+def _class(model: ModelFiles, name: str, entry: list[Any]) -> Any:
     """The class that model_index.json names, if it is one of diffusers or transformers that can be loaded."""
     import diffusers
     import transformers
@@ -153,25 +163,25 @@ def _class(place: Place, name: str, entry: list[Any]) -> Any:
     if not (isinstance(kind, type) and hasattr(kind, "from_pretrained")):
         versions = f"diffusers {diffusers.__version__} nor transformers {transformers.__version__}"
         fact = f"its {name} is a {'.'.join(map(str, entry))}, which neither {versions} has"
-        raise place.refusal("model.part", fact)
+        raise model.refusal("model.part", fact)
     return kind
 
 
-def _held(place: Place) -> list[str]:
+def _held(model: ModelFiles) -> list[str]:
     """The names of the tensors in the single file."""
     from safetensors import safe_open
 
-    if place.file is None:
+    if model.file is None:
         return []
-    place.stored(place.file)  # checks that it is whole
-    with safe_open(place.file, framework="pt") as file:
+    model.stored(model.file)  # checks that it is whole
+    with safe_open(model.file, framework="pt") as file:
         return list(file.keys())
 
 
-def _assemble(place: Place, plan: Plan, dtype: torch.dtype, stored: bool) -> Any:
+def _assemble(model: ModelFiles, plan: Plan, dtype: torch.dtype, stored: bool) -> Any:
     """The pipeline of this plan. Raises ModelError for parts that are damaged or do not fit together."""
     parts = {
-        name: _load(place, name, value, value.stored if stored and not is_text(name) else dtype)
+        name: _load(model, name, value, value.stored if stored and not is_text(name) else dtype)
         if isinstance(value, Part)
         else value
         for name, value in plan.arguments.items()
@@ -181,7 +191,7 @@ def _assemble(place: Place, plan: Plan, dtype: torch.dtype, stored: bool) -> Any
             _fit(tokenizer, encoder)
         return plan.kind(**parts)
     except Exception as error:
-        raise place.refusal("model.damaged", f"its parts do not fit together: {_reason(error)}") from error
+        raise model.refusal("model.damaged", f"its parts do not fit together: {_reason(error)}") from error
 
 
 def text_pairs(parts: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
@@ -200,24 +210,24 @@ def _fit(tokenizer: Any, encoder: Any) -> None:
         tokenizer.model_max_length = longest
 
 
-def _load(place: Place, name: str, part: Part, dtype: torch.dtype) -> Any:
+def _load(model: ModelFiles, name: str, part: Part, dtype: torch.dtype) -> Any:
     """A part of a pipeline. Raises ModelError."""
     try:
         if part.in_file:
-            return _from_file(place, name, part, dtype)
+            return _from_file(model, name, part, dtype)
         if not part.is_module:
-            return part.kind.from_pretrained(str(place.folder), subfolder=name, local_files_only=True)
-        return _module(place, name, part, dtype)
+            return part.kind.from_pretrained(str(model.folder), subfolder=name, local_files_only=True)
+        return _module(model, name, part, dtype)
     except Exception as error:  # three libraries raise all kinds of errors for damaged or wrong files
-        raise place.refusal("model.damaged", f"its {name} cannot be loaded: {_reason(error)}") from error
+        raise model.refusal("model.damaged", f"its {name} cannot be loaded: {_reason(error)}") from error
 
 
-def _module(place: Place, name: str, part: Part, dtype: torch.dtype) -> Any:
+def _module(model: ModelFiles, name: str, part: Part, dtype: torch.dtype) -> Any:
     """A module with all of its weights; the libraries would fill missing ones with random numbers."""
     from diffusers import ModelMixin
 
     module, info = part.kind.from_pretrained(
-        str(place.folder),
+        str(model.folder),
         subfolder=name,
         variant=part.variant,
         use_safetensors=True,
@@ -230,7 +240,7 @@ def _module(place: Place, name: str, part: Part, dtype: torch.dtype) -> Any:
     return module.eval()
 
 
-def _from_file(place: Place, name: str, part: Part, dtype: torch.dtype) -> Any:
+def _from_file(model: ModelFiles, name: str, part: Part, dtype: torch.dtype) -> Any:
     """A module whose weights are in the single file, in the layout of its authors or in that of diffusers."""
     import diffusers.pipelines
     from diffusers.loaders.single_file import load_single_file_sub_model
@@ -240,10 +250,10 @@ def _from_file(place: Place, name: str, part: Part, dtype: torch.dtype) -> Any:
         library_name=part.kind.__module__.partition(".")[0],
         class_name=part.kind.__name__,
         name=name,
-        checkpoint=load_file(str(place.file)),  # mapped into memory; conversions change the dictionary
+        checkpoint=load_file(str(model.file)),  # mapped into memory; conversions change the dictionary
         pipelines=diffusers.pipelines,
         is_pipeline_module=False,
-        cached_model_config_path=str(place.folder),
+        cached_model_config_path=str(model.folder),
         local_files_only=True,
         torch_dtype=dtype,
     )

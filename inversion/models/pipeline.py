@@ -22,8 +22,8 @@ from ringmark.errors import ModelError, RingmarkError, counted
 from ringmark.inversion.condition import Condition
 from ringmark.inversion.models.families import MAX_SIDE, Family, family_of, kind_of, network_of, noise_shape
 from ringmark.inversion.models.loading import check_tokenizer, load_pipeline, quiet, resolve, text_pairs
+from ringmark.inversion.models.model_files import is_text
 from ringmark.inversion.models.noise import unhooked
-from ringmark.inversion.models.place import is_text
 from ringmark.inversion.models.samplers import make_sampler
 from ringmark.inversion.models.walk import OneCall, Watched, flow_schedule, set_levels, with_scheduler
 from ringmark.inversion.noise_recovery import NoiseRecovery

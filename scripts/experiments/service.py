@@ -234,6 +234,7 @@ def summary(rows: list[dict], loads: list[Load]) -> dict:
         "first MB": loads[0].memory[0][1],
         "last MB": loads[-1].memory[-1][1],
         "most MB": max(mb for load in loads for _, mb in load.memory),
+        "median MB of rounds": [float(np.median([mb for _, mb in load.memory])) for load in loads],
     }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from ringmark.data.ahead import ahead
 from ringmark.data.images import Sample, SizesOf
 from ringmark.data.items import Item, items_of, listed_items
-from ringmark.data.places import public
+from ringmark.data.locations import public
 from ringmark.data.results import Results
 from ringmark.data.sources import SUFFIXES, list_images
 from ringmark.errors import ImageError

@@ -21,8 +21,8 @@ from ringmark.data.files import read_tensors, write_atomic
 from ringmark.errors import KeyFileError, ModelError, RingmarkError, StoreError
 from ringmark.inversion.models.loading import EMBEDDED, resolve
 from ringmark.inversion.models.lora import split_scale
+from ringmark.inversion.models.model_files import locate
 from ringmark.inversion.models.pipeline import LatentModel, empty_prompt, placement
-from ringmark.inversion.models.place import locate
 from ringmark.inversion.recover import Recoverer
 from ringmark.inversion.sizes import Size
 from ringmark.watermark.calibration import Calibration

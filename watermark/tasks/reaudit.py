@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ringmark.data.reader import newest_records, read_settings
 from ringmark.data.results import Results
-from ringmark.data.tensor_files import Place, Rows, TensorFiles
+from ringmark.data.tensor_files import Rows, TensorFiles, TensorRow
 from ringmark.errors import RingmarkError, StoreError
 from ringmark.watermark.detect.kept import KeptPicture, KeptVerifier
 from ringmark.watermark.statistics import ALPHA
@@ -70,7 +70,7 @@ def _pictures(source: Path, *, searched: bool) -> Iterator[tuple[Record, KeptPic
     """The records of an audit, each with what is kept of its picture, if anything is."""
     files, number, rows = TensorFiles(source), -1, Rows()
     for record in newest_records(source):
-        place = Place.of(record)
+        place = TensorRow.of(record)
         if place and place.file != number:
             number, rows = place.file, files.read(place.file, place.sha256)
         tensors = rows.get(str(place.row)) if place else None

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ringmark.data.files import refuse_foreign, write_atomic
 from ringmark.data.images import thumbnail
-from ringmark.data.places import is_web
+from ringmark.data.locations import is_web
 from ringmark.data.reader import read_results, read_settings
 from ringmark.data.schema import file_name
 from ringmark.errors import ImageError, StoreError

@@ -18,7 +18,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from ringmark.errors import ImageError
 
-__all__ = ["MAX_BYTES", "Place", "has_scheme", "is_web", "public", "stamp_in", "too_many_bytes"]
+__all__ = ["MAX_BYTES", "Location", "has_scheme", "is_web", "public", "stamp_in", "too_many_bytes"]
 
 MAX_BYTES = 512 << 20  # of one picture: 64 million pixels of 8 bytes
 SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)  # two letters or more: C:/ is a drive
@@ -62,7 +62,7 @@ def public(address: str) -> str:
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """A file or folder: its filesystem of fsspec, its path there, and the id by which it is known."""
 
     files: Any
@@ -70,8 +70,8 @@ class Place:
     id: str
 
     @classmethod
-    def at(cls, address: str) -> Place:
-        """The place of an address or a path.
+    def at(cls, address: str) -> Location:
+        """The location of an address or a path.
 
         Raises ImageError: source.no-driver if a package for it is missing, source.scheme for an unknown scheme.
         """
@@ -87,9 +87,9 @@ class Place:
             raise ImageError("source.no-driver", fact, subject=public(address), package=package) from None
         return cls(files=files, path=path, id=public(address))
 
-    def below(self, path: str) -> Place:
-        """The place of another path of this filesystem."""
-        return Place(files=self.files, path=path, id=self._id_of(path))
+    def below(self, path: str) -> Location:
+        """The location of another path of this filesystem."""
+        return Location(files=self.files, path=path, id=self._id_of(path))
 
     def _id_of(self, path: str) -> str:
         scheme = SCHEME.match(self.id)
@@ -98,8 +98,8 @@ class Place:
         whole = path if has_scheme(path) else f"{scheme[0]}{path.lstrip('/')}"
         return public(whole)
 
-    def named(self, id: str) -> Place:
-        """The same place by another name."""
+    def named(self, id: str) -> Location:
+        """The same location by another name."""
         return replace(self, id=id)
 
     @property
@@ -108,7 +108,7 @@ class Place:
         return not has_scheme(self.id)
 
     def check(self) -> None:
-        """Raises ImageError unless there is something at this place or below."""
+        """Raises ImageError unless there is something at this location or below."""
         if hasattr(self.files, "call_s3"):
             next(self.walk(), None) or self.facts()
         else:

@@ -18,7 +18,7 @@ import torch
 
 from ringmark.errors import ModelError, counted
 
-__all__ = ["EMBEDDED", "INDEX", "POCKET", "UNUSED", "Place", "download", "is_text", "locate", "resolve"]
+__all__ = ["EMBEDDED", "INDEX", "POCKET", "UNUSED", "ModelFiles", "download", "is_text", "locate", "resolve"]
 
 EMBEDDED = {name: Path(__file__).resolve().parents[2] / "data" / name for name in ("pocket", "pocket_flow")}
 """The folders of the models that ship with ringmark, by name."""
@@ -36,7 +36,7 @@ WEIGHTS = re.compile(  # model.fp16-00001-of-00002.safetensors, model.safetensor
 VARIANTS: dict[torch.dtype | None, str] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PATIENCE = 2.0  # seconds for the hub's first answer, which takes a tenth of that
-WHOLE, BLOCK, BLOCKS = 1 << 20, 1 << 12, 64  # bytes; see Place.text_digest
+WHOLE, BLOCK, BLOCKS = 1 << 20, 1 << 12, 64  # bytes; see ModelFiles.text_digest
 
 
 class Weights(NamedTuple):
@@ -47,7 +47,7 @@ class Weights(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Place:
+class ModelFiles:
     """A model's name as it was given, its diffusers folder, and the single file that holds its weights, if any."""
 
     source: str
@@ -170,7 +170,7 @@ def resolve(source: str | Path) -> str:
     return str(source)
 
 
-def locate(source: str | Path, revision: str | None = None, dtype: torch.dtype | None = None) -> Place:
+def locate(source: str | Path, revision: str | None = None, dtype: torch.dtype | None = None) -> ModelFiles:
     """Where this model is. The network is used only for a hub id of which nothing is in the hub's cache.
 
     The configs of a single file are in the folder that holds it or in the folder beside it with the same stem. A hub
@@ -179,11 +179,11 @@ def locate(source: str | Path, revision: str | None = None, dtype: torch.dtype |
     where = resolve(source)
     path = Path(where)
     if path.is_dir():
-        return Place(where, path)
+        return ModelFiles(where, path)
     if path.is_file():
         folders = [folder for folder in (path.with_suffix(""), path.parent) if (folder / INDEX).is_file()]
         if folders:
-            return Place(where, folders[0], path)
+            return ModelFiles(where, folders[0], path)
         fact = f"a single file does not hold the model's configs: a diffusers folder with them is needed ({INDEX} …)"
         raise ModelError("model.no-configs", fact, subject=source, folder=path.with_suffix(""))
     return cached(where, revision) or download(where, revision, dtype)
@@ -195,7 +195,7 @@ def split_revision(source: str, revision: str | None) -> tuple[str, str | None]:
     return repository, revision or named or None
 
 
-def cached(source: str, revision: str | None) -> Place | None:
+def cached(source: str, revision: str | None) -> ModelFiles | None:
     """Where the hub's cache has this model, perhaps not all of it."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -205,10 +205,10 @@ def cached(source: str, revision: str | None) -> Place | None:
         found = try_to_load_from_cache(repository, INDEX, revision=revision)
     except HFValidationError:
         return None
-    return Place(source, Path(found).parent) if isinstance(found, str) else None
+    return ModelFiles(source, Path(found).parent) if isinstance(found, str) else None
 
 
-def download(source: str, revision: str | None, dtype: torch.dtype | None = None) -> Place:
+def download(source: str, revision: str | None, dtype: torch.dtype | None = None) -> ModelFiles:
     """Download configs and safetensors of a model from the hub. Raises ModelError within two seconds without network.
 
     Weights of one variant are downloaded for each part, those for `dtype` if there are no full ones.
@@ -219,7 +219,7 @@ def download(source: str, revision: str | None, dtype: torch.dtype | None = None
     try:
         info = HfApi().model_info(repository, revision=revision, timeout=PATIENCE)
         names = [file.rfilename for file in info.siblings or ()]
-        chosen = wanted(Place(source, Path()), names, dtype)
+        chosen = wanted(ModelFiles(source, Path()), names, dtype)
         folder = snapshot_download(repository, revision=info.sha, allow_patterns=chosen)
     except ModelError:
         raise
@@ -227,13 +227,13 @@ def download(source: str, revision: str | None, dtype: torch.dtype | None = None
         fact = "no such file or folder, and no model of this name is in the hub's cache or reachable on the hub"
         reason = (str(error).partition("\n")[0] or type(error).__name__).partition(". ")[0][:200]
         raise ModelError("model.unreachable", f"{fact} ({reason})", subject=source) from error
-    return Place(source, Path(folder))
+    return ModelFiles(source, Path(folder))
 
 
-def wanted(place: Place, names: Sequence[str], dtype: torch.dtype | None) -> list[str]:
+def wanted(model: ModelFiles, names: Sequence[str], dtype: torch.dtype | None) -> list[str]:
     """Which of a repository's files to download. Raises ModelError if the weights of a part are pickled only."""
     if INDEX not in names:
-        raise place.refusal("model.not-one", f"not a diffusers model (it has no {INDEX})")
+        raise model.refusal("model.not-one", f"not a diffusers model (it has no {INDEX})")
     folders: dict[str, list[str]] = {}
     for path in map(PurePosixPath, names):
         if len(path.parts) == 2 and path.parts[0] not in UNUSED:
@@ -242,7 +242,7 @@ def wanted(place: Place, names: Sequence[str], dtype: torch.dtype | None) -> lis
     for part, files in folders.items():
         weights = choose(files, dtype)[1]
         if not weights and any(name.endswith(PICKLES) for name in files):
-            raise place.without(part, files)
+            raise model.without(part, files)
         configs = [name for name in files if name.endswith(CONFIGS) and not WEIGHTS.fullmatch(name)]
         chosen += [f"{part}/{name}" for name in (*configs, *weights)]
     return chosen

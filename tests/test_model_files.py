@@ -12,7 +12,7 @@ from original import original
 from safetensors.torch import load_file, save_file
 
 from ringmark.errors import ModelError
-from ringmark.inversion.models import place
+from ringmark.inversion.models import model_files
 from ringmark.inversion.models.loading import load_pipeline
 
 UNET = "unet/diffusion_pytorch_model"
@@ -61,9 +61,9 @@ def test_full_weights_come_before_variants(copy, small, dtype):
 
 def test_the_variant_of_the_dtype_comes_before_others():
     names = ["model.bf16.safetensors", "model.fp16.safetensors", "model.ema.safetensors"]
-    assert place.choose(names, torch.float16) == ("fp16", names[1:2])
-    assert place.choose(names, torch.float32) == ("bf16", names[:1])
-    assert place.choose([], torch.float32) == (None, [])
+    assert model_files.choose(names, torch.float16) == ("fp16", names[1:2])
+    assert model_files.choose(names, torch.float32) == ("bf16", names[:1])
+    assert model_files.choose([], torch.float32) == (None, [])
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
@@ -118,11 +118,11 @@ def test_of_a_repository_only_what_is_needed_is_downloaded():
     parts = ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "tokenizer/merges.txt"]
     spare = ["unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "all.safetensors"]
     spare += ["safety_checker/model.safetensors", "unet/openvino/model.bin", "README.md", "pipeline.py"]
-    here = place.Place("me/tiny", place.POCKET)
-    assert place.wanted(here, ["model_index.json", *parts, *spare], torch.float16) == ["model_index.json", *parts]
+    here = model_files.ModelFiles("me/tiny", model_files.POCKET)
+    assert model_files.wanted(here, ["model_index.json", *parts, *spare], torch.float16) == ["model_index.json", *parts]
     for names, code in ((["README.md"], "not-one"), (["model_index.json", "unet/x.bin"], "pickled")):
         with pytest.raises(ModelError) as caught:
-            place.wanted(here, names, torch.float32)
+            model_files.wanted(here, names, torch.float32)
         assert caught.value.code == f"model.{code}"
 
 
@@ -169,22 +169,22 @@ def test_a_single_file_without_configs(tmp_path):
 
 
 def test_the_digest_of_the_text_parts(copy, small):
-    digest = place.locate(small).text_digest()
-    assert place.locate(copy).text_digest() == digest
+    digest = model_files.locate(small).text_digest()
+    assert model_files.locate(copy).text_digest() == digest
     edit(copy / "unet" / "config.json", act_fn="gelu")
-    assert place.locate(copy).text_digest() == digest
-    assert place.locate(copy).text_digest([copy / "model_index.json"]) != digest
+    assert model_files.locate(copy).text_digest() == digest
+    assert model_files.locate(copy).text_digest([copy / "model_index.json"]) != digest
     weights = copy / "text_encoder" / "model.safetensors"
     save_file({k: v + 1 for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
-    assert place.locate(copy).text_digest() != digest
+    assert model_files.locate(copy).text_digest() != digest
 
 
 def test_the_digest_of_a_large_file_samples_all_of_it(copy):
     large, digests = copy / "tokenizer" / "large.bin", set()
-    content = bytearray(3 * place.WHOLE)
-    for changed in (None, 0, 3 * place.WHOLE // 2, len(content) - place.WHOLE // 32):
+    content = bytearray(3 * model_files.WHOLE)
+    for changed in (None, 0, 3 * model_files.WHOLE // 2, len(content) - model_files.WHOLE // 32):
         if changed is not None:
-            content[changed : changed + place.WHOLE // 32] = b"x" * (place.WHOLE // 32)
+            content[changed : changed + model_files.WHOLE // 32] = b"x" * (model_files.WHOLE // 32)
         large.write_bytes(content)
-        digests.add(place.locate(copy).text_digest())
+        digests.add(model_files.locate(copy).text_digest())
     assert len(digests) == 4
