@@ -31,6 +31,7 @@ __all__ = [
     "read_tensors",
     "refuse_existing",
     "refuse_foreign",
+    "tensors_in",
     "write_atomic",
 ]
 
@@ -312,10 +313,7 @@ def read_tensors(
             fact = f"has {size >> 20} MB, more than the limit of {max_bytes >> 20} MB"
             raise error(f"{room}.too-large", fact, subject=path)
         try:
-            infos, metadata = _read_header(file, size)
-            if check:
-                check(infos, metadata)
-            return TensorFile(_read_values(file, infos), metadata)
+            return tensors_in(file, size, check)
         except RingmarkError:
             raise
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as fault:
@@ -323,6 +321,14 @@ def read_tensors(
             raise error(f"{room}.damaged", fact, subject=path) from None
         except OSError as fault:
             raise error(f"{room}.unreadable", f"cannot be read: {fault.strerror}", subject=path) from None
+
+
+def tensors_in(file: BinaryIO, size: int, check: Check | None = None) -> TensorFile:
+    """The tensors and metadata in a file of `size` bytes. Raises as a damaged one does (see `read_tensors`)."""
+    infos, metadata = _read_header(file, size)
+    if check:
+        check(infos, metadata)
+    return TensorFile(_read_values(file, infos), metadata)
 
 
 def _read_header(file: BinaryIO, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:

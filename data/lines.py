@@ -10,23 +10,29 @@ import json
 import logging
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from io import FileIO
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ringmark.data.settings import differences, typed
 from ringmark.errors import StoreError
 
-__all__ = ["VERSION", "Header", "Lines", "Record", "check_settings", "iterate", "parse", "plain", "succeeded"]
+__all__ = ["VERSION", "Header", "Lines", "Note", "Record", "check_settings", "entries", "iterate", "plain", "succeeded"]
 
 LOG = logging.getLogger(__name__)
 
 VERSION = 1
 MAX_NESTING = 50
+SIMPLE = (str, bool, int)
+BLOCK = 1 << 13  # bytes that are read to find the end of a line
 
 Record = dict[str, Any]
+Note = Callable[[int, Record], object]
+"""Takes the position and the content of each record of a journal."""
 
 
 @dataclass(frozen=True)
@@ -43,26 +49,43 @@ class Lines:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = _open(path)
+        self._lock = threading.Lock()  # between threads that read; what is written goes to the end
 
-    def start(self, settings: Record, fields: Collection[str]) -> dict[str, Record]:
-        """Check the file before anything is written, remove an incomplete last line, and return the records by id."""
-        self._file.seek(0)
-        content = self._file.readall()
+    def start(self, settings: Record, fields: Collection[str], note: Note) -> None:
+        """Check the file before anything is written, note its records, and remove an incomplete last line."""
         header = _encode({"ringmark": VERSION, "settings": settings})
-        if header.startswith(content) and content != header:  # new, or truncated while the header was written
-            self._file.truncate(0)
-            self._write(header)
-            return {}
-        parsed = parse(self.path, content, fields)
-        check_settings(self.path, parsed.settings, settings)
-        if parsed.end < len(content):
+        self._file.seek(0)
+        with open(self._file.fileno(), "rb", closefd=False) as file:
+            first = file.readline()
+            if first != header and header.startswith(first):  # new, or truncated while the header was written
+                self._file.truncate(0)
+                self._write(header)
+                return
+            check_settings(self.path, settings_in(self.path, first), settings)
+            end = len(first)
+            for entry in entries(self.path, file, fields):
+                note(entry.begin, entry.record)
+                end = entry.end
+        if end < self._size:
             LOG.info("%s: incomplete last line removed", self.path)
-            self._file.truncate(parsed.end)
-        return parsed.records
+            self._file.truncate(end)
 
-    def write(self, records: Iterable[Record]) -> None:
-        """Append plain records in one write. Raises OSError if that fails; the file is then unchanged."""
-        self._write(b"".join(map(_encode, records)))
+    def write(self, records: Iterable[Record]) -> list[int]:
+        """Append plain records in one write; their positions. Raises OSError if that fails; the file is unchanged."""
+        begin, lines = self._size, list(map(_encode, records))
+        self._write(b"".join(lines))
+        return list(accumulate(map(len, lines[:-1]), initial=begin)) if lines else []
+
+    def read(self, position: int) -> Record:
+        """The record at a position."""
+        content = b""
+        with self._lock:
+            self._file.seek(position)
+            while not (end := content.find(b"\n") + 1):
+                if not (block := self._file.read(BLOCK)):
+                    raise StoreError("results.damaged", "was truncated by another program", subject=self.path)
+                content += block
+        return _record(self.path, content[:end])
 
     def _write(self, lines: bytes) -> None:
         try:
@@ -71,12 +94,11 @@ class Lines:
             error.filename = str(self.path)
             raise
         if written != len(lines):  # full disk: a partial line would spoil the next one
-            self._file.truncate(self.position - (written or 0))
+            self._file.truncate(self._size - (written or 0))
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     @property
-    def position(self) -> int:
-        """A number that grows with every record."""
+    def _size(self) -> int:
         return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
@@ -84,45 +106,44 @@ class Lines:
         self._file.close()
 
 
-class Parsed(NamedTuple):
-    """Settings, the last record of each sample_id in order of first appearance, and the bytes of whole lines."""
+class Entry(NamedTuple):
+    """A record, and where its line begins and ends in the file."""
 
-    settings: Record
-    records: dict[str, Record]
+    begin: int
     end: int
+    record: Record
 
 
-def parse(path: Path, content: bytes, fields: Collection[str] = ()) -> Parsed:
-    """Read all complete lines; `fields` are required of a record without an error.
+def entries(path: Path, file: BinaryIO, fields: Collection[str] = ()) -> Iterator[Entry]:
+    """The records after the header, one by one, up to an incomplete last line.
 
-    Raises StoreError at the first invalid one.
+    `fields` are required of a record without an error. Raises StoreError at the first invalid line.
     """
-    end = content.rfind(b"\n") + 1
-    first, *lines = content[:end].split(b"\n")[:-1] or [b""]
-    settings, records = settings_in(path, first), {}
-    for number, line in enumerate(lines, 2):
-        record = _record(path, number, line)
+    end = file.tell()
+    for number, line in enumerate(file, 2):
+        begin, end = end, end + len(line)
+        if not line.endswith(b"\n"):
+            return
+        record = _record(path, line, number)
         missing = [name for name in fields if name not in record] if succeeded(record) else []
         if missing:
             fact = f"the record in line {number} has no {missing[0]}"
             raise StoreError("results.incomplete", fact, subject=path, line=number)
-        records[record["sample_id"]] = record
-    return Parsed(settings, records, end)
+        yield Entry(begin, end, record)
 
 
-def iterate(path: Path, file: BinaryIO) -> Iterator[Record]:
-    """The records in an open journal, one by one, up to an incomplete last line. Raises StoreError."""
+def iterate(path: Path, file: BinaryIO, fields: Collection[str] = ()) -> Iterator[Record]:
+    """The records in an open file, as `entries` gives them. Raises StoreError."""
     file.seek(0)
-    settings_in(path, file.readline().rstrip(b"\n"))
-    for number, line in enumerate(file, 2):
-        if line.endswith(b"\n"):
-            yield _record(path, number, line)
+    settings_in(path, file.readline())
+    for entry in entries(path, file, fields):
+        yield entry.record
 
 
 def settings_in(path: Path, line: bytes) -> Record:
-    """The settings in the header. Raises StoreError (results.foreign, results.version)."""
+    """The settings in the header, a whole line. Raises StoreError (results.foreign, results.version)."""
     try:
-        header = typed(Header, _decode(line))
+        header = typed(Header, _decode(line) if line.endswith(b"\n") else None)
     except ValueError as error:
         fact = "is not a ringmark results file"
         raise StoreError("results.foreign", fact, subject=path) from error
@@ -146,6 +167,8 @@ def succeeded(record: Record) -> bool:
 
 def plain(value: Any) -> Any:
     """The value in types that JSON supports: NaN becomes None, arrays lists and paths text."""
+    if value is None or type(value) in SIMPLE:
+        return value
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -174,7 +197,7 @@ def unwritable(path: Path, error: OSError) -> StoreError:
     return StoreError(code, f"cannot be opened for writing: {error.strerror}", subject=path)
 
 
-def _record(path: Path, number: int, line: bytes) -> Record:
+def _record(path: Path, line: bytes, number: int | None = None) -> Record:
     record = _decode(line)
     if not isinstance(record, dict) or not isinstance(record.get("sample_id"), str):
         raise StoreError("results.damaged", f"line {number} is not a record", subject=path, line=number)

@@ -10,13 +10,15 @@ import io
 import json
 import os
 import re
+import threading
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ringmark.data.files import write_atomic
-from ringmark.data.lines import VERSION, Lines, Record, check_settings, settings_in, unwritable
+from ringmark.data.lines import VERSION, Lines, Note, Record, check_settings, settings_in, unwritable
 from ringmark.data.schema import record_of, row_of, table_of
 from ringmark.errors import StoreError
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Parts", "are_parts", "check_pyarrow", "list_parts", "opened", "rows_of", "settings_of", "unfinished"]
 
 ROWS = 10_000  # of a part
+BLOCK = 100  # rows that are read at a time
 HEADER = b"ringmark results"
 PART, UNFINISHED = "part-{:06d}.parquet", "_unfinished-{:06d}.jsonl"  # readers of Parquet skip names with _
 NUMBERED = re.compile(r"part-([0-9]{6,})\.parquet")
@@ -47,7 +50,9 @@ class Parts:
         check_pyarrow(path)
         self.path = path
         self._tail: Lines | None = None
-        self._unsaved: dict[str, Record] = {}
+        self._unsaved: list[Record] = []
+        self._lock = threading.Lock()  # between the number of the part and its unsaved records
+        self._table, self._block = lru_cache(2)(self._read_table), lru_cache(4)(self._read_block)
         try:
             path.mkdir(parents=True, exist_ok=True)
             names = os.listdir(path)
@@ -56,38 +61,56 @@ class Parts:
         if foreign := [name for name in names if not (NUMBERED.fullmatch(name) or name.startswith(("_", ".")))]:
             raise StoreError("results.foreign", f"is not a folder of results: it holds {foreign[0]}", subject=path)
 
-    def start(self, settings: Record, fields: Collection[str]) -> dict[str, Record]:
-        """Check all parts before anything is written, and return the records by id. Raises StoreError.
+    def start(self, settings: Record, fields: Collection[str], note: Note) -> None:
+        """Check all parts before anything is written, and note their records. Raises StoreError.
 
         `fields` are not checked: every field has a column.
         """
-        self._settings, records = settings, dict[str, Record]()
+        self._settings = settings
         parts = list_parts(self.path)
         self._number = number_of(parts[-1]) + 1 if parts else 0
         for part in parts:
             with opened(part) as file:
                 check_settings(self.path, settings_of(part, file), settings)
-                for batch in file.iter_batches():
-                    records |= {record["sample_id"]: record for record in map(record_of, rows_of(batch))}
+                records = (record_of(row) for batch in file.iter_batches(batch_size=BLOCK) for row in rows_of(batch))
+                for row, record in enumerate(records):
+                    note(_position(number_of(part), row), record)
         self._new_tail()
-        return records | self._unsaved
+        for row, record in enumerate(self._unsaved):
+            note(_position(self._number, row), record)
 
-    def write(self, records: Iterable[Record]) -> None:
-        """Append plain records. Raises OSError if that fails, and TypeError for a field that has no column."""
+    def write(self, records: Iterable[Record]) -> list[int]:
+        """Append plain records; their positions.
+
+        Raises OSError if that fails, and TypeError for a field that has no column.
+        """
         records = list(records)
         for record in records:
             row_of(record)
         if not self._tail:
             raise ValueError("write to closed results")
         self._tail.write(records)
-        self._unsaved |= {record["sample_id"]: record for record in records}
+        number, row = self._number, len(self._unsaved)
+        self._unsaved += records
         if len(self._unsaved) >= ROWS:
             self._save()
+        return [_position(number, row + i) for i in range(len(records))]
 
-    @property
-    def position(self) -> int:
-        """A number that grows with every record."""
-        return self._number << 40 | (self._tail.position if self._tail else 0)
+    def read(self, position: int) -> Record:
+        """The record at a position."""
+        number, row = position >> 32, position & 0xFFFFFFFF
+        with self._lock:
+            if number == self._number:
+                return self._unsaved[row]
+        block, row = divmod(row, BLOCK)
+        return self._block(number, block)[row]
+
+    def _read_block(self, number: int, block: int) -> list[Record]:
+        return list(map(record_of, rows_of(self._table(number).slice(block * BLOCK, BLOCK))))
+
+    def _read_table(self, number: int) -> pa.Table:
+        with opened(self.path / PART.format(number)) as file:
+            return file.read()
 
     def close(self) -> None:
         """Write the last part; harmless when repeated."""
@@ -103,7 +126,7 @@ class Parts:
         """Open the lines of the next part, and remove those of parts that are written."""
         tail = Lines(self.path / UNFINISHED.format(self._number))
         try:
-            self._unsaved = tail.start(self._settings, ())
+            tail.start(self._settings, (), lambda _, record: self._unsaved.append(record))
         except BaseException:
             tail.close()
             raise
@@ -117,12 +140,18 @@ class Parts:
 
         header = json.dumps({"ringmark": VERSION, "settings": self._settings}).encode()
         content = io.BytesIO()
-        pq.write_table(table_of(self._unsaved.values(), {HEADER: header}), content, compression="zstd")
+        pq.write_table(table_of(self._unsaved, {HEADER: header}), content, compression="zstd")
         write_atomic(self.path / PART.format(self._number), content.getvalue())
         if self._tail:
             self._tail.close()
-        self._tail, self._unsaved, self._number = None, {}, self._number + 1
+        with self._lock:
+            self._tail, self._unsaved, self._number = None, [], self._number + 1
         self._new_tail()
+
+
+def _position(number: int, row: int) -> int:
+    """The position of a row of a part."""
+    return number << 32 | row
 
 
 def check_pyarrow(path: Path) -> None:
@@ -168,10 +197,10 @@ def opened(part: Path) -> Iterator[pq.ParquetFile]:
 
 def settings_of(part: Path, file: pq.ParquetFile) -> Record:
     """The settings in the header of a part. Raises StoreError (results.foreign, results.version)."""
-    return settings_in(part, (file.schema_arrow.metadata or {}).get(HEADER, b""))
+    return settings_in(part, (file.schema_arrow.metadata or {}).get(HEADER, b"") + b"\n")
 
 
-def rows_of(batch: pa.RecordBatch) -> list[Record]:
-    """The rows of a batch, with maps as dicts."""
+def rows_of(batch: pa.RecordBatch | pa.Table) -> list[Record]:
+    """The rows of a batch or a table, with maps as dicts."""
     rows: list[Record] = batch.to_pylist(maps_as_pydicts="strict")
     return rows

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ringmark.data.files import PathLike, open_regular
-from ringmark.data.lines import Record, iterate, parse, settings_in
+from ringmark.data.lines import Record, entries, iterate, settings_in
 from ringmark.data.parts import are_parts, check_pyarrow, list_parts, opened, rows_of, settings_of, unfinished
 from ringmark.data.schema import FIELDS, record_of, row_of
 from ringmark.errors import StoreError
@@ -37,12 +37,12 @@ def read_records(path: PathLike, *, fields: Collection[str] = ()) -> tuple[Recor
             return source.settings, list({record["sample_id"]: record for record in source.records()}.values())
     with open_regular(path, StoreError, "results") as file:
         try:
-            content = file.read()
+            settings = settings_in(Path(path), file.readline())
+            records = {entry.record["sample_id"]: entry.record for entry in entries(Path(path), file, fields)}
         except OSError as error:
             fact = f"cannot be read: {error.strerror}"
             raise StoreError("results.unreadable", fact, subject=path) from error
-    parsed = parse(Path(path), content, fields)
-    return parsed.settings, list(parsed.records.values())
+    return settings, list(records.values())
 
 
 def read_settings(path: PathLike) -> Record:
@@ -115,7 +115,7 @@ class Source:
             with opened(self.parts[0]) as part:
                 return settings_of(self.parts[0], part)
         if self._lines and self._file:
-            return settings_in(self._lines, self._file.readline().rstrip(b"\n"))
+            return settings_in(self._lines, self._file.readline())
         raise StoreError("results.foreign", "holds no results", subject=self.path)
 
     def records(self) -> Iterator[Record]:

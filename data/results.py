@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 from ringmark.data.files import PathLike
 from ringmark.data.lines import Lines, Record, plain, succeeded
 from ringmark.data.parts import Parts, are_parts
-from ringmark.data.tensor_files import Rows, TensorFiles, TensorRow, Tensors
+from ringmark.data.positions import Positions
+from ringmark.data.tensor_files import Block, Rows, TensorFiles, TensorRow, Tensors
 from ringmark.errors import StoreError
 
 if TYPE_CHECKING:
@@ -39,30 +40,48 @@ class Results:
     """The results at `path`, created or resumed; records are dicts with a "sample_id".
 
     They are Parquet parts if `path` is a folder or ends in .parquet, otherwise JSON lines. An incomplete last line,
-    left by a crash, is removed. `records` holds the last record of each id, `done` the ids whose last record has no
-    error, so failed items are tried again. `fields` names the required fields of a record without an error. A hidden
-    lock file next to the results excludes other runs until `close()` or the end of the `with` block.
+    left by a crash, is removed. `records` are the last records of all ids, read from the file when they are asked for;
+    memory holds about 20 bytes for each id (`positions`). `done` are the ids whose last record has no error, so failed
+    items are tried again. `fields` names the required fields of a record without an error. A hidden lock file next to
+    the results excludes other runs until `close()` or the end of the `with` block; several threads may read.
 
     Raises StoreError if these are results of other settings (results.settings), no results (results.foreign; nothing is
     changed), damaged before the last line (results.damaged, results.part), if a record lacks one of the fields
     (results.incomplete), or if the results are in use by another run (results.locked) or cannot be opened.
     """
 
-    done: set[str]
-    records: dict[str, Record]
-
     def __init__(self, path: PathLike, settings: Record, *, fields: Collection[str] = ()) -> None:
         self.path = Path(path)
         self._tensors = TensorFiles(self.path)
         self._journal: Lines | Parts = Parts(self.path) if are_parts(self.path) else Lines(self.path)
         self._lock: BaseFileLock | None = None
+        self._index = Positions()  # of each id, twice the position of its last record, and one more if it is done
+        self.records: Mapping[str, Record] = _Records(self, self._index)
+        self.done: Set[str] = _Done(self, self._index)
         try:
             self._lock = _lock(self.path)
-            self.records = self._journal.start(json.loads(json.dumps(plain(settings))), fields)
+            self._journal.start(json.loads(json.dumps(plain(settings))), fields, self._note)
         except BaseException:
             self.close()
             raise
-        self.done = {sample_id for sample_id, record in self.records.items() if succeeded(record)}
+
+    def _note(self, position: int, record: Record) -> None:
+        self._index[record["sample_id"]] = position << 1 | succeeded(record)
+
+    def newest(self) -> Iterator[tuple[int, Record]]:
+        """The last record of each id with its position, in the order in which they were written."""
+        for number in self._index.numbers().tolist():
+            yield number >> 1, self._journal.read(number >> 1)
+
+    def position(self, sample_id: str) -> int:
+        """The position of the last record of an id. Raises KeyError."""
+        if (number := self._index.get(sample_id)) is None:
+            raise KeyError(sample_id)
+        return number >> 1
+
+    def at(self, position: int) -> Record:
+        """The record at a position, which need not be the last of its id."""
+        return self._journal.read(position)
 
     def append(self, record: Record) -> None:
         """Append a record as one line; see `extend`."""
@@ -84,30 +103,29 @@ class Results:
                 raise StoreError("results.id", fact, subject=self.path)
             added.append(plain(record))
         if tensors:
-            # A file whose records were lost in a crash is written again.
-            places = self._tensors.write(self._journal.position, tensors)
-            added = [record | {"tensors": place} for record, place in zip(added, places, strict=True)]
-        self._journal.write(added)
-        for record in added:
-            self.records[record["sample_id"]] = record
-            (self.done.add if succeeded(record) else self.done.discard)(record["sample_id"])
+            rows = self._tensors.write(tensors)
+            added = [record | {"tensors": row} for record, row in zip(added, rows, strict=True)]
+        for position, record in zip(self._journal.write(added), added, strict=True):
+            self._note(position, record)
 
     def tensors(self, ids: Iterable[str]) -> dict[str, dict[str, np.ndarray]]:
-        """The tensors of these ids by name; each file is read once.
+        """The tensors of these ids by name; each block of a file is read once.
 
         Ids that are not done are left out. So are those whose file is missing or damaged: they are no longer `done`.
         Raises StoreError for a file that cannot be read.
         """
-        wanted = [sample_id for sample_id in ids if sample_id in self.done]
-        files: dict[tuple[int, str], Rows] = {}
+        blocks: dict[Block, Rows] = {}
         found: dict[str, dict[str, np.ndarray]] = {}
-        for sample_id in wanted:
-            if place := TensorRow.of(self.records[sample_id]):
-                file = place.file, place.sha256
-                files[file] = files[file] if file in files else self._tensors.read(*file)
-                if row := files[file].get(str(place.row)):
-                    found[sample_id] = row
-        self.done.difference_update(set(wanted) - found.keys())
+        for sample_id in ids:
+            if sample_id not in self.done:
+                continue
+            if row := TensorRow.of(self.records[sample_id]):
+                if row.block not in blocks:
+                    blocks[row.block] = self._tensors.read(row.block)
+                if tensors := blocks[row.block].get(row.row):
+                    found[sample_id] = tensors
+                    continue
+            self._index[sample_id] = (self._index.get(sample_id) or 0) & ~1
         return found
 
     def complete(
@@ -142,6 +160,38 @@ class Results:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+class _Records(Mapping[str, Record]):
+    """The last record of each id, in the order in which they were written."""
+
+    def __init__(self, results: Results, index: Positions) -> None:
+        self._results, self._index = results, index
+
+    def __getitem__(self, sample_id: str) -> Record:
+        return self._results.at(self._results.position(sample_id))
+
+    def __iter__(self) -> Iterator[str]:
+        return (record["sample_id"] for _, record in self._results.newest())
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+
+class _Done(Set[str]):
+    """The ids that are done, in the order in which they were written."""
+
+    def __init__(self, results: Results, index: Positions) -> None:
+        self._results, self._index = results, index
+
+    def __contains__(self, sample_id: object) -> bool:
+        return isinstance(sample_id, str) and bool((self._index.get(sample_id) or 0) & 1)
+
+    def __iter__(self) -> Iterator[str]:
+        return (sample_id for sample_id in self._results.records if sample_id in self)
+
+    def __len__(self) -> int:
+        return int((self._index.numbers() & 1).sum())
 
 
 class ResultsFolder:

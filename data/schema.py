@@ -70,7 +70,7 @@ def arrow_schema(metadata: dict[bytes, bytes] | None = None) -> pa.Schema:
         "strings": pa.list_(text),
         "numbers": numbers,
         "tables": pa.map_(text, numbers),
-        "row": pa.struct({"file": pa.int64(), "sha256": text, "row": pa.int32()}),
+        "row": pa.struct({"file": pa.int64(), "at": pa.int64(), "size": pa.int64(), "sha256": text, "row": pa.int32()}),
     }
     return pa.schema([(name, kinds[kind]) for name, kind in FIELDS.items()], metadata)
 

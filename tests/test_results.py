@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from ringmark.data.results import Results, ResultsFolder, content_id
 from ringmark.errors import StoreError
 
 SETTINGS = {"steps": 50, "key": "abc", "size": (128, 128)}
+ROW = {"file": 0, "at": 0, "size": 9, "sha256": "", "row": 0}
 
 
 @pytest.fixture
@@ -57,6 +59,23 @@ def test_a_second_start_goes_on(path):
         results.append({"sample_id": "b"})
         assert results.done == {"a", "b"}
     assert [r["sample_id"] for r in read_records(path)[1]] == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["results.jsonl", "results.parquet"])
+def test_records_stay_in_the_file(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("ringmark.data.positions.RECENT", 100)
+    monkeypatch.setattr("ringmark.data.parts.ROWS", 250)
+    ids = [str(i) for i in range(1000)]
+    with Results(tmp_path / name, SETTINGS) as results:
+        results.extend({"sample_id": id, "status": id * 1000} for id in ids)
+        assert results.records["999"]["status"] == "999" * 1000
+    tracemalloc.start()
+    with Results(tmp_path / name, SETTINGS) as results:
+        held = tracemalloc.get_traced_memory()[0]
+        assert len(results.done) == 1000 and list(results.records) == ids
+        assert results.records["7"]["status"] == "7" * 1000
+    tracemalloc.stop()
+    assert held < 500_000  # of 3 MB
 
 
 def test_errors_are_tried_again_and_the_later_record_wins(path):
@@ -317,7 +336,7 @@ def row(x: float, n: int = 3) -> dict:
 
 
 def tensor_files(path) -> list:
-    return sorted(path.with_name(f"{path.name}.tensors").rglob("*.safetensors"))
+    return sorted(path.with_name(f"{path.name}.tensors").glob("*.blocks"))
 
 
 def completed(path, wanted: dict[str, float]) -> tuple[list, list[int]]:
@@ -355,7 +374,7 @@ def test_tensors_are_the_owners_and_ours(path):
     completed(path, {"a": 1.0, "b": 2.0})
     (file,) = tensor_files(path)  # one for the batch
     assert is_ours(file) and (os.name != "posix" or file.stat().st_mode & 0o077 == 0)
-    assert set(read_tensors(file, max_bytes=1000).tensors) == {"0/x", "0/t", "1/x", "1/t"}
+    assert set(read_tensors(file, max_bytes=1000).tensors) == {"0,1/x", "0,1/t"}
 
 
 def test_only_what_is_missing_is_made_and_equal_ids_once(path):
@@ -391,15 +410,29 @@ def test_damage_at_any_byte_is_noticed_and_made_again(tmp_path_factory, at, bit,
     path, wanted = tmp_path_factory.mktemp("damage") / "results.jsonl", {"a": 1.0, "b": 2.0, "c": 3.0}
     completed(path, {"a": 1.0, "b": 2.0})
     completed(path, {"c": 3.0})
-    file = tensor_files(path)[0]
+    (file,) = tensor_files(path)
     content = bytearray(file.read_bytes())
     at %= len(content)
     content[at] ^= 1 << bit
     file.write_bytes(content[:at] if cut else content)
     with Results(path, SETTINGS) as results:
-        assert set(results.tensors("abc")) == {"c"} == results.done
-    assert completed(path, wanted)[1] == [0, 1]
+        begin = results.records["c"]["tensors"]["at"]
+        whole = set() if at < begin and cut else {"c"} if at < begin else {"a", "b"}
+        assert set(results.tensors("abc")) == whole == results.done
+    assert completed(path, wanted)[1] == [i for i, name in enumerate("abc") if name not in whole]
     assert completed(path, wanted)[1] == []
+
+
+def test_files_of_tensors_are_large_and_their_blocks_are_read_alone(path, monkeypatch):
+    monkeypatch.setattr("ringmark.data.tensor_files.FULL", 500)
+    wanted = {str(i): float(i) for i in range(8)}
+    for name, x in wanted.items():
+        completed(path, {name: x})
+    first, *others = tensor_files(path)
+    assert others and all(file.stat().st_size >= 500 for file in [first, *others[:-1]])
+    first.unlink()
+    lost = completed(path, wanted)[1]
+    assert lost == list(range(len(lost))) and 0 < len(lost) < 8
 
 
 def test_missing_tensors_are_made_again_with_a_warning(path, caplog):
@@ -411,10 +444,10 @@ def test_missing_tensors_are_made_again_with_a_warning(path, caplog):
 
 
 @pytest.mark.parametrize(
-    "place", [None, 3, {}, {"file": "../x", "sha256": "", "row": 0}, {"file": -1, "sha256": "", "row": 0}]
+    "row", [None, 3, {}, ROW | {"file": "../x"}, ROW | {"file": -1}, ROW | {"at": -1}, ROW | {"file": 1}]
 )
-def test_records_without_a_place_have_no_tensors(path, place):
-    fill(path, {"sample_id": "a", "tensors": place}, {"sample_id": "b", "error": "damaged"})
+def test_records_without_a_row_have_no_tensors(path, row):
+    fill(path, {"sample_id": "a", "tensors": row}, {"sample_id": "b", "error": "damaged"})
     with Results(path, SETTINGS) as results:
         assert results.tensors(["a", "b", "c"]) == {} and results.done == set()
 
@@ -424,11 +457,11 @@ def test_tensors_that_cannot_be_written_leave_no_record(path, monkeypatch):
         raise OSError(errno.ENOSPC, "no space")
 
     with Results(path, SETTINGS) as results:
-        monkeypatch.setattr("ringmark.data.tensor_files.write_atomic", refuse)
+        monkeypatch.setattr("ringmark.data.tensor_files.os.fsync", refuse)
         with pytest.raises(OSError, match="space"):
             results.extend([{"sample_id": "a"}], [row(1.0)])
         assert results.done == set() and results.records == {}
-    assert read_records(path)[1] == []
+    assert read_records(path)[1] == [] and tensor_files(path)[0].stat().st_size == 0
 
 
 def test_a_folder_has_a_file_for_each_settings(tmp_path):

@@ -16,6 +16,7 @@ from ringmark.data.ahead import ahead
 from ringmark.data.images import Sample, SizesOf
 from ringmark.data.items import Item, items_of, listed_items
 from ringmark.data.locations import public
+from ringmark.data.positions import Positions
 from ringmark.data.results import Results
 from ringmark.data.sources import SUFFIXES, list_images
 from ringmark.errors import ImageError
@@ -229,7 +230,10 @@ class _Run:
         self._pending: dict[str, Item] = {}
         self._twins: dict[str, list[Item]] = {}
         """Pictures that wait for the verdict on equal pixels, by content."""
-        self._known = {r["content"]: id for id, r in store.records.items() if r.get("content") and id in store.done}
+        self._known = Positions()
+        """Positions of records, by content; twins are copied from them."""
+        for position, record in store.newest():
+            self._know(position, record)
         self._done: list[tuple[Record, bool]] = []
 
     def records(self, items: Iterable[Item], batch: int, workers: int) -> Iterator[tuple[Record, bool]]:
@@ -249,9 +253,9 @@ class _Run:
         self.judged += len(group)
         yield from records
         for record in records:
-            self._known[record["content"]] = record["sample_id"]
+            self._know(self.store.position(record["sample_id"]), record)
             for twin in self._twins.pop(record["content"]):
-                yield self._store(twin, self._copied(record["content"]))
+                yield self._store(twin, copied(record))
 
     def _take(self) -> list[tuple[Record, bool]]:
         """The records of pictures that needed no judgement, since the last call."""
@@ -268,8 +272,8 @@ class _Run:
                 self._done.append((self._store(item, {"error": str(views), "code": views.code}), False))
             elif views[0].content in self._twins:
                 self._twins[views[0].content].append(item)
-            elif self._is_known(views[0].content):
-                self._done.append((self._store(item, self._copied(views[0].content)), False))
+            elif first := self._judged_earlier(views[0].content):
+                self._done.append((self._store(item, copied(first)), False))
             else:
                 self._pending[item.id], self._twins[views[0].content] = item, []
                 yield views
@@ -283,15 +287,16 @@ class _Run:
         except ImageError as error:
             return error
 
-    def _is_known(self, content: str) -> bool:
-        """Whether there is a verdict on these pixels; that of a picture that has changed since is gone."""
-        return content in self._known and self.store.records[self._known[content]].get("content") == content
+    def _know(self, position: int, record: Record) -> None:
+        if record.get("content"):
+            self._known[record["content"]] = position
 
-    def _copied(self, content: str) -> Record:
-        """The verdict on these pixels as that on another picture."""
-        first = self._known[content]
-        record = self.store.records[first]
-        return record | {"same_as": record.get("same_as", first), "seconds": 0.0}
+    def _judged_earlier(self, content: str) -> Record | None:
+        """The record of a picture with these pixels; None if there is none, or if that picture has changed since."""
+        if (position := self._known.get(content)) is None:
+            return None
+        record = self.store.records[self.store.at(position)["sample_id"]]
+        return record if record.get("content") == content else None
 
     def _store(self, item: Item, record: Record) -> Record:
         record = record | {"sample_id": item.id} | item.stamp
@@ -312,6 +317,11 @@ def record_of(judged: Judged, model: str) -> Record:
         "carries": [v.key for v in judged.present],
         "keys": judged.by_key(),
     }
+
+
+def copied(record: Record) -> Record:
+    """The verdict on a picture as that on another one with equal pixels."""
+    return record | {"same_as": record.get("same_as", record["sample_id"]), "seconds": 0.0}
 
 
 def findings(record: Record) -> list[str]:

@@ -57,23 +57,27 @@ def reaudit(audited: StrPath, keys: Keys, results: StrPath, *, alpha: float = AL
         pictures = _pictures(source, searched="search" in settings)
         while group := list(islice(pictures, BATCH)):
             todo = [(record, picture) for record, picture in group if record["sample_id"] not in store.done]
-            store.extend(_judged(verifier, todo))
-            new = {record["sample_id"] for record, _ in todo}
-            for id in (record["sample_id"] for record, _ in group):
-                counts.count(store.records[id])
-                progress.add(*findings(store.records[id]), earlier=id not in new)
+            earlier = [store.records[record["sample_id"]] for record, _ in group if record["sample_id"] in store.done]
+            new = _judged(verifier, todo)
+            store.extend(new)
+            for record in (*earlier, *new):
+                counts.count(record)
+            for record in earlier:
+                progress.add(*findings(record), earlier=True)
+            for record in new:
+                progress.add(*findings(record))
     LOG.info("reaudited %s: %d images in %.1f s", source, counts.images, time.perf_counter() - started)
     return counts
 
 
 def _pictures(source: Path, *, searched: bool) -> Iterator[tuple[Record, KeptPicture | None]]:
     """The records of an audit, each with what is kept of its picture, if anything is."""
-    files, number, rows = TensorFiles(source), -1, Rows()
+    files, block, rows = TensorFiles(source), None, Rows()
     for record in newest_records(source):
-        place = TensorRow.of(record)
-        if place and place.file != number:
-            number, rows = place.file, files.read(place.file, place.sha256)
-        tensors = rows.get(str(place.row)) if place else None
+        at = TensorRow.of(record)
+        if at and at.block != block:
+            block, rows = at.block, files.read(at.block)
+        tensors = rows.get(at.row) if at else None
         yield record, KeptPicture.of(record, tensors, searched=searched) if tensors else None
 
 
