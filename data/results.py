@@ -184,6 +184,10 @@ class _Done(Set[str]):
     def __init__(self, results: Results, index: Positions) -> None:
         self._results, self._index = results, index
 
+    @classmethod
+    def _from_iterable(cls, ids: Iterable[str]) -> set[str]:  # type: ignore[override]
+        return set(ids)
+
     def __contains__(self, sample_id: object) -> bool:
         return isinstance(sample_id, str) and bool((self._index.get(sample_id) or 0) & 1)
 

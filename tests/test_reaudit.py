@@ -8,6 +8,7 @@ from pathlib import Path
 
 import identity
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -19,7 +20,7 @@ from ringmark.errors import RingmarkError
 from ringmark.inversion.recover import Recoverer
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.cascade import early_stages
-from ringmark.watermark.detect.detector import OVERFLOW
+from ringmark.watermark.detect.detector import OVERFLOW, Detector
 from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.schemes.base import scheme_of
 from ringmark.watermark.tasks import load
@@ -53,7 +54,11 @@ def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def calibration() -> Calibration:
     """Of 60 unmarked pictures, with both early stages."""
-    images = torch.from_numpy(np.stack([to_array(s.image) for s in identity.samples(noise(*range(100, 160)))]))
+    return calibrated_on(noise(*range(100, 160)))
+
+
+def calibrated_on(unmarked: torch.Tensor) -> Calibration:
+    images = torch.from_numpy(np.stack([to_array(sample.image) for sample in identity.samples(unmarked)]))
     recoverer = Recoverer.named(identity.MODEL, "operator", None, 5)
     *earlier, whole = (
         Calibration.measure(each(images).noise, each.settings.as_dict(), {"noise": 60})
@@ -116,6 +121,55 @@ def test_stages_that_a_picture_did_not_go_through_only_make_p_larger(album, cali
             assert record["stages"].keys() <= fresh[id]["stages"].keys()
             assert record["log10_p"] >= fresh[id]["log10_p"] - 2e-3
     assert list(other["a.png"]["stages"]) == ["latents"] and len(fresh["a.png"]["stages"]) > 1
+
+
+def test_the_table_has_all_pairs_of_a_picture_and_a_key_with_p_below_one(album, calibration, tmp_path, monkeypatch):
+    monkeypatch.setattr("ringmark.watermark.tasks.key_table.ROWS", 2)
+    keys = [MINE, *(identity.key(seed, "rand") for seed in range(10, 15))]
+    kept = audited(album, tmp_path / "kept.jsonl", OTHER, calibration=calibration)
+    for name in ("one", "two"):  # the second run finds all of its records, and makes the table anew
+        reaudit(kept, keys, tmp_path / "again.jsonl", alpha=ALPHA, table=tmp_path / f"{name}.parquet")
+    one, two = (pq.read_table(tmp_path / f"{name}.parquet").to_pylist() for name in ("one", "two"))
+    records = records_of(tmp_path / "again.jsonl")
+    expected = {
+        (id, key, values["p_value"], values["score"])
+        for id, record in records.items()
+        for key, values in record.get("keys", {}).items()
+        if values["p_value"] < 1
+    }
+    found = {(row["sample_id"], row["key"], 10 ** row["log10_p"], row["score"]) for row in one}
+    assert one == two and found == expected and 2 < len(one) < len(keys) * len(records)
+    carried = {(id, key) for id, record in records.items() for key in record.get("carries", ())}
+    assert {(row["sample_id"], row["key"]) for row in one if row["present"]} == carried
+    with pytest.raises(RingmarkError, match="exists already"):
+        reaudit(kept, keys, tmp_path / "again.jsonl", alpha=ALPHA, table=tmp_path / "one.parquet")
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("spoiled", [False, True])
+def test_shortcuts_change_no_verdict(album, tmp_path, monkeypatch, spoiled):
+    """Together or alone, with every rank looked at or only those that might contradict p."""
+    unmarked = noise(*range(100, 160))
+    if spoiled:  # marked pictures among the unmarked ones contradict their p
+        unmarked[:6] = scheme_of(MINE, (3, 32, 32)).embed(unmarked[:6])
+    kept = audited(album, tmp_path / "kept.jsonl", OTHER, calibration=calibrated_on(unmarked), thorough=True)
+    quick, _ = again(kept, MINE, OTHER, name="quick")
+    monkeypatch.setattr("ringmark.watermark.tasks.reaudit.BATCH", 1)
+    monkeypatch.setattr(Detector, "_suspects", lambda self, scores, p: np.ones(scores.shape, bool))
+    slow, counts = again(kept, MINE, OTHER, name="slow")
+    assert counts.inconclusive == (4 if spoiled else 1)
+    expected = records_of(slow)
+    for id, one in records_of(quick).items():
+        other = expected.pop(id)
+        if "error" in one:
+            assert one == other
+            continue
+        numbers = {name: one[name] for name in ("log10_p", "score", "p_value", "conformal_p") if one[name] is not None}
+        assert numbers == pytest.approx({name: other[name] for name in numbers}, rel=1e-5, abs=1e-9)
+        assert one["stages"] == pytest.approx(other["stages"], rel=1e-5)
+        rest = one.keys() - numbers.keys() - {"seconds", "stages", "keys"}
+        assert {name: one[name] for name in rest} == {name: other[name] for name in rest}
+    assert not expected
 
 
 def test_only_the_owner_can_read_what_is_kept(album, calibration, tmp_path):

@@ -102,8 +102,9 @@ def test_verdicts_are_built_once_and_only_when_they_are_asked_for():
         built.append(k)
         return given[k]
 
-    lazy = replace(Verdicts.of(given), build=build)
-    assert Judged(None, lazy, None).best is lazy[0] is lazy.changed(lambda verdict: verdict)[0]
+    known = Verdicts.of(given)
+    lazy = Verdicts(known.outcome, known.log10_p, known.score, build)
+    assert Judged(None, lazy, None).best is lazy[0]
     assert built == [0] and len(lazy) == 5 and lazy[-1].key == "7" and built == [0, 4]
     assert lazy[1:3] == given[1:3] and list(lazy) == given and sorted(built) == list(range(5))
 

@@ -33,7 +33,7 @@ class Bank:
         self.schemes, self.null = schemes, null
         self.test = test or schemes[0].on(null)
 
-    @property
+    @cached_property
     def by_template(self) -> bool:
         """Whether scores come from templates."""
         return isinstance(self.test, TemplateTest)

@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -131,19 +131,33 @@ class Calibration:
         """The number of images."""
         return len(self.spectra)
 
-    @cached_property
+    @property
     def null(self) -> Null:
         """Mean and smoothed covariance of recovered noise."""
         return self._null()
 
     def _null(self, without: int | None = None) -> Null:
         """The null of all parts, or of all but one."""
+        if without not in self._nulls:
+            self._nulls[without] = self._make_null(without)
+        return self._nulls[without]
+
+    @cached_property
+    def _nulls(self) -> dict[int | None, Null]:
+        """The nulls without each part."""
+        return {}
+
+    @cached_property
+    def _averages(self) -> NDArray[np.float64]:
+        """The mean spectra (FOLDS, C, m, 2) of each part."""
+        return np.stack([self.spectra[k::FOLDS].mean(0, dtype=float) for k in range(FOLDS)])
+
+    def _make_null(self, without: int | None) -> Null:
         images = np.bincount(np.arange(self.n) % FOLDS, minlength=FOLDS)
         if without is not None:
             images[without] = 0
         share, n = images / images.sum(), int(images.sum())
-        parts = np.stack([self.spectra[k::FOLDS].mean(0, dtype=float) for k in range(FOLDS)])
-        average = unpack(np.tensordot(share, parts, 1)[None], self.latent_shape, self.reach)
+        average = unpack(np.tensordot(share, self._averages, 1)[None], self.latent_shape, self.reach)
         power = np.tensordot(share, self.power, 1)
         mean = shrunk_mean(average, power, n)
         bins = np.bincount(rings(*self.latent_shape[1:]).flatten().numpy())
@@ -403,6 +417,7 @@ def _cross_power(noise: NDArray[Any]) -> NDArray[Any]:
     return np.stack([np.tensordot(x, x.conj(), ((0, 2), (0, 2))).real / (len(x) * x.shape[2]) for x in per_ring])
 
 
+@lru_cache
 def _stored_bins(height: int, width: int, reach: int) -> NDArray[np.bool_]:
     """Mask (h, w//2 + 1) of the bins of rfft2 that are stored."""
     return rings(height, width).numpy()[:, : width // 2 + 1] <= reach
@@ -416,12 +431,17 @@ def pack(noise: NDArray[Any], reach: int) -> NDArray[np.float16]:
         return np.stack([stored.real, stored.imag], -1).astype(np.float16)
 
 
-def unpack(spectra: NDArray[Any], latent_shape: tuple[int, int, int], reach: int) -> NDArray[Any]:
-    """The noise (n, C, h, w) with only these bins; the inverse of `pack`."""
+def unpack(
+    spectra: NDArray[Any], latent_shape: tuple[int, int, int], reach: int, *, dtype: type[np.floating] = np.float64
+) -> NDArray[Any]:
+    """The noise (n, C, h, w) with only these bins, in this precision; the inverse of `pack`."""
     channels, height, width = latent_shape
-    f = np.zeros((len(spectra), channels, height, width // 2 + 1), complex)
-    f[:, :, _stored_bins(height, width, reach)] = spectra[..., 0].astype(float) + 1j * spectra[..., 1]
-    return np.fft.irfft2(f, s=(height, width), norm="ortho")
+    bins = np.ascontiguousarray(spectra, dtype).view(np.result_type(dtype, 1j))[..., 0]
+    f = np.zeros((len(spectra), channels, height * (width // 2 + 1)), bins.dtype)
+    f[..., np.flatnonzero(_stored_bins(height, width, reach))] = bins
+    half = torch.from_numpy(f).view(len(f), channels, height, -1)
+    noise: Tensor = torch.fft.irfft2(half, s=(height, width), norm="ortho")  # twice as fast as NumPy's
+    return noise.numpy()
 
 
 def _sound(recovery: NoiseRecovery) -> bool:

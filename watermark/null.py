@@ -101,9 +101,14 @@ class Null:
         white: Tensor = torch.einsum("nij,bjn->bin", root, bins)
         return white.contiguous()
 
+    def centred(self, noise: Tensor, channels: Sequence[int]) -> Tensor:
+        """The spectrum (B, c, h, w) of noise (B, C, h, w) minus the mean."""
+        of, mean = list(channels), self.mean
+        return spectrum(noise[:, of] - (mean[of] if isinstance(mean, Tensor) else mean), range(len(of)))
+
     def whitened(self, noise: Tensor, channels: Sequence[int]) -> Tensor:
-        """The whitened spectrum (B, c, h, w) of noise (B, C, h, w) minus the mean."""
-        return self.whiten(spectrum(noise - self.mean, channels), channels)
+        """The same, whitened."""
+        return self.whiten(self.centred(noise, channels), channels)
 
     def _root(self, channels: tuple[int, ...]) -> Tensor:
         """L⁻¹ (R, c, c) float64 on each ring."""

@@ -67,6 +67,7 @@ REMEDIES: dict[str, str] = {
     "file.full": "make room on the disk",
     "file.exists": "choose another name, or replace it with --force",
     "file.foreign": "choose another name, or replace it with --force",
+    "table.exists": "choose another name, or remove it",
     "results.missing": "check the name of the results file",
     "results.folder": "give a results file in it",
     "results.denied": "change its permissions",

@@ -16,18 +16,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ringmark.inversion.decoder import INVERTERS
 from ringmark.inversion.recover import Recoverer
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.detector import Detector, Seen
-from ringmark.watermark.detect.verdict import OUTCOMES, Judged, Tried, Verdict, Verdicts
+from ringmark.watermark.detect.verdict import OUTCOMES, Judged, Tried, Verdicts
 
 if TYPE_CHECKING:
     from ringmark.data.images import Sample
@@ -126,7 +124,7 @@ def go_through(
         for i, verdicts, noise in zip(rows, found, seen.noise, strict=True):
             here = Judged(
                 sample=samples[i],
-                verdicts=verdicts.changed(partial(_named, stage.name, calibration)),
+                verdicts=verdicts.at_stage(stage.name, calibration),
                 noise=noise,
                 tests=tests,
                 stage=number,
@@ -141,32 +139,16 @@ def go_through(
     return [judged[i] for i in range(len(samples))]
 
 
-def _named(stage: str, calibration: str | None, verdict: Verdict) -> Verdict:
-    """The verdict of this stage."""
-    return replace(verdict, stages={stage: verdict.p_value}, calibration=calibration)
-
-
 def _settled(judged: Judged, here: Verdicts, *, next_is_last: bool) -> bool:
     """Whether a key was found, or the last stage is next and this one has nothing to say for any key."""
-    silent = next_is_last and bool((here.log10_p >= 0).all()) and all(v.shows for v in here[:1])
-    return silent or bool(judged.verdicts.present)
+    silent = next_is_last and here.shows and bool((here.log10_p >= 0).all())
+    return silent or judged.verdicts.found
 
 
 def _joined(earlier: Judged, later: Judged) -> Judged:
     """The judgement by both stages, with the noise of the stage on which the best verdict rests."""
     one, other = earlier.verdicts, later.verdicts
     kept = (one.outcome != OUTCOMES.index(None)) & one.before(other)
-    verdicts = Verdicts(
-        outcome=np.where(kept, one.outcome, other.outcome),
-        log10_p=np.where(kept, one.log10_p, other.log10_p),
-        score=np.where(kept, one.score, other.score),
-        build=partial(_of_both, one, other, kept),
-    )
+    verdicts = one.joined(other, kept)
     trail = (Tried(notes=earlier.trail[0].notes, noise=earlier.trail[0].noise + later.trail[0].noise),)
     return (earlier if kept[verdicts.best] else later)._replace(verdicts=verdicts, trail=trail)
-
-
-def _of_both(one: Verdicts, other: Verdicts, kept: NDArray[np.bool_], k: int) -> Verdict:
-    """The verdict on a key of the earlier stage if it is kept, or else of the later."""
-    rests_on = one[k] if kept[k] else other[k]
-    return replace(rests_on, stages=one[k].stages | other[k].stages, seconds=one[k].seconds + other[k].seconds)

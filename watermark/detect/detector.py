@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -83,6 +83,7 @@ class Detector:
         self._test = lru_cache(KEPT)(self._make_test)
         self._references = lru_cache(KEPT)(self._make_references)
         self._limits: dict[tuple[int, int], Array] = {}
+        self._tabled: dict[str, Array] = {}  # references of keys whose table was made for limits
 
     def under(self, calibration: Calibration) -> Detector:
         """The same detector under another calibration of its latents."""
@@ -117,32 +118,22 @@ class Detector:
         """
         seen = recovered if isinstance(recovered, Seen) else Seen.of(recovered)
         blank = np.array([[bool(doubt)] for doubt in seen.doubts])
-        noise = torch.nan_to_num(seen.noise, 0.0, 0.0, 0.0)
-        scores, log10_p = self._scored(noise)
+        scores, log10_p = self._scored(_finite(seen.noise))
         log10_p = np.where(blank, 0.0, log10_p)
         doubted = blank | self._contradicted(np.where(blank, -np.inf, scores), 10**log10_p)
         joint = corrected(log10_p, self.number_of_tests)
         outcome = np.where(doubted, UNDECIDED, np.where(10**joint <= self.alpha, PRESENT, ABSENT)).astype(np.int8)
+        batch = _Batch(detector=self, samples=samples, seen=seen, outcome=outcome, log10_p=log10_p, scores=scores)
         return [
             Verdicts(
                 outcome=outcome[i],
                 log10_p=joint[i],
                 score=scores[i],
-                build=_Builder(
-                    detector=self,
-                    sample=sample,
-                    noise=noise[i],
-                    residual=seen.residuals[i],
-                    status=seen.status[i],
-                    seconds=seen.seconds,
-                    compared=seen.compared,
-                    doubt=seen.doubts[i],
-                    outcome=outcome[i],
-                    log10_p=log10_p[i],
-                    score=scores[i],
-                ),
+                build=partial(batch.build, i),
+                seconds=seen.seconds,
+                shows=not seen.doubts[i],
             )
-            for i, sample in enumerate(samples)
+            for i in range(len(samples))
         ]
 
     def _scored(self, noise: Tensor) -> tuple[Array, Array]:
@@ -193,9 +184,13 @@ class Detector:
         """The score (K,) of the unmarked image of this rank, for each key of one of the banks."""
         assert self._ranked
         if (number, most) not in self._limits:
-            schemes = self._banks[number].bank.schemes
-            tables = (self._ranked.reference_table(schemes[block]) for block in blocks(len(schemes)))
-            self._limits[number, most] = np.concatenate([np.partition(t, -most, axis=0)[-most] for t in tables])
+            (members, bank), limits = self._banks[number], list[Array]()
+            for block in blocks(len(members)):
+                table = self._ranked.reference_table(bank.schemes[block])
+                limits.append(np.partition(table, -most, axis=0)[-most])
+                if len(self._tabled) + len(members[block]) <= KEPT:
+                    self._tabled |= zip((self.keys[k].fingerprint for k in members[block]), table.T.copy(), strict=True)
+            self._limits[number, most] = np.concatenate(limits)
         return self._limits[number, most]
 
     def statistic(self, key: str, noise: Tensor) -> tuple[Array, Array]:
@@ -229,7 +224,7 @@ class Detector:
 
     def reference_scores(self, key: str) -> Array | None:
         """Scores (n,) of the calibration's unmarked images for a key; None without a calibration of this size."""
-        return self._references(key)
+        return self._tabled[key] if key in self._tabled else self._references(key)
 
     def _make_references(self, key: str) -> Array | None:
         return self._ranked.reference_scores(self.schemes[key]) if self._ranked else None
@@ -282,57 +277,58 @@ def _by_kind(schemes: Sequence[Scheme]) -> list[list[int]]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Builder:
-    """Builds the verdicts on one sample, from the outcome, the uncorrected log₁₀ p and the score of each key (K,)."""
+class _Batch:
+    """Builds verdicts on samples from the outcomes, the uncorrected log₁₀ p and the scores of all keys (B, K)."""
 
     detector: Detector
-    sample: Sample
-    noise: Tensor
-    residual: float | None
-    status: str
-    seconds: float
-    compared: bool
-    doubt: str
+    samples: Sequence[Sample]
+    seen: Seen
     outcome: NDArray[np.int8]
     log10_p: Array
-    score: Array
+    scores: Array
 
-    def __call__(self, k: int) -> Verdict:
-        detector, key = self.detector, self.detector.keys[k].fingerprint
-        log10_p = float(corrected(self.log10_p[k], detector.number_of_tests))
-        published = detector.schemes[key].published(self.noise[None]) if self.compared else {}
-        conformal, n = self._conformal(key, k)
-        doubt = self.doubt
-        if conformal is not None and not doubt and self.outcome[k] == UNDECIDED:
+    def build(self, i: int, k: int) -> Verdict:
+        """The verdict on a sample and a key."""
+        detector, sample, seen = self.detector, self.samples[i], self.seen
+        key, doubt = detector.keys[k].fingerprint, seen.doubts[i]
+        log10_p = float(corrected(self.log10_p[i, k], detector.number_of_tests))
+        published = detector.schemes[key].published(_finite(seen.noise[i : i + 1])) if seen.compared else {}
+        shows, (conformal, n) = not doubt, self._conformal(key, i, k)
+        if conformal is not None and shows and self.outcome[i, k] == UNDECIDED:
             doubt = (
                 f"{round(conformal * (n + 1)) - 1} of {n} unmarked images score as high, "
-                f"which contradicts an uncorrected p of {10 ** self.log10_p[k]:.2g}"
+                f"which contradicts an uncorrected p of {10 ** self.log10_p[i, k]:.2g}"
             )
         return Verdict(
-            sample_id=self.sample.id,
+            sample_id=sample.id,
             key=key,
-            present=OUTCOMES[self.outcome[k]],
+            present=OUTCOMES[self.outcome[i, k]],
             p_value=10**log10_p,
             log10_p=log10_p,
-            score=float(self.score[k]),
+            score=float(self.scores[i, k]),
             statistics={name: float(values[0]) for name, values in published.items()},
-            residual=self.residual,
-            status=self.status,
-            seconds=self.seconds,
-            label=self.sample.label,
+            residual=seen.residuals[i],
+            status=seen.status[i],
+            seconds=seen.seconds,
+            label=sample.label,
             conformal_p=None if conformal is None else min(1.0, conformal * detector.number_of_tests),
             calibration=detector.calibration.fingerprint if detector.calibration else None,
-            notes=(*self.sample.notes, *filter(None, [detector.notes.get(key), doubt])),
-            shows=not self.doubt,
+            notes=(*sample.notes, *filter(None, [detector.notes.get(key), doubt])),
+            shows=shows,
         )
 
-    def _conformal(self, key: str, k: int) -> tuple[float | None, int]:
+    def _conformal(self, key: str, i: int, k: int) -> tuple[float | None, int]:
         """The uncorrected conformal p-value and the number of references, or None and 0 without any."""
         references = self.detector.reference_scores(key)
         if references is None:
             return None, 0
-        score = np.array(-np.inf if self.doubt else self.score[k])
+        score = np.array(-np.inf if self.seen.doubts[i] else self.scores[i, k])
         return float(conformal_p(score, references)), len(references)
+
+
+def _finite(noise: Tensor) -> Tensor:
+    """The noise with zeros for values that are not finite."""
+    return torch.nan_to_num(noise, 0.0, 0.0, 0.0)
 
 
 def check_unranked(schemes: Iterable[Scheme]) -> None:

@@ -197,7 +197,7 @@ class KeptVerifier:
             whole = [bool(np.isfinite(each).all()) for each in spectra]
             spectra[np.logical_not(whole)] = 0
             return Seen(
-                noise=torch.from_numpy(unpack(spectra, shape, default_reach(shape))),
+                noise=torch.from_numpy(unpack(spectra, shape, default_reach(shape), dtype=np.float32)),
                 doubts=[_doubt(picture, fine) for picture, fine in zip(chosen, whole, strict=True)],
                 residuals=[picture.residual for picture in chosen],
                 status=[picture.status for picture in chosen],

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
@@ -83,18 +84,29 @@ class Verdict:
         return "; ".join([f"{outcome} key {self.key[:8]}, {p_text(self.p_value)}", *self.notes])
 
 
-@dataclass(frozen=True, eq=False)
 class Verdicts(Sequence[Verdict]):
     """The verdicts on one image, one per key (K,), each built by `build(k)` when it is first asked for.
 
-    What they rank by is kept for all keys: `outcome`, the index of `present` in OUTCOMES, `log10_p` and `score`.
+    What they rank by is kept for all keys: `outcome`, the index of `present` in OUTCOMES, `log10_p` and `score`. If it
+    is known, so are `stages`, log₁₀ p (K,) by stage, the computing time of all stages, and whether the image `shows`
+    anything; a verdict that is built holds for all `stages`, under this calibration.
     """
 
-    outcome: NDArray[np.int8]
-    log10_p: NDArray[np.float64]
-    score: NDArray[np.float64]
-    build: Callable[[int], Verdict]
-    _built: dict[int, Verdict] = field(default_factory=dict, repr=False)
+    def __init__(
+        self,
+        outcome: NDArray[np.int8],
+        log10_p: NDArray[np.float64],
+        score: NDArray[np.float64],
+        build: Callable[[int], Verdict],
+        *,
+        stages: Mapping[str, NDArray[np.float64]] = MappingProxyType({}),
+        calibration: str | None = None,
+        seconds: float = 0.0,
+        shows: bool = True,
+    ) -> None:
+        self.outcome, self.log10_p, self.score, self.build = outcome, log10_p, score, build
+        self.stages, self.calibration, self.seconds, self.shows = stages, calibration, seconds, shows
+        self._built: dict[int, Verdict] = {}
 
     @classmethod
     def of(cls, verdicts: Sequence[Verdict]) -> Verdicts:
@@ -104,6 +116,7 @@ class Verdicts(Sequence[Verdict]):
             log10_p=np.array([v.log10_p for v in verdicts], float),
             score=np.array([v.score for v in verdicts], float),
             build=verdicts.__getitem__,
+            shows=all(v.shows for v in verdicts),
         )
 
     def __len__(self) -> int:
@@ -120,23 +133,58 @@ class Verdicts(Sequence[Verdict]):
         if isinstance(rows, range):
             return [self[k] for k in rows]
         if rows not in self._built:
-            self._built[rows] = self.build(rows)
+            self._built[rows] = self._of_stages(rows) if self.stages else self.build(rows)
         return self._built[rows]
 
-    def changed(self, change: Callable[[Verdict], Verdict]) -> Verdicts:
-        """The same with a change to each verdict that does not change how they rank."""
-        return Verdicts(self.outcome, self.log10_p, self.score, build=lambda k: change(self[k]))
+    def _of_stages(self, k: int) -> Verdict:
+        p_values = {name: 10 ** float(log10_p[k]) for name, log10_p in self.stages.items()}
+        return replace(self.build(k), stages=p_values, seconds=self.seconds, calibration=self.calibration)
+
+    def at_stage(self, name: str, calibration: str | None) -> Verdicts:
+        """The same as those of a stage, under the calibration of all stages."""
+        return Verdicts(
+            outcome=self.outcome,
+            log10_p=self.log10_p,
+            score=self.score,
+            build=self.build,
+            stages={name: self.log10_p},
+            calibration=calibration,
+            seconds=self.seconds,
+            shows=self.shows,
+        )
+
+    def joined(self, later: Verdicts, kept: NDArray[np.bool_]) -> Verdicts:
+        """Those of this and of a later stage: these for the keys (K,) that are `kept`, otherwise the later ones."""
+        return Verdicts(
+            outcome=np.where(kept, self.outcome, later.outcome),
+            log10_p=np.where(kept, self.log10_p, later.log10_p),
+            score=np.where(kept, self.score, later.score),
+            build=lambda k: (self if kept[k] else later).build(k),
+            stages={**self.stages, **later.stages},
+            calibration=later.calibration,
+            seconds=self.seconds + later.seconds,
+            shows=later.shows,
+        )
 
     @property
     def best(self) -> int:
         """The number of the verdict that ranks first, of equal ones the first."""
+        if len(self) == 1:
+            return 0
         among = np.flatnonzero(self.outcome == self.outcome.min())
         among = among[self.log10_p[among] == self.log10_p[among].min()]
         return int(among[self.score[among].argmax()])
 
     @property
+    def found(self) -> bool:
+        """Whether a key is present."""
+        return bool(self.outcome.min(initial=len(OUTCOMES)) == OUTCOMES.index(True))
+
+    @property
     def present(self) -> list[int]:
         """The numbers of the verdicts on keys that are present, the first in rank first."""
+        if not self.found:
+            return []
         found = np.flatnonzero(self.outcome == OUTCOMES.index(True))
         return [int(k) for k in found[np.lexsort((-self.score[found], self.log10_p[found]))]]
 

@@ -152,7 +152,7 @@ class Verifier:
         """The same, searching those samples in which no key was found directly and that are not inconclusive."""
         assert self.search
         absent = OUTCOMES.index(False)
-        missed = [i for i, j in enumerate(judged) if not j.verdicts.present and (j.verdicts.outcome == absent).any()]
+        missed = [i for i, j in enumerate(judged) if not j.verdicts.found and (j.verdicts.outcome == absent).any()]
         for members in grouped(missed, [_size_of(samples[i]) for i in missed]):
             detector, chosen = self._stages(_size_of(samples[members[0]]))[-1].detector, [samples[i] for i in members]
             best_fits = self.search(self.recoverer.model, detector.schemes, detector.known, chosen, batch=batch)
@@ -205,7 +205,7 @@ def at_best_size(
     """
     best: dict[int, Judged] = {}
     for turn in range(max(views, default=0)):
-        found = {i for i, judged in best.items() if judged.verdicts.present}
+        found = {i for i, judged in best.items() if judged.verdicts.found}
         todo = [i for i, number in enumerate(views) if turn < number and i not in found]
         for members in grouped(todo, [label(i, turn) for i in todo]):
             for i, judged in zip(members, judge(members, turn), strict=True):

@@ -377,7 +377,9 @@ class TreeRing:
 
     def _observed(self, null: Null, noise: Tensor) -> Array:
         """The features (B, d) of whitened noise (B, C, h, w)."""
-        return self._whitened_features(self._transform(noise - null.mean).flatten(2)[..., self._tested], null)
+        self._check_shape(noise)
+        transform = null.centred(noise, self.placement.channels)
+        return self._whitened_features(transform.flatten(2)[..., self._tested], null)
 
     def _whitened_features(self, bins: Tensor, null: Null) -> Array:
         """The features (B, d) of whitened bins (B, c, n), those that are tested."""

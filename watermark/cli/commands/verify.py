@@ -189,8 +189,16 @@ def _summary(counts: Audit, output: Path) -> str:
 @keys_option
 @output_option
 @alpha_option
+@click.option(
+    "--table",
+    type=PATH,
+    help="Also write a Parquet file with a row for each image and key whose p, corrected for the number of keys, is "
+    "below 1.",
+)
 @json_option
-def reaudit(audited: Path, key_paths: tuple[Path, ...], output: Path, alpha: float, as_json: bool) -> None:
+def reaudit(
+    audited: Path, key_paths: tuple[Path, ...], output: Path, alpha: float, table: Path | None, as_json: bool
+) -> None:
     """Look for other keys in the images of an audit.
 
     AUDITED are results of ringmark audit --keep-noise. No image is opened and no model is loaded. The p-values are
@@ -201,10 +209,11 @@ def reaudit(audited: Path, key_paths: tuple[Path, ...], output: Path, alpha: flo
     \b
     Example:
       ringmark reaudit results.parquet --key new.key -o new.parquet
+      ringmark reaudit results.parquet --key keys -o new.parquet --table keys.parquet
     """
     from ringmark.watermark.tasks.reaudit import reaudit as look_again
 
-    counts = look_again(audited, key_paths, output, alpha=alpha)
+    counts = look_again(audited, key_paths, output, alpha=alpha, table=table)
     if not as_json:
         warn(counts.errors)
     say(asdict(counts), _summary(counts, output), as_json)
