@@ -66,7 +66,7 @@ def test_true_noise_is_always_recognised(pocket, bench):
 def test_small_setting(experiment, tmp_path):
     options = ("-n", 1, "--its", 2, "--steps", 4, "--strength", 1, "--channel", 0, "--no-costs")
     found = experiment("classification", tmp_path, *options)
-    assert len(found["rows"]) == 2 * 4 and len(found["pairs"]) == 2 * 6
+    assert len(found["rows"]) == 2 * 5 and len(found["pairs"]) == 2 * 10
     for row in found["rows"]:
         table = np.array(row["confusion"])
         assert (table.sum(1) == 1).all() and np.trace(table) == row["correct"] and row["of"] == 3

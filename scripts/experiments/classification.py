@@ -74,6 +74,7 @@ def inverters(its: int) -> dict[str, Inverter]:
         f"gradient, {its}": Inverter.named("gradient", its),
         f"paper's Adam, {its}": Inverter.named("adam", its),
         "ours": Inverter.named("anderson"),
+        "operator": Inverter.named("operator"),
     }
 
 
