@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import re
@@ -19,7 +20,7 @@ import torch
 from shell import ROOT, pictures, refused, run
 
 from ringmark.watermark.cli import main as cli
-from ringmark.watermark.cli.options import EXIT_PIPE
+from ringmark.watermark.cli.options import EXIT_PIPE, uncollected
 from ringmark.watermark.cli.remedies import REMEDIES
 from ringmark.watermark.tasks import draw as drawing
 from ringmark.watermark.tasks import info as facts
@@ -222,6 +223,17 @@ def test_every_decoder_inversion_is_offered_by_name() -> None:
     for command in (cli.verify, cli.audit, cli.invert, cli.calibrate):
         (option,) = (p for p in command.params if p.name == "method")
         assert set(option.type.choices) == set(INVERTERS), command.name
+
+
+def test_what_is_loaded_is_never_searched_for_garbage() -> None:
+    before = gc.get_freeze_count()
+    try:
+        with pytest.raises(ZeroDivisionError), uncollected():
+            assert not gc.isenabled()
+            1 / 0  # noqa: B018
+        assert gc.isenabled() and gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
 
 
 def test_the_log_goes_to_stderr_and_holds_no_key(house: Path) -> None:

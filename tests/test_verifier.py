@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from operator import length_hint
 
 import numpy as np
 import pytest
@@ -14,7 +15,14 @@ from ringmark.errors import CalibrationError, KeyFileError, RingmarkError, Schem
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.geometry import Candidate
 from ringmark.watermark.detect.search import Found, Search
-from ringmark.watermark.detect.verifier import Verifier, built_in_calibration, check_fit, fitting_calibration
+from ringmark.watermark.detect.verifier import (
+    HELD,
+    Verifier,
+    batched,
+    built_in_calibration,
+    check_fit,
+    fitting_calibration,
+)
 from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.schemes.base import make_key
 from ringmark.watermark.schemes.tree_ring import TreeRing
@@ -57,6 +65,30 @@ def test_results_do_not_depend_on_the_batch() -> None:
     some = pictures(initial_noise([1, 2, 3], MODEL.latent_shape))
     whole, single = ([j.best.p_value for j in looking.scan(some, batch=batch)] for batch in (3, 1))
     assert whole == pytest.approx(single, rel=1e-4)
+
+
+def test_batches_are_of_one_label_and_results_in_order() -> None:
+    groups = []
+
+    def work(group: list[int]) -> list[int]:
+        groups.append(group)
+        return [-number for number in group]
+
+    assert list(batched(range(10), lambda number: number % 2, work, batch=4)) == [-number for number in range(10)]
+    assert groups == [[0, 2, 4, 6], [1, 3, 5, 7], [8], [9]]
+    groups.clear()
+    rare = list(batched(range(20), lambda number: number == 0, work, batch=2))
+    assert rare == [-number for number in range(20)]
+    assert groups[:5] == [[1, 2], [3, 4], [5, 6], [0], [7, 8]]  # held for four batches
+    assert max(map(len, groups)) == 2
+
+
+def test_what_is_held_is_bounded() -> None:
+    taken, labels = iter(range(200)), np.random.default_rng(0).integers(0, 30, 200)
+    results = batched(taken, lambda number: labels[number], lambda group: group, batch=3)
+    for expected, result in enumerate(results):
+        assert result == expected and 200 - length_hint(taken) - result <= HELD * 3
+    assert result == 199
 
 
 def test_flat_and_broken_images_are_inconclusive() -> None:

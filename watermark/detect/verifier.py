@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ringmark.errors import CalibrationError, KeyFileError, SchemeError
 from ringmark.inversion.recover import Identified, Recoverer
@@ -24,9 +23,22 @@ from ringmark.watermark.statistics import ALPHA, corrected
 if TYPE_CHECKING:
     from ringmark.data.images import Sample
 
-__all__ = ["Verifier", "better", "built_in_calibration", "check_fit", "detector_at", "fitting_calibration", "grouped"]
+__all__ = [
+    "Verifier",
+    "batched",
+    "better",
+    "built_in_calibration",
+    "check_fit",
+    "detector_at",
+    "fitting_calibration",
+    "grouped",
+]
 
 MAX_SIZES = 64  # whose detectors are kept; strangers send pictures of every size
+HELD = 4  # batches of pictures that are held until those before them are judged
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Verifier:
@@ -127,11 +139,13 @@ class Verifier:
         return both | search | sizes | stages
 
     def scan(self, pictures: Iterable[Sequence[Sample]], batch: int = 8) -> Iterator[Judged]:
-        """Judge every picture, batch by batch, in order; each is given at the sizes of `sizes_of`."""
-        pictures = iter(pictures)
-        while group := list(islice(pictures, batch)):
+        """Judge every picture, in order; each is given at the sizes of `sizes_of`. Batches are those of `batched`."""
+
+        def judge(group: list[Sequence[Sample]]) -> list[Judged]:
             judged = self._judge(group)
-            yield from self._searched(judged, [views[0] for views in group], batch) if self.search else judged
+            return self._searched(judged, [views[0] for views in group], batch) if self.search else judged
+
+        return batched(pictures, lambda views: (_size_of(views[0]), len(views)), judge, batch)
 
     def _judge(self, pictures: list[Sequence[Sample]]) -> list[Judged]:
         """Judge each picture at its best size."""
@@ -191,6 +205,37 @@ def detector_at(
         calibration, why = None, f"the calibration {error.fact}"
         notes = {name: "; ".join(filter(None, [note, why])) for name, note in notes.items()}
     return Detector(keys, null=null, calibration=calibration, alpha=alpha, latent_shape=shape, notes=notes)
+
+
+def batched(
+    items: Iterable[T], label: Callable[[T], Hashable], work: Callable[[list[T]], list[R]], batch: int
+) -> Iterator[R]:
+    """The results of `work` on items of equal label, `batch` at a time, in the order of the items.
+
+    An item waits until there are enough others with its label. To bound what is held, a batch is cut short when the
+    oldest item without a result is HELD batches old.
+    """
+    waiting: dict[Hashable, dict[int, T]] = {}  # by label, and then by number; the oldest item is in the first group
+    ready: dict[int, R] = {}
+    given = 0
+
+    def finish(kind: Hashable) -> Iterator[R]:
+        nonlocal given
+        group = waiting.pop(kind)
+        ready.update(zip(group, work(list(group.values())), strict=True))
+        while given in ready:
+            yield ready.pop(given)
+            given += 1
+
+    for number, item in enumerate(items):
+        group = waiting.setdefault(label(item), {})
+        group[number] = item
+        if len(group) == batch:
+            yield from finish(label(item))
+        if number - given + 1 == HELD * batch:
+            yield from finish(next(iter(waiting)))
+    while waiting:
+        yield from finish(next(iter(waiting)))
 
 
 def at_best_size(
