@@ -3,9 +3,10 @@
     python -m scripts.experiments kept -o build/kept                   # 3 minutes
     python -m scripts.experiments kept -o build/small -n 16 --keys 1 --keys 10 --rounds 1
 
-The store holds white noise for `-n` pictures, in all stages of the model's own calibration, in files of eight. Times
-are medians of rounds that take all numbers of keys in turn, processor time of this process; the first round, which also
-expands the keys and tests the unmarked images for them, is left out if there are others.
+The store holds white noise for `-n` pictures, in all stages of the model's own calibration, in blocks of eight. For
+several keys, the table of keys and pictures is written too; its rows are counted. Times are medians of rounds that take
+all numbers of keys in turn, processor time of this process; the first round, which also expands the keys and tests the
+unmarked images for them, is left out if there are others.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import click
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
@@ -54,7 +56,7 @@ def store(bench: Bench, results: Path) -> float:
                 [{"sample_id": sample.id, "content": sample.content} | sizes | verdict for sample in samples],
                 list(map(tensors_of, judged)),
             )
-    files = results.with_name(f"{results.name}.tensors").glob("*/*.safetensors")
+    files = results.with_name(f"{results.name}.tensors").glob("*.blocks")
     return sum(file.stat().st_size for file in files) / bench.number
 
 
@@ -66,17 +68,26 @@ def main(bench: Bench, numbers: tuple[int, ...], rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "kept.jsonl"
         size, rings = store(bench, results), [keys_of(bench, number) for number in numbers]
-        taken = []
+        taken, tables = [], [Path(folder) / f"{number}.parquet" if number > 1 else None for number in numbers]
         for turn in range(rounds):
             taken.append([])
-            for number, ring in zip(numbers, rings, strict=True):
+            for number, ring, table in zip(numbers, rings, tables, strict=True):
+                if table:
+                    table.unlink(missing_ok=True)
                 started = time.process_time()
-                counts = reaudit(results, ring, Path(folder) / f"{turn}-{number}.jsonl")
+                counts = reaudit(results, ring, Path(folder) / f"{turn}-{number}.jsonl", table=table)
                 taken[-1].append((time.process_time() - started) / counts.images)
+        written = [pq.read_metadata(table).num_rows if table else None for table in tables]
     seconds = np.median(taken[1:] or taken, 0)
     rows = [
-        {"keys": number, "ms an image": float(s) * 1000, "images a second": 1 / float(s), "first ms": first * 1000}
-        for number, s, first in zip(numbers, seconds, taken[0], strict=True)
+        {
+            "keys": number,
+            "ms an image": float(s) * 1000,
+            "images a second": 1 / float(s),
+            "first ms": first * 1000,
+            "rows of the table": count,
+        }
+        for number, s, first, count in zip(numbers, seconds, taken[0], written, strict=True)
     ]
     for row in rows:
         click.echo(line(row))
