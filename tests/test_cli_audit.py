@@ -6,16 +6,20 @@ import json
 import os
 import shutil
 import tarfile
+from itertools import count, islice
 from pathlib import Path
 
+import identity
 import numpy as np
 import pytest
 from PIL import Image
 from shell import QUICK, pictures, refused, run
 
+from ringmark.data.items import Item
 from ringmark.data.reader import read_records
-from ringmark.data.results import content_id
+from ringmark.data.results import Results, content_id
 from ringmark.watermark.detect.verifier import Verifier
+from ringmark.watermark.tasks.audit import _Run
 
 
 def test_audit_records_everything_and_goes_on(house: Path, tmp_path: Path) -> None:
@@ -200,3 +204,22 @@ def test_sources_that_cannot_be_reached_are_named(house: Path, tmp_path: Path) -
     assert "hunter2" not in refused("audit", "http://u:hunter2@127.0.0.1:9/a.png?sig=hunter2", *args)
     (tmp_path / "empty.zip").write_bytes(b"PK\x05\x06" + bytes(18))
     assert "holds no images" in refused("audit", tmp_path / "empty.zip", *args)
+
+
+def test_pictures_that_are_done_do_not_pile_up(tmp_path: Path) -> None:
+    """An endless source of recorded pictures gives its records as they are asked for."""
+    done = {"size": 1, "mtime_ns": 1}
+    items = (Item(id="a", read=lambda _: [], **done) for _ in count())
+    with Results(tmp_path / "results.jsonl", {}) as store:
+        store.append({"sample_id": "a", "content": "x", "present": False} | done)
+        found = _Run(identity.verifier([identity.key(1)]), store, keep_noise=False).records(items, batch=2, workers=0)
+        assert all(earlier for _, earlier in islice(found, 100))
+
+
+def test_only_the_first_errors_are_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, house: Path) -> None:
+    monkeypatch.setattr("ringmark.watermark.tasks.audit.LISTED_ERRORS", 2)
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(b"broken")
+    result = run("audit", tmp_path, "--key", house / "my.key", "-o", tmp_path / "results.jsonl", *QUICK)
+    lines = result.stderr.splitlines()
+    assert len(lines) == 3 and lines[-1] == "2 more unreadable files; the records hold their errors"

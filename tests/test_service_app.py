@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import re
@@ -251,3 +252,18 @@ def test_every_answer_has_the_headers_that_keep_it_safe(web) -> None:
         assert response.headers["Content-Security-Policy"].startswith("default-src 'none'")
         assert response.headers["X-Content-Type-Options"] == "nosniff"
         assert response.headers["Cache-Control"] == "no-store"
+
+
+def test_requests_leave_nothing_behind():
+    """Once everything is loaded, the number of objects stays the same."""
+    with client() as web:
+
+        def objects_after(requests: int) -> int:
+            for _ in range(requests):
+                for picture in (MARKED, PLAIN, b"broken"):
+                    verify(web, picture)
+            gc.collect()
+            return len(gc.get_objects())
+
+        before = objects_after(10)
+        assert objects_after(10) - before < 30

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +49,16 @@ Record = dict[str, Any]
 
 NEEDED = ("present",)  # in each record of an audit
 WORKERS = 2
+LISTED_ERRORS = 1000
 
 
 @dataclass
 class Audit:
     """Counts of an audit: images with a key (`present`) and without, inconclusive and unreadable ones.
 
-    `by_key` counts images by the fingerprints of the keys that they carry. `errors` has a line for each unreadable
-    file. `skipped` counts, by suffix, the files that were not opened because their names are not those of images.
-    `outside` has a line for each link that leads out of the folder and was not followed.
+    `by_key` counts images by the fingerprints of the keys that they carry. `errors` has a line for each of the first
+    LISTED_ERRORS unreadable files. `skipped` counts, by suffix, the files that were not opened because their names are
+    not those of images. `outside` has a line for each link that leads out of the folder and was not followed.
     """
 
     images: int = 0
@@ -75,7 +76,8 @@ class Audit:
         self.images += 1
         if "error" in record:
             self.unreadable += 1
-            self.errors.append(record["error"])
+            if len(self.errors) < LISTED_ERRORS:
+                self.errors.append(record["error"])
             return
         self.present += record["present"] is True
         self.absent += record["present"] is False
@@ -209,23 +211,23 @@ def audit_pictures(
         if keep_noise:
             keep_context(results, verifier)
         counts = Audit(skipped=pictures.skipped, outside=pictures.outside)
-        run = _Run(verifier, store, counts, keep_noise=keep_noise)
+        run = _Run(verifier, store, keep_noise=keep_noise)
         started = time.perf_counter()
         with Progress(pictures.total, task="audit", unit="image") as progress:
             for record, earlier in run.records(pictures.items, batch, workers):
-                run.counts.count(record)
+                counts.count(record)
                 progress.add(*findings(record), earlier=earlier)
         LOG.info("audited %s: %d images in %.1f s", pictures.names, run.judged, time.perf_counter() - started)
-    if not run.counts.images:
+    if not counts.images:
         raise ImageError("image.none", "holds no images", subject=pictures.names, suffixes=", ".join(SUFFIXES))
-    return run.counts
+    return counts
 
 
 class _Run:
     """One run over the pictures of a source."""
 
-    def __init__(self, verifier: Verifier, store: Results, counts: Audit, *, keep_noise: bool) -> None:
-        self.verifier, self.store, self.counts, self.keep_noise = verifier, store, counts, keep_noise
+    def __init__(self, verifier: Verifier, store: Results, *, keep_noise: bool) -> None:
+        self.verifier, self.store, self.keep_noise = verifier, store, keep_noise
         self.judged = 0
         self._pending: dict[str, Item] = {}
         self._twins: dict[str, list[Item]] = {}
@@ -234,49 +236,41 @@ class _Run:
         """Positions of records, by content; twins are copied from them."""
         for position, record in store.newest():
             self._know(position, record)
-        self._done: list[tuple[Record, bool]] = []
 
     def records(self, items: Iterable[Item], batch: int, workers: int) -> Iterator[tuple[Record, bool]]:
         """The record of every picture as soon as it is stored, and whether it is of an earlier run."""
-        verdicts = self.verifier.scan(self._readable(items, batch, workers), batch)
-        while group := list(islice(verdicts, batch)):
-            yield from self._take()
-            for record in self._stored(group):
-                yield record, False
-        yield from self._take()
-
-    def _stored(self, group: list[Judged]) -> Iterator[Record]:
-        """Store the verdicts on a batch, then those on equal pictures that wait for them."""
-        model, pending = self.verifier.recoverer.model.name, [self._pending.pop(one.sample.id) for one in group]
-        records = [record_of(one, model) | item.stamp for one, item in zip(group, pending, strict=True)]
-        self.store.extend(records, list(map(tensors_of, group)) if self.keep_noise else ())
-        self.judged += len(group)
-        yield from records
-        for record in records:
-            self._know(self.store.position(record["sample_id"]), record)
-            for twin in self._twins.pop(record["content"]):
-                yield self._store(twin, copied(record))
-
-    def _take(self) -> list[tuple[Record, bool]]:
-        """The records of pictures that needed no judgement, since the last call."""
-        done, self._done = self._done, []
-        return done
-
-    def _readable(self, items: Iterable[Item], batch: int, workers: int) -> Iterator[list[Sample]]:
-        """The pictures to judge, at their sizes."""
+        waiting: list[list[Sample]] = []
         for item, views in ahead(partial(self._attempt, self.verifier.sizes_of), items, workers, 2 * batch):
             if views is None:
-                self._done.append((self.store.records[item.id], True))
+                yield self.store.records[item.id], True
             elif isinstance(views, ImageError):
                 LOG.info("%s", views)
-                self._done.append((self._store(item, {"error": str(views), "code": views.code}), False))
+                yield self._store(item, {"error": str(views), "code": views.code}), False
             elif views[0].content in self._twins:
                 self._twins[views[0].content].append(item)
             elif first := self._judged_earlier(views[0].content):
-                self._done.append((self._store(item, copied(first)), False))
+                yield self._store(item, copied(first)), False
             else:
                 self._pending[item.id], self._twins[views[0].content] = item, []
-                yield views
+                waiting.append(views)
+            if len(waiting) == batch:
+                yield from self._judged(waiting, batch)
+                waiting = []
+        yield from self._judged(waiting, batch)
+
+    def _judged(self, pictures: list[list[Sample]], batch: int) -> Iterator[tuple[Record, bool]]:
+        """Judge pictures, store the verdicts, then those on equal pictures that wait for them."""
+        group, model = list(self.verifier.scan(pictures, batch)), self.verifier.recoverer.model.name
+        pending = [self._pending.pop(one.sample.id) for one in group]
+        records = [record_of(one, model) | item.stamp for one, item in zip(group, pending, strict=True)]
+        self.store.extend(records, list(map(tensors_of, group)) if self.keep_noise else ())
+        self.judged += len(group)
+        for record in records:
+            yield record, False
+        for record in records:
+            self._know(self.store.position(record["sample_id"]), record)
+            for twin in self._twins.pop(record["content"]):
+                yield self._store(twin, copied(record)), False
 
     def _attempt(self, sizes_of: SizesOf, item: Item) -> list[Sample] | ImageError | None:
         """The picture at its sizes, the error that prevents that, or None if its record is up to date."""

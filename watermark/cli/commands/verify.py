@@ -164,7 +164,7 @@ def audit(
     verifier, unchecked = detection.prepare(model, inversion)
     counts = audit_pictures(verifier, pictures, output, batch=batch, workers=workers, keep_noise=keep_noise)
     if not as_json:
-        warn(counts.errors)
+        _warn_of_errors(counts)
         if counts.outside:
             warn(
                 [f"{counted(len(counts.outside), 'link')} out of the folder not followed; add --follow-links to do so"]
@@ -172,6 +172,13 @@ def audit(
     say(asdict(counts), _summary(counts, output), as_json)
     if unchecked and counts.present and not as_json:
         warn([f"{UNCHECKED} ({unchecked})"])
+
+
+def _warn_of_errors(counts: Audit) -> None:
+    """The first errors, and how many more there are."""
+    warn(counts.errors)
+    if more := counts.unreadable - len(counts.errors):
+        warn([f"{counted(more, 'more unreadable file')}; the records hold their errors"])
 
 
 def _summary(counts: Audit, output: Path) -> str:
@@ -215,5 +222,5 @@ def reaudit(
 
     counts = look_again(audited, key_paths, output, alpha=alpha, table=table)
     if not as_json:
-        warn(counts.errors)
+        _warn_of_errors(counts)
     say(asdict(counts), _summary(counts, output), as_json)
