@@ -140,6 +140,10 @@ class Verifier:
 
     def scan(self, pictures: Iterable[Sequence[Sample]], batch: int = 8) -> Iterator[Judged]:
         """Judge every picture, in order; each is given at the sizes of `sizes_of`. Batches are those of `batched`."""
+        return (judged for judged in self.stream(pictures, batch) if judged)
+
+    def stream(self, pictures: Iterable[Sequence[Sample] | None], batch: int = 8) -> Iterator[Judged | None]:
+        """The same, with a None for each None among the pictures."""
 
         def judge(group: list[Sequence[Sample]]) -> list[Judged]:
             judged = self._judge(group)
@@ -208,16 +212,16 @@ def detector_at(
 
 
 def batched(
-    items: Iterable[T], label: Callable[[T], Hashable], work: Callable[[list[T]], list[R]], batch: int
-) -> Iterator[R]:
+    items: Iterable[T | None], label: Callable[[T], Hashable], work: Callable[[list[T]], list[R]], batch: int
+) -> Iterator[R | None]:
     """The results of `work` on items of equal label, `batch` at a time, in the order of the items.
 
     An item waits until there are enough others with its label. To bound what is held, a batch is cut short when the
-    oldest item without a result is HELD batches old.
+    oldest item without a result is HELD batches old. A None comes back at once, so that its sender has a turn.
     """
     waiting: dict[Hashable, dict[int, T]] = {}  # by label, and then by number; the oldest item is in the first group
     ready: dict[int, R] = {}
-    given = 0
+    taken = given = 0
 
     def finish(kind: Hashable) -> Iterator[R]:
         nonlocal given
@@ -227,12 +231,16 @@ def batched(
             yield ready.pop(given)
             given += 1
 
-    for number, item in enumerate(items):
+    for item in items:
+        if item is None:
+            yield None
+            continue
         group = waiting.setdefault(label(item), {})
-        group[number] = item
+        group[taken] = item
+        taken += 1
         if len(group) == batch:
             yield from finish(label(item))
-        if number - given + 1 == HELD * batch:
+        if taken - given == HELD * batch:
             yield from finish(next(iter(waiting)))
     while waiting:
         yield from finish(next(iter(waiting)))

@@ -234,43 +234,57 @@ class _Run:
         """Pictures that wait for the verdict on equal pixels, by content."""
         self._known = Positions()
         """Positions of records, by content; twins are copied from them."""
+        self._done: list[tuple[Record, bool]] = []
         for position, record in store.newest():
             self._know(position, record)
 
     def records(self, items: Iterable[Item], batch: int, workers: int) -> Iterator[tuple[Record, bool]]:
         """The record of every picture as soon as it is stored, and whether it is of an earlier run."""
-        waiting: list[list[Sample]] = []
-        for item, views in ahead(partial(self._attempt, self.verifier.sizes_of), items, workers, 2 * batch):
-            if views is None:
-                yield self.store.records[item.id], True
-            elif isinstance(views, ImageError):
-                LOG.info("%s", views)
-                yield self._store(item, {"error": str(views), "code": views.code}), False
-            elif views[0].content in self._twins:
-                self._twins[views[0].content].append(item)
-            elif first := self._judged_earlier(views[0].content):
-                yield self._store(item, copied(first)), False
-            else:
-                self._pending[item.id], self._twins[views[0].content] = item, []
-                waiting.append(views)
-            if len(waiting) == batch:
-                yield from self._judged(waiting, batch)
-                waiting = []
-        yield from self._judged(waiting, batch)
+        group: list[Judged] = []
+        for judged in self.verifier.stream(self._readable(items, batch, workers), batch):
+            yield from self._take()
+            if judged:
+                group.append(judged)
+            if len(group) == batch:
+                yield from self._stored(group)
+                group = []
+        yield from self._stored(group)
+        yield from self._take()
 
-    def _judged(self, pictures: list[list[Sample]], batch: int) -> Iterator[tuple[Record, bool]]:
-        """Judge pictures, store the verdicts, then those on equal pictures that wait for them."""
-        group, model = list(self.verifier.scan(pictures, batch)), self.verifier.recoverer.model.name
-        pending = [self._pending.pop(one.sample.id) for one in group]
+    def _stored(self, group: list[Judged]) -> Iterator[tuple[Record, bool]]:
+        """Store the verdicts on a batch, then those on equal pictures that wait for them."""
+        model, pending = self.verifier.recoverer.model.name, [self._pending.pop(one.sample.id) for one in group]
         records = [record_of(one, model) | item.stamp for one, item in zip(group, pending, strict=True)]
         self.store.extend(records, list(map(tensors_of, group)) if self.keep_noise else ())
         self.judged += len(group)
         for record in records:
             yield record, False
-        for record in records:
             self._know(self.store.position(record["sample_id"]), record)
             for twin in self._twins.pop(record["content"]):
                 yield self._store(twin, copied(record)), False
+
+    def _take(self) -> list[tuple[Record, bool]]:
+        """The records of pictures that needed no judgement, since the last call."""
+        done, self._done = self._done, []
+        return done
+
+    def _readable(self, items: Iterable[Item], batch: int, workers: int) -> Iterator[list[Sample] | None]:
+        """The pictures to judge, at their sizes; None for one that needs no judgement."""
+        for item, views in ahead(partial(self._attempt, self.verifier.sizes_of), items, workers, 2 * batch):
+            if views is None:
+                self._done.append((self.store.records[item.id], True))
+            elif isinstance(views, ImageError):
+                LOG.info("%s", views)
+                self._done.append((self._store(item, {"error": str(views), "code": views.code}), False))
+            elif views[0].content in self._twins:
+                self._twins[views[0].content].append(item)
+            elif first := self._judged_earlier(views[0].content):
+                self._done.append((self._store(item, copied(first)), False))
+            else:
+                self._pending[item.id], self._twins[views[0].content] = item, []
+                yield views
+                continue
+            yield None
 
     def _attempt(self, sizes_of: SizesOf, item: Item) -> list[Sample] | ImageError | None:
         """The picture at its sizes, the error that prevents that, or None if its record is up to date."""
