@@ -84,16 +84,6 @@ def test_scores_of_many_keys_are_those_of_each():
     assert alone[0].argmax() == 2
 
 
-def test_a_shift_is_tested_by_all_features_at_once():
-    scheme = TreeRing(key())
-    test, noise = scheme.on(NULL), white(3)
-    here = scheme.shift_scores(noise, NULL)[:, 0, 0].numpy()
-    cosine = cosine_scores(test.observe(noise), test.template)
-    assert here == pytest.approx(cosine) and test.of_shifts(here) == pytest.approx(
-        -np.log10(cosine_p(cosine, scheme.numbers))
-    )
-
-
 @pytest.mark.parametrize("bands", [5, [[1]], [[0, 4]], [[4, 1]], [[5, 10]], [["1", 4]], [[1.0, 4]], [None]])
 def test_bands_that_are_no_bands(bands):
     sound = key()

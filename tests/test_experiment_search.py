@@ -1,43 +1,45 @@
-"""The study's small setting, end to end; a stopped run goes on where it was."""
+"""The study's small setting, end to end; what is found by both tests together."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+import torch
 
 from scripts.experiments import search as script
 
-SMALL = ("-n", 2, "--search-steps", 2, "--dear", 1, "--angle-step", 15, "--attack", "rotation:75")
 
-
-@pytest.mark.slow
-def test_small_setting(experiment, tmp_path):
-    found = experiment("search", tmp_path, *SMALL)
-    rows = {(r["attack"], r["way"]): r for r in found["rows"]}
-    assert set(rows) == {("rotation:75", way) for way in script.WAYS}
-    for (_, way), r in rows.items():
-        assert (r["marked"], r["unmarked"]) == (1, 1) and r["false"] == 0
-        assert r["inversions"] == {"without": 1, "search": 2}.get(way, r["inversions"]) and r["seconds"] > 0
-        assert 0 <= r["AUC low"] <= r["AUC"] <= r["AUC high"] <= 1
-    turned = rows["rotation:75", "search"]
-    assert turned["mean score marked"] > rows["rotation:75", "without"]["mean score marked"] + 0.15
-    assert turned["mean score marked"] > turned["mean score unmarked"] + 0.05
-    assert found["grid"] == 24 * 10 and found["tests"] > 64 * 64
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").rglob("*.*[ls]")}
-    experiment("search", tmp_path, *SMALL)
-    assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").rglob("*.*[ls]")}
+def outcome(*p: float) -> dict[str, torch.Tensor]:
+    return {"p": torch.tensor(p), "seconds": torch.ones(len(p)), "calls": torch.ones(len(p))}
 
 
 def test_both_search_where_the_ordinary_test_does_not_suffice():
-    def columns(*p: float) -> dict[str, np.ndarray]:
-        return {"p": np.array(p), "seconds": np.ones(len(p)), "inversions": np.ones(len(p))}
+    searched = outcome(1.0, 1e-6, 0.7)
+    searched["p"] = searched["p"][:, None]
+    row = script.row("turned", outcome(4e-4, 6e-4, 0.9), searched)
+    assert (row["without count"], row["with count"], row["images"]) == (2, 2, 3)
+    assert row["with low"] < 2 / 3 < row["with high"] and "found of 3: 2" in script.summary(row)
 
-    found = script.both(columns(4e-4, 6e-4, 0.9), columns(1.0, 1e-6, 0.7), 1e-3)
-    assert found["p"].tolist() == [8e-4, 2e-6, 1.0] and found["inversions"].tolist() == [1, 2, 2]
-    assert found["seconds"].tolist() == [1, 2, 2] and found["score"].tolist() == [-8e-4, -2e-6, -1.0]
+
+def test_rates_of_unmarked_pictures():
+    row = script.false_row({**outcome(*np.zeros(4)), "p": torch.tensor([[0.04, 1], [1, 1], [0.009, 1], [1, 1.0]])}, 0)
+    assert (row["images"], row["keys"], row["0.05"], row["0.01"], row["0.001"]) == (4, 2, 2 / 8, 1 / 8, 0)
 
 
-def test_pictures_of_others_carry_no_mark(tmp_path):
-    done = CliRunner().invoke(script.main, ["-o", str(tmp_path), "--images", str(tmp_path)])
-    assert done.exit_code == 2 and "--images" in done.output
+def test_every_change_changes_and_is_repeated():
+    image = torch.from_numpy(np.stack([np.mgrid[-1:1:32j, -1:1:32j][0], *np.mgrid[-1:1:32j, -1:1:32j]])).float()[None]
+    for name in script.CHANGES:
+        after = script.changed(name, image.expand(2, -1, -1, -1), 0)
+        assert torch.equal(after, script.changed(name, image.expand(2, -1, -1, -1), 0))
+        assert (name == "as it is") is bool((after - image).abs().max() < 0.01)
+
+
+@pytest.mark.slow
+def test_small_setting(experiment, house, tmp_path):
+    out = tmp_path / "search"
+    found = experiment(
+        "search", out, house / "images/marked", house / "my.key", house / "images/unmarked", "-n", 1, "--keys", 2
+    )
+    assert [row["change"] for row in found["rows"]] == list(script.CHANGES)
+    assert all(row["images"] == 1 and row["search seconds"] > 0 for row in found["rows"])
+    assert (found["false"]["images"], found["false"]["keys"]) == (1, 2)

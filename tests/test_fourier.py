@@ -15,7 +15,6 @@ from ringmark.inversion.noise_recovery import NoiseRecovery, rings
 from ringmark.watermark.schemes.fourier import (
     CosineTest,
     Placement,
-    at_every_shift,
     middle_phase,
     mirror,
     recommend,
@@ -65,18 +64,6 @@ def test_what_is_real_and_even_is_moved_to_the_middle(shape):
     assert torch.allclose(moved.real, moved.real.flip(0, 1), atol=1e-12)
     centre = moved.real[(shape[0] - 1) // 2, (shape[1] - 1) // 2]
     assert centre == pytest.approx(float(moved.real.max()))
-
-
-@every_shape
-@pytest.mark.parametrize("factor", [1, 2, 3])
-def test_a_sum_at_every_shift_by_hand(shape, factor):
-    values = some_transform(shape, 1)
-    found = at_every_shift(values, factor)
-    ky, kx = signed_frequencies(*shape)
-    assert found.shape == (factor * shape[0], factor * shape[1])
-    for y, x in ((0, 0), (1, 0), (factor, -factor), (5, 3)):
-        phase = 2j * torch.pi * (ky * y / (factor * shape[0]) + kx * x / (factor * shape[1]))
-        assert float(found[y, x]) == pytest.approx(float((values * torch.exp(phase)).sum().real))
 
 
 # The test

@@ -69,9 +69,6 @@ class SignTest:
         signs = self.scheme.signs.flatten().double().numpy()
         return np.divide(observed @ signs, length, out=np.zeros(len(observed)), where=length > 0)
 
-    def of_shifts(self, values: Array) -> Array:
-        return values
-
     def log10_p(self, scores: Array, references: Array | None = None) -> Array:
         return np.asarray(stats.norm.logsf(scores) / math.log(10))
 
@@ -84,7 +81,7 @@ class SignTest:
 class Sign:
     """The key is ±1 on square blocks of the latent; marked noise has that sign there."""
 
-    label, score_name, searchable = "sign", "block correlation", False
+    label, score_name, waves = "sign", "block correlation", None
 
     def __init__(self, key: Key, latent_shape: tuple[int, int, int]) -> None:
         channels, height, width = self.latent_shape = latent_shape
@@ -135,9 +132,6 @@ class Sign:
 
     def key_panels(self) -> list[Panel]:
         return []
-
-    def shift_scores(self, noise: Tensor, null: Null, *, factor: int = 1) -> Tensor:
-        raise SchemeError("scheme.no-shifts", "cannot be searched for", subject=self.label)
 
 
 @pytest.fixture(autouse=True, scope="module")

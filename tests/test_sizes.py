@@ -13,6 +13,7 @@ from PIL import Image
 from ringmark.data.images import Sample, from_array, samples_of
 from ringmark.errors import ModelError, SchemeError
 from ringmark.inversion.sizes import candidate_sizes
+from ringmark.watermark.detect.geometry import Grid
 from ringmark.watermark.detect.search import Search
 from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.schemes.base import scheme_of
@@ -119,7 +120,7 @@ def test_unmarked_pictures_tried_at_two_sizes_are_rarely_accused() -> None:
 
 
 def test_a_search_is_one_more_test_and_is_made_at_the_first_size() -> None:
-    looking = verifier([key(1)], model=MODEL, search=Search(angles=(0.0,), scales=(1.0,)))
+    looking = verifier([key(1, "rand")], model=MODEL, search=Search(grid=Grid(anchors=1, spacing=180)))
     (judged,) = looking.scan([views(picture(initial_noise([5], (3, 64, 64))[0]), looking)])
     assert judged.tests == 3
 

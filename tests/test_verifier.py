@@ -13,7 +13,7 @@ from identity import MODEL, Identity, key, of_shape, old_key, pictures, samples,
 from ringmark.data.images import Sample, from_array
 from ringmark.errors import CalibrationError, KeyFileError, RingmarkError, SchemeError
 from ringmark.watermark.calibration import Calibration
-from ringmark.watermark.detect.geometry import Candidate
+from ringmark.watermark.detect.geometry import Candidate, Grid
 from ringmark.watermark.detect.search import Found, Search
 from ringmark.watermark.detect.verifier import (
     HELD,
@@ -188,7 +188,7 @@ class Oracle:
     key: str
     asked: list[str] = field(default_factory=list)
 
-    def __call__(self, model, schemes, null, samples, *, batch=8):
+    def __call__(self, model, schemes, samples, *, batch=8):
         self.asked += [s.id for s in samples]
         return [[self._found(s.id, name) for name in schemes] for s in samples]
 
@@ -199,9 +199,9 @@ class Oracle:
             score=0.5,
             log10_p=float(np.log10(self.p_value)) if name == self.key else 0.0,
             candidate=Candidate(30, 1.2),
-            shift=(1, 0),
+            shift=(0, 1),
             tests=9,
-            inversions=3,
+            calls=3,
             seconds=2.0,
         )
 
@@ -241,7 +241,7 @@ def test_a_weak_find_of_the_search_is_no_find() -> None:
 
 
 def test_unmarked_images_pass_no_more_often_than_said() -> None:
-    search = Search(angles=(0, 45), scales=(1.0, 1.2), dear=1, steps=1)
+    search = Search(grid=Grid(anchors=4, spacing=30, enlarged=2), dear=1, few=1, steps=1)
     looking = verifier([key(3, "rand")], steps=1, search=search)
     some = pictures(initial_noise(list(range(200, 320)), (3, 32, 32)))
     p = np.array([j.best.p_value for j in looking.scan(some, 40)])
@@ -251,7 +251,7 @@ def test_unmarked_images_pass_no_more_often_than_said() -> None:
 def test_a_shifted_mark_is_found() -> None:
     mine = key(4, "rand")
     noise = torch.roll(noise_of(mine), (5, -3), (2, 3))
-    search = Search(angles=(0,), scales=(1.0,), dear=0, steps=1)
+    search = Search(grid=Grid(anchors=1, spacing=180, enlarged=0), few=1, steps=1)
     plain, searching = verifier([mine], steps=1), verifier([mine], steps=1, search=search)
     without, found = (next(iter(d.scan(pictures(noise)))).best for d in (plain, searching))
     assert without.present is False and found.present and found.by_search
@@ -259,7 +259,7 @@ def test_a_shifted_mark_is_found() -> None:
 
 
 def test_settings_name_the_search_and_what_cannot_be_searched_for_is_refused() -> None:
-    assert verifier([key(1)], search=Search()).settings()["search"] == repr(Search())
+    assert verifier([key(1, "rand")], search=Search()).settings()["search"] == repr(Search())
     assert "search" not in verifier([key(1)]).settings()
     with pytest.raises(SchemeError) as caught:
         verifier([key(1, "zeros")], search=Search())

@@ -1,164 +1,204 @@
-"""How well the search finds rotated, cropped and shifted marks, and what it costs.
+"""How often the search finds a mark in changed pictures, what it costs, and how often it is wrong.
 
-    python -m scripts.experiments search -o build/search                         # 24 marked and 24 unmarked images
-    python -m scripts.experiments search -o build/search-small -n 4 --search-steps 5   # 2 and 2
+    ringmark keygen -o build/my.key
+    ringmark generate --key build/my.key -n 64 --seed 810000 -o build/marked
+    ringmark generate --no-mark -n 500 --seed 200000 -o build/unmarked
+    python -m scripts.experiments search build/marked build/my.key build/unmarked -o build/search   # 1 hour of one core
+    python -m scripts.experiments search build/marked build/my.key build/unmarked -o build/small -n 2 --keys 2
 
-Marked images, drawn with the default key's placement, and unmarked ones are rotated by 75°, cropped to 75 % of their
-area at a random position and enlarged again, rotated and cropped, shifted cyclically by (13, -22) pixels, or left
-unchanged. Each is tested by the ordinary detector, by the search, and by both as in `--search`: twice the smaller p,
-with the search only if the ordinary p is not significant. AUCs are of the scores (for both: of p); rates are shares of
-p-values at the level α.
+Every marked picture is changed in each of CHANGES, in a way of its own. It counts as found with p ≤ α, by the ordinary
+test alone and by both as in `--search`: twice the smaller p, with the search where the ordinary test finds nothing. The
+unmarked ones are searched as they are, for `--keys` keys drawn at random; p is that of the search alone for each key.
+Times are of the processor, per picture.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 import numpy as np
 import torch
-from PIL import Image, ImageChops
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from ringmark.data.images import Sample, from_array, to_array
-from ringmark.inversion.models.pipeline import LatentModel
-from ringmark.inversion.recover import Recoverer
-from ringmark.watermark.attacks import chains
-from ringmark.watermark.detect.detector import Detector
+from ringmark.data.images import Sample, from_array, read_sample, to_array
+from ringmark.data.sources import find_images
+from ringmark.watermark.attacks.chains import apply
 from ringmark.watermark.detect.search import Search
-from ringmark.watermark.evaluation.rates import roc
-from ringmark.watermark.null import Null
-from scripts.experiments.common import SEED, Bench, experiment
+from ringmark.watermark.detect.verifier import Verifier
+from ringmark.watermark.keys.folder import load_ring
+from ringmark.watermark.keys.key import Key
+from ringmark.watermark.schemes.base import scheme_of
+from ringmark.watermark.statistics import ALPHA
+from scripts.experiments.common import Bench, experiment, share
+from scripts.experiments.false_positives import LEVELS, bootstrap
 from scripts.experiments.plots import columns, intervals, legend_below, panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SHIFT = (13, -22)  # px right and down; not whole latents
-ATTACKS = ("clean", "shift", "rotation:75", "crop:0.75", "rotation:-20+crop:0.75")
 TESTS = 2  # tests per key if pictures are searched
-WAYS = ("without", "search", "both")
-COLOURS = {"without": "#8d99ae", "search": "#1b3a5c", "both": "#d1495b"}
+COLOURS = {"without": "#8d99ae", "with": "#d1495b"}
 
 
-def attacked(spec: str, image: Image.Image, seed: int) -> Image.Image:
-    """Apply one of ATTACKS; a shift is cyclic, so that no pixel is lost."""
-    if spec == "clean":
-        return image
-    return ImageChops.offset(image, *SHIFT) if spec == "shift" else chains.apply(spec, image, seed)
+def turned(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """By 1 to 359°, with black corners."""
+    return image.rotate(rng.uniform(1, 359), Image.Resampling.BICUBIC)
 
 
-def without(recoverer: Recoverer, detector: Detector, images: Tensor) -> dict[str, Tensor]:
-    """Score, p-value and seconds (B,) of the ordinary detector."""
-    recovered, (key,) = recoverer(images), detector.schemes
-    score, log10_p = detector.statistic(key, torch.nan_to_num(recovered.noise))
-    seconds, inversions = np.full(len(images), recovered.seconds), np.ones(len(images))
-    return _columns(score=score, p=10**log10_p, seconds=seconds, inversions=inversions)
+def zoomed(image: Image.Image, across: float, down: float) -> Image.Image:
+    """Enlarged about the middle by these factors; what exceeds the frame is lost."""
+    width, height = image.width / across, image.height / down
+    left, top = (image.width - width) / 2, (image.height - height) / 2
+    box = (left, top, left + width, top + height)
+    return image.resize(image.size, Image.Resampling.BICUBIC, box=box)
 
 
-def searched(search: Search, model: LatentModel, detector: Detector, images: Tensor) -> dict[str, Tensor]:
-    """Score, p-value and seconds (B,) of the search, with the angle and scale found (B,)."""
-    samples = [Sample(str(i), from_array(x.numpy())) for i, x in enumerate(images)]
-    fits = [fit for (fit,) in search(model, detector.schemes, detector.known, samples)]
-    angle, scale = np.array([fit.candidate for fit in fits]).T
-    values = {name: [getattr(fit, name) for fit in fits] for name in ("score", "p_value", "seconds", "inversions")}
-    return _columns(p=values.pop("p_value"), **values, angle=angle, scale=scale)
+def enlarged(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """1.25 to 2 times, about the middle of the frame."""
+    scale = rng.uniform(1.25, 2)
+    return zoomed(image, scale, scale)
 
 
-def both(one: dict[str, np.ndarray], other: dict[str, np.ndarray], alpha: float) -> dict[str, np.ndarray]:
-    """Columns (N,) of both tests combined as by `--search`, from those of the ordinary detector and of the search."""
-    first, tests = np.minimum(1, TESTS * one["p"]), TESTS
-    again = first > alpha
-    p = np.where(again, np.minimum(first, np.minimum(1, tests * other["p"])), first)
-    cost = {name: one[name] + again * other[name] for name in ("seconds", "inversions")}
-    return {"p": p, "score": -p} | cost
+def stretched(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """One of the sides, by up to a tenth."""
+    scale = rng.uniform(1, 1.1)
+    return zoomed(image, *((scale, 1.0) if rng.random() < 0.5 else (1.0, scale)))
 
 
-def _columns(**columns: np.ndarray) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(np.asarray(values, float)) for name, values in columns.items()}
+def attacked(spec: str, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """As by `ringmark attack`."""
+    return apply(spec, image, int(rng.integers(1 << 31)))
 
 
-def row(attack: str, way: str, found: dict[str, np.ndarray], marked: int, alpha: float) -> dict:
-    """AUC with its interval, the shares called marked, and the cost; the first `marked` images are marked."""
-    yes, no = found["score"][:marked], found["score"][marked:]
-    curve, fires = roc(yes, no, fpr_limit=alpha), found["p"] <= alpha
-    return {
-        "attack": attack, "way": way, "marked": len(yes), "unmarked": len(no),
-        "AUC": curve.auc, "AUC low": curve.auc_interval[0], "AUC high": curve.auc_interval[1],
-        "found": float(fires[:marked].mean()), "false": float(fires[marked:].mean()),
-        "least p unmarked": float(found["p"][marked:].min()), "median p marked": float(np.median(found["p"][:marked])),
-        "mean score marked": float(yes.mean()), "mean score unmarked": float(no.mean()),
-        "inversions": float(found["inversions"].mean()), "seconds": float(np.median(found["seconds"])),
-    }  # fmt: skip
+CHANGES: dict[str, Callable[[Image.Image, np.random.Generator], Image.Image]] = {
+    "as it is": lambda image, rng: image,
+    "turned by 1 to 359°": turned,
+    "cropped to half the area": partial(attacked, "crop:0.5"),
+    "enlarged 1.25 to 2 times": enlarged,
+    "mirrored": lambda image, rng: ImageOps.mirror(image),
+    "one side stretched by up to 10 %": stretched,
+    "turned by -20° and cropped to 3/4": partial(attacked, "rotation:-20+crop:0.75"),
+}
 
 
-def summary(rows: list[dict], alpha: float) -> str:
-    """The rows as text."""
-    return "\n".join(
-        f"{r['attack']:24} {r['way']:8} AUC {r['AUC']:.3f} [{r['AUC low']:.3f}, {r['AUC high']:.3f}], "
-        f"p ≤ {alpha:g}: marked {r['found']:.0%} of {r['marked']}, unmarked {r['false']:.0%} of {r['unmarked']}, "
-        f"{r['inversions']:.0f} inversions, {r['seconds']:.2f} s per image"
-        for r in rows
-    )
+def changed(name: str, images: Tensor, seed: int) -> Tensor:
+    """The images (N, 3, H, W) after one of CHANGES, each with its own generator."""
+    number = list(CHANGES).index(name)
+    rngs = [np.random.default_rng([seed, number, i]) for i in range(len(images))]
+    after = [CHANGES[name](from_array(x.numpy()), rng) for x, rng in zip(images, rngs, strict=True)]
+    return torch.stack([torch.from_numpy(to_array(x)) for x in after])
 
 
-def figure_of(rows: list[dict], alpha: float) -> Figure:
-    """AUC with its interval, and the share of marked images found, by attack."""
-    figure, (left, right) = panels(10, 4, across=2)
-    names = list(dict.fromkeys(r["attack"] for r in rows))
-    for k, way in enumerate(WAYS):
-        members = [r for r in rows if r["way"] == way]
-        x, style = np.arange(len(members)) + 0.26 * (k - 1), {"fmt": "osd"[k], "color": COLOURS[way], "label": way}
-        intervals(left, x, members, "AUC", "AUC low", "AUC high", capsize=3, **style)
-        right.bar(x, *columns(members, "found"), 0.24, color=COLOURS[way])
-    left.axhline(0.5, color="grey", ls=":", lw=1)
-    left.set(ylabel="AUC, 95 % interval", ylim=(0, 1.03))
-    right.set(ylabel=f"marked images found at p ≤ {alpha:g}", ylim=(0, 1.03))
-    for ax in (left, right):
-        ax.set_xticks(range(len(names)), names, fontsize=8, rotation=20)
-    legend_below(figure, 3)
+def samples_of(images: Tensor) -> list[Sample]:
+    return [Sample(str(i), from_array(x.numpy())) for i, x in enumerate(images)]
+
+
+def ordinary(verifier: Verifier, images: Tensor) -> dict[str, Tensor]:
+    """p and processor time (B,) of the ordinary test for one key."""
+    started = time.process_time()
+    p = [judged.best.p_value for judged in verifier.scan([[sample] for sample in samples_of(images)], len(images))]
+    seconds = (time.process_time() - started) / len(images)
+    return {"p": torch.tensor(p, dtype=torch.float64), "seconds": torch.full((len(p),), seconds)}
+
+
+def searched(search: Search, bench: Bench, keys: Sequence[Key], images: Tensor) -> dict[str, Tensor]:
+    """p (B, K) of the search for each key, not corrected for their number, and processor time and calls (B,)."""
+    schemes = {key.fingerprint: scheme_of(key) for key in keys}
+    started = time.process_time()
+    found = search(bench.model, schemes, samples_of(images), batch=len(images))
+    seconds = (time.process_time() - started) / len(images)
+    p = torch.tensor([[fit.p_value for fit in row] for row in found], dtype=torch.float64)
+    calls = torch.tensor([float(row[0].calls) for row in found])
+    return {"p": p, "calls": calls, "seconds": torch.full((len(p),), seconds)}
+
+
+def row(name: str, one: dict[str, Tensor], other: dict[str, Tensor]) -> dict:
+    """What the ordinary test finds, and with the search where it finds nothing, and the time of each."""
+    alone, p = one["p"].numpy(), other["p"][:, 0].numpy()
+    first = np.minimum(1, TESTS * alone)
+    both = np.where(first <= ALPHA, first, np.minimum(first, TESTS * p))
+    result: dict = {"change": name, "images": len(p)}
+    for way, values in {"without": alone, "with": both}.items():
+        result |= {f"{way} {key}": value for key, value in share((values <= ALPHA).sum(), len(p)).items()}
+    seconds = {"ordinary seconds": one["seconds"], "search seconds": other["seconds"]}
+    result |= {key: float(values.median()) for key, values in seconds.items()}
+    return result | {"calls": float(other["calls"].mean())}
+
+
+def false_row(found: dict[str, Tensor], seed: int) -> dict:
+    """The rates of unmarked pictures at LEVELS over all keys, with a bootstrap interval over pictures."""
+    p = found["p"].numpy()
+    result: dict = {
+        "images": len(p),
+        "keys": p.shape[1],
+        "least p": float(p.min()),
+        "calls": float(found["calls"].mean()),
+    }
+    for level in LEVELS:
+        low, high = bootstrap((p <= level).mean(1), seed)
+        result |= {f"{level:g}": float((p <= level).mean()), f"{level:g} low": low, f"{level:g} high": high}
+    return result | {"seconds": float(found["seconds"].median())}
+
+
+def summary(row: dict) -> str:
+    """A row as text."""
+    ways = [f"{row[f'{way} count']} [{row[f'{way} low']:.3f}, {row[f'{way} high']:.3f}] {way}" for way in COLOURS]
+    times = f"{row['ordinary seconds']:.2f} s + {row['search seconds']:.2f} s, {row['calls']:.1f} network calls"
+    return f"{row['change']:34} found of {row['images']}: {', '.join(ways)}; {times}"
+
+
+def figure_of(rows: list[dict]) -> Figure:
+    """The shares found, with their intervals."""
+    figure, (axis,) = panels(9, 4)
+    for k, (way, colour) in enumerate(COLOURS.items()):
+        x = np.arange(len(rows)) + 0.3 * (k - 0.5)
+        names = [f"{way} {key}" for key in ("share", "low", "high")]
+        axis.bar(x, *columns(rows, names[0]), 0.28, color=colour, label=f"{way} the search")
+        intervals(axis, x, rows, *names, fmt="none", ecolor="black", capsize=3)
+    axis.set(ylabel=f"marked images found at p ≤ {ALPHA:g}", ylim=(0, 1.03))
+    axis.set_xticks(range(len(rows)), [r["change"] for r in rows], fontsize=8, rotation=20)
+    legend_below(figure, 2)
     return figure
 
 
-def judged(bench: Bench, detector: Detector, search: Search, images: Tensor, spec: str) -> dict[str, dict]:
-    """Columns (N,) by way."""
-    settings = [bench.recoverer.settings, detector.settings()]
-    ways = {
-        "without": (partial(without, bench.recoverer, detector), settings),
-        "search": (partial(searched, search, bench.model, detector), [*settings, search]),
-    }
-    found = {}
-    for way, (make, key) in ways.items():
-        tensors = bench.batches([way, *key], make, images, name=f"{spec}, {way}", batch=4)
-        found[way] = {column: values.numpy() for column, values in tensors.items()}
-    return found | {"both": both(found["without"], found["search"], detector.alpha)}
+def pictures_in(folder: Path, bench: Bench, number: int | None) -> Tensor:
+    """The first pictures of a folder (N, 3, H, W), at the model's native size."""
+    size = bench.model.image_size
+    paths = find_images(folder)[:number]
+    return torch.stack([torch.from_numpy(to_array(read_sample(path, size).image)) for path in paths])
 
 
-@experiment(48)
-@click.option("--search-steps", default=Search.steps, show_default=True, help="DDIM steps of the search's inversions.")
-@click.option("--dear", default=Search.dear, show_default=True, help="Candidates of the fine stage.")
-@click.option("--angle-step", default=2.0, show_default=True, help="Degrees between the angles of the grid.")
+@experiment(0, drawing=False)
+@click.argument("marked", type=click.Path(path_type=Path))
+@click.argument("key", type=click.Path(path_type=Path))
+@click.argument("unmarked", type=click.Path(path_type=Path))
 @click.option(
-    "--attack",
-    "specs",
-    multiple=True,
-    default=ATTACKS,
-    show_default=True,
-    help="How images are altered; may be repeated.",
+    "--keys", "key_count", default=10, show_default=True, help="Keys that unmarked pictures are searched for."
 )
-def main(bench: Bench, search_steps: int, dear: int, angle_step: float, specs: tuple[str, ...]) -> None:
-    """A mark in rotated, cropped and shifted images, without the search, with the search alone and with both."""
-    detector, rows = Detector([bench.key(seed=SEED)], null=Null.of_model(bench.model)), []
-    (scheme,) = detector.schemes.values()
-    search = Search(angles=tuple(np.arange(-180, 180, angle_step).tolist()), steps=search_steps, dear=dear)
-    seen, alpha = bench.pictures(scheme), detector.alpha
-    for spec in specs:
-        changed = [attacked(spec, from_array(x.numpy()), bench.first + i) for i, x in enumerate(seen.images)]
-        images = torch.from_numpy(np.stack([to_array(x) for x in changed]))
-        found = judged(bench, detector, search, images, spec)
-        rows += [row(spec, way, found[way], bench.number // 2, alpha) for way in WAYS]
-        click.echo(summary(rows[-len(WAYS) :], alpha))
-    facts = {"alpha": alpha, "grid": len(search.grid), "tests": search.tests(bench.model.latent_shape)}
-    facts |= {"scales": search.scales, "placement": [list(scheme.placement.channels), list(scheme.placement.radii)]}
-    bench.write(rows, figure_of(rows, alpha), **facts)
+def main(bench: Bench, marked: Path, key: Path, unmarked: Path, key_count: int) -> None:
+    """The search in the changed pictures of MARKED, which carry KEY, and in those of UNMARKED; 0 images means all."""
+    search, number = Search(), bench.number or None
+    (own,) = load_ring([key]).values()
+    verifier = Verifier(bench.recoverer, [own], calibration=bench.calibration)
+    images, rows = pictures_in(marked, bench, number), []
+    for name in CHANGES:
+        after = changed(name, images, bench.seed)
+        one = bench.batches(
+            ["ordinary", own.fingerprint, verifier.settings()], partial(ordinary, verifier), after, name=name
+        )
+        look = partial(searched, search, bench, [own])
+        other = bench.batches(["search", search, own.fingerprint], look, after, name=f"{name}, search")
+        rows.append(row(name, one, other))
+        click.echo(summary(rows[-1]))
+    keys = [bench.key(seed=[bench.seed, i]) for i in range(key_count)]
+    look, plain = partial(searched, search, bench, keys), pictures_in(unmarked, bench, number)
+    names = [each.fingerprint for each in keys]
+    false = false_row(bench.batches(["search", search, *names], look, plain, name="unmarked"), bench.seed)
+    click.echo("  ".join(f"{name} {value:.4g}" for name, value in false.items()))
+    bench.write(rows, figure_of(rows), false=false, search=repr(search), alpha=ALPHA)

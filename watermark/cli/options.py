@@ -269,8 +269,8 @@ detection_options = grouped(
     click.option(
         "--search",
         is_flag=True,
-        help="Also search for rotation, scaling, cropping and shifts. Takes several times as long for each image in "
-        "which no key is found directly.",
+        help="Also search images in which no key is found for rotation, cropping, enlargement, mirroring, stretching "
+        "and shifts.",
     ),
     click.option(
         "--size",

@@ -162,7 +162,6 @@ REMEDIES: dict[str, str] = {
     "scheme.unfindable": "widen --radii or --channels",
     "scheme.no-free-numbers": "omit -n, or choose another mark",
     "scheme.crowded": "ask for fewer keys, or widen --radii or --channels",
-    "scheme.no-shifts": "omit the key, or --search",
     "scheme.no-search": "omit the key, or --search",
     "scheme.no-picture": "omit --plot",
     # The service

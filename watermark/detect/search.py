@@ -1,46 +1,56 @@
-"""The search for keys in pictures that were rotated, enlarged, cropped or shifted.
+"""The search for keys in pictures that were rotated, enlarged, cropped, mirrored, stretched or shifted.
 
-Rotation and scale are searched on a grid, in two stages. The coarse stage inverts the picture once and transforms the
-recovered noise instead of the picture. The networks are not equivariant to rotation, but enough of the noise's
-structure rotates with the picture to rank the right candidate among the first. The fine stage undoes the best
-candidates on the picture itself and inverts each of the results.
+Cropping, mirroring, enlarging and stretching are searched in noise recovered from the picture as it is, because the
+networks nearly commute with them. They do not commute with rotation, so the picture is turned back by every angle
+between `anchors` and encoded; smaller angles are read from these latents. A few network calls on the `dear` angles that
+fit best, and on the picture as it is, choose one of them, and if that is promising, its noise is recovered in more
+steps and decides.
 
-The p-value of the best fit is corrected for multiple testing: it is multiplied by the number of possible tests.
+**p holds whatever the picture.** Let F be the waves that were read, scaled to unit power on each ring, and K those of
+the key. A key's values are drawn independently of each other and of all pictures that do not carry it, so the direction
+of K is uniform, and c = Re⟨F, K⟩ / (‖F‖ ‖K‖) is distributed as the cosine of any fixed direction with a uniform one. No
+model of unmarked noise is needed. Only the noise that decides counts, with all tests that might have been made in it.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice, product
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from ringmark.errors import SchemeError
 from ringmark.inversion.decoder import INVERTERS, Inverter
 from ringmark.inversion.recover import Model, Recoverer
-from ringmark.watermark.detect.geometry import IDENTITY, Candidate, Peak, best_shift, undo, window
-from ringmark.watermark.null import Array, Null
-from ringmark.watermark.schemes.base import Scheme
-from ringmark.watermark.statistics import corrected
+from ringmark.watermark.detect.geometry import Candidate, Grid, Group, phases, read, spectrum, undo
+from ringmark.watermark.null import Array
+from ringmark.watermark.schemes.base import Scheme, Waves
+from ringmark.watermark.statistics import cosine_log10_p
 
 if TYPE_CHECKING:
     from ringmark.data.images import Sample
 
-__all__ = ["Found", "Search"]
+__all__ = ["Found", "Search", "check_searchable"]
+
+PRODUCTS = 1 << 24  # numbers in one matrix product
+BLOCK = 128  # keys at a time
 
 
 @dataclass(frozen=True)
 class Found:
     """The best fit of one key in one picture.
 
-    `score` is the key's score at `candidate` and `shift` (latent pixels down and right, after the candidate is undone).
-    `log10_p` is corrected for the number of `tests` but not for the number of keys. `inversions` is the number of
-    inversions of the picture, shared by all keys; `seconds` is the time of the whole search.
+    `score` is the cosine at `candidate` and `shift` (latent pixels right and down, after the candidate is undone).
+    `log10_p` is corrected for the number of `tests` but not for the number of keys; it is 0 if nothing was promising.
+    `calls` is the number of network calls for the picture, shared by all keys; `seconds` is the time of the search.
     """
 
     sample_id: str
@@ -49,8 +59,8 @@ class Found:
     log10_p: float
     candidate: Candidate
     shift: tuple[float, float]
-    tests: int
-    inversions: int
+    tests: float
+    calls: int
     seconds: float
 
     @property
@@ -61,183 +71,245 @@ class Found:
     @property
     def note(self) -> str:
         """The transformation found: 'found by the search: rotated by 75°, enlarged 1.27 times'."""
-        angle, scale = self.candidate
-        down, right = self.shift
-        changes = [f"rotated by {angle:g}°"] if angle else []
-        changes += [f"enlarged {scale:g} times"] if scale != 1 else []
-        changes += [f"noise shifted {down:g} down and {right:g} right"] if (down, right) != (0, 0) else []
+        right, down = self.shift
+        changes = [self.candidate.note] if self.candidate.note else []
+        changes += [f"noise shifted {down:g} down and {right:g} right"] if any(self.shift) else []
         return "found by the search: " + (", ".join(changes) or "unchanged")
 
 
 @dataclass(frozen=True)
 class Search:
-    """Searches for keys on the grid `angles` (degrees) × `scales`, at all shifts in steps of 1/`factor` latent pixel.
+    """Searches for keys among the changes of `grid`.
 
-    A picture costs 1 + `dear` inversions, whatever the number of keys. An inversion is one pass of the encoder and
-    `steps` of the network, so by default a picture costs 70 network calls; ordinary detection in 25 steps costs 25.
-    Each key costs one FFT of the marked channels per grid point; the default grid has 1800.
-
-    The defaults were chosen for pocket with a mark at radii 7 to 9. The score falls to 0.94, 0.70 and 0.50 of its peak
-    when the angle is off by 1°, 2° and 3°, and to 0.95 and 0.8 when the scale is off by 2 % and 4 %. Marks of larger
-    radii need a finer grid, with angles spaced by about 16°/radius. By default `inverter` is the encoder alone: no
-    latent decodes to a rotated or cropped picture, and what decoder inversion gains after rotations it loses after
-    crops.
-
-    Mirror images and unequal scales of the two sides are not searched. A key with few free numbers, such as one per
-    circle, cannot be significant among so many tests.
+    A picture costs `grid.anchors` + 1 + `dear` passes of the encoder and (1 + `dear`) · `few` network calls, and
+    `steps` more, with another pass, if the best fit after these is promising: if its corrected log₁₀ p is at most
+    `limit`. By default `inverter` is the encoder alone: no latent decodes to a rotated or cropped picture.
     """
 
-    angles: tuple[float, ...] = tuple(range(-180, 180, 2))
-    scales: tuple[float, ...] = tuple(round(1.04**i, 4) for i in range(10))
-    dear: int = 6
+    grid: Grid = field(default_factory=Grid)
+    dear: int = 2
+    few: int = 3
     steps: int = 10
-    factor: int = 2
-    slack: float = 1.0
+    limit: float = -0.5
     inverter: Inverter = INVERTERS["encoder"]
 
-    @property
-    def grid(self) -> list[Candidate]:
-        """All candidates, the identity first."""
-        pairs = product(self.angles, self.scales)
-        return list(dict.fromkeys([IDENTITY, *(Candidate(float(a), float(s)) for a, s in pairs)]))
-
-    @property
-    def inversions(self) -> int:
-        """The number of inversions per picture."""
-        return 1 + min(self.dear, len(self.grid) - 1)
-
-    def tests(self, latent_shape: tuple[int, int, int]) -> int:
-        """The number of possible tests per key: every candidate at every shift in its window.
-
-        All of them count, although few are made, because the picture decides which ones are made.
-        """
-        return int(window(self.grid, latent_shape[1:], factor=self.factor, slack=self.slack).sum())
-
     def __call__(
-        self,
-        model: Model,
-        schemes: Mapping[str, Scheme],
-        null: Null,
-        samples: Iterable[Sample],
-        *,
-        batch: int = 8,
+        self, model: Model, schemes: Mapping[str, Scheme], samples: Iterable[Sample], *, batch: int = 8
     ) -> list[list[Found]]:
         """The best fit of each key in each sample; `schemes` are by the keys' fingerprints and give the order.
 
-        Raises SchemeError for a scheme that is not searchable.
+        Raises SchemeError as `check_searchable` does.
         """
-        look = _Look(
-            search=self, recoverer=Recoverer(model, self.inverter, self.steps), schemes=schemes, null=null, batch=batch
-        )
-        samples, fits = iter(samples), []
+        check_searchable(schemes)
+        look = _Look(search=self, model=model, schemes=schemes, batch=batch)
+        samples, found = iter(samples), []
         while group := list(islice(samples, batch)):
-            fits += look.at(group)
-        return fits
+            found += look.at(group)
+        return found
+
+
+class View(NamedTuple):
+    """A picture (3, H, W) that was turned back by `angle` degrees, and the `groups` that are read from its noise."""
+
+    image: Tensor
+    angle: float
+    groups: list[Group]
+
+
+class Tested(NamedTuple):
+    """The best shift of B candidates in V views for K keys, all (V, B, K): log₁₀ p, cosine and number of the shift."""
+
+    log10_p: Array
+    cosine: Array
+    at: NDArray[np.int64]
+
+
+class Fit(NamedTuple):
+    """The best fit of one key: log₁₀ p corrected for `tests`, the cosine, the change and the shift."""
+
+    log10_p: float
+    score: float
+    candidate: Candidate
+    shift: tuple[float, float]
+    tests: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Keys:
+    """Some keys of one kind: their numbers among all, their waves, and the values (K, c, n) of all of them."""
+
+    numbers: list[int]
+    waves: Waves
+    values: Tensor
+    _phases: dict[Group, Tensor] = field(default_factory=dict)
+
+    def tested(self, noise: Tensor, groups: Sequence[Group]) -> list[Tested]:
+        """The best shift of the candidates of each group in noise (V, C, h, w)."""
+        spectra = spectrum(noise[:, list(self.waves.channels)])
+        return [self._tested(spectra, group) for group in groups]
+
+    def _tested(self, spectra: Tensor, group: Group) -> Tested:
+        found = self._evened(read(spectra, group.candidates, self.waves.frequencies))
+        products = torch.einsum("vbcn,kcn->vbkn", found, self.values.conj())
+        if group not in self._phases:
+            self._phases[group] = phases(self.waves.frequencies, group.shifts)
+        rows = torch.cat([products.real, -products.imag], -1).flatten(0, 2)
+        parts = torch.split(rows, max(1, PRODUCTS // len(group.shifts)))
+        best = [(part @ self._phases[group]).max(1) for part in parts]
+        value, at = (torch.cat(each).view(products.shape[:3]) for each in zip(*best, strict=True))
+        length = found.abs().square().sum((2, 3)).sqrt()[..., None] * self.values.abs().square().sum((1, 2)).sqrt()
+        cosine = torch.where(length > 0, value / length, 0.0).double().numpy()
+        log10_p = cosine_log10_p(cosine, 2 * self.values[0].numel()) + math.log10(group.tests)
+        return Tested(log10_p=log10_p, cosine=cosine, at=at.numpy())
+
+    def _evened(self, found: Tensor) -> Tensor:
+        """Waves (V, B, c, n) of unit mean power on each ring of each channel; 0 where there is none."""
+        ring = self.waves.ring
+        power = torch.zeros(*found.shape[:3], int(ring.max()) + 1).index_add_(3, ring, found.abs().square())
+        return found * (power / torch.bincount(ring).clamp_min(1)).clamp_min(1e-20).rsqrt()[..., ring]
 
 
 @dataclass(frozen=True, eq=False)
 class _Look:
-    """A search in progress, with its models and keys."""
+    """A search in progress, with its model and keys."""
 
     search: Search
-    recoverer: Recoverer
+    model: Model
     schemes: Mapping[str, Scheme]
-    null: Null
     batch: int
 
     def at(self, samples: list[Sample]) -> list[list[Found]]:
-        """The best fits of each sample, one per key."""
+        """The best fit of each key in each of these samples."""
         from ringmark.data.images import to_array
 
-        started = time.perf_counter()
-        images = torch.from_numpy(np.stack([to_array(s.image) for s in samples]))
-        fits = [self._fits(image, noise) for image, noise in zip(images, self._noise(images), strict=True)]
+        started, search = time.perf_counter(), self.search
+        rows = [self._views(torch.from_numpy(to_array(sample.image))) for sample in samples]
+        fits = iter(self._fits([view for views in rows for view in views], search.few))
+        chosen = [min([(next(fits), view) for view in views], key=_least) for views in rows]
+        limit = search.limit - math.log10(len(self.schemes))
+        going = [i for i, each in enumerate(chosen) if _least(each) <= limit]
+        last = dict(zip(going, self._fits([chosen[i][1] for i in going], search.steps), strict=True))
         seconds = (time.perf_counter() - started) / len(samples)
         return [
-            [self._found(sample.id, key, fit, seconds) for key, fit in zip(self.schemes, row, strict=True)]
-            for sample, row in zip(samples, fits, strict=True)
+            [
+                Found(
+                    sample_id=sample.id,
+                    key=key,
+                    seconds=seconds,
+                    calls=search.few * len(rows[i]) + search.steps * (i in last),
+                    **fit._replace(log10_p=min(0.0, fit.log10_p) if i in last else 0.0)._asdict(),
+                )
+                for key, fit in zip(self.schemes, last.get(i, chosen[i][0]), strict=True)
+            ]
+            for i, sample in enumerate(samples)
         ]
 
-    def _found(self, sample_id: str, key: str, fit: _Fit, seconds: float) -> Found:
-        return Found(
-            sample_id=sample_id,
-            key=key,
-            score=fit.score,
-            log10_p=fit.log10_p,
-            candidate=fit.candidate,
-            shift=fit.shift,
-            tests=self._tests,
-            inversions=self.search.inversions,
-            seconds=seconds,
-        )
+    def _views(self, image: Tensor) -> list[View]:
+        """The image (3, H, W) as it is, and turned back by the angles at which a key fits its latents best."""
+        angles = self._promising(self._noise(self._turned(image, self.search.grid.turns), 0))
+        turned = zip(self._turned(image, angles), angles, strict=True)
+        return [View(image, 0.0, self._upright), *(View(x, angle, self._at_one) for x, angle in turned)]
+
+    def _turned(self, image: Tensor, angles: Sequence[float]) -> Tensor:
+        """The image turned back by each of these angles (V, 3, H, W)."""
+        if not angles:
+            return image[None][:0]
+        return undo(image.expand(len(angles), -1, -1, -1), [Candidate(angle) for angle in angles]).clamp(-1, 1)
+
+    @torch.inference_mode()
+    def _noise(self, images: Tensor, steps: int) -> Tensor:
+        """The noise of images (V, 3, H, W), recovered in this number of steps; 0 where it is not finite."""
+        recoverer = Recoverer(self.model, self.search.inverter, steps)
+        return torch.cat([torch.nan_to_num(recoverer(x).noise, 0.0, 0.0, 0.0) for x in torch.split(images, self.batch)])
+
+    def _fits(self, views: Sequence[View], steps: int) -> list[list[Fit]]:
+        """The best fit of each key in each view, whose noise is recovered in this number of steps."""
+        if not views:
+            return []
+        noise = self._noise(torch.stack([view.image for view in views]), steps)
+        return [self._fit(view, each[None]) for view, each in zip(views, noise, strict=True)]
+
+    def _fit(self, view: View, noise: Tensor) -> list[Fit]:
+        """The best fit of each key in a view with this noise (1, C, h, w)."""
+        best: dict[int, Fit] = {}
+        for keys in self._kinds:
+            tested = keys.tested(noise, view.groups)
+            best |= {number: _best(view, tested, k) for k, number in enumerate(keys.numbers)}
+        return [best[number] for number in range(len(self.schemes))]
 
     @cached_property
-    def _tests(self) -> int:
-        return self.search.tests(self.recoverer.model.latent_shape)
+    def _kinds(self) -> list[_Keys]:
+        kinds: dict[Hashable, list[int]] = {}
+        schemes = list(self.schemes.values())
+        for number, scheme in enumerate(schemes):
+            kinds.setdefault(scheme.kind, []).append(number)
+        blocks = (numbers[i : i + BLOCK] for numbers in kinds.values() for i in range(0, len(numbers), BLOCK))
+        return [_keys(schemes, block) for block in blocks]
 
-    def _fits(self, image: Tensor, noise: Tensor) -> list[_Fit]:
-        """The best fits in one image (3, H, W) with this noise (C, h, w), one per key."""
-        tried = [IDENTITY, *self.promising(noise)]
-        noises = torch.cat([noise[None], *self._inverted_again(image, tried[1:])])
-        return [self._fit(scheme, noises, tried) for scheme in self.schemes.values()]
+    @cached_property
+    def _upright(self) -> list[Group]:
+        return self.search.grid.upright(self._size)
 
-    def _inverted_again(self, image: Tensor, candidates: list[Candidate]) -> list[Tensor]:
-        """Recovered noise of one image (3, H, W) after each candidate is undone on it, in batches."""
-        parts = [candidates[i : i + self.batch] for i in range(0, len(candidates), self.batch)]
-        return [self._noise(undo(image.expand(len(c), -1, -1, -1), c).clamp(-1, 1)) for c in parts]
+    @cached_property
+    def _at_one(self) -> list[Group]:
+        return self.search.grid.turned(self._size)
 
-    def _noise(self, images: Tensor) -> Tensor:
-        """Recovered noise (B, C, h, w), with 0 for values that are not finite."""
-        return torch.nan_to_num(self.recoverer(images).noise, 0.0, 0.0, 0.0)
+    @cached_property
+    def _around(self) -> list[Group]:
+        return self.search.grid.around(self._at_one)
 
-    def promising(self, noise: Tensor) -> list[Candidate]:
-        """The `dear` best candidates besides the identity, at which the transformed noise (C, h, w) fits any key best.
+    @property
+    def _size(self) -> tuple[int, int]:
+        return next(iter(self.schemes.values())).latent_shape[1:]
 
-        They are ranked by p-value, because keys may have different numbers of features.
-        """
-        others, log10_p = self.search.grid[1:], []
-        for start in range(0, len(others), CHUNK):
-            part = others[start : start + CHUNK]
-            turned = undo(noise.expand(len(part), -1, -1, -1), part, padding="zeros")
-            peaks = [(scheme, self._peak(scheme, turned, part)) for scheme in self.schemes.values()]
-            log10_p.append(np.min([self._scored(scheme, peak.score)[1] for scheme, peak in peaks], 0))
-        if not log10_p:
-            return []
-        return [others[i] for i in np.argsort(np.concatenate(log10_p), kind="stable")[: self.search.dear]]
-
-    def _peak(self, scheme: Scheme, noise: Tensor, candidates: Sequence[Candidate]) -> Peak:
-        """The best shift within the window of each candidate, for noise (B, C, h, w) with these candidates undone."""
-        factor = self.search.factor
-        within = window(candidates, scheme.latent_shape[1:], factor=factor, slack=self.search.slack)
-        return best_shift(scheme, noise, self.null, factor=factor, within=within)
-
-    def _fit(self, scheme: Scheme, noise: Tensor, candidates: Sequence[Candidate]) -> _Fit:
-        """The best fit of one key; its p-value is corrected for all possible tests (`statistics.corrected`)."""
-        value, shift, _ = self._peak(scheme, noise, candidates)
-        best = int(value.argmax())
-        score, log10_p = self._scored(scheme, value[best : best + 1])
-        down, right = shift[best].tolist()
-        return _Fit(
-            score=float(score[0]),
-            log10_p=float(corrected(log10_p[0], self._tests)),
-            candidate=candidates[best],
-            shift=(down, right),
-        )
-
-    def _scored(self, scheme: Scheme, values: Array) -> tuple[Array, Array]:
-        """Scores and log₁₀ p of values of `Scheme.shift_scores`."""
-        test = scheme.on(self.null)
-        scores = test.of_shifts(values)
-        return scores, test.log10_p(scores)
+    def _promising(self, noise: Tensor) -> list[float]:
+        """The `dear` angles at which any key fits best, of which no two are neighbours, from noise of all turns."""
+        best: dict[float, float] = {}
+        for keys in self._kinds:
+            for group, tested in zip(self._around, keys.tested(noise, self._around), strict=True):
+                for turn, row in zip(self.search.grid.turns, tested.log10_p.min(2), strict=True):
+                    for candidate, log10_p in zip(group.candidates, row.tolist(), strict=True):
+                        angle = (turn + candidate.angle) % 360
+                        best[angle] = min(best.get(angle, math.inf), log10_p)
+        chosen: list[float] = []
+        near = 1.5 * self.search.grid.spacing
+        for angle in sorted(best, key=best.__getitem__):
+            if len(chosen) < self.search.dear and all(near < (angle - a) % 360 < 360 - near for a in chosen):
+                chosen.append(angle)
+        return chosen
 
 
-class _Fit(NamedTuple):
-    """Score, log₁₀ p, candidate and shift of the best fit of one key."""
-
-    score: float
-    log10_p: float
-    candidate: Candidate
-    shift: tuple[float, float]
+def _least(fits_and_view: tuple[list[Fit], View]) -> float:
+    """The smallest log₁₀ p of any key."""
+    return min(fit.log10_p for fit in fits_and_view[0])
 
 
-CHUNK = 64  # candidates per batch
+def _best(view: View, tested: Sequence[Tested], k: int) -> Fit:
+    """The best fit of key number k in a view, from the tests of each of its groups."""
+    group, found = min(zip(view.groups, tested, strict=True), key=lambda pair: pair[1].log10_p[0, :, k].min())
+    i = int(found.log10_p[0, :, k].argmin())
+    right, down = group.shifts[found.at[0, i, k]].tolist()
+    candidate = group.candidates[i]
+    return Fit(
+        log10_p=float(found.log10_p[0, i, k]),
+        score=float(found.cosine[0, i, k]),
+        candidate=candidate._replace(angle=candidate.angle + view.angle),
+        shift=(right, down),
+        tests=group.tests,
+    )
+
+
+def check_searchable(schemes: Mapping[str, Scheme]) -> None:
+    """Raises SchemeError for a key that cannot be searched for."""
+    for name, scheme in schemes.items():
+        if scheme.waves is None:
+            fact = f"({scheme.label}) cannot be searched for"
+            raise SchemeError("scheme.no-search", fact, subject=f"key {name[:8]}")
+
+
+def _keys(schemes: Sequence[Scheme], numbers: list[int]) -> _Keys:
+    """These of the schemes, which are of one kind."""
+    waves = [each for number in numbers if (each := schemes[number].waves)]
+    return _Keys(
+        numbers=numbers, waves=waves[0], values=torch.stack([each.values for each in waves]).to(torch.complex64)
+    )

@@ -14,7 +14,7 @@ from ringmark.inversion.sizes import Size, candidate_sizes
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.cascade import Stage, calibrated_stages, walk
 from ringmark.watermark.detect.detector import Detector, check_unranked
-from ringmark.watermark.detect.search import Found, Search
+from ringmark.watermark.detect.search import Found, Search, check_searchable
 from ringmark.watermark.detect.verdict import OUTCOMES, Judged, Verdict, Verdicts
 from ringmark.watermark.keys.key import Key, Kind
 from ringmark.watermark.null import Null
@@ -46,8 +46,8 @@ class Verifier:
 
     A picture is tried at every size at which it may have been drawn: at `sizes` (H, W) if they are given, otherwise at
     those of `candidate_sizes`. The size that fits best counts, and the sizes after one at which a key is found are not
-    tried. With a `search`, pictures in which no key is found are also searched for rotation, scaling, cropping and
-    shifts, at the first of their sizes, unless they are inconclusive. The best of all tests counts, so p = min(1, K n
+    tried. With a `search`, pictures in which no key is found are also searched for changes of their plane, at the first
+    of their sizes, unless they are inconclusive. The best of all tests counts, so p = min(1, K n
     min pᵢ) for K keys, each with n tests: one at every size, and the search. The score and p of a key found by the
     search are those of the search; they do not use the calibration, which was measured with the direct inversion.
 
@@ -82,11 +82,8 @@ class Verifier:
         for size in (model.image_size, *self.sizes):  # so that a key that does not fit is refused now
             self._stages(size)
         self.detector = self._stages((*self.sizes, model.image_size)[0])[-1].detector.trying(self._tests(1))
-        for name, scheme in self.detector.schemes.items() if search else ():
-            if not scheme.searchable:
-                raise SchemeError(
-                    "scheme.no-search", f"({scheme.label}) cannot be searched for", subject=f"key {name[:8]}"
-                )
+        if search:
+            check_searchable(self.detector.schemes)
 
     def _stages_at(self, size: Size) -> list[Stage]:
         """The stages of pictures of this size; there are early ones if the calibration was made at this size."""
@@ -173,7 +170,7 @@ class Verifier:
         missed = [i for i, j in enumerate(judged) if not j.verdicts.found and (j.verdicts.outcome == absent).any()]
         for members in grouped(missed, [_size_of(samples[i]) for i in missed]):
             detector, chosen = self._stages(_size_of(samples[members[0]]))[-1].detector, [samples[i] for i in members]
-            best_fits = self.search(self.recoverer.model, detector.schemes, detector.known, chosen, batch=batch)
+            best_fits = self.search(self.recoverer.model, detector.schemes, chosen, batch=batch)
             for i, fits in zip(members, best_fits, strict=True):
                 pairs = zip(judged[i].verdicts, fits, strict=True)
                 verdicts = [self._better(verdict, fit, judged[i].tests) for verdict, fit in pairs]

@@ -32,6 +32,7 @@ __all__ = [
     "SchemeEntry",
     "SchemeTest",
     "TemplateTest",
+    "Waves",
     "description",
     "make_key",
     "parameters_text",
@@ -57,6 +58,19 @@ class Panel(NamedTuple):
     side: int
 
 
+class Waves(NamedTuple):
+    """What a search looks for: values (c, n) of a key's plane waves in its `channels`, with phases about the middle.
+
+    `frequencies` (n, 2) are in cycles per latent pixel, right and down, one of each conjugate pair; `ring` (n,) is
+    theirs. The values must be independent, of random direction and of one variance.
+    """
+
+    channels: tuple[int, ...]
+    frequencies: Tensor
+    ring: Tensor
+    values: Tensor
+
+
 class SchemeTest(Protocol):
     """A scheme's test of one key under one null."""
 
@@ -71,10 +85,6 @@ class SchemeTest(Protocol):
 
     def score(self, observed: Array) -> Array:
         """Features (B, d) → scores (B,), larger for marked images; a vector of zeros scores lowest or neutral."""
-        ...
-
-    def of_shifts(self, values: Array) -> Array:
-        """The scores (B,) of values (B,) of `Scheme.shift_scores`; only called if the scheme is `searchable`."""
         ...
 
     def log10_p(self, scores: Array, references: Array | None = None) -> Array:
@@ -115,8 +125,8 @@ class Scheme(Protocol):
     score_name: str
     free: int
     """The number of free numbers of a key; 0 if all keys are the same."""
-    searchable: bool
-    """Whether `shift_scores` can search for the key at all shifts."""
+    waves: Waves | None
+    """What a search looks for; None if the key cannot be searched for."""
 
     def embed(self, noise: Tensor) -> Tensor:
         """Unit normal noise (B, C, h, w) → marked noise of the same shape, which still looks normal to the model."""
@@ -140,13 +150,6 @@ class Scheme(Protocol):
 
     def key_panels(self) -> list[Panel]:
         """Panels for figures: the key, one panel per latent channel. May be empty."""
-        ...
-
-    def shift_scores(self, noise: Tensor, null: Null, *, factor: int = 1) -> Tensor:
-        """How well noise (B, C, h, w) fits at every cyclic shift: (B, factor·h, factor·w) float64.
-
-        `SchemeTest.of_shifts` makes scores of the values. Raises SchemeError if the scheme is not `searchable`.
-        """
         ...
 
 

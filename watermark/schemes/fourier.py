@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from ringmark.errors import SchemeError
 from ringmark.inversion.noise_recovery import NoiseRecovery, rings
@@ -26,7 +25,6 @@ __all__ = [
     "BandedTest",
     "CosineTest",
     "Placement",
-    "at_every_shift",
     "bands_of",
     "middle_phase",
     "mirror",
@@ -58,17 +56,6 @@ def middle_phase(height: int, width: int) -> Tensor:
     return torch.exp(-1j * torch.pi * (ky * (height - 1) / height + kx * (width - 1) / width))
 
 
-def at_every_shift(spectrum: Tensor, factor: int) -> Tensor:
-    """Re Σ_k X(k) e^{2πi k·s} of X (…, h, w) at every shift s on a grid that is `factor` times as fine."""
-    height, width = spectrum.shape[-2:]
-    before = [factor * n // 2 - n // 2 for n in (height, width)]
-    after = [(factor - 1) * n - b for n, b in zip((height, width), before, strict=True)]
-    centred = torch.fft.fftshift(spectrum, dim=(-2, -1))
-    padded = functional.pad(centred, (before[1], after[1], before[0], after[0]))
-    everywhere: Tensor = torch.fft.ifft2(torch.fft.ifftshift(padded, dim=(-2, -1)), norm="forward").real
-    return everywhere
-
-
 @dataclass(frozen=True, eq=False)
 class CosineTest:
     """A `SchemeTest`: the whitened cosine of features (B, d) with a `template` (d,).
@@ -87,10 +74,6 @@ class CosineTest:
     def scores(self, observed: Array, templates: Array) -> Array:
         """The same (B, K) for the templates (K, d) of many keys."""
         return cosine_scores(observed, templates)
-
-    def of_shifts(self, values: Array) -> Array:
-        """The cosines themselves."""
-        return values
 
     def log10_p(self, scores: Array, references: Array | None = None) -> Array:
         """From Student's t; the references are not needed."""
@@ -122,10 +105,6 @@ class BandedTest:
         """The same (B, K) for the templates (K, d) of many keys."""
         cosines = [(cosine_scores(observed[:, band], templates[:, band]), len(band)) for band in self.bands]
         return -fisher([cosine_log10_p(cosine, numbers) for cosine, numbers in cosines])
-
-    def of_shifts(self, values: Array) -> Array:
-        """−log₁₀ p of cosines of all features."""
-        return -cosine_log10_p(values, len(self.template))
 
     def log10_p(self, scores: Array, references: Array | None = None) -> Array:
         """The negative score; the references are not needed."""

@@ -25,13 +25,12 @@ from ringmark.inversion.noise_recovery import TIE, NoiseRecovery, radial_frequen
 from ringmark.watermark.keys.expansion import normal
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.null import Array, Null, spectrum
-from ringmark.watermark.schemes.base import Panel, SchemeTest
+from ringmark.watermark.schemes.base import Panel, SchemeTest, Waves
 from ringmark.watermark.schemes.fourier import (
     BUDGET,
     BandedTest,
     CosineTest,
     Placement,
-    at_every_shift,
     bands_of,
     middle_phase,
     mirror,
@@ -193,10 +192,6 @@ class PowerTest:
         shaped = [part.reshape(len(observed), channels, -1) for part in (inside, *beside)]
         return power_scores(shaped[0], shaped[1:], self.scheme.side_weights)
 
-    def of_shifts(self, values: Array) -> Array:
-        """The values themselves; *zeros* is not searchable."""
-        return values
-
     @property
     def _beside(self) -> Array:
         """The number of bins of each side per channel (sides,)."""
@@ -326,11 +321,6 @@ class TreeRing:
     def free(self) -> int:
         """The number of real numbers that distinguish keys."""
         return 0 if self.pattern == "zeros" else self.numbers
-
-    @property
-    def searchable(self) -> bool:
-        """False for *zeros*, which is the same at every shift."""
-        return self.pattern != "zeros"
 
     @property
     def score_name(self) -> str:
@@ -526,39 +516,25 @@ class TreeRing:
         recovered = self._transform(noise)[..., self.inside].flatten(1)
         return recovered * scale, self.spectrum[..., self.inside].flatten() * scale
 
-    def shift_scores(self, noise: Tensor, null: Null, *, factor: int = 1) -> Tensor:
-        """The whitened cosine of noise (B, C, h, w) at every cyclic shift: (B, factor·h, factor·w) float64.
+    @property
+    def waves(self) -> Waves | None:
+        """The waves of *rand*. The other patterns have too few free numbers for a search, or none.
 
-        Entry (y, x) is the score after the noise is shifted back by (y, x) / factor latent pixels; entry (0, 0) is the
-        ordinary one. With F and K the whitened transforms of noise and key,
-
-            c(s) = Re Σ_k K*(k) F(k) e^{2πi k·s} / (‖F‖ ‖K‖)
-
-        over the mask: shifts change phases but not ‖F‖. A ring is compared by the means of its circles, which a shift
-        does change, so their norm is computed at each shift. Fractional shifts are computed by zero-padding the
-        transform. Raises SchemeError for *zeros*, which is the same at every shift.
+        Of a bin whose mirror image is outside the mask, the Hermitian part has half the variance.
         """
-        if not self.searchable:
-            raise SchemeError("scheme.no-shifts", "is the same at every shift", subject=f"pattern {self.pattern!r}")
-        channels = self.placement.channels
-        f = self.whitened(noise, null) * self._reached
-        k = null.whiten(self.hermitian[None], channels) * self._reached
-        if self._averages:
-            return self._circle_shift_scores(f, k, factor)
-        length = (f.abs().square().sum((1, 2, 3)) * k.abs().square().sum()).sqrt()[:, None, None]
-        return _ratio(at_every_shift((k.conj() * f).sum(1), factor), length)
-
-    def _circle_shift_scores(self, f: Tensor, k: Tensor, factor: int) -> Tensor:
-        """Shift scores of features Σ / √n over the n bins of a circle, with phases relative to the middle."""
-        turn = middle_phase(*self.inside.shape).conj()
-        zero = torch.zeros(1, dtype=torch.float64)
-        dot, length, key_length = zero, zero, zero
-        for radius in self._circles_present:
-            circle = (self.ring == radius) * turn / (self.ring == radius).sum().sqrt()
-            feature, key = at_every_shift(f * circle, factor), (k * circle).real.sum((-2, -1))[..., None, None]
-            dot, length = dot + (feature * key).sum(1), length + feature.square().sum(1)
-            key_length = key_length + key.square().sum()
-        return _ratio(dot, (length * key_length).sqrt())
+        if self.pattern != "rand":
+            return None
+        _, height, width = self.latent_shape
+        rows, down_right = self._rows[~self._real_only], signed_frequencies(height, width)
+        down, right = (k.expand(height, width).flatten()[rows] for k in down_right)
+        number = self.inside.double() + mirror(self.inside).double()
+        values = self.hermitian * middle_phase(height, width).conj() / number.clamp_min(1).sqrt()
+        return Waves(
+            channels=self.placement.channels,
+            frequencies=torch.stack([right / width, down / height], 1),
+            ring=self.ring.flatten()[rows],
+            values=values.flatten(1)[:, rows],
+        )
 
 
 @lru_cache(maxsize=128)  # a spectrum is large: those of 100 000 keys of 4×64×64 latents have 6.6 GB a channel
@@ -580,8 +556,3 @@ def _expanded(scheme: TreeRing) -> Tensor:
 def _templates(schemes: Sequence[TreeRing], null: Null) -> Array:
     """The templates (K, d) of keys of one kind: the features of their whitened spectra."""
     return schemes[0]._whitened_features(torch.stack([scheme.key_bins for scheme in schemes]), null)
-
-
-def _ratio(dot: Tensor, length: Tensor) -> Tensor:
-    """dot / length, or 0 for a vector of zeros."""
-    return torch.where(length > 0, dot / length, 0.0).clamp(-1, 1)

@@ -59,7 +59,7 @@ def verify(
         steps: DDIM steps, at least 1.
         alpha: Significance level in (0, 1). A key is present at p ≤ alpha, corrected for the number of keys.
         calibration: A `Calibration` or its file; None is the model's own, if it fits these settings.
-        search: Also search for rotation, scaling, cropping and shifts.
+        search: Also search for rotation, cropping, enlargement, mirroring, stretching and shifts.
         sizes: Sizes (H, W) at which the pictures may have been drawn; by default those that fit each picture.
         thorough: Run all stages of the inversion on every picture, even once a key is found.
         batch: Pictures processed at a time.
