@@ -7,6 +7,7 @@ from pathlib import Path
 __all__ = [
     "AttackError",
     "CalibrationError",
+    "EngineError",
     "EvaluationError",
     "ImageError",
     "KeyFileError",
@@ -41,6 +42,16 @@ class RingmarkError(ValueError):
     def __init__(self, code: str, fact: str, *, subject: object = None, **details: object) -> None:
         self.code, self.fact, self.subject, self.details = code, fact, subject, details
         super().__init__(one_line(fact if subject is None else f"{subject}: {fact}"))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Errors travel between processes, which Exception does by its arguments: only the text."""
+        return _remade, (type(self), self.code, self.fact, self.subject, self.details)
+
+
+def _remade(
+    kind: type[RingmarkError], code: str, fact: str, subject: object, details: dict[str, object]
+) -> RingmarkError:
+    return kind(code, fact, subject=subject, **details)
 
 
 class ModelError(RingmarkError):
@@ -78,6 +89,10 @@ class AttackError(RingmarkError):
 
 class CalibrationError(RingmarkError):
     """A calibration that cannot be made, read, written or used here."""
+
+
+class EngineError(RingmarkError):
+    """An engine that cannot run here."""
 
 
 class ServiceError(RingmarkError):

@@ -15,11 +15,12 @@ import pytest
 from PIL import Image
 from shell import QUICK, pictures, refused, run
 
+from ringmark.data.engine import Local
 from ringmark.data.items import Item
 from ringmark.data.reader import read_records
 from ringmark.data.results import Results, content_id
 from ringmark.watermark.detect.verifier import Verifier
-from ringmark.watermark.tasks.audit import _Run
+from ringmark.watermark.tasks.audit import AuditJudge, _Run
 
 
 def test_audit_records_everything_and_goes_on(house: Path, tmp_path: Path) -> None:
@@ -212,7 +213,8 @@ def test_pictures_that_are_done_do_not_pile_up(tmp_path: Path) -> None:
     items = (Item(id="a", read=lambda _: [], **done) for _ in count())
     with Results(tmp_path / "results.jsonl", {}) as store:
         store.append({"sample_id": "a", "content": "x", "present": False} | done)
-        found = _Run(identity.verifier([identity.key(1)]), store, keep_noise=False).records(items, batch=2, workers=0)
+        judge = AuditJudge(identity.verifier([identity.key(1)]), batch=2, keep_noise=False)
+        found = _Run(Local(judge, batch=2, workers=0), store, keep_noise=False).records(items)
         assert all(earlier for _, earlier in islice(found, 100))
 
 

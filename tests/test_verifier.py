@@ -10,15 +10,14 @@ import pytest
 import torch
 from identity import MODEL, Identity, key, of_shape, old_key, pictures, samples, verifier
 
+from ringmark.data.batches import HELD, batched
 from ringmark.data.images import Sample, from_array
 from ringmark.errors import CalibrationError, KeyFileError, RingmarkError, SchemeError
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.geometry import Candidate, Grid
 from ringmark.watermark.detect.search import Found, Search
 from ringmark.watermark.detect.verifier import (
-    HELD,
     Verifier,
-    batched,
     built_in_calibration,
     check_fit,
     fitting_calibration,

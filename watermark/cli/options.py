@@ -9,13 +9,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import reduce, wraps
+from functools import partial, reduce, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 if TYPE_CHECKING:
+    from ringmark.data.ray_engine import Cluster
     from ringmark.inversion.models.pipeline import LatentModel
     from ringmark.watermark.tasks.load import Setup
 
@@ -150,11 +151,17 @@ class DetectionOptions:
 
     @uncollected()
     def prepare(self, model: ModelOptions, inversion: InversionOptions) -> Setup:
-        """Load the verifier. Keys and calibration are read before the model is loaded."""
-        from ringmark.watermark.tasks.load import load_verifier
+        """Load the verifier."""
+        return self.loader(model, inversion)()
 
-        return load_verifier(
-            self.key_paths,
+    def loader(self, model: ModelOptions, inversion: InversionOptions) -> Callable[[], Setup]:
+        """Read keys and calibration; what is returned loads the verifier, in this process or another."""
+        from ringmark.watermark.calibration import Calibration
+        from ringmark.watermark.tasks.load import load_keys, load_verifier
+
+        return partial(
+            load_verifier,
+            load_keys(self.key_paths),
             model=model.source,
             device=model.device,
             dtype=model.dtype,
@@ -163,11 +170,29 @@ class DetectionOptions:
             max_steps=inversion.max_steps,
             steps=inversion.steps,
             alpha=self.alpha,
-            calibration=self.calibration,
+            calibration=Calibration.load(self.calibration) if self.calibration else None,
             search=self.search,
             sizes=self.sizes,
             thorough=self.thorough,
         )
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """--engine, --ray-address, --ray-cores, --batch and --workers."""
+
+    engine: str
+    ray_address: str | None
+    ray_cores: int
+    batch: int
+    workers: int
+
+    def cluster(self, device: str) -> Cluster | None:
+        """The cluster to run on, or None for this process; its GPUs are used unless the device is another."""
+        from ringmark.data.ray_engine import Cluster
+
+        gpus = device == "auto" or device.startswith("cuda")
+        return Cluster(address=self.ray_address, cores=self.ray_cores, gpus=gpus) if self.engine == "ray" else None
 
 
 max_steps_option = click.option(
@@ -185,7 +210,34 @@ workers_option = click.option(
     type=click.IntRange(0),
     default=2,
     show_default=True,
-    help="Threads that read and decode images beside the computation.",
+    help="Threads that read and decode images beside the computation; with Ray, tasks for each process that tests.",
+)
+engine_options = grouped(
+    "engine",
+    EngineOptions,
+    click.option(
+        "--engine",
+        type=click.Choice(["local", "ray"]),
+        default="local",
+        show_default=True,
+        help="Where to run: in this process, or in the processes of a Ray cluster.",
+    ),
+    click.option(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="The Ray cluster to join, such as auto (the one that this machine is in) or HOST:6379.  [default: one is "
+        "started on this machine]",
+    ),
+    click.option(
+        "--ray-cores",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="CPU cores of each process that tests images. There is one for each GPU, or without GPUs as many as the "
+        "cluster has cores for.",
+    ),
+    batch_option,
+    workers_option,
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 force_option = click.option("--force", is_flag=True, help="Replace existing files.")

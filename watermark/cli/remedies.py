@@ -35,6 +35,7 @@ REMEDIES: dict[str, str] = {
     "image.none": "give a folder with images, which are files named {suffixes}",
     "image.link": "audit the folder it points to separately, or copy it",
     "image.too-many-bytes": "make it smaller",
+    "image.crash": "convert it to PNG or JPEG, or leave it out",
     "source.missing": "check the name",
     "source.denied": "give credentials as its driver reads them, or change its permissions",
     "source.unreachable": "check the name and the network",
@@ -164,6 +165,13 @@ REMEDIES: dict[str, str] = {
     "scheme.crowded": "ask for fewer keys, or widen --radii or --channels",
     "scheme.no-search": "omit the key, or --search",
     "scheme.no-picture": "omit --plot",
+    # Engines
+    "engine.not-installed": 'install it with: pip install "ringmark[ray]"',
+    "engine.unreachable": "check --ray-address, or omit it to start one here",
+    "engine.no-cores": "lower --ray-cores",
+    "engine.settings": "give --device and --dtype, and the same files on all machines",
+    "engine.crash": "see whether a machine's memory holds the model once for each process; raise --ray-cores for fewer",
+    "engine.model": "give its name",
     # The service
     "service.not-installed": 'install what it needs with: pip install "ringmark[serve]"',
     "service.open": "make a token with: ringmark token NAME --tokens FILE, and give --tokens FILE",

@@ -6,8 +6,9 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+from ringmark.data.batches import batched
 from ringmark.errors import CalibrationError, KeyFileError, SchemeError
 from ringmark.inversion.recover import Identified, Recoverer
 from ringmark.inversion.sizes import Size, candidate_sizes
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Verifier",
-    "batched",
     "better",
     "built_in_calibration",
     "check_fit",
@@ -35,10 +35,6 @@ __all__ = [
 ]
 
 MAX_SIZES = 64  # whose detectors are kept; strangers send pictures of every size
-HELD = 4  # batches of pictures that are held until those before them are judged
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class Verifier:
@@ -137,10 +133,6 @@ class Verifier:
 
     def scan(self, pictures: Iterable[Sequence[Sample]], batch: int = 8) -> Iterator[Judged]:
         """Judge every picture, in order; each is given at the sizes of `sizes_of`. Batches are those of `batched`."""
-        return (judged for judged in self.stream(pictures, batch) if judged)
-
-    def stream(self, pictures: Iterable[Sequence[Sample] | None], batch: int = 8) -> Iterator[Judged | None]:
-        """The same, with a None for each None among the pictures."""
 
         def judge(group: list[Sequence[Sample]]) -> list[Judged]:
             judged = self._judge(group)
@@ -206,41 +198,6 @@ def detector_at(
         calibration, why = None, f"the calibration {error.fact}"
         notes = {name: "; ".join(filter(None, [note, why])) for name, note in notes.items()}
     return Detector(keys, null=null, calibration=calibration, alpha=alpha, latent_shape=shape, notes=notes)
-
-
-def batched(
-    items: Iterable[T | None], label: Callable[[T], Hashable], work: Callable[[list[T]], list[R]], batch: int
-) -> Iterator[R | None]:
-    """The results of `work` on items of equal label, `batch` at a time, in the order of the items.
-
-    An item waits until there are enough others with its label. To bound what is held, a batch is cut short when the
-    oldest item without a result is HELD batches old. A None comes back at once, so that its sender has a turn.
-    """
-    waiting: dict[Hashable, dict[int, T]] = {}  # by label, and then by number; the oldest item is in the first group
-    ready: dict[int, R] = {}
-    taken = given = 0
-
-    def finish(kind: Hashable) -> Iterator[R]:
-        nonlocal given
-        group = waiting.pop(kind)
-        ready.update(zip(group, work(list(group.values())), strict=True))
-        while given in ready:
-            yield ready.pop(given)
-            given += 1
-
-    for item in items:
-        if item is None:
-            yield None
-            continue
-        group = waiting.setdefault(label(item), {})
-        group[taken] = item
-        taken += 1
-        if len(group) == batch:
-            yield from finish(label(item))
-        if taken - given == HELD * batch:
-            yield from finish(next(iter(waiting)))
-    while waiting:
-        yield from finish(next(iter(waiting)))
 
 
 def at_best_size(

@@ -5,21 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ringmark.data.ahead import ahead
-from ringmark.data.images import Sample, SizesOf
+from ringmark.data.engine import Engine, Finding, Local, Picture
+from ringmark.data.images import Sample
 from ringmark.data.items import Item, items_of, listed_items
 from ringmark.data.locations import public
 from ringmark.data.positions import Positions
+from ringmark.data.ray_engine import Cluster, Ray
 from ringmark.data.results import Results
 from ringmark.data.sources import SUFFIXES, list_images
-from ringmark.errors import ImageError
+from ringmark.errors import EngineError, ImageError
 from ringmark.inversion.sizes import Size
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.kept import tensors_of
@@ -27,7 +28,7 @@ from ringmark.watermark.detect.verdict import Judged
 from ringmark.watermark.detect.verifier import Verifier
 from ringmark.watermark.statistics import ALPHA
 from ringmark.watermark.tasks.keep import keep_context
-from ringmark.watermark.tasks.load import Keys, Model, StrPath, load_verifier
+from ringmark.watermark.tasks.load import Keys, Model, Setup, StrPath, load_keys, load_verifier
 from ringmark.watermark.tasks.progress import Progress
 
 __all__ = [
@@ -144,6 +145,7 @@ def audit(
     batch: int = 8,
     workers: int = WORKERS,
     keep_noise: bool = False,
+    cluster: Cluster | None = None,
 ) -> Audit:
     """Test every image of a source for keys and record each verdict.
 
@@ -157,6 +159,7 @@ def audit(
         follow_links: Also follow links that lead out of the folder.
         workers: Threads that read and decode images beside the computation; 0 is none.
         keep_noise: Also keep the low frequencies of recovered noise next to the results, for `reaudit`.
+        cluster: Run on this Ray cluster, or on one that is started here; None is this process.
         model, device, dtype, method, max_steps, steps, alpha, calibration, search, sizes, thorough, batch: As in
             `verify`.
 
@@ -164,15 +167,20 @@ def audit(
         ImageError: A source cannot be reached, or there is no image. Images that cannot be read are recorded instead.
         StoreError: `results` is another file or was made with other settings.
         KeyFileError, CalibrationError, ModelError, SchemeError: Keys, calibration and model do not match.
+        EngineError: The cluster cannot be used.
 
     Example:
         >>> counts = ringmark.audit("pictures", ["my.key", "old.key"], "results.jsonl")
         >>> counts.present, counts.by_key
     """
+    if cluster and not isinstance(model, str):
+        fact = "cannot be sent to other processes, which load it by its name"
+        raise EngineError("engine.model", fact, subject=f"model {model.name}")
     given = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     pictures = find_pictures(given, follow_links=follow_links)
-    verifier, _ = load_verifier(
-        keys,
+    load = partial(
+        load_verifier,
+        load_keys(keys),
         model=model,
         device=device,
         dtype=dtype,
@@ -180,12 +188,21 @@ def audit(
         max_steps=max_steps,
         steps=steps,
         alpha=alpha,
-        calibration=calibration,
+        calibration=Calibration.load(Path(calibration)) if isinstance(calibration, (str, os.PathLike)) else calibration,
         search=search,
         sizes=sizes,
         thorough=thorough,
     )
-    return audit_pictures(verifier, pictures, Path(results), batch=batch, workers=workers, keep_noise=keep_noise)
+    return audit_pictures(
+        load().verifier,
+        pictures,
+        Path(results),
+        batch=batch,
+        workers=workers,
+        keep_noise=keep_noise,
+        load=load,
+        cluster=cluster,
+    )
 
 
 def audit_pictures(
@@ -196,6 +213,8 @@ def audit_pictures(
     batch: int = 8,
     workers: int = WORKERS,
     keep_noise: bool = False,
+    cluster: Cluster | None = None,
+    load: Callable[[], Setup] | None = None,
 ) -> Audit:
     """Append a record to `results` for each picture that is new or has changed.
 
@@ -203,18 +222,24 @@ def audit_pictures(
     and the file's `size` and `mtime_ns`. Equal pixels are judged once: the record of another picture with them copies
     the verdict and names the first in `same_as`. What cannot be read gets a record with `error`. The next run tries it
     again, and records it again only if something has changed. With `keep_noise`, `reaudit` can test the pictures for
-    other keys. Raises ImageError (image.none) if there are no pictures.
+    other keys. On a `cluster`, `load` gives each process the verifier. Raises ImageError (image.none) if there are no
+    pictures, EngineError for a cluster that cannot be used.
     """
     folder = {"folder": os.path.relpath(pictures.folder, results.parent)} if pictures.folder else {}
     noise = {"noise": "kept"} if keep_noise else {}
-    with Results(results, verifier.settings() | folder | noise, fields=NEEDED) as store:
+    judge = AuditJudge(verifier, batch, keep_noise)
+    engine: Engine = Local(judge, batch=batch, workers=workers)
+    if cluster and load:
+        remake = partial(AuditJudge.loaded, load, batch, keep_noise)
+        engine = Ray(judge, remake, cluster=cluster, batch=batch, workers=workers)
+    with Results(results, verifier.settings() | folder | noise, fields=NEEDED) as store, engine:
         if keep_noise:
             keep_context(results, verifier)
         counts = Audit(skipped=pictures.skipped, outside=pictures.outside)
-        run = _Run(verifier, store, keep_noise=keep_noise)
+        run = _Run(engine, store, keep_noise=keep_noise)
         started = time.perf_counter()
         with Progress(pictures.total, task="audit", unit="image") as progress:
-            for record, earlier in run.records(pictures.items, batch, workers):
+            for record, earlier in run.records(pictures.items):
                 counts.count(record)
                 progress.add(*findings(record), earlier=earlier)
         LOG.info("audited %s: %d images in %.1f s", pictures.names, run.judged, time.perf_counter() - started)
@@ -223,77 +248,97 @@ def audit_pictures(
     return counts
 
 
+@dataclass(frozen=True)
+class AuditJudge:
+    """What an engine does with pictures: the verifier's verdicts as records, with what is kept of the noise."""
+
+    verifier: Verifier
+    batch: int
+    keep_noise: bool
+
+    @classmethod
+    def loaded(cls, load: Callable[[], Setup], batch: int, keep_noise: bool) -> AuditJudge:
+        """The judge with the verifier that `load` gives, in another process."""
+        return cls(load().verifier, batch, keep_noise)
+
+    def settings(self) -> Record:
+        """Everything that verdicts depend on."""
+        return self.verifier.settings()
+
+    def sizes_of(self, picture: Size) -> tuple[Size, ...]:
+        """The sizes (H, W) at which a picture of this size is tried."""
+        return self.verifier.sizes_of(picture)
+
+    def __call__(self, pictures: list[list[Sample]]) -> list[Finding]:
+        """The record of each picture."""
+        model = self.verifier.recoverer.model.name
+        judged = self.verifier.scan(pictures, self.batch)
+        return [(record_of(one, model), tensors_of(one) if self.keep_noise else {}) for one in judged]
+
+
 class _Run:
     """One run over the pictures of a source."""
 
-    def __init__(self, verifier: Verifier, store: Results, *, keep_noise: bool) -> None:
-        self.verifier, self.store, self.keep_noise = verifier, store, keep_noise
+    def __init__(self, engine: Engine, store: Results, *, keep_noise: bool) -> None:
+        self.engine, self.store, self.keep_noise = engine, store, keep_noise
         self.judged = 0
-        self._pending: dict[str, Item] = {}
         self._twins: dict[str, list[Item]] = {}
         """Pictures that wait for the verdict on equal pixels, by content."""
         self._known = Positions()
         """Positions of records, by content; twins are copied from them."""
-        self._done: list[tuple[Record, bool]] = []
         for position, record in store.newest():
             self._know(position, record)
+        self._unasked: list[tuple[Record, bool]] = []
+        """Records of pictures that need no judgement, until the engine gives us our turn."""
 
-    def records(self, items: Iterable[Item], batch: int, workers: int) -> Iterator[tuple[Record, bool]]:
+    def records(self, items: Iterable[Item]) -> Iterator[tuple[Record, bool]]:
         """The record of every picture as soon as it is stored, and whether it is of an earlier run."""
-        group: list[Judged] = []
-        for judged in self.verifier.stream(self._readable(items, batch, workers), batch):
-            yield from self._take()
-            if judged:
-                group.append(judged)
-            if len(group) == batch:
-                yield from self._stored(group)
-                group = []
-        yield from self._stored(group)
-        yield from self._take()
+        pictures = self.engine.read(items, self._is_current)
+        for group in self.engine.judge(map(self._unless_known, pictures)):
+            yield from self._unasked
+            self._unasked = []
+            for record in self._stored(group):
+                yield record, False
 
-    def _stored(self, group: list[Judged]) -> Iterator[tuple[Record, bool]]:
-        """Store the verdicts on a batch, then those on equal pictures that wait for them."""
-        model, pending = self.verifier.recoverer.model.name, [self._pending.pop(one.sample.id) for one in group]
-        records = [record_of(one, model) | item.stamp for one, item in zip(group, pending, strict=True)]
-        self.store.extend(records, list(map(tensors_of, group)) if self.keep_noise else ())
-        self.judged += len(group)
+    def _is_current(self, item: Item) -> bool:
+        """Whether the record of a picture is up to date."""
+        return item.id in self.store.done and item.stamp.items() <= self.store.records[item.id].items()
+
+    def _unless_known(self, picture: Picture) -> Picture | None:
+        """The picture, or None if it need not be judged."""
+        item = picture.item
+        if picture.skipped:
+            self._unasked.append((self.store.records[item.id], True))
+        elif picture.error:
+            self._unasked.append((self._failed(item, picture.error), False))
+        elif picture.content in self._twins:
+            self._twins[picture.content].append(item)
+        elif first := self._judged_earlier(picture.content):
+            self._unasked.append((self._store(item, copied(first)), False))
+        else:
+            self._twins[picture.content] = []
+            return picture
+        return None
+
+    def _stored(self, group: list[tuple[Picture, Finding | ImageError]]) -> Iterator[Record]:
+        """Store what was found in these pictures, then the same of equal pictures that wait for it."""
+        found = [(picture.item, *finding) for picture, finding in group if not isinstance(finding, ImageError)]
+        records = [record | item.stamp for item, record, _ in found]
+        self.store.extend(records, [tensors for *_, tensors in found] if self.keep_noise else ())
+        self.judged += len(records)
+        yield from records
         for record in records:
-            yield record, False
             self._know(self.store.position(record["sample_id"]), record)
             for twin in self._twins.pop(record["content"]):
-                yield self._store(twin, copied(record)), False
+                yield self._store(twin, copied(record))
+        for picture, error in group:
+            if isinstance(error, ImageError):
+                for item in (picture.item, *self._twins.pop(picture.content)):
+                    yield self._failed(item, ImageError(error.code, error.fact, subject=item.id))
 
-    def _take(self) -> list[tuple[Record, bool]]:
-        """The records of pictures that needed no judgement, since the last call."""
-        done, self._done = self._done, []
-        return done
-
-    def _readable(self, items: Iterable[Item], batch: int, workers: int) -> Iterator[list[Sample] | None]:
-        """The pictures to judge, at their sizes; None for one that needs no judgement."""
-        for item, views in ahead(partial(self._attempt, self.verifier.sizes_of), items, workers, 2 * batch):
-            if views is None:
-                self._done.append((self.store.records[item.id], True))
-            elif isinstance(views, ImageError):
-                LOG.info("%s", views)
-                self._done.append((self._store(item, {"error": str(views), "code": views.code}), False))
-            elif views[0].content in self._twins:
-                self._twins[views[0].content].append(item)
-            elif first := self._judged_earlier(views[0].content):
-                self._done.append((self._store(item, copied(first)), False))
-            else:
-                self._pending[item.id], self._twins[views[0].content] = item, []
-                yield views
-                continue
-            yield None
-
-    def _attempt(self, sizes_of: SizesOf, item: Item) -> list[Sample] | ImageError | None:
-        """The picture at its sizes, the error that prevents that, or None if its record is up to date."""
-        if item.id in self.store.done and item.stamp.items() <= self.store.records[item.id].items():
-            return None
-        try:
-            return item.read(sizes_of)
-        except ImageError as error:
-            return error
+    def _failed(self, item: Item, error: ImageError) -> Record:
+        LOG.info("%s", error)
+        return self._store(item, {"error": str(error), "code": error.code})
 
     def _know(self, position: int, record: Record) -> None:
         if record.get("content"):

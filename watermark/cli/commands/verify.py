@@ -17,11 +17,13 @@ from ringmark.watermark.cli.options import (
     FIGURE,
     PATH,
     DetectionOptions,
+    EngineOptions,
     InversionOptions,
     ModelOptions,
     alpha_option,
     batch_option,
     detection_options,
+    engine_options,
     force_option,
     inversion_options,
     json_option,
@@ -29,8 +31,8 @@ from ringmark.watermark.cli.options import (
     links_option,
     model_options,
     say,
+    uncollected,
     warn,
-    workers_option,
 )
 from ringmark.watermark.cli.remedies import explained
 
@@ -123,8 +125,7 @@ output_option = click.option(
 @detection_options
 @inversion_options
 @links_option
-@batch_option
-@workers_option
+@engine_options
 @click.option(
     "--keep-noise",
     is_flag=True,
@@ -139,8 +140,7 @@ def audit(
     detection: DetectionOptions,
     inversion: InversionOptions,
     follow_links: bool,
-    batch: int,
-    workers: int,
+    engine: EngineOptions,
     keep_noise: bool,
     model: ModelOptions,
     as_json: bool,
@@ -157,12 +157,25 @@ def audit(
     Example:
       ringmark audit pictures --key my.key --key old.key -o results.jsonl
       ringmark audit 's3://bucket/shards/*.tar' --key my.key -o results.parquet
+      ringmark audit s3://bucket/2026 --key my.key -o results.parquet --engine ray --ray-address auto
     """
     from ringmark.watermark.tasks.audit import audit_pictures, find_pictures
 
+    cluster = engine.cluster(model.device)
     pictures = find_pictures(sources, follow_links=follow_links)
-    verifier, unchecked = detection.prepare(model, inversion)
-    counts = audit_pictures(verifier, pictures, output, batch=batch, workers=workers, keep_noise=keep_noise)
+    with uncollected():
+        load = detection.loader(model, inversion)
+        verifier, unchecked = load()
+    counts = audit_pictures(
+        verifier,
+        pictures,
+        output,
+        batch=engine.batch,
+        workers=engine.workers,
+        keep_noise=keep_noise,
+        cluster=cluster,
+        load=load,
+    )
     if not as_json:
         _warn_of_errors(counts)
         if counts.outside:
