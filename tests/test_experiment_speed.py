@@ -13,6 +13,7 @@ META = torch.device("meta")
 @pytest.mark.parametrize(
     "name, parameters",
     [
+        ("SD 1.5", 859_520_964),
         ("SD 2.1", 865_910_724),
         ("SDXL", 2_567_463_684),
         ("FLUX.1", 11_891_178_560),

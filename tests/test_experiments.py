@@ -46,7 +46,7 @@ def documented() -> list[list[str]]:
 @pytest.mark.parametrize("words", documented(), ids=" ".join)
 def test_documented_commands_have_their_options(words):
     command = main.get_command(None, words[0])
-    known = {option for parameter in command.params for option in parameter.opts}
+    known = {option for parameter in command.params for option in parameter.opts + parameter.secondary_opts}
     assert {word for word in words if word.startswith("-")} <= known
 
 

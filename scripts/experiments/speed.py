@@ -45,6 +45,9 @@ class Shape:
 
 CROSS = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
 SHAPES = {
+    "SD 1.5": Shape(
+        kind="UNet2DConditionModel", config={"sample_size": 64, "cross_attention_dim": 768}, latent=(4, 64, 64)
+    ),
     "SD 2.1": Shape(
         kind="UNet2DConditionModel",
         config={"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
