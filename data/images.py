@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from ringmark.data.containers import kind_of
+from ringmark.data.cuts import boxes
 from ringmark.data.decode import FORMATS, Decoded, decode, is_cheap, upright
 from ringmark.data.decoder_process import decode_apart
 from ringmark.data.files import SOFTWARE, open_regular, write_atomic
@@ -27,6 +28,7 @@ __all__ = [
     "FORMATS",
     "Sample",
     "SizesOf",
+    "WithParts",
     "fit",
     "from_array",
     "read_image",
@@ -53,6 +55,7 @@ class Sample:
 
     `id` is its path as given, `label` whether it is marked (None if unknown), `notes` the conversions on reading.
     `content` is a digest of the pixels as they were decoded, before they were fitted, and `size` (H, W) their size.
+    `parts` are the pictures within it, fitted, if they were asked for (`WithParts`).
     """
 
     id: str
@@ -62,6 +65,11 @@ class Sample:
     notes: tuple[str, ...] = ()
     content: str = ""
     size: Size | None = None
+    parts: tuple[Image.Image, ...] = ()
+
+
+class WithParts(tuple[Size, ...]):
+    """Sizes from a `SizesOf` that also asks for the pictures within, as on a contact sheet or in a screenshot."""
 
 
 def read_sample(
@@ -126,9 +134,18 @@ def _fitted(
         notes = (*notes, f"tried at {' and '.join(f'{width}x{height}' for height, width in sizes)}")
     fits = [fit(image, size) for size in sizes]
     content, size = content_id(np.asarray(image)), (image.height, image.width)
+    parts = _parts(image, sizes[0]) if isinstance(sizes, WithParts) else ()
     return [
-        Sample(id, fitted, notes=(*notes, note) if note else notes, content=content, size=size) for fitted, note in fits
+        Sample(id, fitted, notes=(*notes, note) if note else notes, content=content, size=size, parts=parts)
+        for fitted, note in fits
     ]
+
+
+def _parts(image: Image.Image, size: Size) -> tuple[Image.Image, ...]:
+    """The pictures within a picture larger than this size, each fitted to it; of at least half its shorter side."""
+    if min(image.width / size[1], image.height / size[0]) <= 1:
+        return ()
+    return tuple(fit(image.crop(box), size)[0] for box in boxes(image, least=min(size) // 2))
 
 
 def read_image(path: str | os.PathLike[str]) -> tuple[Image.Image, tuple[str, ...]]:

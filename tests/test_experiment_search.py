@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from ringmark.data.cuts import boxes
+from ringmark.data.images import from_array
 from scripts.experiments import search as script
 
 
@@ -28,10 +30,19 @@ def test_rates_of_unmarked_pictures():
 
 def test_every_change_changes_and_is_repeated():
     image = torch.from_numpy(np.stack([np.mgrid[-1:1:32j, -1:1:32j][0], *np.mgrid[-1:1:32j, -1:1:32j]])).float()[None]
-    for name in script.CHANGES:
-        after = script.changed(name, image.expand(2, -1, -1, -1), 0)
-        assert torch.equal(after, script.changed(name, image.expand(2, -1, -1, -1), 0))
-        assert (name == "as it is") is bool((after - image).abs().max() < 0.01)
+    for name, change in script.CHANGES.items():
+        after = script.changed(change, image.expand(2, -1, -1, -1), [0])
+        assert torch.equal(after, script.changed(change, image.expand(2, -1, -1, -1), [0]))
+        same = after.shape[1:] == image.shape[1:] and bool((after - image).abs().max() < 0.01)
+        assert (name == "as it is") is same
+
+
+def test_pictures_on_a_sheet_and_in_a_screenshot_are_cut_out():
+    others = [from_array(np.random.default_rng(i).uniform(-1, 1, (3, 64, 64))) for i in range(9)]
+    rng = np.random.default_rng(0)
+    assert len(boxes(script.on_sheet(others[:8], others[8], rng), least=32)) == 9
+    for _ in range(4):
+        assert len(boxes(script.in_screenshot(others[0], rng), least=32)) == 1
 
 
 @pytest.mark.slow
@@ -40,6 +51,6 @@ def test_small_setting(experiment, house, tmp_path):
     found = experiment(
         "search", out, house / "images/marked", house / "my.key", house / "images/unmarked", "-n", 1, "--keys", 2
     )
-    assert [row["change"] for row in found["rows"]] == list(script.CHANGES)
+    assert [row["change"] for row in found["rows"]] == [*script.CHANGES, script.SHEET]
     assert all(row["images"] == 1 and row["search seconds"] > 0 for row in found["rows"])
     assert (found["false"]["images"], found["false"]["keys"]) == (1, 2)

@@ -165,7 +165,9 @@ def test_every_change_is_in_one_family_and_p_counts_all_tests():
         for tests in {group.tests for group in groups}:
             family = [group for group in groups if group.tests == tests]
             assert tests == FAMILIES * copies * sum(len(g.candidates) * len(g.shifts) for g in family)
-    assert len({group.tests for group in (*upright, *around)}) == FAMILIES
+    (within,) = grid.within(size, 9)
+    assert within.tests == FAMILIES * 9 * 13
+    assert len({group.tests for group in (*upright, *around, within)}) == FAMILIES
     assert [g.tests for g in around] == [g.tests for g in at_one]
     sides = {each.sides for group in upright for each in group.candidates}
     assert all(

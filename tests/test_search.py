@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from identity import MODEL, key, samples, secret
+from PIL import Image
 from scipy import stats
 
-from ringmark.data.images import Sample, from_array
+from ringmark.data.images import Sample, WithParts, from_array, samples_of
 from ringmark.errors import SchemeError
 from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.watermark.attacks.chains import apply
@@ -63,6 +64,14 @@ def test_a_shift_is_found_and_a_group_of_samples_is_as_one_by_one():
         for a, b in zip(one, several, strict=True):
             assert (a.key, a.candidate, a.shift) == (b.key, b.candidate, b.shift)
             assert a.score == pytest.approx(b.score, abs=1e-4)
+
+
+def test_a_picture_within_another_is_found():
+    sheet, mine = samples(torch.cat([initial_noise([7], MODEL.latent_shape), marked()]))
+    others = [sample.image for sample in samples(initial_noise([8, 9], MODEL.latent_shape))]
+    for parts in ((mine.image,), (others[0], mine.image, others[1])):
+        ((_, found),) = SMALL(MODEL, SCHEMES, [replace(sheet, parts=parts)])
+        assert found.within and found.p_value < 1e-3 and "a picture within this one" in found.note
 
 
 def test_what_is_not_promising_is_left():
@@ -143,5 +152,8 @@ def test_pictures_of_pocket():
     search = Search(grid=Grid(anchors=4, spacing=5, enlarged=8, stretched=1), dear=1)
     schemes = {each.fingerprint: scheme_of(each) for each in (drawn_with, other)}
     some = [Sample(spec, apply(spec, image, 1)) for spec in ("rotation:90", "crop:0.75", "flip")]
+    page = Image.new("RGB", (400, 300), (240, 240, 245))
+    page.paste(image.resize((180, 180), Image.Resampling.BICUBIC), (150, 80))
+    some += samples_of(apply("jpeg:90", page, 0), lambda _: WithParts([pocket.image_size]), id="shown")
     for mine, another in search(pocket, schemes, some):
-        assert mine.p_value < 1e-3 < another.p_value
+        assert mine.p_value < 1e-3 < another.p_value and mine.within is (mine.sample_id == "shown")

@@ -11,7 +11,7 @@ import torch
 from identity import MODEL, Identity, key, of_shape, old_key, pictures, samples, verifier
 
 from ringmark.data.batches import HELD, batched
-from ringmark.data.images import Sample, from_array
+from ringmark.data.images import Sample, WithParts, from_array
 from ringmark.errors import CalibrationError, KeyFileError, RingmarkError, SchemeError
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.geometry import Candidate, Grid
@@ -260,6 +260,8 @@ def test_a_shifted_mark_is_found() -> None:
 def test_settings_name_the_search_and_what_cannot_be_searched_for_is_refused() -> None:
     assert verifier([key(1, "rand")], search=Search()).settings()["search"] == repr(Search())
     assert "search" not in verifier([key(1)]).settings()
+    asked = [verifier([key(1, "rand")], search=search).sizes_of((32, 32)) for search in (None, Search())]
+    assert asked[0] == asked[1] and [isinstance(sizes, WithParts) for sizes in asked] == [False, True]
     with pytest.raises(SchemeError) as caught:
         verifier([key(1, "zeros")], search=Search())
     assert caught.value.code == "scheme.no-search"

@@ -6,10 +6,10 @@
     python -m scripts.experiments search build/marked build/my.key build/unmarked -o build/search   # 1 hour of one core
     python -m scripts.experiments search build/marked build/my.key build/unmarked -o build/small -n 2 --keys 2
 
-Every marked picture is changed in each of CHANGES, in a way of its own. It counts as found with p ≤ α, by the ordinary
-test alone and by both as in `--search`: twice the smaller p, with the search where the ordinary test finds nothing. The
-unmarked ones are searched as they are, for `--keys` keys drawn at random; p is that of the search alone for each key.
-Times are of the processor, per picture.
+Each marked picture is changed in each of CHANGES, and put on a sheet of others, in a way of its own. It counts as found
+with p ≤ α, by the ordinary test alone and by both as in `--search`: twice the smaller p, with the search where the
+ordinary test finds nothing. The unmarked ones are searched as they are, for `--keys` keys drawn at random; p is that of
+the search alone for each key. Times are of the processor, per picture.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from ringmark.data.images import Sample, from_array, read_sample, to_array
+from ringmark.data.images import Sample, SizesOf, WithParts, from_array, read_sample, samples_of, to_array
 from ringmark.data.sources import find_images
 from ringmark.watermark.attacks.chains import apply
 from ringmark.watermark.detect.search import Search
@@ -71,12 +71,40 @@ def stretched(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return zoomed(image, *((scale, 1.0) if rng.random() < 0.5 else (1.0, scale)))
 
 
+def in_screenshot(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Shown at 1 to 2 times its size on a page with a bar and lines of text, and saved as JPEG of quality 90."""
+    side = round(rng.uniform(1, 2) * image.width)
+    page = Image.new("RGB", (4 * image.width, 3 * image.height), tuple(rng.integers(200, 256, 3).tolist()))
+    draw = ImageDraw.Draw(page)
+    draw.rectangle((0, 0, page.width, image.height // 6), fill=(90, 95, 105))
+    for line in range(8):
+        draw.text((4, (line + 2) * image.height // 4), "words beside", fill=(30, 30, 30))
+    left = int(rng.integers(image.width, page.width - side))
+    top = int(rng.integers(image.height // 4, page.height - side))
+    page.paste(image.resize((side, side), Image.Resampling.BICUBIC), (left, top))
+    return apply("jpeg:90", page, 0)
+
+
+def on_sheet(others: Sequence[Image.Image], image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """In a random place among eight others, with margins."""
+    cells = list(others[:8])
+    cells.insert(int(rng.integers(len(cells) + 1)), image)
+    gap = image.width // 16
+    step = image.width + gap
+    sheet = Image.new("RGB", (3 * step + gap, 3 * step + gap), (255, 255, 255))
+    for i, cell in enumerate(cells):
+        sheet.paste(cell, (gap + step * (i % 3), gap + step * (i // 3)))
+    return sheet
+
+
 def attacked(spec: str, image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """As by `ringmark attack`."""
     return apply(spec, image, int(rng.integers(1 << 31)))
 
 
-CHANGES: dict[str, Callable[[Image.Image, np.random.Generator], Image.Image]] = {
+Change = Callable[[Image.Image, np.random.Generator], Image.Image]
+
+CHANGES: dict[str, Change] = {
     "as it is": lambda image, rng: image,
     "turned by 1 to 359°": turned,
     "cropped to half the area": partial(attacked, "crop:0.5"),
@@ -84,34 +112,36 @@ CHANGES: dict[str, Callable[[Image.Image, np.random.Generator], Image.Image]] = 
     "mirrored": lambda image, rng: ImageOps.mirror(image),
     "one side stretched by up to 10 %": stretched,
     "turned by -20° and cropped to 3/4": partial(attacked, "rotation:-20+crop:0.75"),
+    "in a screenshot": in_screenshot,
 }
+SHEET = "on a contact sheet"
 
 
-def changed(name: str, images: Tensor, seed: int) -> Tensor:
-    """The images (N, 3, H, W) after one of CHANGES, each with its own generator."""
-    number = list(CHANGES).index(name)
-    rngs = [np.random.default_rng([seed, number, i]) for i in range(len(images))]
-    after = [CHANGES[name](from_array(x.numpy()), rng) for x, rng in zip(images, rngs, strict=True)]
+def changed(change: Change, images: Tensor, seed: list[int]) -> Tensor:
+    """The images (N, 3, H, W) after a change, each with its own generator."""
+    rngs = [np.random.default_rng([*seed, i]) for i in range(len(images))]
+    after = [change(from_array(x.numpy()), rng) for x, rng in zip(images, rngs, strict=True)]
     return torch.stack([torch.from_numpy(to_array(x)) for x in after])
 
 
-def samples_of(images: Tensor) -> list[Sample]:
-    return [Sample(str(i), from_array(x.numpy())) for i, x in enumerate(images)]
+def views_of(sizes_of: SizesOf, images: Tensor) -> list[list[Sample]]:
+    return [samples_of(from_array(x.numpy()), sizes_of, id=str(i)) for i, x in enumerate(images)]
 
 
 def ordinary(verifier: Verifier, images: Tensor) -> dict[str, Tensor]:
     """p and processor time (B,) of the ordinary test for one key."""
     started = time.process_time()
-    p = [judged.best.p_value for judged in verifier.scan([[sample] for sample in samples_of(images)], len(images))]
+    p = [judged.best.p_value for judged in verifier.scan(views_of(verifier.sizes_of, images), len(images))]
     seconds = (time.process_time() - started) / len(images)
     return {"p": torch.tensor(p, dtype=torch.float64), "seconds": torch.full((len(p),), seconds)}
 
 
-def searched(search: Search, bench: Bench, keys: Sequence[Key], images: Tensor) -> dict[str, Tensor]:
+def searched(search: Search, verifier: Verifier, keys: Sequence[Key], images: Tensor) -> dict[str, Tensor]:
     """p (B, K) of the search for each key, not corrected for their number, and processor time and calls (B,)."""
-    schemes = {key.fingerprint: scheme_of(key) for key in keys}
+    schemes, model = {key.fingerprint: scheme_of(key) for key in keys}, verifier.recoverer.model
     started = time.process_time()
-    found = search(bench.model, schemes, samples_of(images), batch=len(images))
+    samples = [views[0] for views in views_of(lambda _: WithParts([model.image_size]), images)]
+    found = search(model, schemes, samples, batch=len(images))
     seconds = (time.process_time() - started) / len(images)
     p = torch.tensor([[fit.p_value for fit in row] for row in found], dtype=torch.float64)
     calls = torch.tensor([float(row[0].calls) for row in found])
@@ -186,19 +216,18 @@ def main(bench: Bench, marked: Path, key: Path, unmarked: Path, key_count: int) 
     search, number = Search(), bench.number or None
     (own,) = load_ring([key]).values()
     verifier = Verifier(bench.recoverer, [own], calibration=bench.calibration)
-    images, rows = pictures_in(marked, bench, number), []
-    for name in CHANGES:
-        after = changed(name, images, bench.seed)
-        one = bench.batches(
-            ["ordinary", own.fingerprint, verifier.settings()], partial(ordinary, verifier), after, name=name
-        )
-        look = partial(searched, search, bench, [own])
+    images, plain, rows = pictures_in(marked, bench, number), pictures_in(unmarked, bench, number), []
+    others = [from_array(x.numpy()) for x in pictures_in(unmarked, bench, 8)]
+    for i, (name, change) in enumerate((CHANGES | {SHEET: partial(on_sheet, others)}).items()):
+        after = changed(change, images, [bench.seed, i])
+        settings = ["ordinary", own.fingerprint, verifier.settings()]
+        one = bench.batches(settings, partial(ordinary, verifier), after, name=name)
+        look = partial(searched, search, verifier, [own])
         other = bench.batches(["search", search, own.fingerprint], look, after, name=f"{name}, search")
         rows.append(row(name, one, other))
         click.echo(summary(rows[-1]))
     keys = [bench.key(seed=[bench.seed, i]) for i in range(key_count)]
-    look, plain = partial(searched, search, bench, keys), pictures_in(unmarked, bench, number)
-    names = [each.fingerprint for each in keys]
+    look, names = partial(searched, search, verifier, keys), [each.fingerprint for each in keys]
     false = false_row(bench.batches(["search", search, *names], look, plain, name="unmarked"), bench.seed)
     click.echo("  ".join(f"{name} {value:.4g}" for name, value in false.items()))
     bench.write(rows, figure_of(rows), false=false, search=repr(search), alpha=ALPHA)

@@ -322,7 +322,7 @@ detection_options = grouped(
         "--search",
         is_flag=True,
         help="Also search images in which no key is found for rotation, cropping, enlargement, mirroring, stretching "
-        "and shifts.",
+        "and shifts, and for pictures within them, as in a screenshot.",
     ),
     click.option(
         "--size",

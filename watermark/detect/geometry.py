@@ -17,7 +17,7 @@ from torch.nn import functional
 
 __all__ = ["IDENTITY", "Candidate", "Grid", "Group", "all_shifts", "phases", "read", "shifts_of", "spectrum", "undo"]
 
-FAMILIES = 5
+FAMILIES = 6
 FINENESS = 4  # how much finer than the transform the spectrum is sampled before it is interpolated
 
 
@@ -155,7 +155,8 @@ class Grid:
     Read from the picture as it is, and from its mirror image, are: the picture itself and upside down, at all shifts;
     enlarged, by the first `enlarged` powers of `scale`; stretched, its sides enlarged by different powers of the lower
     half of these, at most `stretched` apart. Read from the picture turned back by `anchors` angles, and by others in
-    between, `spacing` degrees apart, are: turned; turned and enlarged, by the lower half of the powers.
+    between, `spacing` degrees apart, are: turned; turned and enlarged, by the lower half of the powers. Pictures within
+    the picture, as they are, are the sixth family.
 
     With the defaults, a mark with radii up to 9 keeps nine tenths of its cosine between candidates. Larger radii need
     angles about 20°/radius apart.
@@ -200,6 +201,10 @@ class Grid:
         groups = [Group([Candidate(0, scale)], s) for scale, s in zip(scales, shifts, strict=True)]
         return [*_family(groups[:1], angles), *_family(groups[1:], angles)]
 
+    def within(self, size: tuple[int, int], parts: int) -> list[Group]:
+        """What is read from latents of this size (h, w) of one of so many pictures within the picture."""
+        return _family([Group([IDENTITY], shifts_of(IDENTITY, size, factor=self.factor))], parts)
+
     def around(self, groups: Sequence[Group]) -> list[Group]:
         """The same at each of the angles that are read from one turn."""
         rests = self.rests
@@ -219,7 +224,7 @@ def _and_mirrored(candidates: Sequence[Candidate]) -> list[Candidate]:
     return [each._replace(mirrored=mirrored) for each in candidates for mirrored in (False, True)]
 
 
-def _family(groups: Sequence[Group], angles: int = 1) -> list[Group]:
-    """Groups that share a level, at this number of angles."""
-    tests = FAMILIES * angles * sum(len(group.candidates) * len(group.shifts) for group in groups)
+def _family(groups: Sequence[Group], copies: int = 1) -> list[Group]:
+    """Groups that share a level, each read so many times."""
+    tests = FAMILIES * copies * sum(len(group.candidates) * len(group.shifts) for group in groups)
     return [replace(group, tests=tests) for group in groups]

@@ -2,9 +2,9 @@
 
 Cropping, mirroring, enlarging and stretching are searched in noise recovered from the picture as it is, because the
 networks nearly commute with them. They do not commute with rotation, so the picture is turned back by every angle
-between `anchors` and encoded; smaller angles are read from these latents. A few network calls on the `dear` angles that
-fit best, and on the picture as it is, choose one of them, and if that is promising, its noise is recovered in more
-steps and decides.
+between `anchors` and encoded; smaller angles are read from these latents. Pictures within the picture are encoded too.
+A few network calls on the picture as it is, and on the angles and the pictures within that fit best, choose one of
+them, and if that is promising, its noise is recovered in more steps and decides.
 
 **p holds whatever the picture.** Let F be the waves that were read, scaled to unit power on each ring, and K those of
 the key. A key's values are drawn independently of each other and of all pictures that do not carry it, so the direction
@@ -48,9 +48,10 @@ BLOCK = 128  # keys at a time
 class Found:
     """The best fit of one key in one picture.
 
-    `score` is the cosine at `candidate` and `shift` (latent pixels right and down, after the candidate is undone).
-    `log10_p` is corrected for the number of `tests` but not for the number of keys; it is 0 if nothing was promising.
-    `calls` is the number of network calls for the picture, shared by all keys; `seconds` is the time of the search.
+    `score` is the cosine at `candidate` and `shift` (latent pixels right and down, after the candidate is undone), in a
+    picture `within` the sample or in the sample itself. `log10_p` is corrected for the number of `tests` but not for
+    the number of keys; it is 0 if nothing was promising. `calls` is the number of network calls for the sample, shared
+    by all keys; `seconds` is the time of the search.
     """
 
     sample_id: str
@@ -59,9 +60,10 @@ class Found:
     log10_p: float
     candidate: Candidate
     shift: tuple[float, float]
-    tests: float
+    tests: int
     calls: int
     seconds: float
+    within: bool = False
 
     @property
     def p_value(self) -> float:
@@ -72,7 +74,8 @@ class Found:
     def note(self) -> str:
         """The transformation found: 'found by the search: rotated by 75°, enlarged 1.27 times'."""
         right, down = self.shift
-        changes = [self.candidate.note] if self.candidate.note else []
+        changes = ["a picture within this one"] if self.within else []
+        changes += [self.candidate.note] if self.candidate.note else []
         changes += [f"noise shifted {down:g} down and {right:g} right"] if any(self.shift) else []
         return "found by the search: " + (", ".join(changes) or "unchanged")
 
@@ -83,7 +86,8 @@ class Search:
 
     A picture costs `grid.anchors` + 1 + `dear` passes of the encoder and (1 + `dear`) · `few` network calls, and
     `steps` more, with another pass, if the best fit after these is promising: if its corrected log₁₀ p is at most
-    `limit`. By default `inverter` is the encoder alone: no latent decodes to a rotated or cropped picture.
+    `limit`. Of the pictures within it, each is encoded, and `dear` cost another pass and `few` calls each. By default
+    `inverter` is the encoder alone: no latent decodes to a rotated or cropped picture.
     """
 
     grid: Grid = field(default_factory=Grid)
@@ -109,11 +113,15 @@ class Search:
 
 
 class View(NamedTuple):
-    """A picture (3, H, W) that was turned back by `angle` degrees, and the `groups` that are read from its noise."""
+    """A picture (3, H, W), by how many degrees it was turned back, and the groups that are read from its noise.
+
+    `within` says that it was cut out of the sample.
+    """
 
     image: Tensor
     angle: float
     groups: list[Group]
+    within: bool = False
 
 
 class Tested(NamedTuple):
@@ -132,6 +140,7 @@ class Fit(NamedTuple):
     candidate: Candidate
     shift: tuple[float, float]
     tests: int
+    within: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +192,11 @@ class _Look:
         from ringmark.data.images import to_array
 
         started, search = time.perf_counter(), self.search
-        rows = [self._views(torch.from_numpy(to_array(sample.image))) for sample in samples]
+        rows = [
+            self._views(torch.from_numpy(to_array(sample.image)))
+            + self._cut_out([torch.from_numpy(to_array(part)) for part in sample.parts])
+            for sample in samples
+        ]
         fits = iter(self._fits([view for views in rows for view in views], search.few))
         chosen = [min([(next(fits), view) for view in views], key=_least) for views in rows]
         limit = search.limit - math.log10(len(self.schemes))
@@ -209,6 +222,15 @@ class _Look:
         angles = self._promising(self._noise(self._turned(image, self.search.grid.turns), 0))
         turned = zip(self._turned(image, angles), angles, strict=True)
         return [View(image, 0.0, self._upright), *(View(x, angle, self._at_one) for x, angle in turned)]
+
+    def _cut_out(self, parts: list[Tensor]) -> list[View]:
+        """The `dear` of the pictures (3, H, W) within a sample whose latents fit any key best."""
+        groups = self.search.grid.within(self._size, len(parts))
+        if len(parts) > self.search.dear:
+            noise = self._noise(torch.stack(parts), 0)
+            best = [t.log10_p.min((1, 2)) for keys in self._kinds for t in keys.tested(noise, groups)]
+            parts = [parts[i] for i in np.argsort(np.min(best, 0))[: self.search.dear]]
+        return [View(part, 0.0, groups, within=True) for part in parts]
 
     def _turned(self, image: Tensor, angles: Sequence[float]) -> Tensor:
         """The image turned back by each of these angles (V, 3, H, W)."""
@@ -296,6 +318,7 @@ def _best(view: View, tested: Sequence[Tested], k: int) -> Fit:
         candidate=candidate._replace(angle=candidate.angle + view.angle),
         shift=(right, down),
         tests=group.tests,
+        within=view.within,
     )
 
 

@@ -110,10 +110,16 @@ class Verifier:
         return self._stages(_size_of(judged.sample))[judged.stage].trying(judged.tests)
 
     def sizes_of(self, picture: Size) -> tuple[Size, ...]:
-        """The sizes (H, W) at which a picture of this size is tried, of which every key fits each; at least one."""
+        """The sizes (H, W) at which a picture of this size is tried, of which every key fits each; at least one.
+
+        If pictures are searched, they are `WithParts`.
+        """
+        from ringmark.data.images import WithParts
+
         model = self.recoverer.model
         fitting = [size for size in self.sizes or candidate_sizes(picture, model) if self._fits(size)]
-        return tuple(fitting) or (model.image_size,)
+        sizes = fitting or [model.image_size]
+        return WithParts(sizes) if self.search else tuple(sizes)
 
     def _fits(self, size: Size) -> bool:
         try:
