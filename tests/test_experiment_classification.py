@@ -72,7 +72,7 @@ def test_small_setting(experiment, tmp_path):
         assert (table.sum(1) == 1).all() and np.trace(table) == row["correct"] and row["of"] == 3
         assert row["low"] <= row["share"] <= row["high"]
     correct = {(r["statistic"], r["method"]): r["correct"] for r in found["rows"]}
-    assert correct["whitened cosine", "ours"] == 3  # a whole mark in a good channel
+    assert correct["whitened cosine", "Anderson"] == 3  # a whole mark in a good channel
     for pair in found["pairs"]:
         gain = correct[pair["statistic"], pair["one"]] - correct[pair["statistic"], pair["other"]]
         assert pair["only one right"] - pair["only other right"] == gain

@@ -73,7 +73,7 @@ def inverters(its: int) -> dict[str, Inverter]:
         "encoder": Inverter.named("encoder"),
         f"gradient, {its}": Inverter.named("gradient", its),
         f"paper's Adam, {its}": Inverter.named("adam", its),
-        "ours": Inverter.named("anderson"),
+        "Anderson": Inverter.named("anderson"),
         "operator": Inverter.named("operator"),
     }
 
