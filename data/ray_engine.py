@@ -43,6 +43,7 @@ QUIET = {
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # Ray would print to stdout that processes have ended
 }
 QUEUED = 2  # groups that an actor holds: one in work, and the next
+PATIENCE = 30.0  # seconds until it is seen whether Ray still runs here, where it would be waited for without end
 SIZES = 4096  # of pictures, remembered
 
 Size = tuple[int, int]
@@ -74,7 +75,8 @@ class Ray:
 
     Raises EngineError, on entry: engine.unreachable for a cluster that cannot be joined, engine.no-cores for one with
     fewer cores than an actor needs; later: engine.settings if the judge of an actor has
-    other settings than this one, engine.crash if actors die before they have loaded theirs.
+    other settings than this one, engine.crash if actors die before they have loaded theirs, engine.lost if this
+    machine's part of Ray has ended.
     """
 
     def __init__(
@@ -188,8 +190,7 @@ class Ray:
             waiting = {actor.awaited: actor for actor in self._actors if actor.awaited is not None}
             if len(waiting) < self._number and not any(actor.queue for actor in self._actors):
                 return  # one has nothing to do, the others have only started
-            (ready, *_), _ = self._ray.wait(list(waiting))
-            yield from self._finish(waiting[ready], again)
+            yield from self._finish(waiting[self._first(list(waiting))], again)
 
     def _fill(
         self, actor: _Actor, length: int, again: deque[_Group], groups: Iterator[_Group]
@@ -250,10 +251,20 @@ class Ray:
         handle = kind.remote(self._remake, os.getcwd())
         return _Actor(handle, starting=handle.settings.remote())
 
+    def _first(self, references: list[Any]) -> Any:
+        """The first of the references that has a value. Raises EngineError if this machine's part of Ray has ended."""
+        while True:
+            ready, _ = self._ray.wait(references, timeout=PATIENCE)
+            if ready:
+                return ready[0]
+            here = self._ray.get_runtime_context().get_node_id()
+            if not any(node["Alive"] for node in self._ray.nodes() if node["NodeID"] == here):
+                raise EngineError("engine.lost", "has ended on this machine", subject="Ray")
+
     def _get(self, reference: Any) -> Any:
         """The value of a reference; an error that a task has raised is raised here as it was there."""
         try:
-            return self._ray.get(reference)
+            return self._ray.get(self._first([reference]))
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause from None
 

@@ -171,6 +171,7 @@ REMEDIES: dict[str, str] = {
     "engine.no-cores": "lower --ray-cores",
     "engine.settings": "give --device and --dtype, and the same files on all machines",
     "engine.crash": "see whether a machine's memory holds the model once for each process; raise --ray-cores for fewer",
+    "engine.lost": "start it again, and run the same command to resume",
     "engine.model": "give its name",
     # The service
     "service.not-installed": 'install what it needs with: pip install "ringmark[serve]"',
