@@ -267,6 +267,10 @@ class Ray:
             return self._ray.get(self._first([reference]))
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause from None
+        except self._died:
+            raise
+        except self._ray.exceptions.RayError as error:
+            raise EngineError("engine.lost", f"has ended ({type(error).__name__})", subject="Ray") from error
 
 
 @dataclass(frozen=True)

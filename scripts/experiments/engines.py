@@ -1,4 +1,4 @@
-"""The Ray engine: its records while workers and drivers are killed, its overhead, and two workers against one.
+"""The Ray engine: records while its processes are killed, overhead, and two workers against one.
 
     python -m scripts.experiments engines -o build/engines             # 10 minutes
     python -m scripts.experiments engines -o build/small -n 60 --kills 2 --drivers 1

@@ -1,4 +1,4 @@
-"""A billion pictures, computed: cost, bytes and memory, false accusations, and what Benjamini and Hochberg leave.
+"""A billion pictures, computed: cost, bytes, memory, false accusations, and false discovery rates.
 
     python -m scripts.experiments scale -o build/scale                 # 1 minute
     python -m scripts.experiments scale -o build/small --pictures 1000000 --runs 2
