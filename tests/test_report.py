@@ -66,6 +66,8 @@ SETTINGS = {
     "steps": 2,
     "guidance": 1.0,
     "seed": 0,
+    "marked": None,
+    "unmarked": None,
     "images": "drawn",
     "calibrations": {"encoder": None, "operator": "abcd"},
     "calibration_unfit": {"encoder": "made with other steps"},
@@ -127,6 +129,14 @@ def test_gains_are_in_every_table(tmp_path) -> None:
 
 
 @pytest.mark.slow
+def test_a_report_names_the_drawing_where_images_were_drawn(tmp_path) -> None:
+    write_tables(evaluation(), tmp_path / "drawn")
+    given = replace(evaluation(), settings=SETTINGS | {"marked": "marked", "unmarked": "unmarked"})
+    write_tables(given, tmp_path / "given")
+    told = [("guidance 1, seed 0" in (tmp_path / name / "evaluation.md").read_text()) for name in ("drawn", "given")]
+    assert told == [True, False]
+
+
 def test_files_say_whose_they_are(tmp_path) -> None:
     write_tables(evaluation(), tmp_path)
     write_plots(evaluation(), tmp_path)

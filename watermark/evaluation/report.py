@@ -120,9 +120,11 @@ def _preamble(evaluation: Evaluation, rows: Sequence[Row]) -> list[str]:
     settings = evaluation.settings
     calibrations = ", ".join(f"{method} {name or NONE}" for method, name in settings["calibrations"].items())
     unfit = "".join(f" {method}: {reason}." for method, reason in settings["calibration_unfit"].items())
+    given = settings["marked"] and settings["unmarked"]
+    drawing = "" if given else f", guidance {settings['guidance']:g}, seed {settings['seed']}"
     return [
-        f"Model {settings['model']['name']}, {settings['steps']} DDIM steps, guidance {settings['guidance']:g}, "
-        f"seed {settings['seed']}; {_numbers(rows)}; {settings['images']}.",
+        f"Model {settings['model']['name']}, {settings['steps']} steps{drawing}; {_numbers(rows)}; "
+        f"{settings['images']}.",
         f"Calibrations: {calibrations}; {NONE} means the model's own null.{unfit}",
         f"Files that could not be used: {len(evaluation.refused)}. Intervals are 95 %: DeLong's for the AUC, "
         "Clopper-Pearson's for rates. An image that shows nothing (one flat colour) ranks below all others. "
