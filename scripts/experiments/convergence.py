@@ -262,6 +262,8 @@ def scatter(ax: Axes, path: Walk, title: str, rho: float | None, steps: int) -> 
     ax.set(xlabel=f"minimum cocoercivity, k < {at}", ylabel=f"‖z$_{{{at}}}$ − z$_{{{steps}}}$‖ (latent units)")
     if lowest[fine].min() < -5:  # a few images far below 0
         ax.set_xscale("symlog", linthresh=1)
+    else:
+        ax.locator_params(axis="x", nbins=4)  # long numbers would collide
     if far[fine].max() > 20 * far[fine].min() > 0:
         ax.set_yscale("log")
     else:
