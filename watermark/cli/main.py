@@ -15,6 +15,7 @@ import click
 
 from ringmark.errors import MarkWarning, RingmarkError
 from ringmark.watermark.cli.commands.attack import attack
+from ringmark.watermark.cli.commands.audit import audit, reaudit
 from ringmark.watermark.cli.commands.calibrate import calibrate
 from ringmark.watermark.cli.commands.demo import demo
 from ringmark.watermark.cli.commands.draw import generate, noise
@@ -23,7 +24,7 @@ from ringmark.watermark.cli.commands.info import info, invert
 from ringmark.watermark.cli.commands.keys import keygen, keys
 from ringmark.watermark.cli.commands.report import report
 from ringmark.watermark.cli.commands.serve import serve, token
-from ringmark.watermark.cli.commands.verify import audit, reaudit, verify
+from ringmark.watermark.cli.commands.verify import verify
 from ringmark.watermark.cli.options import EXIT_INTERRUPTED, EXIT_PIPE, EXIT_USAGE, warn
 from ringmark.watermark.cli.remedies import explained, explained_system_error
 
