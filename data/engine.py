@@ -25,7 +25,7 @@ from ringmark.errors import ImageError
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["Engine", "Finding", "Judge", "Local", "Picture", "chunks", "kind_of", "views_of"]
+__all__ = ["Engine", "Finding", "Judge", "Local", "ReadItem", "chunks", "kind_of", "views_of"]
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ class Judge(Protocol):
 
 
 @dataclass(frozen=True)
-class Picture:
+class ReadItem:
     """An item that has been read: a digest of its pixels, or the error, or nothing if it was skipped.
 
     Pictures of one `kind` can share a batch. `views` are the engine's own.
@@ -63,10 +63,10 @@ class Picture:
 class Engine(Protocol):
     """Reads and judges pictures, to be used in a `with` block."""
 
-    def read(self, items: Iterable[Item], skip: Callable[[Item], bool], /) -> Iterator[Picture]:
+    def read(self, items: Iterable[Item], skip: Callable[[Item], bool], /) -> Iterator[ReadItem]:
         """Each item as it was read; those that need not be read are skipped."""
 
-    def judge(self, pictures: Iterable[Picture | None], /) -> Iterator[list[tuple[Picture, Finding | ImageError]]]:
+    def judge(self, pictures: Iterable[ReadItem | None], /) -> Iterator[list[tuple[ReadItem, Finding | ImageError]]]:
         """What is found in each picture that was read, in groups as they are finished; at None an empty group."""
 
     def __enter__(self) -> Engine: ...
@@ -82,20 +82,20 @@ class Local:
     def __init__(self, judge: Judge, *, batch: int, workers: int) -> None:
         self._judge, self._batch, self._workers = judge, batch, workers
 
-    def read(self, items: Iterable[Item], skip: Callable[[Item], bool]) -> Iterator[Picture]:
+    def read(self, items: Iterable[Item], skip: Callable[[Item], bool]) -> Iterator[ReadItem]:
         def attempt(item: Item) -> list[Sample] | ImageError | None:
             return None if skip(item) else views_of(self._judge.sizes_of, item)
 
         for item, views in ahead(attempt, items, self._workers, 2 * self._batch):
             if views is None:
-                yield Picture(item, skipped=True)
+                yield ReadItem(item, skipped=True)
             elif isinstance(views, ImageError):
-                yield Picture(item, error=views)
+                yield ReadItem(item, error=views)
             else:
-                yield Picture(item, content=views[0].content, kind=kind_of(views), views=views)
+                yield ReadItem(item, content=views[0].content, kind=kind_of(views), views=views)
 
-    def judge(self, pictures: Iterable[Picture | None]) -> Iterator[list[tuple[Picture, Finding | ImageError]]]:
-        def found(group: list[Picture]) -> list[tuple[Picture, Finding | ImageError]]:
+    def judge(self, pictures: Iterable[ReadItem | None]) -> Iterator[list[tuple[ReadItem, Finding | ImageError]]]:
+        def found(group: list[ReadItem]) -> list[tuple[ReadItem, Finding | ImageError]]:
             return list(zip(group, self._judge([picture.views for picture in group]), strict=True))
 
         return finished(pictures, attrgetter("kind"), found, self._batch)

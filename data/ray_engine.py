@@ -25,7 +25,7 @@ from operator import attrgetter
 from typing import Any, TypeAlias
 
 from ringmark.data.batches import batches
-from ringmark.data.engine import Finding, Judge, Picture, chunks, kind_of, views_of
+from ringmark.data.engine import Finding, Judge, ReadItem, chunks, kind_of, views_of
 from ringmark.data.images import Sample
 from ringmark.data.items import Item
 from ringmark.data.lines import Record
@@ -122,7 +122,7 @@ class Ray:
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
-    def read(self, items: Iterable[Item], skip: Callable[[Item], bool]) -> Iterator[Picture]:
+    def read(self, items: Iterable[Item], skip: Callable[[Item], bool]) -> Iterator[ReadItem]:
         """Each item as it was read, block by block, those that are skipped first."""
         blocks, window = chunks(items, self._batch), deque[tuple[list[Item], _Block | None]]()
         while True:
@@ -133,7 +133,7 @@ class Ray:
             if not window:
                 return
             skipped, read = window.popleft()
-            yield from (Picture(item, skipped=True) for item in skipped)
+            yield from (ReadItem(item, skipped=True) for item in skipped)
             if read:
                 yield from self._pictures(read)
 
@@ -142,13 +142,13 @@ class Ray:
         reader = self._reader.options(max_retries=1 if len(items) > 1 else TRIES - 1)
         return _Block(items, *reader.remote(items, self._sizes, os.getcwd()))
 
-    def _pictures(self, block: _Block) -> Iterator[Picture]:
+    def _pictures(self, block: _Block) -> Iterator[ReadItem]:
         """The pictures of a block, which is read again if that needs other sizes or, one by one, if it crashed."""
         try:
             seen: list[Seen] = self._get(block.seen)
         except self._died:
             if len(block.items) == 1:
-                yield Picture(block.items[0], error=_crash(block.items[0], "read"))
+                yield ReadItem(block.items[0], error=_crash(block.items[0], "read"))
                 return
             for item in block.items:
                 yield from self._pictures(self._submit([item]))
@@ -159,9 +159,9 @@ class Ray:
             return
         for row, (item, each) in enumerate(zip(block.items, seen, strict=True)):
             if isinstance(each, ImageError):
-                yield Picture(item, error=each)
+                yield ReadItem(item, error=each)
             elif isinstance(each, tuple):
-                yield Picture(item, content=each[0], kind=each[1], views=(block.views, row))
+                yield ReadItem(item, content=each[0], kind=each[1], views=(block.views, row))
 
     def _learn(self, unknown: set[Size]) -> None:
         """Find out at which sizes pictures of these sizes are tried; forget the oldest of too many."""
@@ -171,7 +171,7 @@ class Ray:
 
     # -- judging ------------------------------------------------------------------------------------------------------
 
-    def judge(self, pictures: Iterable[Picture | None]) -> Iterator[list[tuple[Picture, Finding | ImageError]]]:
+    def judge(self, pictures: Iterable[ReadItem | None]) -> Iterator[list[tuple[ReadItem, Finding | ImageError]]]:
         """What is found in each picture, in groups as they are finished; at None an empty group."""
         groups = map(_Group.of, batches(pictures, attrgetter("kind"), self._batch))
         again = deque[_Group]()
@@ -194,7 +194,7 @@ class Ray:
 
     def _fill(
         self, actor: _Actor, length: int, again: deque[_Group], groups: Iterator[_Group]
-    ) -> Iterator[list[tuple[Picture, Finding | ImageError]]]:
+    ) -> Iterator[list[tuple[ReadItem, Finding | ImageError]]]:
         """Give an actor that has started and holds so many groups the next one."""
         while actor.starting is None and len(actor.queue) == length:
             group = again.popleft() if again else next(groups, None)
@@ -210,7 +210,7 @@ class Ray:
         rows = [(blocks.index(block), row) for block, row in (picture.views for picture in group.pictures)]
         return actor.handle.find.remote(rows, *blocks)
 
-    def _finish(self, actor: _Actor, again: deque[_Group]) -> Iterator[list[tuple[Picture, Finding | ImageError]]]:
+    def _finish(self, actor: _Actor, again: deque[_Group]) -> Iterator[list[tuple[ReadItem, Finding | ImageError]]]:
         """What an actor has finished: its start, a group, or itself."""
         try:
             found = self._get(actor.awaited)
@@ -227,7 +227,7 @@ class Ray:
         _, group = actor.queue.popleft()
         yield list(zip(group.pictures, found, strict=True))
 
-    def _replace(self, actor: _Actor, again: deque[_Group]) -> Iterator[list[tuple[Picture, Finding | ImageError]]]:
+    def _replace(self, actor: _Actor, again: deque[_Group]) -> Iterator[list[tuple[ReadItem, Finding | ImageError]]]:
         """Start another actor for one that has died; of its groups only that in work can be the reason."""
         LOG.info("a process that tests pictures has ended; another one is started")
         if actor.starting is not None:
@@ -286,11 +286,11 @@ class _Block:
 class _Group:
     """Pictures that are judged together, and how many processes have died over them."""
 
-    pictures: list[Picture]
+    pictures: list[ReadItem]
     tries: int = 0
 
     @classmethod
-    def of(cls, numbered: list[tuple[int, Picture]]) -> _Group:
+    def of(cls, numbered: list[tuple[int, ReadItem]]) -> _Group:
         return cls([picture for _, picture in numbered])
 
 

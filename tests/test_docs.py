@@ -113,11 +113,15 @@ def test_the_queries_of_the_page_on_scale_find_the_marked_picture(tmp_path, monk
     prepare_picture(tmp_path)
     monkeypatch.chdir(tmp_path)
     args = ["audit", "pictures", "--key", "my.key", "-o", "results.parquet", "--method", "encoder", "--steps", "1"]
+    assert CliRunner().invoke(main, [*args, "--keep-noise"]).exit_code == 0
+    args = ["reaudit", "results.parquet", "--key", "my.key", "-o", "again.parquet", "--table", "keys.parquet"]
     assert CliRunner().invoke(main, args).exit_code == 0
     text = (DOCS / "howto" / "scale.md").read_text(encoding="utf-8")
-    [query] = re.findall(r"```sql\n(.*?)```", text, re.DOTALL)
-    [(name, _, log10_p)] = duckdb.sql(query).fetchall()
+    of_table, of_results = re.findall(r"```sql\n(.*?)```", text, re.DOTALL)
+    [(name, _, log10_p)] = duckdb.sql(of_results).fetchall()
     assert (tmp_path / "pictures" / name).exists() and log10_p < -3
+    [(_, images, _)] = duckdb.sql(of_table).fetchall()
+    assert images == 1
     names: dict[str, Any] = {}
     for block in python_blocks(DOCS / "howto" / "scale.md"):
         exec(compile(block, "scale.md", "exec"), names)

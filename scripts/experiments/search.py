@@ -192,7 +192,7 @@ def figure_of(rows: list[dict]) -> Figure:
         axis.bar(x, *columns(rows, names[0]), 0.28, color=colour, label=f"{way} the search")
         intervals(axis, x, rows, *names, fmt="none", ecolor="black", capsize=3)
     axis.set(ylabel=f"marked images found at p ≤ {ALPHA:g}", ylim=(0, 1.03))
-    axis.set_xticks(range(len(rows)), [r["change"] for r in rows], fontsize=8, rotation=20)
+    axis.set_xticks(range(len(rows)), [r["change"] for r in rows], fontsize=8, rotation=20, ha="right")
     legend_below(figure, 2)
     return figure
 

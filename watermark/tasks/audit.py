@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ringmark.data.engine import Engine, Finding, Local, Picture
+from ringmark.data.engine import Engine, Finding, Local, ReadItem
 from ringmark.data.images import Sample
 from ringmark.data.items import Item, items_of, listed_items
 from ringmark.data.locations import public
@@ -304,7 +304,7 @@ class _Run:
         """Whether the record of a picture is up to date."""
         return item.id in self.store.done and item.stamp.items() <= self.store.records[item.id].items()
 
-    def _unless_known(self, picture: Picture) -> Picture | None:
+    def _unless_known(self, picture: ReadItem) -> ReadItem | None:
         """The picture, or None if it need not be judged."""
         item = picture.item
         if picture.skipped:
@@ -320,7 +320,7 @@ class _Run:
             return picture
         return None
 
-    def _stored(self, group: list[tuple[Picture, Finding | ImageError]]) -> Iterator[Record]:
+    def _stored(self, group: list[tuple[ReadItem, Finding | ImageError]]) -> Iterator[Record]:
         """Store what was found in these pictures, then the same of equal pictures that wait for it."""
         found = [(picture.item, *finding) for picture, finding in group if not isinstance(finding, ImageError)]
         records = [record | item.stamp for item, record, _ in found]
