@@ -60,3 +60,7 @@ def test_one_step_draws_a_picture(pipe, noise):
 def test_it_is_small_and_holds_no_pickle():
     assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 12.96e6  # 13 MB with the folders
     assert not [f for f in FOLDER.rglob("*") if f.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
+
+
+def test_its_configs_name_no_folder_that_parts_came_from():
+    assert not [f for f in FOLDER.glob("*/config.json") if "_name_or_path" in f.read_text(encoding="utf-8")]
