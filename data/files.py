@@ -13,7 +13,8 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
@@ -31,6 +32,7 @@ __all__ = [
     "read_tensors",
     "refuse_existing",
     "refuse_foreign",
+    "replacing",
     "tensors_in",
     "write_atomic",
 ]
@@ -65,11 +67,19 @@ DTYPES = {
 
 
 def write_atomic(path: PathLike, content: str | bytes, mode: int = 0o644) -> None:
-    """Write a file atomically: readers see the old content or the new. Text is UTF-8; the umask limits `mode`.
+    """Write a file as `replacing` does. Text is UTF-8; the umask limits `mode`."""
+    with replacing(path) as partial:
+        _write_through(partial, content.encode() if isinstance(content, str) else content, mode)
 
-    Parent folders are created. Links are followed, so the file that a link points to is replaced. The content is first
-    written to a hidden file next to the target, named by the target and the process id; such files of processes that no
-    longer run are removed. Raises OSError if the file cannot be written, and if `path` is a device, a pipe or a folder.
+
+@contextmanager
+def replacing(path: PathLike) -> Iterator[Path]:
+    """A file to write to, which replaces `path` atomically when the block ends: readers see the old content or the new.
+
+    Parent folders are created. Links are followed, so the file that a link points to is replaced. The file to write to
+    is hidden, lies next to the target, and is named by it and by the process id; it is removed if the block fails, and
+    such files of processes that no longer run are removed. Raises OSError if the file cannot be written, and if `path`
+    is a device, a pipe or a folder.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():  # as root, os.replace would swap /dev/null for a file
@@ -78,7 +88,7 @@ def write_atomic(path: PathLike, content: str | bytes, mode: int = 0o644) -> Non
     _remove_stale(target)
     partial = target.with_name(f"{_partial_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        _write_through(partial, content.encode() if isinstance(content, str) else content, mode)
+        yield partial
         os.replace(partial, target)
     except BaseException as error:
         partial.unlink(missing_ok=True)

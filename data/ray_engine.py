@@ -5,9 +5,9 @@ was read and before it is judged: equal pixels are judged once, and batches are 
 are equal to its records. The driver alone writes them, so every picture has exactly one.
 
 Tasks return what the driver has to know of a block of pictures (digests, errors) apart from the pixels, which go to the
-actors and not through the driver. A task whose process dies is repeated. If an actor dies, its groups go to
-others while a new one starts, wherever there is room. A picture that has ended `TRIES` processes when it was alone in
-them is given up.
+actors and not through the driver. A task whose process dies is repeated. If an actor dies, its groups go to others
+while a new one starts, wherever there is room. A picture that has ended `TRIES` processes when it was alone in them is
+given up.
 """
 
 from __future__ import annotations
@@ -74,9 +74,8 @@ class Ray:
     """Reads in `workers` tasks for each actor, and judges in actors, for which `remake` makes their judge.
 
     Raises EngineError, on entry: engine.unreachable for a cluster that cannot be joined, engine.no-cores for one with
-    fewer cores than an actor needs; later: engine.settings if the judge of an actor has
-    other settings than this one, engine.crash if actors die before they have loaded theirs, engine.lost if this
-    machine's part of Ray has ended.
+    fewer cores than an actor needs; later: engine.settings if the judge of an actor has other settings than this one,
+    engine.crash if actors die before they have loaded theirs, engine.lost if this machine's part of Ray has ended.
     """
 
     def __init__(

@@ -361,9 +361,10 @@ def export(pocket: Pocket, unet: UNet2DConditionModel, target: Path) -> None:
     ):
         path = target / file
         path.write_text(path.read_text().replace(old, new))
-    for path in target.glob("*/config.json"):  # where the parts were loaded from is nobody's business
-        told = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}
-        path.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
+    for path in target.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)  # the folder of this machine that the part was loaded from
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for weights in target.rglob("*.safetensors"):
         weights.chmod(0o644)
 

@@ -133,8 +133,8 @@ def test_a_report_names_the_drawing_where_images_were_drawn(tmp_path) -> None:
     write_tables(evaluation(), tmp_path / "drawn")
     given = replace(evaluation(), settings=SETTINGS | {"marked": "marked", "unmarked": "unmarked"})
     write_tables(given, tmp_path / "given")
-    told = [("guidance 1, seed 0" in (tmp_path / name / "evaluation.md").read_text()) for name in ("drawn", "given")]
-    assert told == [True, False]
+    named = [("guidance 1, seed 0" in (tmp_path / name / "evaluation.md").read_text()) for name in ("drawn", "given")]
+    assert named == [True, False]
 
 
 def test_files_say_whose_they_are(tmp_path) -> None:

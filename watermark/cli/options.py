@@ -156,8 +156,7 @@ class DetectionOptions:
 
     def loader(self, model: ModelOptions, inversion: InversionOptions) -> Callable[[], Setup]:
         """Read keys and calibration; what is returned loads the verifier, in this process or another."""
-        from ringmark.watermark.calibration import Calibration
-        from ringmark.watermark.tasks.load import load_keys, load_verifier
+        from ringmark.watermark.tasks.load import load_calibration, load_keys, load_verifier
 
         return partial(
             load_verifier,
@@ -170,7 +169,7 @@ class DetectionOptions:
             max_steps=inversion.max_steps,
             steps=inversion.steps,
             alpha=self.alpha,
-            calibration=Calibration.load(self.calibration) if self.calibration else None,
+            calibration=load_calibration(self.calibration),
             search=self.search,
             sizes=self.sizes,
             thorough=self.thorough,

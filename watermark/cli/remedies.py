@@ -69,6 +69,7 @@ REMEDIES: dict[str, str] = {
     "file.exists": "choose another name, or replace it with --force",
     "file.foreign": "choose another name, or replace it with --force",
     "table.exists": "choose another name, or remove it",
+    "table.folder": "name a file in it",
     "results.missing": "check the name of the results file",
     "results.folder": "give a results file in it",
     "results.denied": "change its permissions",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Verifier",
+    "at_best_size",
     "better",
     "built_in_calibration",
     "check_fit",

@@ -28,7 +28,7 @@ from ringmark.watermark.detect.verdict import Judged
 from ringmark.watermark.detect.verifier import Verifier
 from ringmark.watermark.statistics import ALPHA
 from ringmark.watermark.tasks.keep import keep_context
-from ringmark.watermark.tasks.load import Keys, Model, Setup, StrPath, load_keys, load_verifier
+from ringmark.watermark.tasks.load import Keys, Model, Setup, StrPath, load_calibration, load_keys, load_verifier
 from ringmark.watermark.tasks.progress import Progress
 
 __all__ = [
@@ -188,7 +188,7 @@ def audit(
         max_steps=max_steps,
         steps=steps,
         alpha=alpha,
-        calibration=Calibration.load(Path(calibration)) if isinstance(calibration, (str, os.PathLike)) else calibration,
+        calibration=load_calibration(calibration),
         search=search,
         sizes=sizes,
         thorough=thorough,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ringmark.data.files import refuse_existing, replacing
 from ringmark.data.parts import check_pyarrow
-from ringmark.errors import StoreError
 from ringmark.watermark.detect.verdict import OUTCOMES, Judged
 
 if TYPE_CHECKING:
@@ -26,19 +26,18 @@ class KeyTable:
 
     An unmarked picture has about as many rows as it went through stages, however many keys there are. The file appears
     when the `with` block ends without an error. Raises StoreError without pyarrow (results.no-pyarrow), and if the file
-    exists (table.exists).
+    exists (table.exists) or is a folder (table.folder).
     """
 
     def __init__(self, path: Path, keys: Sequence[str]) -> None:
         check_pyarrow(path)
-        if os.path.lexists(path):
-            raise StoreError("table.exists", "exists already", subject=path)
+        refuse_existing(path, room="table")
         import pyarrow as pa
 
         self._keys = pa.array(keys)
         names = [("sample_id", pa.string()), ("key", pa.dictionary(pa.int32(), pa.string())), ("present", pa.bool_())]
         self._schema = pa.schema([*names, ("log10_p", pa.float64()), ("score", pa.float64())])
-        self._path, self._partial = path, path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._path, self._stack = path, ExitStack()
         self._rows: list[tuple[Any, ...]] = []
 
     def add(self, judged: Sequence[Judged]) -> None:
@@ -63,16 +62,11 @@ class KeyTable:
     def __enter__(self) -> KeyTable:
         import pyarrow.parquet as pq
 
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = pq.ParquetWriter(self._partial, self._schema, compression="zstd")
+        partial = self._stack.enter_context(replacing(self._path))
+        self._file = self._stack.enter_context(pq.ParquetWriter(partial, self._schema, compression="zstd"))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                self._write()
-            self._file.close()
-            if kind is None:
-                os.replace(self._partial, self._path)
-        finally:
-            self._partial.unlink(missing_ok=True)
+        if kind is None:
+            self._stack.callback(self._write)
+        self._stack.__exit__(kind, error, at)

@@ -33,7 +33,7 @@ from ringmark.watermark.keys.folder import load_ring
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.statistics import ALPHA
 
-__all__ = ["Keys", "Model", "Setup", "StrPath", "load_keys", "load_model", "load_verifier"]
+__all__ = ["Keys", "Model", "Setup", "StrPath", "load_calibration", "load_keys", "load_model", "load_verifier"]
 
 LOG = logging.getLogger(__name__)
 
@@ -142,6 +142,11 @@ def load_keys(keys: Keys) -> list[Key]:
     return list({key.fingerprint: key for key in (*loaded, *(load_ring(paths).values() if paths else ()))}.values())
 
 
+def load_calibration(calibration: StrPath | Calibration | None) -> Calibration | None:
+    """The calibration, read if it is a file. Raises CalibrationError."""
+    return Calibration.load(Path(calibration)) if isinstance(calibration, (str, PathLike)) else calibration
+
+
 def load_verifier(
     keys: Keys,
     *,
@@ -170,7 +175,7 @@ def load_verifier(
     loaded = load_keys(keys)
     if not loaded:
         raise KeyFileError("key.not-given", "no key to look for")
-    given = Calibration.load(Path(calibration)) if isinstance(calibration, (str, PathLike)) else calibration
+    given = load_calibration(calibration)
     if given:
         given.check_level(alpha)
     latent_model = load_model(model, device, dtype, offload=offload, text=False) if isinstance(model, str) else model

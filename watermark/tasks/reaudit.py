@@ -47,7 +47,7 @@ def reaudit(
 
     Raises:
         StoreError: The audit kept no noise (noise.none), or its files are damaged; `results` are others; `table` exists
-            (table.exists).
+            (table.exists) or is a folder (table.folder).
         KeyFileError: A key was made for other latents, or uses frequencies that are not kept (key.reach).
     """
     if not 0 < alpha < 1:
