@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -42,8 +43,10 @@ QUIET = {
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of results that nobody asks for
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # Ray would print to stdout that processes have ended
 }
+JOINING = {"RAY_NUM_REDIS_GET_RETRIES": "1"}  # of 40 seconds; by default Ray tries for a quarter of an hour
 QUEUED = 2  # groups that an actor holds: one in work, and the next
 PATIENCE = 30.0  # seconds until it is seen whether Ray still runs here, where it would be waited for without end
+ANSWER = 10.0  # seconds in which a cluster has to accept a connection
 SIZES = 4096  # of pictures, remembered
 
 Size = tuple[int, int]
@@ -315,7 +318,7 @@ def _crash(item: Item, what: str) -> ImageError:
 
 def _connect(address: str | None) -> bool:
     """Join a cluster or start one, unless this process has done so; whether it was done here. Raises EngineError."""
-    for name, value in QUIET.items():  # which Ray reads when it is imported
+    for name, value in (QUIET | (JOINING if address else {})).items():  # which Ray reads when it is imported
         os.environ.setdefault(name, value)
     import ray
 
@@ -323,12 +326,22 @@ def _connect(address: str | None) -> bool:
         return False
     local = {"include_dashboard": False} if address is None else {}
     try:
+        if address:
+            _reach(address)
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
     except Exception as error:  # Ray raises bare ones
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         where = f"the Ray cluster at {address}" if address else "Ray"
-        raise EngineError("engine.unreachable", f"cannot be reached ({reason})", subject=where) from error
+        fact = f"cannot be reached ({reason.splitlines()[0]})"
+        raise EngineError("engine.unreachable", fact, subject=where) from error
     return True
+
+
+def _reach(address: str) -> None:
+    """Connect once to HOST:PORT, since Ray takes most of a minute to see that nothing listens. Raises OSError."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER).close()
 
 
 # -- in the processes of the cluster ----------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import socket
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ from engines import Mean, items, records_of
 from shell import refused
 
 from ringmark.data.engine import Local, chunks
-from ringmark.data.ray_engine import Cluster
+from ringmark.data.ray_engine import JOINING, QUIET, Cluster, _connect
 from ringmark.errors import EngineError, ImageError
+from ringmark.watermark.cli.remedies import explained
 
 
 def test_chunks_are_in_order_and_the_last_may_be_short():
@@ -51,3 +54,25 @@ def test_an_audit_on_ray_says_if_it_is_not_installed(tmp_path, monkeypatch):
         Cluster()
     message = refused("audit", tmp_path, "--key", "my.key", "-o", tmp_path / "r.jsonl", "--engine", "ray")
     assert message == 'Error: engine ray: ray is not installed; install it with: pip install "ringmark[ray]"'
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_cluster_that_cannot_be_reached_is_an_error_at_once(monkeypatch, scheme):
+    def unknown(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    for name in QUIET | JOINING:
+        monkeypatch.setenv(name, "1")  # so that it is not set for other tests
+    waiting = SimpleNamespace(is_initialized=lambda: False, init=lambda *_, **__: pytest.fail("Ray would wait"))
+    monkeypatch.setitem(sys.modules, "ray", waiting)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    message = (
+        f"the Ray cluster at {scheme}127.0.0.1:{port}: cannot be reached (Connection refused); check --ray-address"
+    )
+    with pytest.raises(EngineError) as caught:
+        _connect(f"{scheme}127.0.0.1:{port}")
+    assert explained(caught.value).startswith(message) and caught.value.code == "engine.unreachable"
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(EngineError, match=r"at nowhere:6379: cannot be reached \(Name or service not known\)"):
+        _connect("nowhere:6379")

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 FOLDER = Path(__file__).parent
-PLUMBING = {"__init__", "__main__", "common", "costs", "plots", "stand_in"}
+PLUMBING = {"__init__", "__main__", "common", "costs", "plots", "processes", "stand_in"}
 
 
 def summaries() -> dict[str, str]:

@@ -33,15 +33,18 @@ import psutil
 from PIL import Image
 
 from ringmark.data.engine import Engine, Local
+from ringmark.data.lines import Record
 from ringmark.data.ray_engine import Cluster, Ray
 from ringmark.data.reader import read_records
 from ringmark.data.results import Results
 from ringmark.watermark.tasks.audit import NEEDED, _Run, find_pictures
 from scripts.experiments.common import Bench, experiment, line
+from scripts.experiments.processes import Processors, sampled
 from scripts.experiments.stand_in import StandIn, same
 
 NODES, BATCH, WORKERS = 3, 8, 2
 WAITING = 0.05
+SAMPLED = 2.0  # seconds between samples of processor time
 SCRIPT = "import sys; from scripts.experiments.engines import drive; drive(*sys.argv[1:])"
 
 
@@ -64,28 +67,24 @@ def on_ray(judge: StandIn, address: str, workers: int = WORKERS) -> Ray:
     return Ray(judge, partial(same, judge), cluster=Cluster(address), batch=BATCH, workers=workers)
 
 
-def audit(engine: Engine, folder: Path, results: Path) -> dict[str, float]:
-    """Audit a folder; milliseconds a picture after the first quarter, of the clock and of all processors."""
+def audit(
+    engine: Engine, folder: Path, results: Path, settings: Record | None = None, batch: int = BATCH
+) -> dict[str, float]:
+    """Audit a folder; milliseconds a picture after the first quarter, of the clock and of all processors.
+
+    The quarter ends with a batch, because the records of a batch come at once.
+    """
     times: list[tuple[float, float]] = []
     pictures = find_pictures([folder])
     assert pictures.total
-    settings = StandIn().settings()
-    with Results(results, settings, fields=NEEDED) as store, engine:
-        first = pictures.total // 4
-        for number, _ in enumerate(_Run(engine, store, keep_noise=False).records(pictures.items)):
-            if number in (first, pictures.total - 1):
-                times.append((time.perf_counter(), processor()))
-    clock, cpu = np.subtract(times[-1], times[0]) / (pictures.total - 1 - first)
+    first = max(1, pictures.total // 4 // batch) * batch
+    used, store = Processors(), Results(results, settings or StandIn().settings(), fields=NEEDED)
+    with store, engine, sampled(used.seconds, SAMPLED):
+        for number, _ in enumerate(_Run(engine, store, keep_noise=False).records(pictures.items), 1):
+            if number in (first, pictures.total):
+                times.append((time.perf_counter(), used.seconds()))
+    clock, cpu = np.subtract(times[-1], times[0]) / (pictures.total - first)
     return {"images": pictures.total, "ms an image": 1000 * clock, "processor ms an image": 1000 * cpu}
-
-
-def processor() -> float:
-    """Processor time of this process and all below it."""
-    used = 0.0
-    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
-        with suppress(psutil.Error):
-            used += sum(process.cpu_times()[:4])  # with those of children that have ended
-    return used
 
 
 def drive(folder: str, results: str, address: str, cost: str) -> None:

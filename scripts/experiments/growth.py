@@ -132,16 +132,22 @@ def passed(model: LatentModel, image: Tensor) -> list[float]:
     return taken
 
 
+def noise_pictures(folder: Path, number: int, seed: int) -> Path:
+    """A folder of small pictures of noise."""
+    folder.mkdir()
+    rng = np.random.default_rng(seed)
+    for i in range(number):
+        Image.fromarray(rng.integers(0, 256, (SMALL, SMALL, 3), np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
 def audited(bench: Bench, number: int) -> dict:
     """An audit of this number of pictures."""
-    model, rng = bench.model, np.random.default_rng(bench.seed)
+    model = bench.model
     key = bench.key(Placement(channels=(0,), radii=RADII), seed=bench.seed)
     verifier = Verifier(Recoverer(model, INVERTERS["encoder"], 0), [key], sizes=[(SMALL, SMALL)])
     with tempfile.TemporaryDirectory() as folder:
-        pictures = Path(folder) / "pictures"
-        pictures.mkdir()
-        for i in range(number):
-            Image.fromarray(rng.integers(0, 256, (SMALL, SMALL, 3), np.uint8)).save(pictures / f"{i}.png")
+        pictures = noise_pictures(Path(folder) / "pictures", number, bench.seed)
         work = partial(audit_pictures, verifier, find_pictures([pictures]), Path(folder) / "audit.jsonl", workers=0)
         taken, grown = peak_during(model.device, lambda: seconds(work))
     return {"images": number, "ms an image": 1000 * taken / number, "MB": grown}
