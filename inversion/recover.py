@@ -17,7 +17,10 @@ from ringmark.inversion.noise_recovery import NoiseRecovery
 from ringmark.inversion.schedule import Schedule
 from ringmark.inversion.solve import Solution
 
-__all__ = ["Identified", "Model", "Recovered", "Recoverer", "RecoverySettings", "check_method"]
+__all__ = ["STEPS", "Identified", "Model", "Recovered", "Recoverer", "RecoverySettings", "check_method"]
+
+STEPS = 10
+"""Steps of the sampler inversion by default; twenty-five find no more marks (docs/measurements/evaluation.md)."""
 
 
 class Identified(Protocol):
@@ -121,13 +124,13 @@ class Recoverer:
     model's schedule does not work with this number.
     """
 
-    def __init__(self, model: Model, inverter: Inverter = INVERTERS["operator"], steps: int = 25) -> None:
+    def __init__(self, model: Model, inverter: Inverter = INVERTERS["operator"], steps: int = STEPS) -> None:
         self.model, self.inverter, self.steps = model, inverter, steps
         self._schedules = {model.image_size: model.schedule(steps)} if steps else {}
         self._nothing = model.nothing
 
     @classmethod
-    def named(cls, model: Model, method: str, max_steps: int | None = None, steps: int = 25) -> Recoverer:
+    def named(cls, model: Model, method: str, max_steps: int | None = None, steps: int = STEPS) -> Recoverer:
         """A recoverer with one of INVERTERS by name. Raises RingmarkError for an unknown name."""
         check_method(method)
         return cls(model, Inverter.named(method, max_steps), steps)

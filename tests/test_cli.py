@@ -225,6 +225,14 @@ def test_every_decoder_inversion_is_offered_by_name() -> None:
         assert set(option.type.choices) == set(INVERTERS), command.name
 
 
+def test_the_default_steps_are_those_of_the_library() -> None:
+    from ringmark.inversion.recover import STEPS
+
+    for command in (cli.verify, cli.audit, cli.calibrate, cli.evaluate, cli.info):
+        (option,) = (p for p in command.params if p.name == "steps")
+        assert option.default == STEPS, command.name
+
+
 def test_what_is_loaded_is_never_searched_for_garbage() -> None:
     before = gc.get_freeze_count()
     try:

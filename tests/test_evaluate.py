@@ -62,6 +62,7 @@ def plan(keys, tmp_path_factory):
         seed=0,
         guidance=1.0,
         max_steps=1,
+        draw_steps=2,
         steps=2,
         batch=3,
     )

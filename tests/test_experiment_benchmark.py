@@ -9,8 +9,12 @@ import pytest
 import torch
 
 from ringmark.errors import CalibrationError
+from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.schemes.base import scheme_of
 from scripts.experiments import benchmark as script
+
+NOISE = torch.randn(40, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+FORMER = Calibration.measure(NOISE, {"steps": 25}, {"drawn": 40})
 
 
 def test_a_row_by_hand():
@@ -36,13 +40,13 @@ def test_every_image_is_drawn_and_judged_with_its_own_key(bench, monkeypatch):
         asked.append((key, len(images)))
         return [0.5] * len(images)
 
-    def ways(bench, key):
+    def ways(bench, key, former):
         return dict.fromkeys(script.WAYS, partial(judge, key))
 
     monkeypatch.setattr(script, "ways_of", ways)
     monkeypatch.setattr(script.Bench, "calibration_used", "none")
     images = script.marked_images(run, keys)
-    table = script.judged_by_key(run, keys, images, "clean")
+    table = script.judged_by_key(run, keys, FORMER, images, "clean")
     assert asked == [(keys[0], 3)] * 3 + [(keys[1], 2)] * 3
     assert table["stages"].shape == (5,) and table["seconds"].shape == (5, 3)
     noise, prompts = run.fresh(5)
@@ -54,5 +58,5 @@ def test_a_calibration_without_stages_is_refused(bench):
     run = bench()
     vars(run)["calibration"] = run.calibration and replace(run.calibration, earlier=())
     with pytest.raises(CalibrationError) as refused:
-        script.ways_of(run, run.key(seed=0))
+        script.ways_of(run, run.key(seed=0), FORMER)
     assert refused.value.code == "calibration.stages"

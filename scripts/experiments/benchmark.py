@@ -1,15 +1,19 @@
-"""What a verdict costs, and what it finds, by stages, by the last stage alone and by a plain detector.
+"""What a verdict costs, and what it finds: by stages, without stages in 25 steps, and by a plain detector.
 
+    ringmark generate --no-mark -n 500 --seed 100000 -o build/calibration-images
+    ringmark calibrate build/calibration-images --steps 25 -o build/25-steps.safetensors
     ringmark generate --no-mark -n 200 --seed 200000 -o build/unmarked
-    python -m scripts.experiments benchmark build/unmarked -n 200 -o build/benchmark      # 3 hours of one core
-    python -m scripts.experiments benchmark build/unmarked -n 2 --steps 4 --attack jpeg:25 -o build/small
+    python -m scripts.experiments benchmark build/unmarked build/25-steps.safetensors -n 200 -o build/benchmark
+    python -m scripts.experiments benchmark build/unmarked build/25-steps.safetensors -n 2 --attack jpeg:25 -o build/two
+
+It takes an hour and a half of one core.
 
 `-n` marked images are drawn, each with one of `--keys` keys, and judged clean and under each `--attack`; so are the
 first `-n` unmarked images of the folder. There are three ways to judge them:
 
 - stages: the verifier as `ringmark verify` uses it;
-- alone: its last stage alone, in batches of eight like the stages;
-- plain: the encoder, the sampler inversion with as many steps, and the L1 distance of arXiv 2305.20030, image by image.
+- alone: decoder inversion and as many steps as the given calibration, 25, without stages, in batches of eight;
+- plain: the encoder, as many steps, and the L1 distance of arXiv 2305.20030, image by image.
 
 The ways take turns on every batch. Times are processor seconds an image: means, since a walk ends early for some
 images and not for others, and medians over batches. Found are the images with p ≤ α; the difference between the first
@@ -34,6 +38,7 @@ from ringmark.data.sources import find_images
 from ringmark.errors import CalibrationError
 from ringmark.inversion.recover import Recoverer
 from ringmark.watermark.attacks.chains import Chain
+from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.verifier import Verifier
 from ringmark.watermark.figures import COLOURS
 from ringmark.watermark.keys.key import Key
@@ -72,23 +77,23 @@ def plainly(recoverer: Recoverer, key: Key) -> Judge:
     return judge
 
 
-def ways_of(bench: Bench, key: Key) -> dict[str, Judge]:
+def ways_of(bench: Bench, key: Key, former: Calibration) -> dict[str, Judge]:
     """The ways to judge images for a key. Raises CalibrationError without a calibration of the stages."""
     calibration = bench.calibration
     if calibration is None or not calibration.earlier:
         raise CalibrationError("calibration.stages", "no calibration of the stages", subject=bench.source)
-    alone = replace(calibration, earlier=())
-    plain = Recoverer.named(bench.model, "encoder", steps=bench.recoverer.steps)
+    steps = former.settings["steps"]
+    long = Recoverer(bench.model, steps=steps)
     return {
         "stages": by_verifier(Verifier(bench.recoverer, [key], calibration=calibration)),
-        "alone": by_verifier(Verifier(bench.recoverer, [key], calibration=alone)),
-        "plain": plainly(plain, key),
+        "alone": by_verifier(Verifier(long, [key], calibration=replace(former, earlier=()))),
+        "plain": plainly(Recoverer.named(bench.model, "encoder", steps=steps), key),
     }
 
 
-def judged_in_turn(bench: Bench, key: Key, images: Tensor, name: str) -> dict[str, Tensor]:
+def judged_in_turn(bench: Bench, key: Key, former: Calibration, images: Tensor, name: str) -> dict[str, Tensor]:
     """What each way says of images (n, 3, H, W), and `seconds` (n, ways) of processor time an image."""
-    ways = ways_of(bench, key)
+    ways = ways_of(bench, key, former)
 
     def make(some: Tensor) -> dict[str, Tensor]:
         said, seconds = {}, []
@@ -98,13 +103,16 @@ def judged_in_turn(bench: Bench, key: Key, images: Tensor, name: str) -> dict[st
             seconds.append((time.process_time() - started) / len(some))
         return said | {"seconds": torch.tensor(seconds).expand(len(some), -1)}
 
-    return bench.batches(["benchmark", bench.calibration_used, key.fingerprint], make, images, name=name, batch=BATCH)
+    used = ["benchmark", bench.calibration_used, former.fingerprint, key.fingerprint]
+    return bench.batches(used, make, images, name=name, batch=BATCH)
 
 
-def judged_by_key(bench: Bench, keys: Sequence[Key], images: Tensor, name: str) -> dict[str, Tensor]:
+def judged_by_key(
+    bench: Bench, keys: Sequence[Key], former: Calibration, images: Tensor, name: str
+) -> dict[str, Tensor]:
     """The same, with the images in as many equal parts as there are keys, each judged for its key."""
     parts = zip(keys, images.tensor_split(len(keys)), strict=True)
-    tables = [judged_in_turn(bench, key, part, name) for key, part in parts]
+    tables = [judged_in_turn(bench, key, former, part, name) for key, part in parts]
     return {column: torch.cat([table[column] for table in tables]) for column in tables[0]}
 
 
@@ -150,10 +158,12 @@ def figure_of(rows: list[dict]) -> Figure:
 
 @experiment(200)
 @click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("former", type=click.Path(path_type=Path))
 @click.option("--keys", "key_count", default=5, show_default=True, help="Keys of the marked images.")
 @attack_option(*SIX)
-def main(bench: Bench, folder: Path, key_count: int, attacks: dict[str, Chain | None]) -> None:
-    """What a verdict costs and finds: by stages, by the last stage alone, and by a plain detector."""
+def main(bench: Bench, folder: Path, former: Path, key_count: int, attacks: dict[str, Chain | None]) -> None:
+    """What a verdict costs and finds: by stages, without stages under the calibration FORMER, and plainly."""
+    calibration = Calibration.load(former)
     keys = [bench.key(seed=[bench.seed, i]) for i in range(min(key_count, bench.number))]
     paths = find_images(folder)[: bench.number]
     unmarked = [torch.from_numpy(to_array(read_sample(path, bench.model.image_size).image)) for path in paths]
@@ -162,7 +172,7 @@ def main(bench: Bench, folder: Path, key_count: int, attacks: dict[str, Chain | 
     conditions |= {name: bench.attacked(marked, chain) for name, chain in attacks.items()}
     rows = []
     for name, images in conditions.items():
-        rows.append(row_of(name, judged_by_key(bench, keys, images, name), bench.seed))
+        rows.append(row_of(name, judged_by_key(bench, keys, calibration, images, name), bench.seed))
         click.echo(summary(rows[-1]))
     bench.write(rows, figure_of(rows), alpha=ALPHA, calibration=bench.calibration_used)
 

@@ -28,7 +28,7 @@ from ringmark.inversion.decoder import INVERTERS, Inverter
 from ringmark.inversion.diffusion import sample
 from ringmark.inversion.models.loading import resolve
 from ringmark.inversion.models.pipeline import LatentModel
-from ringmark.inversion.recover import Recoverer
+from ringmark.inversion.recover import STEPS, Recoverer
 from ringmark.watermark.attacks.chains import Chain, apply, expand, seed_of
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.verifier import built_in_calibration
@@ -103,7 +103,7 @@ class Bench:
     @cached_property
     def recoverer(self) -> Recoverer:
         """The recoverer that ringmark uses by default."""
-        return Recoverer(self.model, steps=self.inversion_steps or self.steps)
+        return Recoverer(self.model, steps=self.inversion_steps or min(self.steps, STEPS))
 
     @cached_property
     def calibration(self) -> Calibration | None:
@@ -362,8 +362,8 @@ def experiment(
             _option("--seed", default=seed, help=f"Seed of all randomness; images count from this plus {SEED}.")
         )
     if drawing:
-        options.append(_option("--steps", default=25, help="Steps for drawing, and for inversion unless given."))
-        options.append(_option("--inversion-steps", type=int, help="Steps for inversion."))
+        options.append(_option("--steps", default=25, help="Steps for drawing."))
+        options.append(_option("--inversion-steps", type=int, help=f"Steps for inversion.  [default: at most {STEPS}]"))
         options.append(_option("--guidance", default=3.0, help="Guidance for drawing."))
     if photographs:
         folder = click.Path(path_type=Path, exists=True, file_okay=False)

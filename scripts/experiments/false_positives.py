@@ -39,7 +39,7 @@ from ringmark.data.results import ResultsFolder
 from ringmark.data.sources import find_images
 from ringmark.errors import RingmarkError
 from ringmark.inversion.models.loading import resolve
-from ringmark.inversion.recover import Recoverer, RecoverySettings
+from ringmark.inversion.recover import STEPS, Recoverer, RecoverySettings
 from ringmark.watermark.attacks.chains import Chain
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.detector import Detector
@@ -209,7 +209,7 @@ def _about(names: tuple[str, str]) -> dict[str, str]:
 
 @experiment(seed=SEED, drawing=False)
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--steps", default=25, show_default=True, help="DDIM steps.")
+@click.option("--steps", default=STEPS, show_default=True, help="Steps of the sampler inversion.")
 @click.option(
     "--calibration", type=click.Path(path_type=Path), help="Calibration file to use instead of the model's own."
 )

@@ -124,7 +124,7 @@ def main(bench: Bench, key_count: int, attacks: dict[str, Chain | None]) -> None
     keys = [bench.key(place, seed=[bench.seed, i]) for i in range(key_count)]
     noise, prompts = bench.fresh(bench.number)
     images = bench.draw(mark_in_turn(list(map(TreeRing, keys)), noise), prompts).images
-    recoverer = Recoverer.named(bench.model, "encoder", steps=bench.inversion_steps or bench.steps)
+    recoverer = Recoverer.named(bench.model, "encoder", steps=bench.recoverer.steps)
     shape = bench.model.latent_shape
     shares = {
         name: sum(Placement(place.channels, band).share(shape) for band in bands) for name, bands in CANDIDATES.items()

@@ -197,8 +197,15 @@ class EngineOptions:
 max_steps_option = click.option(
     "--max-steps", type=click.IntRange(0), help="Maximum steps of the decoder inversion.  [default: the method's own]"
 )
+INVERSION_STEPS = 10
+"""inversion.recover.STEPS, which needs torch to import."""
+
 steps_option = click.option(
-    "--steps", type=click.IntRange(1), default=25, show_default=True, help="Steps of the sampler."
+    "--steps",
+    type=click.IntRange(1),
+    default=INVERSION_STEPS,
+    show_default=True,
+    help="Steps of the sampler inversion.",
 )
 size_option = click.option("--size", type=Size(), help="Size of the images in pixels.  [default: the native size]")
 batch_option = click.option(

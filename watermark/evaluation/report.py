@@ -121,9 +121,10 @@ def _preamble(evaluation: Evaluation, rows: Sequence[Row]) -> list[str]:
     calibrations = ", ".join(f"{method} {name or NONE}" for method, name in settings["calibrations"].items())
     unfit = "".join(f" {method}: {reason}." for method, reason in settings["calibration_unfit"].items())
     given = settings["marked"] and settings["unmarked"]
-    drawing = "" if given else f", guidance {settings['guidance']:g}, seed {settings['seed']}"
+    steps, guidance, seed = settings["steps"], settings["guidance"], settings["seed"]
+    drawn = "" if given else f"; drawn in {steps} steps, guidance {guidance:g}, seed {seed}"
     return [
-        f"Model {settings['model']['name']}, {settings['steps']} steps{drawing}; {_numbers(rows)}; "
+        f"Model {settings['model']['name']}; {_numbers(rows)}{drawn}; read in {settings['inversion_steps']} steps; "
         f"{settings['images']}.",
         f"Calibrations: {calibrations}; {NONE} means the model's own null.{unfit}",
         f"Files that could not be used: {len(evaluation.refused)}. Intervals are 95 %: DeLong's for the AUC, "

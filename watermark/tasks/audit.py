@@ -21,6 +21,7 @@ from ringmark.data.ray_engine import Cluster, Ray
 from ringmark.data.results import Results
 from ringmark.data.sources import SUFFIXES, list_images
 from ringmark.errors import EngineError, ImageError
+from ringmark.inversion.recover import STEPS
 from ringmark.inversion.sizes import Size
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.kept import tensors_of
@@ -135,7 +136,7 @@ def audit(
     dtype: str = "auto",
     method: str = "operator",
     max_steps: int | None = None,
-    steps: int = 25,
+    steps: int = STEPS,
     alpha: float = ALPHA,
     calibration: StrPath | Calibration | None = None,
     search: bool = False,

@@ -311,6 +311,7 @@ def _facts(run: _Run, unfit: dict[str, str]) -> dict[str, Any]:
     return plan.settings(run.model) | {
         "methods": plan.methods,
         "max_steps": plan.max_steps,
+        "inversion_steps": plan.steps,
         "batch": plan.batch,
         "dtype": str(run.model.dtype),
         "attacks": [CLEAN, *map(str, plan.chains)],
@@ -338,7 +339,7 @@ def _images(model: LatentModel, plan: Plan, key: Key | None) -> ImageSet:
             prompts,
             first,
             key=key,
-            steps=plan.steps,
+            steps=plan.draw_steps,
             guidance=plan.guidance,
             size=plan.size,
             batch=plan.batch,

@@ -23,7 +23,7 @@ from ringmark.inversion.models.loading import EMBEDDED, resolve
 from ringmark.inversion.models.lora import split_scale
 from ringmark.inversion.models.model_files import locate
 from ringmark.inversion.models.pipeline import LatentModel, empty_prompt, placement
-from ringmark.inversion.recover import Recoverer
+from ringmark.inversion.recover import STEPS, Recoverer
 from ringmark.inversion.sizes import Size
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.detector import check_unranked
@@ -156,7 +156,7 @@ def load_verifier(
     offload: str | None = None,
     method: str = "operator",
     max_steps: int | None = None,
-    steps: int = 25,
+    steps: int = STEPS,
     alpha: float = ALPHA,
     calibration: StrPath | Calibration | None = None,
     search: bool = False,

@@ -16,7 +16,7 @@ from ringmark.data.reader import read_records
 from ringmark.data.sources import check_folder, find_images
 from ringmark.errors import EvaluationError
 from ringmark.inversion.models.pipeline import LatentModel
-from ringmark.inversion.recover import check_method
+from ringmark.inversion.recover import STEPS, check_method
 from ringmark.inversion.sizes import Size
 from ringmark.watermark.attacks.chains import Chain, expand
 from ringmark.watermark.calibration import Calibration
@@ -32,9 +32,10 @@ __all__ = ["Plan", "names_in", "prompts_in"]
 class Plan:
     """What to evaluate: images (drawn unless folders are given), keys, attacks and decoder inversions.
 
-    `number` images of each kind are drawn from `seed`, with `guidance` and `steps`, at `size` (H, W), by default the
-    model's native one; all images are read at that size. Marked and unmarked images are independent; all keys mark the
-    same noises for the same prompts. Without `keys`, a new key is made and kept in `output`.
+    `number` images of each kind are drawn from `seed`, with `guidance`, in `draw_steps` steps, at `size` (H, W), by
+    default the model's native one. All images are read at that size, in `steps` steps. Marked and unmarked images are
+    independent; all keys mark the same noises for the same prompts. Without `keys`, a new key is made and kept in
+    `output`.
 
     Problems that can be found without a model are raised at once. EvaluationError: evaluation.keys if marked images are
     given without exactly one key, evaluation.same-key, evaluation.methods for a method named twice, evaluation.output
@@ -55,7 +56,8 @@ class Plan:
     guidance: float = 3.0
     size: Size | None = None
     max_steps: int | None = None
-    steps: int = 25
+    draw_steps: int = 25
+    steps: int = STEPS
     batch: int = 8
     calibration: Path | None = None
     force: bool = False
@@ -127,7 +129,7 @@ class Plan:
             "number": self.number,
             "seed": self.seed,
             "guidance": self.guidance,
-            "steps": self.steps,
+            "steps": self.draw_steps,
         } | ({"size": list(self.size)} if self.size else {})
 
     def _relative(self, folder: Path | None) -> str | None:

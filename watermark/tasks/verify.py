@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ringmark.data.images import Sample, read_samples, samples_of
 from ringmark.errors import ImageError, one_line
+from ringmark.inversion.recover import STEPS
 from ringmark.inversion.sizes import Size
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.verdict import Judged, Verdict
@@ -38,7 +39,7 @@ def verify(
     dtype: str = "auto",
     method: str = "operator",
     max_steps: int | None = None,
-    steps: int = 25,
+    steps: int = STEPS,
     alpha: float = ALPHA,
     calibration: StrPath | Calibration | None = None,
     search: bool = False,
@@ -56,7 +57,7 @@ def verify(
         dtype: Of a model given by name: "auto", "float32", "float16" or "bfloat16".
         method: The decoder inversion: a name of `ringmark.inversion.decoder.INVERTERS`.
         max_steps: Maximum steps of the decoder inversion, at least 0; None is the method's default.
-        steps: DDIM steps, at least 1.
+        steps: Steps of the sampler inversion, at least 1.
         alpha: Significance level in (0, 1). A key is present at p ≤ alpha, corrected for the number of keys.
         calibration: A `Calibration` or its file; None is the model's own, if it fits these settings.
         search: Also search for rotation, cropping, enlargement, mirroring, stretching and shifts.

@@ -21,7 +21,6 @@ from ringmark.watermark.cli.options import (
     say,
     seed_option,
     size_option,
-    steps_option,
 )
 
 
@@ -36,7 +35,7 @@ from ringmark.watermark.cli.options import (
 @click.option("--negative-prompt", "negative", default="", help="What the images should not show.")
 @seed_option
 @guidance_option
-@steps_option
+@click.option("--steps", type=click.IntRange(1), default=25, show_default=True, help="Steps of the sampler.")
 @size_option
 @click.option(
     "--sampler",

@@ -109,6 +109,9 @@ def roc(
 )
 @seed_option
 @guidance_option
+@click.option(
+    "--draw-steps", type=click.IntRange(1), default=25, show_default=True, help="Steps of the sampler for drawing."
+)
 @size_option
 @max_steps_option
 @steps_option
@@ -127,6 +130,7 @@ def evaluate(
     methods: tuple[str, ...],
     seed: int,
     guidance: float,
+    draw_steps: int,
     size: tuple[int, int] | None,
     max_steps: int | None,
     steps: int,
@@ -162,6 +166,7 @@ def evaluate(
         methods=methods,
         seed=seed,
         guidance=guidance,
+        draw_steps=draw_steps,
         size=size,
         max_steps=max_steps,
         steps=steps,
