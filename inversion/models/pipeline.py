@@ -302,8 +302,9 @@ class LatentModel:
                 f"predicts ε, which does not determine x₀ at timestep {schedule.timestep(level)}, where the signal is 0"
             )
             raise ModelError("model.no-signal", fact, subject=self.name)
-        z = latents.to(self.device, torch.promote_types(latents.dtype, torch.float32))
-        out = self._output(latents.to(self.device, self.dtype), schedule.timestep(level), cond)
+        device = self.device  # diffusers looks through all modules for it
+        z = latents.to(device, torch.promote_types(latents.dtype, torch.float32))
+        out = self._output(latents.to(device, self.dtype), schedule.timestep(level), cond)
         return PREDICTIONS[self.prediction](z, out.to(z.dtype), signal, noise)
 
     def _output(self, latents: Tensor, timestep: int | float, cond: Condition) -> Tensor:
