@@ -20,4 +20,5 @@ def test_keys_are_distinct_and_reproducible(tmp_path):
 def test_small_setting(experiment, tmp_path):
     found = experiment("keys", tmp_path, "-n", 2, "--keys", 1, "--keys", 10, "--rounds", 1, figure=False)
     assert [row["keys"] for row in found["rows"]] == [1, 10] and found["references"] > 0
+    assert all(row["search s"] > 0 for row in found["rows"])
     assert all(row["open s"] > 0 and row["first s"] > row["ms an image, alone"] / 1000 > 0 for row in found["rows"])

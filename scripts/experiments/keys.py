@@ -6,8 +6,8 @@
 For each number of keys, one stage's detector with the model's own calibration judges white noise: `-n` images at once,
 and one. A judgement ends with the best verdict. Times are medians of rounds that take all numbers of keys in turn,
 processor time of this process. The first judgement, which also expands the keys and tests the unmarked images for them,
-is timed by itself, and so is opening a folder of these keys, if there are at most 1000. Memory is what the process has
-grown by.
+is timed by itself, and so are opening a folder of these keys, if there are at most 1000, and a search of one image for
+them, if there are at most 100. Memory is what the process has grown by.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ringmark.inversion.decoder import INVERTERS
 from ringmark.inversion.memory import memory_kilobytes
 from ringmark.inversion.recover import Recovered
 from ringmark.watermark.detect.detector import Detector
+from ringmark.watermark.detect.search import Search
 from ringmark.watermark.detect.verdict import Judged
 from ringmark.watermark.detect.verifier import Verifier
 from ringmark.watermark.keys.folder import load_folder
@@ -34,6 +35,7 @@ from ringmark.watermark.null import Null
 from scripts.experiments.common import Bench, experiment, line
 
 FILES = 1000  # the largest folder that is written and opened
+SEARCHED = 100  # the most keys that are searched for
 
 
 def keys_of(bench: Bench, number: int) -> list[Key]:
@@ -72,6 +74,15 @@ def opening(bench: Bench, keys: Sequence[Key]) -> float | None:
         return time.process_time() - started
 
 
+def searching(bench: Bench, detector: Detector, samples: Sequence[Sample]) -> float | None:
+    """Processor time of a search; None if there are too many keys."""
+    if len(detector.schemes) > SEARCHED:
+        return None
+    started = time.process_time()
+    Search()(bench.model, detector.schemes, samples)
+    return time.process_time() - started
+
+
 @experiment(8, drawing=False)
 @click.option("--keys", "numbers", type=int, multiple=True, default=[10**k for k in range(6)], show_default=True)
 @click.option("--rounds", default=9, show_default=True)
@@ -86,7 +97,8 @@ def main(bench: Bench, numbers: tuple[int, ...], rounds: int) -> None:
         first = seconds(detector, *single)
         grown = (memory_kilobytes("VmRSS") - before) / 1024
         detectors.append(detector)
-        rows.append({"keys": number, "open s": opened, "first s": first, "memory MB": grown})
+        searched = searching(bench, detector, single[0])
+        rows.append({"keys": number, "open s": opened, "first s": first, "memory MB": grown, "search s": searched})
     taken = [
         [(seconds(each, *batch) / bench.number, seconds(each, *single)) for each in detectors] for _ in range(rounds)
     ]
