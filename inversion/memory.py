@@ -1,4 +1,4 @@
-"""Measuring memory use."""
+"""Memory: how much work takes, and how much work fits."""
 
 from __future__ import annotations
 
@@ -11,9 +11,40 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["memory_kilobytes", "peak_during", "release_memory", "stored_bytes"]
+from ringmark.errors import ModelError
 
+__all__ = ["fitting_batch", "halving", "memory_kilobytes", "peak_during", "release_memory", "stored_bytes"]
+
+Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+BATCH = 8  # items at a time on a CPU
+MOST = 64  # and at most on a GPU
+
+
+def fitting_batch(device: torch.device, one: Callable[[], object]) -> int:
+    """How many items to process at a time, where `one` processes one: on a GPU, what half of its free memory holds."""
+    if device.type != "cuda":
+        return BATCH
+    one()  # libraries allocate some memory once
+    _, megabytes = peak_during(device, one)
+    free = torch.cuda.mem_get_info(device)[0] / 2**20
+    return max(1, min(MOST, int(free / 2 / max(megabytes, 1))))
+
+
+def halving(work: Callable[[list[Item]], list[Result]], items: list[Item]) -> list[Result]:
+    """`work(items)`, half by half where the GPU has too little memory for all at once.
+
+    Raises ModelError (model.memory) if it has too little for one item.
+    """
+    try:
+        return work(items)
+    except torch.OutOfMemoryError:
+        if len(items) < 2:
+            raise ModelError("model.memory", "the GPU has too little free memory for one image") from None
+    torch.cuda.empty_cache()  # not in the handler, whose traceback holds tensors
+    middle = len(items) // 2
+    return halving(work, items[:middle]) + halving(work, items[middle:])
 
 
 def peak_during(device: torch.device, work: Callable[[], Result]) -> tuple[Result, float]:

@@ -26,7 +26,10 @@ from ringmark.watermark.tasks import draw as drawing
 from ringmark.watermark.tasks import info as facts
 from ringmark.watermark.tasks import load
 
-OWN_WORDS = ("output", "key_paths", "key_path", "number", "calibration", "plot", "explain", "seed", "size", "labels")
+OWN_WORDS = (
+    *("output", "key_paths", "key_path", "number", "calibration", "plot", "explain", "seed", "size", "labels"),
+    *("steps", "batch"),
+)
 """Options whose meaning depends on the command."""
 
 
@@ -228,7 +231,7 @@ def test_every_decoder_inversion_is_offered_by_name() -> None:
 def test_the_default_steps_are_those_of_the_library() -> None:
     from ringmark.inversion.recover import STEPS
 
-    for command in (cli.verify, cli.audit, cli.calibrate, cli.evaluate, cli.info):
+    for command in (cli.verify, cli.audit, cli.calibrate, cli.evaluate):
         (option,) = (p for p in command.params if p.name == "steps")
         assert option.default == STEPS, command.name
 

@@ -8,7 +8,16 @@ import sys
 import pytest
 import torch
 
-from ringmark.inversion.memory import memory_kilobytes, peak_during, release_memory, stored_bytes
+from ringmark.errors import ModelError
+from ringmark.inversion import memory
+from ringmark.inversion.memory import (
+    fitting_batch,
+    halving,
+    memory_kilobytes,
+    peak_during,
+    release_memory,
+    stored_bytes,
+)
 
 CPU = torch.device("cpu")
 
@@ -43,6 +52,42 @@ def test_the_peak_of_work_is_what_it_holds_at_once():
     assert memory_kilobytes("VmRSS") > 0
     with pytest.raises(OSError, match="VmNonesuch"):
         memory_kilobytes("VmNonesuch")
+
+
+def holding(most):
+    """Work that has memory for so many items, and the sizes of the batches that it is asked for."""
+    asked = []
+
+    def work(items):
+        asked.append(len(items))
+        if len(items) > most:
+            raise torch.OutOfMemoryError
+        return [-item for item in items]
+
+    return work, asked
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"), [(9, [7]), (3, [7, 3, 4, 2, 2]), (1, [7, 3, 1, 2, 1, 1, 4, 2, 1, 1, 2, 1, 1])]
+)
+def test_a_batch_that_is_too_large_is_halved(most, sizes):
+    work, asked = holding(most)
+    assert halving(work, list(range(7))) == [-i for i in range(7)] and asked == sizes
+
+
+def test_an_item_that_is_too_large_is_refused():
+    with pytest.raises(ModelError) as refused:
+        halving(holding(0)[0], [1, 2])
+    assert refused.value.code == "model.memory"
+
+
+@pytest.mark.parametrize(("megabytes", "batch"), [(1000.0, 3), (5000.0, 1), (0.0, 64)])
+def test_a_gpu_gets_as_many_as_half_of_its_free_memory_holds(monkeypatch, megabytes, batch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7000 * 2**20, 9000 * 2**20))
+    monkeypatch.setattr(memory, "peak_during", lambda device, one: (one(), megabytes))
+    assert fitting_batch(torch.device("cuda"), lambda: asked.append(1)) == batch and asked == [1, 1]
+    assert fitting_batch(CPU, lambda: asked.append(1)) == 8 and asked == [1, 1]
 
 
 def test_memory_is_released_where_that_is_possible():

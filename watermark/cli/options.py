@@ -183,7 +183,7 @@ class EngineOptions:
     engine: str
     ray_address: str | None
     ray_cores: int
-    batch: int
+    batch: int | None
     workers: int
 
     def cluster(self, device: str) -> Cluster | None:
@@ -208,6 +208,11 @@ steps_option = click.option(
     help="Steps of the sampler inversion.",
 )
 size_option = click.option("--size", type=Size(), help="Size of the images in pixels.  [default: the native size]")
+fitting_batch_option = click.option(
+    "--batch",
+    type=click.IntRange(1),
+    help="Images processed at a time.  [default: 8; on a GPU, as many as half of its free memory holds]",
+)
 batch_option = click.option(
     "--batch", type=click.IntRange(1), default=8, show_default=True, help="Images processed at a time."
 )
@@ -242,7 +247,7 @@ engine_options = grouped(
         help="CPU cores of each process that tests images. There is one for each GPU, or without GPUs as many as the "
         "cluster has cores for.",
     ),
-    batch_option,
+    fitting_batch_option,
     workers_option,
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

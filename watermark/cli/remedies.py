@@ -99,6 +99,7 @@ REMEDIES: dict[str, str] = {
     "results.foreign-image": "choose another folder, or replace it with --force",
     "results.other-prompt": "choose another folder with -o, or other seeds with --seed",
     # Models
+    "model.memory": "choose --dtype float16 or --offload, or end other programs on the GPU",
     "model.device": "choose another device with --device",
     "model.not-one": 'give "pocket", a diffusers folder, a hub id or a .safetensors file',
     "model.unreachable": "check the name and the network, or give the model's folder",

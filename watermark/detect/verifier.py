@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ringmark.data.batches import batched
 from ringmark.errors import CalibrationError, KeyFileError, SchemeError
+from ringmark.inversion.memory import fitting_batch, halving
 from ringmark.inversion.recover import Identified, Recoverer
 from ringmark.inversion.sizes import Size, candidate_sizes
 from ringmark.watermark.calibration import Calibration
@@ -138,14 +141,24 @@ class Verifier:
         stages = {"stages": weights, "thorough": self.thorough} if len(weights) > 1 else {}
         return both | search | sizes | stages
 
-    def scan(self, pictures: Iterable[Sequence[Sample]], batch: int = 8) -> Iterator[Judged]:
-        """Judge every picture, in order; each is given at the sizes of `sizes_of`. Batches are those of `batched`."""
+    @cached_property
+    def batch(self) -> int:
+        """How many pictures to judge at a time; on a GPU, one is recovered to find out."""
+        model = self.recoverer.model
+        return fitting_batch(model.device, partial(self.recoverer, torch.zeros(1, 3, *model.image_size)))
+
+    def scan(self, pictures: Iterable[Sequence[Sample]], batch: int | None = None) -> Iterator[Judged]:
+        """Judge every picture, in order; each is given at the sizes of `sizes_of`. Batches are those of `batched`.
+
+        A batch that the GPU's memory does not hold is halved. Raises ModelError if it holds no picture at all.
+        """
+        batch = batch or self.batch
 
         def judge(group: list[Sequence[Sample]]) -> list[Judged]:
             judged = self._judge(group)
             return self._searched(judged, [views[0] for views in group], batch) if self.search else judged
 
-        return batched(pictures, lambda views: (_size_of(views[0]), len(views)), judge, batch)
+        return batched(pictures, lambda views: (_size_of(views[0]), len(views)), partial(halving, judge), batch)
 
     def _judge(self, pictures: list[Sequence[Sample]]) -> list[Judged]:
         """Judge each picture at its best size."""

@@ -143,7 +143,7 @@ def audit(
     sizes: Sequence[Size] = (),
     thorough: bool = False,
     follow_links: bool = False,
-    batch: int = 8,
+    batch: int | None = None,
     workers: int = WORKERS,
     keep_noise: bool = False,
     cluster: Cluster | None = None,
@@ -211,7 +211,7 @@ def audit_pictures(
     pictures: Pictures,
     results: Path,
     *,
-    batch: int = 8,
+    batch: int | None = None,
     workers: int = WORKERS,
     keep_noise: bool = False,
     cluster: Cluster | None = None,
@@ -228,6 +228,7 @@ def audit_pictures(
     """
     folder = {"folder": os.path.relpath(pictures.folder, results.parent)} if pictures.folder else {}
     noise = {"noise": "kept"} if keep_noise else {}
+    batch = batch or verifier.batch
     judge = AuditJudge(verifier, batch, keep_noise)
     engine: Engine = Local(judge, batch=batch, workers=workers)
     if cluster and load:

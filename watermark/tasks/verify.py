@@ -45,7 +45,7 @@ def verify(
     search: bool = False,
     sizes: Sequence[Size] = (),
     thorough: bool = False,
-    batch: int = 8,
+    batch: int | None = None,
 ) -> list[Verdict]:
     """Test whether pictures carry a key: one verdict per picture, in order, on the key that fits best.
 
@@ -63,7 +63,7 @@ def verify(
         search: Also search for rotation, cropping, enlargement, mirroring, stretching and shifts.
         sizes: Sizes (H, W) at which the pictures may have been drawn; by default those that fit each picture.
         thorough: Run all stages of the inversion on every picture, even once a key is found.
-        batch: Pictures processed at a time.
+        batch: Pictures processed at a time; None is 8, and on a GPU as many as half of its free memory holds.
 
     Raises:
         ImageError: A picture cannot be read. To process many files, some of which may be damaged, use `audit`.
@@ -124,7 +124,7 @@ class Outcome:
         return self.judged.best.record() | name | {"carries": [v.key for v in self.judged.present]}
 
 
-def verify_files(verifier: Verifier, paths: list[Path], *, batch: int = 8) -> list[Outcome]:
+def verify_files(verifier: Verifier, paths: list[Path], *, batch: int | None = None) -> list[Outcome]:
     """The outcome of each file, in the order given. A file that cannot be read does not stop the run."""
     outcomes: dict[int, Outcome] = {}
 

@@ -13,8 +13,8 @@ from ringmark.watermark.cli.options import (
     Finite,
     InversionOptions,
     ModelOptions,
-    batch_option,
     detection_options,
+    fitting_batch_option,
     inversion_options,
     json_option,
     model_options,
@@ -46,7 +46,7 @@ TOKENS_HELP = "File of tokens, made by ringmark token, with mode 0600."
     help="Seconds until a request without a verdict is given up.",
 )
 @click.option("--max-mb", type=click.IntRange(1), default=32, show_default=True, help="Maximum size of a picture.")
-@batch_option
+@fitting_batch_option
 @model_options
 def serve(
     detection: DetectionOptions,
@@ -59,7 +59,7 @@ def serve(
     waiting: int,
     deadline: float,
     max_mb: int,
-    batch: int,
+    batch: int | None,
     model: ModelOptions,
 ) -> None:
     """Verify pictures over HTTP, with a web page at /.
@@ -79,7 +79,9 @@ def serve(
     allowed = access.Access(access.load_tokens(tokens) if tokens else None)
     with run.bind(host, port, tokens=tokens is not None) as bound:
         verifier, unchecked = detection.prepare(model, inversion)
-        limits = service.Limits(waiting=waiting, deadline=deadline, max_bytes=max_mb << 20, batch=batch)
+        limits = service.Limits(
+            waiting=waiting, deadline=deadline, max_bytes=max_mb << 20, batch=batch or verifier.batch
+        )
         served = service.Service(
             verifier,
             access=allowed,

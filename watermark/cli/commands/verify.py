@@ -16,8 +16,8 @@ from ringmark.watermark.cli.options import (
     DetectionOptions,
     InversionOptions,
     ModelOptions,
-    batch_option,
     detection_options,
+    fitting_batch_option,
     force_option,
     inversion_options,
     json_option,
@@ -33,7 +33,7 @@ UNCHECKED = "note: p-values are not checked against unmarked images, because the
 @click.argument("images", metavar="IMAGE...", type=PATH, nargs=-1, required=True)
 @detection_options
 @inversion_options
-@batch_option
+@fitting_batch_option
 @click.option(
     "--explain",
     type=FIGURE,
@@ -48,7 +48,7 @@ def verify(
     images: tuple[Path, ...],
     detection: DetectionOptions,
     inversion: InversionOptions,
-    batch: int,
+    batch: int | None,
     explain: Path | None,
     force: bool,
     model: ModelOptions,
