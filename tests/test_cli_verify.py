@@ -153,7 +153,7 @@ def test_a_folder_is_for_audit(house: Path) -> None:
 def test_the_calibration_is_noted_once_and_only_where_a_key_was_found(house: Path) -> None:
     marked, unmarked = pictures(house, "marked"), pictures(house, "unmarked")
     found = run("verify", *marked, "--key", house / "my.key", *QUICK).stderr
-    assert found.count("note: ") == 1 == len(found.splitlines()) and "steps was 25, is 4" in found
+    assert found.count("note: ") == 1 == len(found.splitlines()) and "steps was 10, is 4" in found
     assert "note: " not in run("verify", *unmarked, "--key", house / "my.key", *QUICK, code=1).stderr
 
 

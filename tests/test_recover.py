@@ -104,8 +104,8 @@ def test_settings_are_what_calibration_files_hold():
         "early": False,
         "gradient": False,
         "lean": False,
-        "steps": 25,
-        "timesteps": "1-25",
+        "steps": 10,
+        "timesteps": "1-10",
     }
     assert settings.as_dict() == expected and list(settings.as_dict()) == list(expected)
     assert json.loads(json.dumps(settings.as_dict())) == expected

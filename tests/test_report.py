@@ -64,6 +64,7 @@ def test_a_csv_file_holds_what_it_was_given(tmp_path) -> None:
 SETTINGS = {
     "model": {"name": "tiny"},
     "steps": 2,
+    "inversion_steps": 3,
     "guidance": 1.0,
     "seed": 0,
     "marked": None,

@@ -1,4 +1,4 @@
-"""What a verdict costs, and what it finds: by stages, without stages in 25 steps, and by a plain detector.
+"""What a verdict costs, and what it finds: by stages, without stages, and by a plain detector.
 
     ringmark generate --no-mark -n 500 --seed 100000 -o build/calibration-images
     ringmark calibrate build/calibration-images --steps 25 -o build/25-steps.safetensors
