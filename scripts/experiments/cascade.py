@@ -135,7 +135,7 @@ def figure_of(rows: list[dict]) -> Figure:
         left.bar(x + 0.4 * k - 0.2, [row[way] for row in rows], 0.38, color=COLOURS[k], label=way)
     right.bar(x, [row["time"] for row in rows], 0.6, color=COLOURS[1])
     left.set(ylabel=f"share with p ≤ {ALPHA:g}", ylim=(0, 1.03))
-    right.set(ylabel="time of the walk / time of the last stage alone")
+    right.set(ylabel="time / time of the last stage alone")
     for ax in (left, right):
         ax.set_xticks(x, [row["attack"] for row in rows], fontsize=8, rotation=30)
     legend_below(figure, 2)

@@ -171,7 +171,7 @@ def ratios(taken: np.ndarray) -> dict[str, dict[str, list[float]]]:
 def main(bench: Bench, rounds: int, batch: int, numbers: tuple[int, ...]) -> None:
     """Overhead, scaling and memory of the Ray engine with a model."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    steps = bench.inversion_steps or bench.steps
+    steps = bench.recoverer.steps
     load = partial(load_verifier, model=bench.source, device="cpu")
     whole = partial(load, [bench.key(seed=bench.seed)], steps=steps)
     given = (bench.source, bench.number, bench.seed, steps, bench.guidance, str(bench.photographs), batch)
