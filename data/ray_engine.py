@@ -12,6 +12,7 @@ given up.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -389,7 +390,9 @@ class _Tester:
     @cached_property
     def _judge(self) -> Judge:
         _enter(self._folder)
-        return self._remake()
+        judge = self._remake()
+        gc.freeze()  # a model and its libraries are half a million objects that are no garbage
+        return judge
 
     def settings(self) -> Record:
         return self._judge.settings()
