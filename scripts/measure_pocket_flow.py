@@ -56,9 +56,10 @@ Guidance is distilled into the weights: draw with `guidance_scale=1`, or
     ringmark generate --model pocket_flow --key my.key --steps 1 --guidance 1 -n 4 -o marked
 
 `noise_recovery.json` (192 images, seeds 900000 …) and `calibration.safetensors` (100 unmarked images, seeds 100000 …)
-are of images drawn in one step and inverted in 25, the default of `ringmark verify`. To keep this folder small, the
-calibration holds the full inversion alone, without early stages, and rings up to 10 of the 12 that `ringmark calibrate`
-stores. That serves keys of the patterns rand and ring in the default placement; zeros needs the rings beyond.
+are of images drawn in one step; the former inverted in 25 steps, the latter in ten, the default of `ringmark verify`.
+To keep this folder small, the calibration holds the full inversion alone, without early stages, and rings up to 10 of
+the 12 that `ringmark calibrate` stores. That serves keys of the patterns rand and ring in the default placement; zeros
+needs the rings beyond.
 
 ![samples at 1, 4 and 25 steps]({grid})
 
