@@ -44,6 +44,8 @@ QUIET = {
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of results that nobody asks for
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # Ray would print to stdout that processes have ended
 }
+STAYING = {"RAY_idle_worker_killing_time_threshold_ms": "600000"}
+"""A second by default, in which readers wait for their next block; a new process takes half a second to start."""
 JOINING = {"RAY_NUM_REDIS_GET_RETRIES": "1"}  # of 40 seconds; by default Ray tries for a quarter of an hour
 QUEUED = 2  # groups that an actor holds: one in work, and the next
 PATIENCE = 30.0  # seconds until it is seen whether Ray still runs here, where it would be waited for without end
@@ -319,7 +321,7 @@ def _crash(item: Item, what: str) -> ImageError:
 
 def _connect(address: str | None) -> bool:
     """Join a cluster or start one, unless this process has done so; whether it was done here. Raises EngineError."""
-    for name, value in (QUIET | (JOINING if address else {})).items():  # which Ray reads when it is imported
+    for name, value in (QUIET | (JOINING if address else STAYING)).items():  # which Ray reads when it is imported
         os.environ.setdefault(name, value)
     import ray
 

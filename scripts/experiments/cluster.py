@@ -40,7 +40,7 @@ import torch
 
 from ringmark.data.engine import Local
 from ringmark.data.images import from_array
-from ringmark.data.ray_engine import QUIET, Cluster, Ray
+from ringmark.data.ray_engine import QUIET, STAYING, Cluster, Ray
 from ringmark.data.reader import read_records
 from ringmark.data.results import content_id
 from ringmark.data.sources import find_images
@@ -103,7 +103,7 @@ def timed(run: tuple[int, int], load: Load, folder: Path, results: Path, batch: 
 @contextmanager
 def running_ray(actors: int) -> Iterator[None]:
     """Ray on this machine, with a core for each actor, whatever the machine has."""
-    os.environ.update(QUIET)
+    os.environ.update(QUIET | STAYING)
     import ray
 
     ray.init("local", num_cpus=actors, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
