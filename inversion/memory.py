@@ -23,10 +23,13 @@ MOST = 64  # and at most on a GPU
 
 
 def fitting_batch(device: torch.device, one: Callable[[], object]) -> int:
-    """How many items to process at a time, where `one` processes one: on a GPU, what half of its free memory holds."""
+    """How many items to process at a time, where `one` processes one: on a GPU, what half of its free memory holds.
+
+    Raises ModelError as `halving` does.
+    """
     if device.type != "cuda":
         return BATCH
-    one()  # libraries allocate some memory once
+    halving(lambda _: [one()], [None])  # libraries allocate some memory once
     _, megabytes = peak_during(device, one)
     free = torch.cuda.mem_get_info(device)[0] / 2**20
     return max(1, min(MOST, int(free / 2 / max(megabytes, 1))))

@@ -79,6 +79,8 @@ def test_an_item_that_is_too_large_is_refused():
     with pytest.raises(ModelError) as refused:
         halving(holding(0)[0], [1, 2])
     assert refused.value.code == "model.memory"
+    with pytest.raises(ModelError):
+        fitting_batch(torch.device("cuda"), lambda: holding(0)[0]([1]))
 
 
 @pytest.mark.parametrize(("megabytes", "batch"), [(1000.0, 3), (5000.0, 1), (0.0, 64)])
