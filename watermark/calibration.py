@@ -258,7 +258,7 @@ class Calibration:
 
         The size of the images may differ: see `null_at`. One made in float32 also serves half precision: rounding
         changes single noises, but not the distribution of p. Of 24 unmarked images of pocket and 200 keys, log₁₀ p
-        shifts in bfloat16 by 0.0001 [−0.0009, 0.0012] after ten steps, and by less in earlier stages
+        shifts in bfloat16 by 0.0001 [−0.0009, 0.0012] after ten steps, and by no more in earlier stages
         (scripts/experiments/half_precision.py); float16 rounds eight times as finely.
         """
         ignore = {"image_size"}
