@@ -215,7 +215,8 @@ def test_a_closed_pipe_ends_it_quietly(args: list[str], closed: int) -> None:
     read, write = os.pipe()
     os.close(read)
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {("stdout", "stderr")[closed - 1]: write}
-    done = subprocess.run(command, cwd=ROOT, **streams)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, cwd=ROOT, env=buffered, **streams)
     os.close(write)
     assert (done.returncode, done.stdout or b"", done.stderr or b"") == (EXIT_PIPE, b"", b"")
 
