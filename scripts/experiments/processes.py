@@ -36,7 +36,7 @@ def family() -> list[psutil.Process]:
 
 
 def alone(work: Callable[..., Result], *arguments: object) -> Result:
-    """What the function returns in a new process."""
+    """What the function returns in a new process, which has imported nothing yet."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
 

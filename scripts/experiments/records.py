@@ -11,11 +11,9 @@ part of it.
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +30,7 @@ from ringmark.watermark.tasks.report import write_report
 from scripts.experiments.common import Bench, experiment, line
 from scripts.experiments.kept import BATCH, store
 from scripts.experiments.keys import keys_of
+from scripts.experiments.processes import alone
 
 CHUNK = 10_000  # records that are written at a time
 
@@ -92,8 +91,6 @@ def main(bench: Bench, numbers: tuple[int, ...]) -> None:
         with tempfile.TemporaryDirectory(dir=bench.output) as folder:
             results = fill(bench, number, Path(folder))
             for work in (resumed, reported, tested_again):
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                    # A copy of the bench holds no model.
-                    rows.append(process.submit(measured, work, replace(bench), number, results).result())
+                rows.append(alone(measured, work, replace(bench), number, results))  # a copy of the bench has no model
                 click.echo(line(rows[-1]))
     bench.write(rows)
