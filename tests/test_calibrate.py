@@ -123,8 +123,8 @@ def test_only_enough_images_of_this_very_model_tell_how_well_noise_comes_back(tm
     assert found.calibration.recovery is None and found.calibration.sources == {"drawn": KNOWN - 1, "given": 11}
     one_more = drawn(tmp_path / "one more", 1, 500)
     found = calibrate(recoverer(), Unmarked.of([*folders, one_more]), tmp_path / "my.cal")
-    assert found.calibration.recovery is not None and "recommended mark: channels" in found.sentence()
-    assert set(found.record()["recommended"]) == {"channels", "radii"}
+    assert found.calibration.recovery is not None and "recommended mark: bands 2-3 in channels 0-2" in found.sentence()
+    assert set(found.record()["recommended"]) == {"bands"}
 
 
 def test_a_stopped_run_goes_on(tmp_path):
@@ -224,14 +224,15 @@ def well_recovered(channel: int, low: int, high: int) -> NoiseRecovery:
 def test_a_key_goes_where_the_calibration_says(house, tmp_path):
     made = replace(Calibration.load(house / "my.cal"), recovery=well_recovered(1, 3, 8), name="my.cal")
     found = new_key(MODEL, "tree-ring", made).metadata
-    assert (found["channels"], found["radii"]) == ([1], [1, 8])
-    assert new_key(MODEL, "tree-ring", made, channels=(0,)).metadata["channels"] == [0]
+    assert found["bands"] == [{"channels": [0, 1, 2], "radii": [2, 3]}, {"channels": [1], "radii": [4, 8]}]
+    assert new_key(MODEL, "tree-ring", made, channels=(0,)).metadata["bands"][0]["channels"] == [0]
     low, high = new_key(MODEL, "tree-ring", made, budget=0.03).metadata["radii"]
     assert Placement((1,), (low, high)).share(MODEL.latent_shape) <= 0.03 < Placement((1,), (3, 8)).share((3, 32, 32))
     error = refused(lambda: new_key(MODEL, "tree-ring", made, budget=0.001), SchemeError)
-    assert (error.code, error.subject) == ("scheme.budget", "channels 0, 1, 2, radii 1-4")
-    assert "0.0664" in error.fact and "0.001" in error.fact
-    assert new_key(MODEL, "tree-ring").metadata["channels"] == [0, 1, 2]  # nothing is known of this model
+    assert (error.code, error.subject) == ("scheme.budget", "channels 0, 1, 2, radii 2-4")
+    assert "0.0586" in error.fact and "0.001" in error.fact
+    unknown = new_key(MODEL, "tree-ring").metadata["bands"]  # nothing is known of this model
+    assert [band["channels"] for band in unknown] == [[0, 1, 2], [0, 1, 2]]
     assert recovery_of(MODEL, None) is None and recovery_of(MODEL, made) is made.recovery
     error = refused(lambda: new_key(MODEL, "tree-ring", replace(made, recovery=None)))
     assert (error.code, error.subject) == ("calibration.no-recovery", "my.cal") and error.details["needed"] == KNOWN
@@ -244,8 +245,8 @@ def test_keygen_takes_a_calibration(house, run, tmp_path):
     replace(Calibration.load(house / "my.cal"), recovery=well_recovered(1, 3, 8)).save(tmp_path / "my.cal")
     args = ["keygen", "-o", tmp_path / "my.key", "--json", "--force", "--calibration"]
     found = json.loads(run(*args, tmp_path / "my.cal"))
-    assert (found["channels"], found["radii"]) == ([1], [1, 8])
-    assert json.loads(run(*args, tmp_path / "my.cal", "--channels", "0"))["channels"] == [0]
+    assert found["bands"][1] == {"channels": [1], "radii": [4, 8]}
+    assert json.loads(run(*args, tmp_path / "my.cal", "--channels", "0"))["bands"][1]["channels"] == [0]
     assert run(*args, tmp_path / "none", code=2).startswith(f"{tmp_path / 'none'}: ")
 
 

@@ -347,9 +347,10 @@ def test_trimmed_it_is_smaller_and_serves_keys_of_low_rings_as_before(calibratio
     assert sizes[1] < sizes[0] / 2 and Calibration.load(tmp_path / "1").fingerprint == trimmed.fingerprint
 
 
-def test_its_null_serves_other_sizes_without_the_mean(calibration):
+def test_its_null_serves_other_sizes(calibration):
     assert calibration.null_at(SHAPE) is calibration.null
     other = calibration.null_at((3, 24, 32))
+    assert not other.layout_known and calibration.null_at((3, 30, 30)).mean.shape == (3, 30, 30)
     assert other.mean == 0 and other.covariance is calibration.null.covariance and other.side == SIDE
     with pytest.raises(CalibrationError) as caught:
         calibration.null_at((4, 24, 24))

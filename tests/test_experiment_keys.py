@@ -13,7 +13,7 @@ def test_keys_are_distinct_and_reproducible(tmp_path):
     ring = script.keys_of(bench, 5)
     assert len({key.fingerprint for key in ring}) == 5
     assert [key.secret for key in ring] == [key.secret for key in script.keys_of(bench, 5)]
-    assert ring[0].metadata["channels"] == list(bench.placement.channels)
+    assert ring[0].metadata["bands"] == bench.key(seed=0).metadata["bands"]
 
 
 @pytest.mark.slow

@@ -116,7 +116,7 @@ def test_limits_by_hand():
 def test_only_the_ring_is_replaced(key, bench):
     noise = TreeRing(key).embed(initial_noise([1, 2, 3], SHAPE))
     model = SimpleNamespace(latent_shape=SHAPE, identity=OF_SHAPE["model"], kind=OF_SHAPE["kind"], recovery=None)
-    changed = script.replaced(bench(model, seed=7), noise, PLACE)
+    changed = script.replaced(bench(model, seed=7), noise, [PLACE])
     before, after = (torch.fft.fft2(x.double(), norm="ortho") for x in (noise, changed))
     inside = torch.zeros(4, 32, 32, dtype=torch.bool)
     inside[[0, 2]] = TreeRing(key).inside
@@ -129,8 +129,8 @@ def test_small_setting(experiment, tmp_path):
     found = experiment("security", tmp_path, "-n", 2, "--forged", 1, "--steps", 2)
     one, two = found["rows"]
     assert (one["images"], two["images"]) == (1, 2) and 0.1 < one["correlation"] < two["correlation"] < 1
-    (low, high), channels = found["settings"]["radii"], found["settings"]["channels"]
-    assert one["ring shown, of"] is None and two["ring shown, of"] == (high - low + 1) * len(channels)
+    assert found["settings"]["bands"] == ["channels 0, 1, 2, 3, radii 2-3", "channel 0, radii 4-10"]
+    assert one["ring shown, of"] is None and two["ring shown, of"] == 2 * 4 + 7
     assert two["unmarked shown, of"] == 60
     assert found["limits"]["some forged images pass from"] in (1, 2, None) and len(found["ring_z"]) == 4
     again = {r["drawn again"]: r for r in csv.DictReader((tmp_path / "security_drawn_again.csv").open())}

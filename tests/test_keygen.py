@@ -230,7 +230,7 @@ def test_a_new_key_is_for_the_model_and_by_the_scheme_of_ones_choice():
     described = {"scheme": "tree-ring", "pattern": "ring", "mask": "centred", "channels": [1], "radii": [3, 6]}
     assert described.items() <= made.metadata.items() and made.metadata["model"] == MODEL.identity
     assert (made.metadata["kind"], made.metadata["reference"]) == (MODEL.kind, list(MODEL.image_size))
-    assert new_key(MODEL, "tree-ring").metadata["channels"] == [0, 1, 2]  # nothing is known of this model
+    assert new_key(MODEL, "tree-ring").metadata["bands"][1]["channels"] == [0, 1, 2]  # nothing is known of this model
     for scheme, parameters, code in (
         ("unheard-of", {}, "scheme.unknown"),
         ("tree-ring", {"strength": 3}, "scheme.parameter"),

@@ -159,7 +159,7 @@ def test_at_another_size_a_bin_has_the_covariance_of_its_frequency(size):
     covariance = some_covariance(3, (24, 24), np.random.default_rng(4))
     null = Null(covariance, 24, torch.ones(3, 24, 24, dtype=torch.float64))
     at = null.at((3, *size))
-    assert at.mean == 0 and at.name == null.name
+    assert at.name == null.name
     transform = torch.from_numpy(np.random.default_rng(5).normal(size=(1, 2, *size))) + 0j
     white = at.whiten(transform, (2, 0))
     for i, ky in enumerate(np.fft.fftfreq(size[0])):
@@ -168,6 +168,27 @@ def test_at_another_size_a_bin_has_the_covariance_of_its_frequency(size):
             own = covariance[min(ring, len(covariance) - 1)][np.ix_([2, 0], [2, 0])]
             expected = np.linalg.solve(np.linalg.cholesky(own), transform[0, :, i, j].numpy())
             assert np.allclose(white[0, :, i, j], expected)
+
+
+def layout(height: int, width: int) -> torch.Tensor:
+    """Bright above and dark below (1, h, w)."""
+    return torch.cos(torch.pi * (torch.arange(height, dtype=torch.float64) + 0.5) / height)[:, None].expand(
+        1, -1, width
+    )
+
+
+@pytest.mark.parametrize("size", [(12, 16), (48, 64), (36, 48)])
+def test_a_layout_keeps_its_place_in_pictures_of_the_same_proportions(size):
+    null = Null(some_covariance(1, (24, 32), np.random.default_rng(4)), 24, layout(24, 32))
+    at = null.at((1, *size))
+    assert at.layout_known and at.mean.shape == (1, *size) and (at.mean - layout(*size)).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("size", [(32, 24), (24, 24), (24, 33)])
+def test_the_layout_of_other_proportions_is_not_known(size):
+    null = Null(some_covariance(1, (24, 32), np.random.default_rng(4)), 24, layout(24, 32))
+    at = null.at((1, *size))
+    assert at.mean == 0 and not at.layout_known and null.layout_known
 
 
 def test_at_its_own_size_a_null_is_itself():

@@ -164,7 +164,9 @@ def test_its_name_is_taken_and_its_parameters_are_its_own():
     assert caught.value.code == "scheme.parameter"
 
 
-@pytest.mark.parametrize("name, text", [("sign", "block 8"), ("tree-ring", "channels 0,1,2, radii 1-4")])
+@pytest.mark.parametrize(
+    "name, text", [("sign", "block 8"), ("tree-ring", "bands 2-3 in channels 0-2; 4-5 in channels 0-2")]
+)
 def test_a_scheme_recommends_parameters_of_new_keys(name, text):
     best = recommended(name, None, (3, 32, 32))
     assert parameters_text(name, best) == text

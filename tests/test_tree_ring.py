@@ -14,8 +14,9 @@ from ringmark.watermark.keys.expansion import normal
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.null import Null
 from ringmark.watermark.schemes.base import REGISTRY, make_key, scheme_of
+from ringmark.watermark.schemes.bins import ring_index
 from ringmark.watermark.schemes.fourier import Placement, middle_phase, signed_frequencies
-from ringmark.watermark.schemes.tree_ring import MASKS, PATTERNS, TreeRing, ring_index
+from ringmark.watermark.schemes.tree_ring import MASKS, PATTERNS, TreeRing
 from ringmark.watermark.statistics import cosine_test, published_distance
 
 SHAPES = [(4, 32, 32), (4, 64, 64), (4, 16, 24), (4, 24, 16), (4, 33, 33), (4, 17, 30)]
@@ -619,7 +620,7 @@ def test_noise_marked_at_another_size_is_unit_normal_in_every_pixel(size):
 def test_circles_without_frequencies_drop_out_of_small_latents():
     key = made((4, 32, 32), Placement((0, 2), (4, 10)), pattern="ring")
     s = scheme_of(key, (4, 16, 16))  # of even rings, ring 5 lies between (2, 1) and (2, 2)
-    assert s._circles_present.tolist() == [4, 6, 7, 8, 9, 10] and s.numbers == s.free == 12
+    assert s.bins.circles.tolist() == [4, 6, 7, 8, 9, 10] and s.numbers == s.free == 12
     test, noise = s.on(Null.white((4, 16, 16))), white((4, 16, 16), 500)
     found, own = features(s, s.embed(noise))
     assert (found - own).abs().max() < 1e-5

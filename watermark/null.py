@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from ringmark.inversion.noise_recovery import NoiseRecovery, rings
 
@@ -46,13 +47,15 @@ class Null:
     """Mean (C, h, w), or 0, and covariance (R, C, C) across channels, by ring, of noise recovered from unmarked images.
 
     `side` is the unit of rings, the shorter side in pixels of the latents that were measured. `name` is recorded in
-    results: "white", or a fingerprint of the measurement.
+    results: "white", or a fingerprint of the measurement. Without `layout_known`, images have an unknown mean on the
+    lowest rings.
     """
 
     covariance: Array
     side: int
     mean: Tensor | float = 0.0
     name: str = "white"
+    layout_known: bool = True
     _roots: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -60,7 +63,7 @@ class Null:
         """White noise on latents (C, h, w), the assumption if nothing was measured."""
         channels, height, width = latent_shape
         tables = np.tile(np.eye(channels), (int(rings(height, width).max()) + 1, 1, 1))
-        return cls(tables, min(height, width))
+        return cls(tables, min(height, width), layout_known=False)
 
     @classmethod
     def of_model(cls, model: Known, latent_shape: tuple[int, int, int] | None = None) -> Null:
@@ -72,17 +75,22 @@ class Null:
             return cls.white(latent_shape or model.latent_shape)
         channels, *size = model.latent_shape
         variances = model.recovery.null.T.numpy()[:, :, None]
-        null = cls(variances * np.eye(channels), min(size), name=model.recovery.fingerprint)
+        null = cls(variances * np.eye(channels), min(size), name=model.recovery.fingerprint, layout_known=False)
         return null.at(latent_shape or model.latent_shape)
 
     def at(self, latent_shape: tuple[int, int, int]) -> Null:
-        """The null of latents (C, h, w) of another size: the same covariance by frequency, and no mean.
+        """The null of latents (C, h, w) of another size: the same covariance by frequency.
 
-        The mean at one size says nothing about another, whose bins have other frequencies and phases.
+        The mean is a layout, such as sky above ground, which keeps its place in the picture: it is resized. Pictures of
+        other proportions have another layout, which is not known (see scripts/experiments/sizes.py).
         """
         if not isinstance(self.mean, Tensor) or self.mean.shape == latent_shape:
             return self
-        return replace(self, mean=0.0)
+        (height, width), (own_height, own_width) = latent_shape[1:], self.mean.shape[1:]
+        if height * own_width != width * own_height:
+            return replace(self, mean=0.0, layout_known=False)
+        mean = functional.interpolate(self.mean[None].double(), (height, width), mode="bicubic", antialias=True)
+        return replace(self, mean=mean[0])
 
     def whiten(self, transform: Tensor, channels: Sequence[int]) -> Tensor:
         """L⁻¹ F bin by bin, Σ = L Lᵀ the covariance of `channels` on the bin's ring: complex (B, c, h, w) → the same.

@@ -134,8 +134,9 @@ class Bench:
         return new_key(self.model, DEFAULT, secret=secret, **pattern)
 
     @property
-    def placement(self) -> Placement:
-        return TreeRing(self.key(seed=0)).placement
+    def bands(self) -> tuple[Placement, ...]:
+        """The bands of the default mark, at least one."""
+        return TreeRing(self.key(seed=0)).parts
 
     def fresh(self, number: int, offset: int = 0) -> tuple[Tensor, list[str]]:
         """New noise (number, C, h, w) and as many prompts."""

@@ -70,7 +70,7 @@ Tests = dict[str, np.ndarray]
 
 def families(bench: Bench, number: int) -> dict[str, list[Key]]:
     """Keys of each family. All keys *zeros* are the same."""
-    published = Placement((bench.placement.channels[0],), (1, 10 * min(bench.model.latent_shape[1:]) // 64))
+    published = Placement((bench.bands[-1].channels[0],), (1, 10 * min(bench.model.latent_shape[1:]) // 64))
     make = partial(bench.key, seed=np.random.default_rng(bench.seed))
     return {
         "rand": [make(pattern="rand") for _ in range(number)],

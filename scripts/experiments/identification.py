@@ -158,7 +158,6 @@ def main(bench: Bench, unmarked: int, sizes: tuple[int, ...], attacks: dict[str,
         marked, others = (tuple(x[part] for x in found) for part in (slice(number), slice(number, None)))
         rows += [row for size in sorted(set(sizes)) for row in count(name, marked, others, size, alpha)]
     click.echo(summary(rows))
-    place = schemes[0].placement
-    facts = {"channels": list(place.channels), "radii": list(place.radii), "calibration": bench.calibration_used}
+    facts = {"bands": [str(part) for part in schemes[0].parts], "calibration": bench.calibration_used}
     facts |= {"keys_in_all": len(schemes), "keys_carried": min(number, len(schemes))}
     bench.write(rows, figure_of(rows), settings=facts)

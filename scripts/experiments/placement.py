@@ -3,10 +3,10 @@
     python -m scripts.experiments placement --inversion-steps 5 -o build/placement      # 20 minutes of one core
     python -m scripts.experiments placement -n 8 --keys 2 --steps 4 --attack jpeg:25 -o build/small
 
-Images are drawn with `--keys` keys whose marks take all rings up to 12 of the channel that is recovered best. Their
-noise is recovered by the encoder, clean and under each `--attack`, and tested for every candidate: a set of bands of
-rings, of which only those bins count. A candidate that is chosen leaves the other rings alone, so its mark is judged
-here in pictures that carry a little more. Negatives are the same images, tested for the other keys.
+Images are drawn with `--keys` keys whose marks take all rings up to 12 of all channels. Their noise is recovered by the
+encoder, clean and under each `--attack`, and tested for every candidate: a set of bands, of which only those bins
+count. A candidate that is chosen leaves the other bins alone; as marked noise is white, that makes no difference to a
+picture. Negatives are the same images, tested for the other keys.
 
 A row per candidate and condition: the share of the coefficients that it alters, AUC, and the share of images found
 (p ≤ α), each with its paired difference from the better of the references `4-10` and `1-5` and that difference's 95 %
@@ -16,6 +16,7 @@ bootstrap interval over images.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -36,26 +37,32 @@ from scripts.experiments.plots import legend_below, panels
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Bands = Sequence[tuple[int, int]]
+Bands = Sequence[Placement]
 Array = np.ndarray
 
 HIGHEST = 12
 REFERENCES = ("4-10", "1-5")
-CANDIDATES: dict[str, Bands] = {
-    "4-10": [(4, 10)],
-    "1-5": [(1, 5)],
-    "1-9": [(1, 9)],
-    "1-4, 5-9": [(1, 4), (5, 9)],
-    "1-5, 6-9": [(1, 5), (6, 9)],
-    "1-3, 4-9": [(1, 3), (4, 9)],
-    "1-3, 4-6, 7-9": [(1, 3), (4, 6), (7, 9)],
-}
 RESAMPLES = 1000
+
+
+def candidates(every: tuple[int, ...], best: tuple[int, ...]) -> dict[str, Bands]:
+    """Bands of rings of the channels that are recovered best, or of all channels where the name says so."""
+    of_best = {
+        "4-10": [(4, 10)],
+        "1-5": [(1, 5)],
+        "1-9": [(1, 9)],
+        "1-4, 5-9": [(1, 4), (5, 9)],
+    }
+    return {name: [Placement(best, radii) for radii in bands] for name, bands in of_best.items()} | {
+        f"all {low}-3, 4-{high}": [Placement(every, (low, 3)), Placement(best, (4, high))]
+        for low, high in ((1, 9), (2, 9), (2, 10))
+    }
 
 
 def limited(key: Key, bands: Bands) -> TreeRing:
     """The mark of a key, tested in these bands only."""
-    return TreeRing(Key(key.metadata | {"bands": list(map(list, bands))}, key.secret))
+    described = [{"channels": list(band.channels), "radii": list(band.radii)} for band in bands]
+    return TreeRing(Key(key.metadata | {"bands": described}, key.secret))
 
 
 def log10_p(keys: Sequence[Key], bands: Bands, null: Null, noise: Tensor) -> Array:
@@ -75,12 +82,6 @@ def of_images(p: Array, own: Array) -> tuple[Array, Array]:
     others = np.sort(p[~mine])
     ranks = (np.searchsorted(others, p[mine], "left") + np.searchsorted(others, p[mine], "right")) / 2
     return 1 - ranks / len(others), p[mine] <= np.log10(ALPHA)
-
-
-def better_reference(of: dict[str, tuple[Array, Array]], measure: int) -> str:
-    """The reference with the greater mean of this measure."""
-    means = [of[name][measure].mean() for name in REFERENCES]
-    return REFERENCES[int(np.argmax(means))]
 
 
 def rows_of(attack: str, p: dict[str, Array], own: Array, shares: dict[str, float], seed: int) -> list[dict]:
@@ -104,14 +105,14 @@ def rows_of(attack: str, p: dict[str, Array], own: Array, shares: dict[str, floa
 def figure_of(rows: list[dict]) -> Figure:
     """AUC and share found by condition, a marker per candidate."""
     figure, axes = panels(11, 4.5, across=2)
-    attacks = list(dict.fromkeys(row["attack"] for row in rows))
+    attacks, names = (list(dict.fromkeys(row[column] for row in rows)) for column in ("attack", "bands"))
     for ax, column in zip(axes, ("auc", "found"), strict=True):
-        for k, (marker, name) in enumerate(zip("os^vD*X", CANDIDATES, strict=True)):
+        for k, (marker, name) in enumerate(zip("os^vD*X", names, strict=True)):
             values = [row[column] for row in rows if row["bands"] == name]
             ax.plot(np.arange(len(attacks)) + 0.1 * (k - 3), values, marker, label=name, alpha=0.8)
         ax.set(ylabel="AUC" if column == "auc" else f"share with p ≤ {ALPHA:g}", ylim=(0, 1.03))
         ax.set_xticks(range(len(attacks)), attacks, fontsize=8, rotation=30)
-    legend_below(figure, len(CANDIDATES))
+    legend_below(figure, len(names))
     return figure
 
 
@@ -120,21 +121,21 @@ def figure_of(rows: list[dict]) -> Figure:
 @attack_option(*SIX)
 def main(bench: Bench, key_count: int, attacks: dict[str, Chain | None]) -> None:
     """Which rings a mark should take, and in which bands it should be tested."""
-    place = Placement(bench.placement.channels[:1], (0, HIGHEST))
-    keys = [bench.key(place, seed=[bench.seed, i]) for i in range(key_count)]
+    shape = bench.model.latent_shape
+    every = tuple(range(shape[0]))
+    tried = candidates(every, bench.bands[-1].channels)
+    keys = [bench.key(Placement(every, (0, HIGHEST)), seed=[bench.seed, i]) for i in range(key_count)]
     noise, prompts = bench.fresh(bench.number)
     images = bench.draw(mark_in_turn(list(map(TreeRing, keys)), noise), prompts).images
     recoverer = Recoverer.named(bench.model, "encoder", steps=bench.recoverer.steps)
-    shape = bench.model.latent_shape
-    shares = {
-        name: sum(Placement(place.channels, band).share(shape) for band in bands) for name, bands in CANDIDATES.items()
-    }
-    own, null, rows = np.arange(bench.number) % key_count, Null.of_model(bench.model), []
+    shares = {name: sum(band.share(shape) for band in bands) for name, bands in tried.items()}
+    null = replace(Null.of_model(bench.model), layout_known=True)  # so that low bands are tested, as by a calibration
+    own, rows = np.arange(bench.number) % key_count, []
     for name, chain in attacks.items():
         noise = recovered(bench, recoverer, bench.attacked(images, chain), name)
-        p = {label: log10_p(keys, bands, null, noise) for label, bands in CANDIDATES.items()}
+        p = {label: log10_p(keys, bands, null, noise) for label, bands in tried.items()}
         rows += rows_of(name, p, own, shares, bench.seed)
-        for row in rows[-len(CANDIDATES) :]:
+        for row in rows[-len(tried) :]:
             click.echo(summary(row))
     bench.write(rows, figure_of(rows), alpha=ALPHA, references=REFERENCES)
 

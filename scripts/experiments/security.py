@@ -29,6 +29,7 @@ their RMS difference in grey levels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -71,9 +72,9 @@ def forged(key: Key, noise: Tensor) -> Key:
     at one size and not the secret, so the estimate is like a key of an older file.
     """
     scheme = TreeRing(key)
-    mean = scheme.masked(noise)[0].mean(0).view(len(scheme.placement.channels), -1)
     spectrum = torch.zeros_like(scheme.spectrum)
-    spectrum[:, scheme.inside] = mean / mean.abs().square().mean(1, keepdim=True).sqrt()
+    spectrum[scheme.marked] = scheme.masked(noise)[0].mean(0)
+    spectrum /= (spectrum.abs().square().sum((1, 2)) / scheme.marked.sum((1, 2))).sqrt()[:, None, None]
     metadata = {name: value for name, value in key.metadata.items() if name not in ("kind", "reference")}
     values = torch.view_as_real(spectrum).float().numpy()
     return Key(metadata | {"latent_shape": list(scheme.latent_shape)}, values=values)
@@ -105,9 +106,12 @@ def expected_cosine(model: LatentModel, scheme: TreeRing, m: int) -> float | Non
     """
     if model.recovery is None:
         return None
-    channels, ring = list(scheme.placement.channels), scheme.ring[scheme.inside]
-    a, v = (table[channels][:, ring] for table in (model.recovery.attenuation, model.recovery.variance))
-    return float((a.mean(1) / (a.square() + v / m).mean(1).sqrt()).mean())
+    of_channels = []
+    for channel, marked in zip(scheme.placement.channels, scheme.marked, strict=True):
+        ring = scheme.ring[marked]
+        a, v = (table[channel, ring] for table in (model.recovery.attenuation, model.recovery.variance))
+        of_channels.append(float(a.mean() / (a.square() + v / m).mean().sqrt()))
+    return float(np.mean(of_channels))
 
 
 def ring_z(noise: Tensor) -> Tensor:
@@ -137,8 +141,8 @@ def cells(scheme: TreeRing) -> tuple[Tensor, Tensor]:
     possible = torch.zeros(count, int(rings(height, width).max()) + 1, dtype=torch.bool)
     possible[:, 1 : min(height, width) // 2] = True
     marked = torch.zeros_like(possible)
-    low, high = scheme.placement.radii
-    marked[list(scheme.placement.channels), low : high + 1] = True
+    for channels, (low, high) in ((list(part.channels), part.radii) for part in scheme.parts):
+        marked[channels, low : high + 1] = True
     return possible, marked
 
 
@@ -198,25 +202,27 @@ def limits(rows: list[dict]) -> dict:
     return {name: next((m for m, value in passing if value >= bound), None) for name, bound in bounds.items()}
 
 
-def replaced(bench: Bench, noise: Tensor, place: Placement) -> Tensor:
-    """The noises with all bins of a placement replaced by new noise, different in each."""
-    keys = [bench.key(place, seed=[bench.first, i]) for i in range(len(noise))]
-    return mark_in_turn([TreeRing(key) for key in keys], noise)
+def replaced(bench: Bench, noise: Tensor, parts: Sequence[Placement]) -> Tensor:
+    """The noises with all bins of these parts replaced by new noise, different in each."""
+    for place in parts:
+        keys = [bench.key(place, seed=[bench.first, i]) for i in range(len(noise))]
+        noise = mark_in_turn([TreeRing(key) for key in keys], noise)
+    return noise
 
 
-def ways(bench: Bench, place: Placement, noise: Tensor, prompts: list[str]) -> dict[str, tuple]:
+def ways(bench: Bench, parts: Sequence[Placement], noise: Tensor, prompts: list[str]) -> dict[str, tuple]:
     """Noise, prompts and guidance for each way of drawing again."""
     count, height, width = bench.model.latent_shape
     everything = Placement(tuple(range(count)), (LOWEST, min(height, width) // 2 - 1))
     other, others = bench.fresh(len(noise), OTHERS)
-    guidance, nothing, anew = bench.guidance, [""] * len(noise), replaced(bench, noise, place)
+    guidance, nothing, anew = bench.guidance, [""] * len(noise), replaced(bench, noise, parts)
     return {
         "another prompt": (noise, others, guidance),
         "same prompt": (noise, prompts, guidance),
         "same prompt, ring replaced": (anew, prompts, guidance),
         "no prompt": (noise, nothing, 1.0),
         "no prompt, ring replaced": (anew, nothing, 1.0),
-        f"no prompt, rings from {LOWEST} on replaced": (replaced(bench, noise, everything), nothing, 1.0),
+        f"no prompt, rings from {LOWEST} on replaced": (replaced(bench, noise, [everything]), nothing, 1.0),
         "same prompt, other noise": (other, prompts, guidance),
     }
 
@@ -236,7 +242,7 @@ def compared(way: str, guidance: float, p: np.ndarray, images: Tensor, before: T
 def draw_again(bench: Bench, key: Key, seen: Tensor, noise: Tensor, prompts: list[str], alpha: float) -> list[dict]:
     """A row for the original pictures, and one for each way of drawing them again."""
     rows = [compared("not at all", bench.guidance, p_values(bench, key, noise), seen, seen, alpha)]
-    every = ways(bench, TreeRing(key).placement, noise, prompts)
+    every = ways(bench, TreeRing(key).parts, noise, prompts)
     for way, (start, texts, guidance) in tqdm(every.items(), "drawn again", disable=None):
         images = bench.draw(start, texts, way, guidance).images
         rows.append(compared(way, guidance, p_values(bench, key, recovered(bench, images, way)), images, seen, alpha))
@@ -328,9 +334,9 @@ def main(bench: Bench, forged: int, published: str | None, alpha: float) -> None
     rows = [average(bench, key, marked, unmarked, m, forged, alpha) for m in steps]
     again = draw_again(bench, key, seen[:few], marked[:few], prompts[:few], alpha)
     click.echo(summary(rows, again))
-    most, place = rows[-1]["images"], bench.placement
+    most = rows[-1]["images"]
     z = ring_z(marked[:most]) if most > 1 else None
-    facts = {"channels": list(place.channels), "radii": list(place.radii), "shows": SHOWS}
+    facts = {"bands": [str(part) for part in TreeRing(key).parts], "shows": SHOWS}
     facts = {"settings": facts | {"calibration": bench.calibration_used}}
     found = {"limits": limits(rows), "ring_z": None if z is None else z.tolist()}
     bench.write(rows, figure_of(rows, z, cells(TreeRing(key))[1]), **facts, **found)

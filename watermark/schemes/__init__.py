@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+from itertools import pairwise
+from typing import Any
 
 from ringmark.watermark.schemes.base import Parameter, PublishedStatistic, SchemeEntry, register
 
@@ -35,9 +38,31 @@ def _range(text: str) -> tuple[int, int]:
     return span[0], span[-1]
 
 
-def _ranges(ranges: list[list[int]]) -> str:
-    """[[1, 4], [5, 9]] as '1-4,5-9'."""
-    return ",".join("-".join(map(str, span)) for span in ranges)
+def _bands(bands: list[Any]) -> str:
+    """[{"channels": [0, 1], "radii": [2, 4]}] as '2-4 in channels 0-1'; older keys' [[1, 4], [5, 9]] as '1-4; 5-9'."""
+    return "; ".join(
+        f"{_text(band['radii'], '-')} in {_channels(band['channels'])}" if isinstance(band, dict) else _text(band, "-")
+        for band in bands
+    )
+
+
+def _parse_bands(text: str) -> list[dict[str, list[int]]]:
+    """'2-4 in channels 0-1; 5-9 in channel 0' as a list of bands; the word may be left out. Raises ValueError."""
+    found = [re.fullmatch(r"\s*([\d-]+) in (?:channels? )?([\d,-]+)\s*", band) for band in text.split(";")]
+    if not all(found):
+        raise ValueError(f"{text!r}: use radii and channels of each band, as in 2-3 in 0-3; 4-10 in 0")
+    return [{"channels": list(_numbers(band[2])), "radii": list(_range(band[1]))} for band in found if band]
+
+
+def _channels(channels: list[int]) -> str:
+    """[0, 1, 2] as 'channels 0-2', [0, 2] as 'channels 0,2', [1] as 'channel 1'."""
+    if len(channels) > 1 and all(b - a == 1 for a, b in pairwise(channels)):
+        return f"channels {channels[0]}-{channels[-1]}"
+    return f"channel{'s' if len(channels) > 1 else ''} {_text(channels, ',')}"
+
+
+def _text(numbers: list[int], between: str) -> str:
+    return between.join(map(str, numbers))
 
 
 def _share(text: str) -> float:
@@ -71,17 +96,24 @@ register(
                 name="channels",
                 help="Latent channels, as in 0,2 or 0-3.  [default: where the model's noise is recovered best]",
                 parse=_numbers,
-                show=lambda channels: ",".join(map(str, channels)),
+                show=lambda channels: _text(channels, ","),
             ),
             Parameter(
                 name="radii",
                 help="Range of ring radii, as in 3-10.  [default: where the model's noise is recovered best]",
                 parse=_range,
-                show=lambda radii: "-".join(map(str, radii)),
+                show=lambda radii: _text(radii, "-"),
+            ),
+            Parameter(
+                name="bands",
+                help="Bands that are tested apart, instead of channels and radii, as in '2-3 in 0-3; 4-10 in 0'.  "
+                "[default: low rings of all channels, and higher ones where the noise is recovered best]",
+                parse=_parse_bands,
+                show=_bands,
             ),
             Parameter(
                 name="budget",
-                help="Maximum share of the noise's coefficients that the mark may alter.  [default: 0.08]",
+                help="Maximum share of the noise that the mark may alter.  [default: 0.08, or 0.11 in bands]",
                 parse=_share,
             ),
         ),
@@ -89,6 +121,5 @@ register(
             PublishedStatistic(name="published_distance", label="published distance", larger_if_marked=False),
             PublishedStatistic(name="published_p", label="published p", larger_if_marked=False, compared=False),
         ),
-        show={"bands": _ranges},
     )
 )

@@ -145,7 +145,7 @@ class Scheme(Protocol):
         ...
 
     def panels(self, noise: Tensor) -> list[Panel]:
-        """Panels for figures: the first marked channel of one noise (1, C, h, w), then the key's. May be empty."""
+        """Panels for figures: one channel of one noise (1, C, h, w), then of the key. May be empty."""
         ...
 
     def key_panels(self) -> list[Panel]:
@@ -301,4 +301,12 @@ def description(metadata: Mapping[str, Any], common: Collection[str]) -> dict[st
     """A key's scheme-specific fields as text: those of its metadata that are not `common` to all keys."""
     entry = REGISTRY.get(metadata["scheme"])
     show = {p.name: p.show for p in entry.parameters} | dict(entry.show) if entry else {}
-    return {name: show.get(name, str)(value) for name, value in metadata.items() if name not in common}
+    return {name: _shown(show.get(name, str), value) for name, value in metadata.items() if name not in common}
+
+
+def _shown(show: Callable[[Any], str], value: object) -> str:
+    """A field as text; as it is if it makes no sense, as in a damaged key."""
+    try:
+        return show(value)
+    except (TypeError, KeyError, IndexError):
+        return str(value)

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ringmark.errors import SchemeError
@@ -25,7 +24,6 @@ __all__ = [
     "BandedTest",
     "CosineTest",
     "Placement",
-    "bands_of",
     "middle_phase",
     "mirror",
     "recommend",
@@ -34,7 +32,6 @@ __all__ = [
 
 
 BUDGET = 0.08  # share of the coefficients that a recommended mark may alter
-LOWEST, SPLIT = 2, 6  # a mark is tested in bands if it reaches from at most the first ring to at least the second
 
 
 def signed_frequencies(height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -88,14 +85,14 @@ class CosineTest:
 class BandedTest:
     """A `SchemeTest`: the whitened cosines of disjoint bands of rings, each with a p-value of its own, combined.
 
-    `bands` are the positions of each band's features among all (d,). Under a spherical null, the cosines of disjoint
+    `bands` are where each band's features are among all (d,). Under a spherical null, the cosines of disjoint
     bands are independent, and so are their p-values p_b, which `statistics.fisher` combines. The score is −log₁₀ p.
     """
 
     template: Array
     observe: Callable[[Tensor], Array]
     templates: Callable[[Sequence[Any]], Array]
-    bands: Sequence[NDArray[np.int64]]
+    bands: Sequence[slice]
 
     def score(self, observed: Array) -> Array:
         """−log₁₀ p (B,)."""
@@ -103,8 +100,9 @@ class BandedTest:
 
     def scores(self, observed: Array, templates: Array) -> Array:
         """The same (B, K) for the templates (K, d) of many keys."""
-        cosines = [(cosine_scores(observed[:, band], templates[:, band]), len(band)) for band in self.bands]
-        return -fisher([cosine_log10_p(cosine, numbers) for cosine, numbers in cosines])
+        cosines = [cosine_scores(observed[:, band], templates[:, band]) for band in self.bands]
+        pairs = zip(cosines, self.bands, strict=True)
+        return -fisher([cosine_log10_p(cosine, band.stop - band.start) for cosine, band in pairs])
 
     def log10_p(self, scores: Array, references: Array | None = None) -> Array:
         """The negative score; the references are not needed."""
@@ -154,26 +152,6 @@ class Placement:
         count, *size = latent_shape
         sizes = torch.bincount(rings(*size).flatten())
         return int(sizes[self.radii[0] : self.radii[1] + 1].sum()) * len(self.channels) / (count * size[0] * size[1])
-
-    def check_budget(self, latent_shape: tuple[int, int, int], budget: float) -> None:
-        """Raises SchemeError if the mark alters a larger share of the coefficients than `budget`."""
-        if (share := self.share(latent_shape)) > budget:
-            raise SchemeError(
-                "scheme.budget",
-                f"alters {share:.3g} of the coefficients, more than the budget of {budget:g}",
-                subject=str(self),
-            )
-
-
-def bands_of(radii: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-    """The bands in which a recommended mark of these radii is tested; none if all of its rings are tested together.
-
-    A crop moves high rings by more than the width of a bin and leaves low ones nearly in place; brightness and contrast
-    spoil the lowest rings. A mark that has both is tested by halves (see scripts/experiments/placement.py).
-    """
-    low, high = radii
-    middle = (low + high - 1) // 2
-    return ((low, middle), (middle + 1, high)) if low <= LOWEST < SPLIT <= high else ()
 
 
 def recommend(

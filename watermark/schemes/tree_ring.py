@@ -10,35 +10,45 @@ tested for. The published mask is one row off DC; taking the real part then disc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ringmark.errors import SchemeError
-from ringmark.inversion.noise_recovery import TIE, NoiseRecovery, radial_frequencies, rings
+from ringmark.inversion.noise_recovery import NoiseRecovery, radial_frequencies
 from ringmark.watermark.keys.expansion import normal
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.null import Array, Null, spectrum
+from ringmark.watermark.schemes.bands import (
+    LOW,
+    check_budget,
+    described,
+    read_bands,
+    recommend_bands,
+    whole_numbers,
+    whole_of,
+)
 from ringmark.watermark.schemes.base import Panel, SchemeTest, Waves
+from ringmark.watermark.schemes.bins import Bins, bins_of
 from ringmark.watermark.schemes.fourier import (
-    BUDGET,
     BandedTest,
     CosineTest,
     Placement,
-    bands_of,
     middle_phase,
     mirror,
     recommend,
     signed_frequencies,
 )
 from ringmark.watermark.statistics import (
-    cosine_bound,
+    cosine_log10_p,
+    fisher,
     power_p,
     power_scores,
     published_distance,
@@ -54,20 +64,10 @@ FAINT = 0.99  # whitened cosine that no real picture reaches
 SIDE, LEAST_BESIDE = 2, 8  # rings on each side that *zeros* is compared with; minimum number of bins of a side
 
 
-def ring_index(mask: str, height: int, width: int, side: int | None = None) -> Tensor:
-    """The ring (h, w) int64 of each bin, in cycles per `side` pixels of the latent, by default its shorter side."""
-    if mask == "centred":
-        return rings(height, width, side)
-    ky, kx = signed_frequencies(height, width)
-    side = side or min(height, width)
-    # Flipping y about an even number of rows puts the published centre at row h/2 − 1, where DC is at h/2.
-    distance = torch.hypot((ky + 1 - height % 2) * side / height, kx * side / width)
-    return (distance - TIE).ceil().clamp_min(1).long()
-
-
-def _unit_power(transform: Tensor, inside: Tensor) -> Tensor:
-    """Scale each channel to mean power 1 on the mask, like white noise."""
-    power = transform.abs().square().sum((-2, -1), keepdim=True) / inside.sum()
+def _unit_power(transform: Tensor, marked: Tensor) -> Tensor:
+    """Scale each channel to mean power 1 on the mark, like white noise."""
+    count = marked.sum((-2, -1), keepdim=True).clamp_min(1)
+    power = transform.abs().square().sum((-2, -1), keepdim=True) / count
     return transform / power.clamp_min(1e-12).sqrt()
 
 
@@ -80,41 +80,25 @@ def _check_names(pattern: object, mask: object) -> None:
         )
 
 
-def _whole_numbers(metadata: Mapping[str, Any], field: str) -> tuple[int, ...]:
-    """A field of a key's description. Raises SchemeError unless it is a list of whole numbers."""
-    values = metadata.get(field)
-    if not isinstance(values, list) or not all(type(n) is int for n in values):
-        raise SchemeError("scheme.description", f"its {field} are not whole numbers", subject="key")
-    return tuple(values)
+def _placed(key: Key) -> tuple[Placement, tuple[Placement, ...]]:
+    """A key's placement, and its bands if it has several. Raises SchemeError for a description that makes no sense."""
+    meta = key.metadata
+    if "bands" in meta and "channels" not in meta:
+        bands = read_bands(meta["bands"])
+        return whole_of(bands), bands
+    channels, radii = whole_numbers(meta, "channels"), whole_numbers(meta, "radii")
+    if len(radii) != 2:
+        raise SchemeError("scheme.description", "its radii are not two numbers", subject=f"key {key.fingerprint}")
+    whole = Placement(channels, (radii[0], radii[1]))
+    return whole, read_bands(meta.get("bands", []), whole)
 
 
-def _bands(metadata: Mapping[str, Any], placement: Placement) -> tuple[tuple[int, int], ...]:
-    """The bands of a key's description, none in most. Raises SchemeError unless each lies within the radii."""
-    bands, (lowest, highest) = metadata.get("bands", []), placement.radii
-    if not isinstance(bands, list) or not all(
-        isinstance(band, list)
-        and len(band) == 2
-        and all(type(n) is int for n in band)
-        and lowest <= band[0] <= band[1] <= highest
-        for band in bands
-    ):
-        raise SchemeError("scheme.description", "its bands are not ranges within its radii", subject="key")
-    return tuple((low, high) for low, high in bands)
-
-
-def _is_range(band: object, radii: tuple[int, int]) -> bool:
-    """Whether this is a list of two whole numbers in ascending order within the radii."""
-    numbers = isinstance(band, list) and len(band) == 2 and all(type(n) is int for n in band)
-    return bool(numbers and radii[0] <= band[0] <= band[1] <= radii[1])  # type: ignore[index]
-
-
-def _lows(pattern: str) -> tuple[int, ...] | None:
-    """The lowest radii that `recommend` chooses from.
-
-    Independent values leave the noise white, so they may take the lowest rings, which survive crops. The other patterns
-    would show in the picture there.
-    """
-    return (1,) if pattern == "rand" else None
+def _check_bands(pattern: str, mask: str, bands: Sequence[Placement]) -> None:
+    """Raises SchemeError for several bands of a mark that is always tested as a whole."""
+    if len(bands) > 1 and (pattern == "zeros" or mask == "published"):
+        raise SchemeError(
+            "scheme.one-band", "must be one for the pattern zeros and for the published mask", subject="bands"
+        )
 
 
 def _complex(numbers: Array) -> Tensor:
@@ -134,30 +118,6 @@ def _stored(key: Key, placement: Placement) -> Tensor | None:
             subject=f"key {key.fingerprint}",
         )
     return torch.view_as_complex(torch.from_numpy(key.values).double().contiguous())
-
-
-class _Bins(NamedTuple):
-    """The bins of a mask and radii: their rings and whether they are `inside` (h, w).
-
-    `rows` are the flat indices of one bin of each conjugate pair in the mark; those that are their own mirror are
-    `real_only`.
-    """
-
-    ring: Tensor
-    inside: Tensor
-    rows: Tensor
-    real_only: Tensor
-
-
-@lru_cache(maxsize=64)
-def _bins_of(mask: str, radii: tuple[int, int], size: tuple[int, int], side: int) -> _Bins:
-    """The bins on latents of this size (h, w), which all keys of a kind share."""
-    ring = ring_index(mask, *size, side)
-    inside = (ring >= radii[0]) & (ring <= radii[1])
-    index = torch.arange(inside.numel()).view(size)
-    mirrored = mirror(index)
-    rows = index[(inside | mirror(inside)) & (index <= mirrored)]
-    return _Bins(ring=ring, inside=inside, rows=rows, real_only=rows == mirrored.flatten()[rows])
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,17 +186,15 @@ class TreeRing:
             )
         self.pattern, self.mask = str(meta.get("pattern")), str(meta.get("mask"))
         _check_names(self.pattern, self.mask)
-        channels, radii = _whole_numbers(meta, "channels"), _whole_numbers(meta, "radii")
-        if len(radii) != 2:
-            raise SchemeError("scheme.description", "its radii are not two numbers", subject=f"key {key.fingerprint}")
-        self.placement = Placement(channels, (radii[0], radii[1]))
-        self.placement.check(key.latent_shape)
+        self.placement, self.bands = _placed(key)
+        self._as_one = "channels" in meta  # then all channels have the same mask, as in older keys
+        _check_bands(self.pattern, self.mask, self.bands)
+        for part in (self.placement, *self.bands):
+            part.check(key.latent_shape)
         self.latent_shape = latent_shape or key.latent_shape
         self.side = min(key.latent_shape[1:])
-        self.bands = _bands(meta, self.placement)
         self._secret, self._stored = key.secret, _stored(key, self.placement)
-        bins = _bins_of(self.mask, self.placement.radii, self.latent_shape[1:], self.side)
-        self.ring, self.inside, self._rows, self._real_only = bins
+        self.bins = self._bins_of(self.placement)
         self._check_size()
 
     @classmethod
@@ -249,26 +207,34 @@ class TreeRing:
         mask: str = "centred",
         channels: tuple[int, ...] | None = None,
         radii: tuple[int, int] | None = None,
+        bands: list[Any] | None = None,
         budget: float | None = None,
     ) -> dict[str, Any]:
         """Pattern, placement and bands.
 
-        Channels and radii are chosen within the budget unless they are given. Radii that are given make one band.
+        They are chosen within the budget unless they are given. Channels that are given are those of all bands; radii
+        that are given make one band. Raises SchemeError for bands beside channels or radii, or that overlap.
         """
-        best = recommend(recovery, latent_shape, budget=BUDGET if budget is None else budget, lows=_lows(pattern))
-        placement = Placement(best.channels if channels is None else channels, best.radii if radii is None else radii)
-        placement.check(latent_shape)
-        if budget is not None:
-            placement.check_budget(latent_shape, budget)
         _check_names(pattern, mask)
-        banded = radii is None and (pattern, mask) == ("rand", "centred")
-        bands = bands_of(placement.radii) if banded else ()
-        return {
-            "pattern": pattern,
-            "mask": mask,
-            "channels": list(placement.channels),
-            "radii": list(placement.radii),
-        } | ({"bands": list(map(list, bands))} if bands else {})
+        limit = {} if budget is None else {"budget": budget}
+        if bands is not None:
+            if channels is not None or radii is not None:
+                raise SchemeError("scheme.both", "have channels and radii of their own", subject="bands")
+            parts = read_bands(bands)
+        elif radii is None and (pattern, mask) == ("rand", "centred"):
+            parts = recommend_bands(recovery, latent_shape, **limit)
+        else:
+            parts = (recommend(recovery, latent_shape, lows=(1,) if pattern == "rand" else None, **limit),)
+        if channels is not None:
+            parts = tuple(replace(part, channels=channels) for part in parts)
+        if radii is not None:
+            parts = tuple(replace(part, radii=radii) for part in parts)
+        _check_bands(pattern, mask, parts)
+        for part in parts:
+            part.check(latent_shape)
+        if budget is not None:
+            check_budget(parts, latent_shape, budget)
+        return {"pattern": pattern, "mask": mask} | described(parts)
 
     def _check_size(self) -> None:
         """Raises SchemeError for latents without bins in the mask, or for *zeros* with too few beside it."""
@@ -282,30 +248,80 @@ class TreeRing:
         """The key's spectrum (c, h, w)."""
         return _expanded(self) if self._stored is None else self._stored
 
-    def at_random(self, channel: int) -> Tensor:
-        """(x + iy)/√2 on the first bin of each conjugate pair, in the order of rows; x on bins that are their own."""
+    def _drawn(self) -> list[Tensor]:
+        """Of a key *rand*: (x + iy)/√2 on each row of each channel's mask, x on bins that are their own mirror."""
         _, height, width = self.latent_shape
-        label = f"tree-ring rand {self.mask} {height}x{width} channel {channel}"
-        drawn = _complex(normal(self._secret, label, 2 * len(self._rows)))
-        half = torch.zeros(height * width, dtype=torch.complex128)
-        half[self._rows] = torch.where(self._real_only, drawn.real * 2**0.5 / 2, drawn)
-        half = half.view(height, width)
-        return half + mirror(half).conj()
+        values = []
+        for channel, bins in zip(self.placement.channels, self._layout.of_channels, strict=True):
+            label = f"tree-ring rand {self.mask} {height}x{width} channel {channel}"
+            drawn = _complex(normal(self._secret, label, 2 * len(bins.rows)))
+            values.append(torch.where(bins.real_only, drawn.real * 2**0.5, drawn))
+        return values
 
-    def on_circles(self, channel: int) -> Tensor:
+    def at_random(self) -> Tensor:
+        """The values of `_drawn` (c, h, w), with their conjugates on the opposite bins."""
+        _, height, width = self.latent_shape
+        values = torch.zeros(len(self.placement.channels), height * width, dtype=torch.complex128)
+        for of_channel, bins, drawn in zip(values, self._layout.of_channels, self._drawn(), strict=True):
+            of_channel[bins.mirrored], of_channel[bins.rows] = drawn.conj(), drawn
+        return values.view(-1, height, width)
+
+    def on_circles(self) -> Tensor:
         """One value per radius; for the centred mask it is real, with phases relative to the middle."""
         _, height, width = self.latent_shape
-        high = self.placement.radii[1]
-        label, ring = f"tree-ring ring {self.mask} channel {channel}", self.ring.clamp_max(high)
+        high, ring = self.placement.radii[1], self.ring.clamp_max(self.placement.radii[1])
+        labels = [f"tree-ring ring {self.mask} channel {channel}" for channel in self.placement.channels]
         if self.mask == "published":
-            return _complex(normal(self._secret, label, 2 * (high + 1)))[ring]
-        return torch.from_numpy(normal(self._secret, label, high + 1))[ring] * middle_phase(height, width)
+            return torch.stack([_complex(normal(self._secret, label, 2 * (high + 1)))[ring] for label in labels])
+        values = torch.stack([torch.from_numpy(normal(self._secret, label, high + 1))[ring] for label in labels])
+        return values * middle_phase(height, width)
 
     @staticmethod
-    def recommend(recovery: NoiseRecovery | None, latent_shape: tuple[int, int, int]) -> dict[str, list[int]]:
-        """Channels and radii of new keys with the default pattern, where the noise is recovered best."""
-        best = recommend(recovery, latent_shape, lows=_lows("rand"))
-        return {"channels": list(best.channels), "radii": list(best.radii)}
+    def recommend(recovery: NoiseRecovery | None, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
+        """The bands of new keys with the default pattern, or their channels and radii if there is only one."""
+        return described(recommend_bands(recovery, latent_shape))
+
+    @property
+    def ring(self) -> Tensor:
+        """The ring (h, w) of each bin."""
+        return self.bins.ring
+
+    @property
+    def inside(self) -> Tensor:
+        """Mask (h, w) of the bins from the lowest to the highest ring of the mark."""
+        return self.bins.inside
+
+    @property
+    def marked(self) -> Tensor:
+        """Mask (c, h, w) of the bins that the mark takes in each of its channels."""
+        return self._layout.marked
+
+    @cached_property
+    def _layout(self) -> _Layout:
+        return _layout_of(self.mask, self.placement, self.parts, self._as_one, self.latent_shape[1:], self.side)
+
+    @property
+    def parts(self) -> tuple[Placement, ...]:
+        """The bands, or the whole placement as one."""
+        return self.bands or (self.placement,)
+
+    @cached_property
+    def _tested(self) -> tuple[Placement, ...]:
+        """The parts, without bands that have fewer than two features on these latents and therefore no direction."""
+        if not self.bands:
+            return self.parts
+        return tuple(band for band in self.bands if self._numbers_in(band) > 1)
+
+    def _numbers_in(self, part: Placement) -> int:
+        return self._bins_of(part).numbers * len(part.channels)
+
+    def _bins_of(self, band: Placement) -> Bins:
+        averaged = (self.pattern, self.mask) == ("ring", "centred")
+        return bins_of(self.mask, band.radii, self.latent_shape[1:], self.side, averaged=averaged)
+
+    def _positions(self, band: Placement) -> list[int]:
+        """The positions of a band's channels among those of the mark."""
+        return [self.placement.channels.index(channel) for channel in band.channels]
 
     @property
     def label(self) -> str:
@@ -334,18 +350,21 @@ class TreeRing:
 
         Raises SchemeError for noise of another shape.
         """
-        marked = torch.where(self.inside, self.spectrum, self._transform(noise))
+        marked = torch.where(self.marked, self.spectrum, self._transform(noise))
         out = noise.clone()
         out[:, list(self.placement.channels)] = torch.fft.ifft2(marked, norm="ortho").real.to(noise)
         return out
 
     def check_findable(self, alpha: float) -> None:
         """Raises SchemeError for a key with too few free numbers for any realistic image to reach p ≤ alpha."""
-        if self.free and (self.free < 2 or cosine_bound(self.free, alpha) > FAINT):
+        if not self.free:
+            return
+        numbers = list(map(self._numbers_in, self._tested))
+        if min(numbers) < 2 or fisher([cosine_log10_p(np.array([FAINT]), n) for n in numbers])[0] > math.log10(alpha):
             raise SchemeError(
                 "scheme.unfindable",
                 f"a key has {self.free} free numbers, too few for any real picture to reach p ≤ {alpha:g}",
-                subject=f"{self.label} in {self.placement}",
+                subject=f"{self.label} in {'; '.join(map(str, self.parts))}",
             )
 
     def on(self, null: Null) -> SchemeTest:
@@ -356,30 +375,54 @@ class TreeRing:
         templates = partial(_templates, null=null)
         if not self.bands:
             return CosineTest(template=template, observe=observe, templates=templates)
-        return BandedTest(template=template, observe=observe, templates=templates, bands=self._features_of_bands)
+        ends = list(accumulate((self._numbers_in(self._tested[i]) for i in self._under(null)), initial=0))
+        bands = [slice(start, end) for start, end in pairwise(ends)]
+        return BandedTest(template=template, observe=observe, templates=templates, bands=bands)
 
-    @property
-    def _features_of_bands(self) -> list[NDArray[np.int64]]:
-        """The positions of each band's features among all."""
-        ring = self.ring.flatten()[self._rows]
-        of_channel = torch.cat([ring, ring[~self._real_only]]).repeat(len(self.placement.channels)).numpy()
-        return [np.flatnonzero((of_channel >= low) & (of_channel <= high)) for low, high in self.bands]
+    def _under(self, null: Null) -> list[int]:
+        """The numbers of the tested parts that are tested under a null: not the low rings if the layout is unknown."""
+        every = range(len(self._tested))
+        above = [i for i in every if null.layout_known or self._tested[i].radii[0] > LOW[1]]
+        return above or list(every)
 
     def _observed(self, null: Null, noise: Tensor) -> Array:
         """The features (B, d) of whitened noise (B, C, h, w)."""
         self._check_shape(noise)
-        transform = null.centred(noise, self.placement.channels)
-        return self._whitened_features(transform.flatten(2)[..., self._tested], null)
+        return self._whitened_features(self.tested_bins(null.centred(noise, self.placement.channels)), null)
 
-    def _whitened_features(self, bins: Tensor, null: Null) -> Array:
-        """The features (B, d) of whitened bins (B, c, n), those that are tested."""
-        white = null.whiten_bins(bins, self.placement.channels, self._tested, self.latent_shape[1:])
-        return self._features(white).numpy()
+    def _whitened_features(self, of_bands: Sequence[Tensor], null: Null) -> Array:
+        """The features (B, d) of the bins (B, c, n) that are tested in each band, after whitening."""
+        parts = []
+        for i in self._under(null):
+            band, bins = self._tested[i], self._bins_of(self._tested[i])
+            white = null.whiten_bins(of_bands[i], band.channels, bins.tested, self.latent_shape[1:])
+            parts.append(bins.features(white))
+        return torch.cat(parts, 1).numpy()
+
+    def tested_bins(self, transform: Tensor) -> list[Tensor]:
+        """The bins (…, c, n) that are tested in each band, of a transform (…, c, h, w) of the marked channels."""
+        flat = transform.flatten(-2)
+        return [flat[..., self._positions(band), :][..., self._bins_of(band).tested] for band in self._tested]
 
     @cached_property
-    def key_bins(self) -> Tensor:
-        """The Hermitian part of the key's spectrum on the bins that are tested (c, n)."""
-        return self.hermitian.flatten(1)[:, self._tested]
+    def key_bins(self) -> list[Tensor]:
+        """The Hermitian part of the key's spectrum on the bins (c, n) that are tested in each band."""
+        if self._stored is None and (self.pattern, self.mask) == ("rand", "centred"):
+            return self._drawn_bins()
+        return self.tested_bins(self.hermitian)
+
+    def _drawn_bins(self) -> list[Tensor]:
+        """The same for the centred *rand*, without the spectrum, since there may be many keys."""
+        scaled = []
+        for drawn, weight in zip(self._drawn(), self._layout.weights, strict=True):
+            power = (drawn.real.square() + drawn.imag.square()) @ weight
+            scaled.append(drawn / power.clamp_min(1e-12).sqrt())
+        found = []
+        for band in self._tested:
+            rows = self._bins_of(band).rows
+            of_channels = [(scaled[i], self._layout.of_channels[i].rows) for i in self._positions(band)]
+            found.append(torch.stack([values[torch.searchsorted(at, rows)] for values, at in of_channels]))
+        return found
 
     def published(self, noise: Tensor) -> dict[str, Array]:
         """The L1 distance and the p-value of arXiv 2305.20030."""
@@ -390,23 +433,29 @@ class TreeRing:
         }
 
     def panels(self, noise: Tensor) -> list[Panel]:
-        """Real spectra of the first marked channel of one noise (1, C, h, w) and of the key.
+        """Real spectra of the channel with most of the mark, of one noise (1, C, h, w) and of the key.
 
         Phases are relative to the middle of the picture, where a ring is real and constant along each circle.
         """
-        title = f"recovered noise, channel {self.placement.channels[0]}"
-        return [self._panel(title, self._transform(noise)[0, 0]), self._panel("key", self.spectrum[0])]
+        most = int(self.marked.sum((1, 2)).argmax())
+        title = f"recovered noise, channel {self.placement.channels[most]}"
+        return [
+            self._panel(title, self._transform(noise)[0, most], most),
+            self._panel("key", self.spectrum[most], most),
+        ]
 
     def key_panels(self) -> list[Panel]:
         """The key's real spectra, with phases as in `panels`."""
         pairs = zip(self.placement.channels, self.spectrum, strict=True)
-        return [self._panel(f"channel {channel}", values) for channel, values in pairs]
+        return [self._panel(f"channel {channel}", values, i) for i, (channel, values) in enumerate(pairs)]
 
-    def _panel(self, title: str, values: Tensor) -> Panel:
+    def _panel(self, title: str, values: Tensor, position: int) -> Panel:
         turned = values * middle_phase(*self.inside.shape).conj()
         shown = torch.fft.fftshift(turned).real.numpy() * 2**0.5
-        inside = np.fft.fftshift(self.inside.numpy())
-        return Panel(title=title, values=shown, inside=inside, radii=self.placement.radii, side=self.side)
+        channel = self.placement.channels[position]
+        radii = whole_of([part for part in self.parts if channel in part.channels]).radii
+        inside = np.fft.fftshift(self.marked[position].numpy())
+        return Panel(title=title, values=shown, inside=inside, radii=radii, side=self.side)
 
     @property
     def _reached(self) -> Tensor:
@@ -436,49 +485,14 @@ class TreeRing:
             )
 
     def features(self, transform: Tensor) -> Tensor:
-        """Features (B, d) of a transform (B, c, h, w) of the marked channels, of unit variance for white noise.
-
-        They are the real and imaginary parts of independent bins. For a ring, they are one mean per circle: ring keys
-        are constant on circles, and a test on every bin would confuse two of them.
-        """
-        return self._features(transform.flatten(2)[..., self._tested])
-
-    def _features(self, bins: Tensor) -> Tensor:
-        """The same, of the bins (B, c, n) that are tested."""
-        return self._circles(bins) if self._averages else self._parts(bins)
-
-    @property
-    def _tested(self) -> Tensor:
-        """Flat indices (n,) of the bins that features depend on."""
-        return self.inside.flatten().nonzero().flatten() if self._averages else self._rows
+        """Features (B, d) of a transform (B, c, h, w) of the marked channels, of unit variance for white noise."""
+        pairs = zip(self._tested, self.tested_bins(transform), strict=True)
+        return torch.cat([self._bins_of(band).features(values) for band, values in pairs], 1)
 
     @property
     def numbers(self) -> int:
         """The number d of features."""
-        each = len(self._circles_present) if self._averages else 2 * len(self._rows) - int(self._real_only.sum())
-        return each * len(self.placement.channels)
-
-    @property
-    def _circles_present(self) -> Tensor:
-        """The rings of the mask that have bins, which small latents lack between whole frequencies."""
-        return torch.bincount(self.ring[self.inside]).nonzero().flatten()
-
-    @property
-    def _averages(self) -> bool:
-        return self.pattern == "ring" and self.mask == "centred"
-
-    def _parts(self, bins: Tensor) -> Tensor:
-        real = bins.real * torch.where(self._real_only, 1.0, 2**0.5)
-        imaginary = bins.imag[..., ~self._real_only] * 2**0.5
-        return torch.cat([real, imaginary], -1).flatten(1)
-
-    def _circles(self, bins: Tensor) -> Tensor:
-        """Σ / √n over the n bins of each circle, with phases relative to the middle, where conjugate bins are equal."""
-        turned = (bins * middle_phase(*self.inside.shape).conj()[self.inside]).real
-        circle = torch.bucketize(self.ring[self.inside], self._circles_present)
-        count = torch.bincount(circle)
-        total = torch.zeros(*turned.shape[:-1], len(count), dtype=turned.dtype).index_add_(-1, circle, turned)
-        return (total / count.sqrt()).flatten(1)
+        return sum(map(self._numbers_in, self._tested))
 
     @property
     def sides(self) -> list[Tensor]:
@@ -513,27 +527,33 @@ class TreeRing:
     def masked(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """All masked bins of noise (B, n) and key (n,), complex, in the published units (white noise has power h·w)."""
         scale = self.inside.numel() ** 0.5
-        recovered = self._transform(noise)[..., self.inside].flatten(1)
-        return recovered * scale, self.spectrum[..., self.inside].flatten() * scale
+        return self._transform(noise)[:, self.marked] * scale, self.spectrum[self.marked] * scale
 
     @property
     def waves(self) -> Waves | None:
         """The waves of *rand*. The other patterns have too few free numbers for a search, or none.
 
-        Of a bin whose mirror image is outside the mask, the Hermitian part has half the variance.
+        They are those of the channels of the largest band, on all rings that are marked in each of them: the low rings
+        of further channels are recovered less well, and a search found no more with them. Of a bin whose mirror image
+        is outside the mask, the Hermitian part has half the variance.
         """
         if self.pattern != "rand":
             return None
+        largest = max(self._tested, key=self._numbers_in)
+        shared = [part for part in self._tested if set(part.channels) >= set(largest.channels)]
+        insides = [self._bins_of(part).inside for part in shared]
+        inside = torch.stack(insides).any(0)
+        number = inside.double() + mirror(inside).double()
         _, height, width = self.latent_shape
-        rows, down_right = self._rows[~self._real_only], signed_frequencies(height, width)
-        down, right = (k.expand(height, width).flatten()[rows] for k in down_right)
-        number = self.inside.double() + mirror(self.inside).double()
-        values = self.hermitian * middle_phase(height, width).conj() / number.clamp_min(1).sqrt()
+        searched = self.bins.rows[(number.flatten() > 0)[self.bins.rows] & ~self.bins.real_only]
+        down, right = (k.expand(height, width).flatten()[searched] for k in signed_frequencies(height, width))
+        scale = middle_phase(height, width).conj() / number.clamp_min(1).sqrt()
+        values = self.hermitian[self._positions(largest)] * scale
         return Waves(
-            channels=self.placement.channels,
+            channels=largest.channels,
             frequencies=torch.stack([right / width, down / height], 1),
-            ring=self.ring.flatten()[rows],
-            values=values.flatten(1)[:, rows],
+            ring=self.ring.flatten()[searched],
+            values=values.flatten(1)[:, searched],
         )
 
 
@@ -548,11 +568,39 @@ def _expanded(scheme: TreeRing) -> Tensor:
     channels = scheme.placement.channels
     if scheme.pattern == "zeros":
         return torch.zeros(len(channels), *scheme.latent_shape[1:], dtype=torch.complex128)
-    of_channel = scheme.at_random if scheme.pattern == "rand" else scheme.on_circles
-    transform = torch.stack([of_channel(channel) for channel in channels])
-    return _unit_power(transform * scheme.inside, scheme.inside)
+    transform = scheme.at_random() if scheme.pattern == "rand" else scheme.on_circles()
+    return _unit_power(transform * scheme.marked, scheme.marked)
+
+
+class _Layout(NamedTuple):
+    """What all keys of a kind share: `TreeRing.marked`, and for each channel its mask and the weights of its rows.
+
+    The mask of a channel reaches from the lowest to the highest ring of the bands that include it. The weights of the
+    rows are their shares of the bins that are marked in the channel.
+    """
+
+    marked: Tensor
+    of_channels: list[Bins]
+    weights: list[Tensor]
+
+
+@lru_cache(maxsize=64)
+def _layout_of(
+    mask: str, whole: Placement, parts: tuple[Placement, ...], as_one: bool, size: tuple[int, int], side: int
+) -> _Layout:
+    marked, of_channels, weights = torch.zeros(len(whole.channels), *size, dtype=torch.bool), [], []
+    for i, channel in enumerate(whole.channels):
+        mine = [part for part in parts if channel in part.channels]
+        for part in mine:
+            marked[i] |= bins_of(mask, part.radii, size, side).inside
+        bins = bins_of(mask, (whole if as_one else whole_of(mine)).radii, size, side)
+        number = marked[i].flatten()[bins.rows].double() * torch.where(bins.real_only, 1.0, 2.0)
+        of_channels.append(bins)
+        weights.append(number / number.sum().clamp_min(1))
+    return _Layout(marked=marked, of_channels=of_channels, weights=weights)
 
 
 def _templates(schemes: Sequence[TreeRing], null: Null) -> Array:
     """The templates (K, d) of keys of one kind: the features of their whitened spectra."""
-    return schemes[0]._whitened_features(torch.stack([scheme.key_bins for scheme in schemes]), null)
+    of_bands = zip(*(scheme.key_bins for scheme in schemes), strict=True)
+    return schemes[0]._whitened_features([torch.stack(bins) for bins in of_bands], null)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,8 @@ class Ring:
     """
 
     def __init__(self, model: Model, keys: Iterable[Key], alpha: float = ALPHA) -> None:
-        self.null, self.log10_alpha = Null.of_model(model), float(np.log10(alpha))
+        # All bands count, as they do for verdicts by a calibration.
+        self.null, self.log10_alpha = replace(Null.of_model(model), layout_known=True), float(np.log10(alpha))
         self.latent_shape = model.latent_shape
         self.kinds: dict[Any, _Kind] = {}
         self.marks: list[Tensor] = []
