@@ -46,7 +46,7 @@ def read_bands(bands: Any, whole: Placement | None = None) -> tuple[Placement, .
     that reach beyond the mark, and for more than MOST.
     """
     refused = SchemeError(
-        "scheme.bands", f"are not 1 to {MOST} disjoint ranges of rings in some channels", subject="bands"
+        "scheme.bands", f"must be 1 to {MOST} ranges of rings without a ring in common", subject="bands"
     )
     if not isinstance(bands, list) or len(bands) > MOST or not (bands or whole):
         raise refused
