@@ -4,9 +4,9 @@
     python -m scripts.experiments placement -n 8 --keys 2 --steps 4 --attack jpeg:25 -o build/small
 
 Images are drawn with `--keys` keys whose marks take all rings up to 12 of all channels. Their noise is recovered by the
-encoder, clean and under each `--attack`, and tested for every candidate: a set of bands, of which only those bins
-count. A candidate that is chosen leaves the other bins alone; as marked noise is white, that makes no difference to a
-picture. Negatives are the same images, tested for the other keys.
+encoder, clean and under each `--attack`, and tested for every candidate: a set of bands, whose bins alone count. A
+candidate that is chosen leaves the other bins alone; marked noise is white, so this does not affect the quality of a
+single picture. Negatives are the same images, tested for the other keys.
 
 A row per candidate and condition: the share of the coefficients that it alters, AUC, and the share of images found
 (p ≤ α), each with its paired difference from the better of the references `4-10` and `1-5` and that difference's 95 %

@@ -106,14 +106,14 @@ register(
             ),
             Parameter(
                 name="bands",
-                help="Bands that are tested apart, instead of channels and radii, as in '2-3 in 0-3; 4-10 in 0'.  "
+                help="Bands that are tested separately, instead of channels and radii, as in '2-3 in 0-3; 4-10 in 0'.  "
                 "[default: low rings of all channels, and higher ones where the noise is recovered best]",
                 parse=_parse_bands,
                 show=_bands,
             ),
             Parameter(
                 name="budget",
-                help="Maximum share of the noise that the mark may alter.  [default: 0.08, or 0.11 in bands]",
+                help="Maximum share of the noise that the mark may alter.  [default: 0.11 for centred rand, else 0.08]",
                 parse=_share,
             ),
         ),

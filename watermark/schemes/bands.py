@@ -1,4 +1,4 @@
-"""Bands: parts of a mark, each a range of rings in some channels, that are tested apart.
+"""Bands: parts of a mark, each a range of rings in some channels, that are tested separately.
 
 In a key's description a band is {"channels": [0, 1], "radii": [2, 3]}.
 """

@@ -212,8 +212,8 @@ class TreeRing:
     ) -> dict[str, Any]:
         """Pattern, placement and bands.
 
-        They are chosen within the budget unless they are given. Channels that are given are those of all bands; radii
-        that are given make one band. Raises SchemeError for bands beside channels or radii, or that overlap.
+        They are chosen within the budget unless they are given. Given channels apply to all bands; given radii make one
+        band. Raises SchemeError for bands that overlap or are given together with channels or radii.
         """
         _check_names(pattern, mask)
         limit = {} if budget is None else {"budget": budget}
@@ -380,7 +380,7 @@ class TreeRing:
         return BandedTest(template=template, observe=observe, templates=templates, bands=bands)
 
     def _under(self, null: Null) -> list[int]:
-        """The numbers of the tested parts that are tested under a null: not the low rings if the layout is unknown."""
+        """Indices of the parts that are tested under a null: not the low rings if the layout is unknown."""
         every = range(len(self._tested))
         above = [i for i in every if null.layout_known or self._tested[i].radii[0] > LOW[1]]
         return above or list(every)
