@@ -14,7 +14,6 @@ bootstrap intervals over pairs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -22,15 +21,14 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional
 
-from ringmark.watermark.schemes.fourier import Placement
 from scripts.experiments.common import Bench, experiment, mark_in_turn
-from scripts.experiments.placement import HIGHEST, candidates, limited
+from scripts.experiments.placement import RESAMPLES, limited, setting
 from scripts.experiments.plots import intervals, panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-REDUCED, RESAMPLES = 16, 1000
+REDUCED = 16
 UNMARKED = "unmarked"
 
 
@@ -82,16 +80,12 @@ def main(bench: Bench, key_count: int) -> None:
     """How much more alike two pictures with the same key are."""
     if bench.number % key_count:
         raise click.BadParameter(f"{key_count} keys do not divide {bench.number} images", param_hint="--keys")
-    shape = bench.model.latent_shape
-    every = tuple(range(shape[0]))
-    tried = candidates(every, bench.bands[-1].channels)
-    keys = [bench.key(Placement(every, (0, HIGHEST)), seed=[bench.seed, i]) for i in range(key_count)]
+    keys, tried, shares = setting(bench, key_count)
     noise, prompts = bench.fresh(2 * bench.number)
     twice = prompts[: bench.number] * 2
     images = {UNMARKED: bench.draw(noise, twice, UNMARKED).images}
     for name, bands in tried.items():
         images[name] = bench.draw(mark_in_turn([limited(key, bands) for key in keys], noise), twice, name).images
-    shares = {name: sum(band.share(shape) for band in bands) for name, bands in tried.items()}
     rows = rows_of(images, shares, key_count, bench.seed)
     for row in rows:
         click.echo(summary(row))
@@ -100,7 +94,7 @@ def main(bench: Bench, key_count: int) -> None:
 
 def summary(row: dict) -> str:
     """A row as text."""
-    parts: Sequence[str] = [
+    parts = [
         f"{name} {row[f'{name} ratio']:.3f} [{row[f'{name} low']:.3f}, {row[f'{name} high']:.3f}]"
         for name in ("same prompt", "another prompt")
     ]

@@ -61,8 +61,16 @@ def candidates(every: tuple[int, ...], best: tuple[int, ...]) -> dict[str, Bands
 
 def limited(key: Key, bands: Bands) -> TreeRing:
     """The mark of a key, tested in these bands only."""
-    described = [{"channels": list(band.channels), "radii": list(band.radii)} for band in bands]
-    return TreeRing(Key(key.metadata | {"bands": described}, key.secret))
+    return TreeRing(Key(key.metadata | {"bands": [band.fields for band in bands]}, key.secret))
+
+
+def setting(bench: Bench, key_count: int) -> tuple[list[Key], dict[str, Bands], dict[str, float]]:
+    """Keys in all rings up to HIGHEST, the candidates, and the share of the coefficients that each alters."""
+    shape = bench.model.latent_shape
+    every = tuple(range(shape[0]))
+    tried = candidates(every, bench.bands[-1].channels)
+    keys = [bench.key(Placement(every, (0, HIGHEST)), seed=[bench.seed, i]) for i in range(key_count)]
+    return keys, tried, {name: sum(band.share(shape) for band in bands) for name, bands in tried.items()}
 
 
 def log10_p(keys: Sequence[Key], bands: Bands, null: Null, noise: Tensor) -> Array:
@@ -121,14 +129,10 @@ def figure_of(rows: list[dict]) -> Figure:
 @attack_option(*SIX)
 def main(bench: Bench, key_count: int, attacks: dict[str, Chain | None]) -> None:
     """Which rings a mark should take, and in which bands it should be tested."""
-    shape = bench.model.latent_shape
-    every = tuple(range(shape[0]))
-    tried = candidates(every, bench.bands[-1].channels)
-    keys = [bench.key(Placement(every, (0, HIGHEST)), seed=[bench.seed, i]) for i in range(key_count)]
+    keys, tried, shares = setting(bench, key_count)
     noise, prompts = bench.fresh(bench.number)
     images = bench.draw(mark_in_turn(list(map(TreeRing, keys)), noise), prompts).images
     recoverer = Recoverer.named(bench.model, "encoder", steps=bench.recoverer.steps)
-    shares = {name: sum(band.share(shape) for band in bands) for name, bands in tried.items()}
     null = replace(Null.of_model(bench.model), layout_known=True)  # so that low bands are tested, as by a calibration
     own, rows = np.arange(bench.number) % key_count, []
     for name, chain in attacks.items():

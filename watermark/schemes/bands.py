@@ -20,8 +20,8 @@ __all__ = [
     "check_budget",
     "described",
     "read_bands",
+    "read_placement",
     "recommend_bands",
-    "whole_numbers",
     "whole_of",
 ]
 
@@ -30,11 +30,18 @@ LOW = (2, 3)  # the rings that survive crops, but for the first, which fixes the
 MOST = 8  # bands of a mark
 
 
-def whole_numbers(metadata: Mapping[str, Any], field: str) -> tuple[int, ...]:
-    """A field of a key's description. Raises SchemeError unless it is a list of whole numbers."""
-    values = metadata.get(field)
+def read_placement(description: Mapping[str, Any]) -> Placement:
+    """The channels and radii of a mark or of a band. Raises SchemeError if they make no sense."""
+    channels, radii = (_whole_numbers(description, name) for name in ("channels", "radii"))
+    if len(radii) != 2:
+        raise SchemeError("scheme.description", "its radii are not two numbers", subject="key")
+    return Placement(channels, (radii[0], radii[1]))
+
+
+def _whole_numbers(description: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    values = description.get(name)
     if not isinstance(values, list) or not all(type(n) is int for n in values):
-        raise SchemeError("scheme.description", f"its {field} are not whole numbers", subject="key")
+        raise SchemeError("scheme.description", f"its {name} are not whole numbers", subject="key")
     return tuple(values)
 
 
@@ -55,10 +62,9 @@ def read_bands(bands: Any, whole: Placement | None = None) -> tuple[Placement, .
         band = {"channels": list(whole.channels), "radii": each} if whole and isinstance(each, list) else each
         if not isinstance(band, dict):
             raise refused
-        channels, radii = whole_numbers(band, "channels"), whole_numbers(band, "radii")
-        if not channels or len(radii) != 2 or radii[0] > radii[1]:
+        read.append(read_placement(band))
+        if not read[-1].channels or read[-1].radii[0] > read[-1].radii[1]:
             raise refused
-        read.append(Placement(channels, (radii[0], radii[1])))
     if any(below[1] >= above[0] for below, above in pairwise(sorted(band.radii for band in read))):
         raise refused
     if whole and not all(_within(band, whole) for band in read):
@@ -79,7 +85,7 @@ def whole_of(bands: Sequence[Placement]) -> Placement:
 
 def described(bands: Sequence[Placement]) -> dict[str, Any]:
     """The description of a mark: its bands, or the channels and radii of a single one."""
-    each = [{"channels": list(band.channels), "radii": list(band.radii)} for band in bands]
+    each = [band.fields for band in bands]
     return {"bands": each} if len(each) > 1 else each[0]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -190,14 +190,13 @@ class SchemeEntry:
     The class takes a key and the shape (C, h, w) of the latents to mark. Its `fields(latent_shape, *, recovery,
     **parameters)` are its own fields of a new key's description, for latents of the reference size: `recovery` is how
     well the model's noise is recovered, if known. Its `recommend(recovery, latent_shape)` gives the parameters that it
-    recommends for new keys, by name; may be empty. `show` says how fields that are no parameters become text.
+    recommends for new keys, by name; may be empty.
     """
 
     name: str
     home: str | type
     parameters: tuple[Parameter, ...] = ()
     published: tuple[PublishedStatistic, ...] = ()
-    show: Mapping[str, Callable[[Any], str]] = field(default_factory=dict)
 
     @property
     def kind(self) -> Any:
@@ -300,7 +299,7 @@ def parameters_text(name: str, parameters: Mapping[str, Any]) -> str:
 def description(metadata: Mapping[str, Any], common: Collection[str]) -> dict[str, str]:
     """A key's scheme-specific fields as text: those of its metadata that are not `common` to all keys."""
     entry = REGISTRY.get(metadata["scheme"])
-    show = {p.name: p.show for p in entry.parameters} | dict(entry.show) if entry else {}
+    show = {p.name: p.show for p in entry.parameters} if entry else {}
     return {name: _shown(show.get(name, str), value) for name, value in metadata.items() if name not in common}
 
 

@@ -127,6 +127,11 @@ class Placement:
         plural = "s" if len(self.channels) > 1 else ""
         return f"channel{plural} {', '.join(map(str, self.channels))}, radii {self.radii[0]}-{self.radii[1]}"
 
+    @property
+    def fields(self) -> dict[str, list[int]]:
+        """Channels and radii as in a key's description."""
+        return {"channels": list(self.channels), "radii": list(self.radii)}
+
     def check(self, latent_shape: tuple[int, int, int]) -> None:
         """Raises SchemeError unless the placement fits a latent (C, h, w)."""
         count, *size = latent_shape

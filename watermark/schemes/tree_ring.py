@@ -31,8 +31,8 @@ from ringmark.watermark.schemes.bands import (
     check_budget,
     described,
     read_bands,
+    read_placement,
     recommend_bands,
-    whole_numbers,
     whole_of,
 )
 from ringmark.watermark.schemes.base import Panel, SchemeTest, Waves
@@ -86,10 +86,7 @@ def _placed(key: Key) -> tuple[Placement, tuple[Placement, ...]]:
     if "bands" in meta and "channels" not in meta:
         bands = read_bands(meta["bands"])
         return whole_of(bands), bands
-    channels, radii = whole_numbers(meta, "channels"), whole_numbers(meta, "radii")
-    if len(radii) != 2:
-        raise SchemeError("scheme.description", "its radii are not two numbers", subject=f"key {key.fingerprint}")
-    whole = Placement(channels, (radii[0], radii[1]))
+    whole = read_placement(meta)
     return whole, read_bands(meta.get("bands", []), whole)
 
 
