@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ringmark.errors import SchemeError
-from ringmark.inversion.noise_recovery import NoiseRecovery, radial_frequencies
+from ringmark.inversion.noise_recovery import NoiseRecovery
 from ringmark.watermark.keys.expansion import normal
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.null import Array, Null, spectrum
@@ -46,22 +46,14 @@ from ringmark.watermark.schemes.fourier import (
     recommend,
     signed_frequencies,
 )
-from ringmark.watermark.statistics import (
-    cosine_log10_p,
-    fisher,
-    power_p,
-    power_scores,
-    published_distance,
-    published_p_value,
-    spread_p,
-)
+from ringmark.watermark.schemes.zeros import Neighbours, PowerTest
+from ringmark.watermark.statistics import cosine_log10_p, fisher, published_distance, published_p_value
 
-__all__ = ["MASKS", "PATTERNS", "PowerTest", "TreeRing"]
+__all__ = ["MASKS", "PATTERNS", "TreeRing"]
 
 PATTERNS = ("ring", "rand", "zeros")
 MASKS = ("centred", "published")
 FAINT = 0.99  # whitened cosine that no real picture reaches
-SIDE, LEAST_BESIDE = 2, 8  # rings on each side that *zeros* is compared with; minimum number of bins of a side
 
 
 def _unit_power(transform: Tensor, marked: Tensor) -> Tensor:
@@ -115,59 +107,6 @@ def _stored(key: Key, placement: Placement) -> Tensor | None:
             subject=f"key {key.fingerprint}",
         )
     return torch.view_as_complex(torch.from_numpy(key.values).double().contiguous())
-
-
-@dataclass(frozen=True, eq=False)
-class PowerTest:
-    """A `SchemeTest` for the pattern *zeros*: the power that the mark's rings lack compared with their neighbours.
-
-    Without references, p is that of white noise. With references it comes from their spread, since power differs more
-    between rings than in white noise, even in unmarked images.
-    """
-
-    scheme: TreeRing
-    null: Null
-
-    @property
-    def template(self) -> None:
-        """None: the score is not a cosine."""
-        return None
-
-    def observe(self, noise: Tensor) -> Array:
-        """Features of the mask, then the powers on its sides (B, d)."""
-        transform = self.scheme.whitened(noise, self.null)
-        power = transform.abs().square()
-        parts = [self.scheme.features(transform), *(power[..., side].flatten(1) for side in self.scheme.sides)]
-        return torch.cat(parts, 1).numpy()
-
-    def score(self, observed: Array) -> Array:
-        """The score s (B,) of `statistics.power_scores`."""
-        channels = len(self.scheme.placement.channels)
-        inside, *beside = np.split(
-            observed, np.cumsum([self.scheme.numbers, *self._beside * channels]).astype(int)[:-1], axis=1
-        )
-        shaped = [part.reshape(len(observed), channels, -1) for part in (inside, *beside)]
-        return power_scores(shaped[0], shaped[1:], self.scheme.side_weights)
-
-    @property
-    def _beside(self) -> Array:
-        """The number of bins of each side per channel (sides,)."""
-        return np.array([float(side.sum()) for side in self.scheme.sides])
-
-    def log10_p(self, scores: Array, references: Array | None = None) -> Array:
-        """From the spread of the references, or from the F-distribution of white noise without them."""
-        if references is not None:
-            p = spread_p(scores, references)
-        else:
-            channels = len(self.scheme.placement.channels)
-            weights = self.scheme.side_weights
-            p = power_p(scores, channels, self.scheme.numbers // channels, self._beside, weights)
-        with np.errstate(divide="ignore"):
-            return np.log10(p)
-
-    def density(self, scores: Array) -> None:
-        """None: not known in closed form."""
-        return None
 
 
 class TreeRing:
@@ -235,7 +174,7 @@ class TreeRing:
 
     def _check_size(self) -> None:
         """Raises SchemeError for latents without bins in the mask, or for *zeros* with too few beside it."""
-        if not self.numbers or (self.pattern == "zeros" and not self.sides):
+        if not self.numbers or (self.pattern == "zeros" and not self.neighbours.masks):
             (low, high), (_, height, width) = self.placement.radii, self.latent_shape
             fact = f"have too few frequencies at radii {low}-{high}, in cycles per {self.side} latent pixels"
             raise SchemeError("scheme.size", fact, subject=f"latents of {height}x{width}")
@@ -352,6 +291,11 @@ class TreeRing:
         out[:, list(self.placement.channels)] = torch.fft.ifft2(marked, norm="ortho").real.to(noise)
         return out
 
+    @cached_property
+    def neighbours(self) -> Neighbours:
+        """The bins beside the mark, which *zeros* is compared with."""
+        return Neighbours(self.bins, self.placement.radii, self.side)
+
     def check_findable(self, alpha: float) -> None:
         """Raises SchemeError for a key with too few free numbers for any realistic image to reach p ≤ alpha."""
         if not self.free:
@@ -367,7 +311,12 @@ class TreeRing:
     def on(self, null: Null) -> SchemeTest:
         """The whitened cosine, of bands if the key has any, or for *zeros* the power ratio of whitened noise."""
         if self.pattern == "zeros":
-            return PowerTest(self, null)
+            return PowerTest(
+                whitened=partial(self.whitened, null=null),
+                bins=self.bins,
+                neighbours=self.neighbours,
+                channels=len(self.placement.channels),
+            )
         template, observe = _templates([self], null)[0], partial(self._observed, null)
         templates = partial(_templates, null=null)
         if not self.bands:
@@ -455,11 +404,6 @@ class TreeRing:
         return Panel(title=title, values=shown, inside=inside, radii=radii, side=self.side)
 
     @property
-    def _reached(self) -> Tensor:
-        """Mask (h, w) of the masked bins and their conjugates."""
-        return self.inside | mirror(self.inside)
-
-    @property
     def hermitian(self) -> Tensor:
         """The Hermitian part of the key's spectrum, which remains after taking the real part."""
         spectrum = self.spectrum
@@ -490,36 +434,6 @@ class TreeRing:
     def numbers(self) -> int:
         """The number d of features."""
         return sum(map(self._numbers_in, self._tested))
-
-    @property
-    def sides(self) -> list[Tensor]:
-        """Masks (h, w): SIDE rings inside the mark, if they have LEAST_BESIDE bins, and SIDE rings outside it."""
-        low, high = self.placement.radii
-        spans = ((low - SIDE, low - 1), (high + 1, high + SIDE))
-        bands = [(first <= self.ring) & (self.ring <= last) & (self._frequency > 0) for first, last in spans]
-        within, beyond = ((band | mirror(band)) & ~self._reached for band in bands)
-        both = within & beyond  # can overlap, because the published mask is not its own mirror
-        return [side for side in (within & ~both, beyond & ~both) if side.sum() >= LEAST_BESIDE]
-
-    @property
-    def side_weights(self) -> Array:
-        """Weights w (sides,) with Σ w = 1 and, for two sides, Σ w L = the mask's L, where L is the mean log frequency.
-
-        If power follows a power law in frequency, Σ w log(power of a side) is then the log power of the mask. A mask
-        without rings inside is compared directly with those outside: its p is too large if power falls with frequency,
-        as it does in attacked pictures, and too small if power rises.
-        """
-        mask, (first, *second) = self._log_frequency(self._reached), list(map(self._log_frequency, self.sides))
-        share = (second[0] - mask) / (second[0] - first) if second else 1.0
-        return np.array([share, 1 - share][: 1 + len(second)])
-
-    def _log_frequency(self, where: Tensor) -> float:
-        return float(self._frequency[where & (self._frequency > 0)].log().mean())
-
-    @property
-    def _frequency(self) -> Tensor:
-        """Distance (h, w) from DC, in the unit of radii."""
-        return radial_frequencies(*self.latent_shape[1:], self.side)
 
     def masked(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """All masked bins of noise (B, n) and key (n,), complex, in the published units (white noise has power h·w)."""
