@@ -7,12 +7,14 @@ import pytest
 import torch
 from identity import of_shape, secret
 
+from ringmark.watermark.detect.verifier import Verifier
 from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.schemes.base import make_key
 from ringmark.watermark.schemes.fourier import Placement
 from ringmark.watermark.schemes.tree_ring import TreeRing
 from ringmark.watermark.statistics import published_distance
 from scripts.experiments import classification as script
+from scripts.experiments.benchmark import by_verifier
 
 SHAPE, PLACE = (4, 32, 32), Placement((3,), (6, 10))
 
@@ -60,6 +62,22 @@ def test_true_noise_is_always_recognised(pocket, bench):
         assert fit.argmax(0).tolist() == [0, 0, 1, 1, 2, 2], statistic
     nearest = [published_distance(*(x.numpy() for x in s.masked(noise))) for s in schemes]
     assert np.argmin(nearest, 0).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.slow
+def test_fits_over_all_stages_are_those_of_thorough_verdicts(bench):
+    small = bench(seed=5, number=1, steps=4)
+    keys = [small.key(Placement((0,), (4, 10)), seed=k) for k in range(script.KEYS)]
+    schemes = [TreeRing(key) for key in keys]
+    images = script.drawn(small, [script.Weak(s, 0.3) for s in schemes])
+    assert small.calibration is None and script.by_stages(small, schemes, images) == {}  # none for four steps
+    small = bench(seed=5, number=1)
+    fit = script.by_stages(small, schemes, images)
+    verifiers = [Verifier(small.recoverer, [key], calibration=small.calibration, thorough=True) for key in keys]
+    p = [by_verifier(verifier)(images) for verifier in verifiers]
+    assert np.exp(-fit["all stages"]).clip(max=1) == pytest.approx(np.array(p))
+    assert list(fit) == ["latents", "3 steps", "full", "all stages"]
+    assert fit["all stages"].argmax(0).tolist() == [0, 1, 2]
 
 
 @pytest.mark.slow
