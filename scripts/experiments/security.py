@@ -22,7 +22,7 @@ is done for as many unmarked images, to see what a model's images share without 
 so its rings may become visible there too, with more images.
 
 Drawing again. Images are drawn from the noise recovered from marked images: with another prompt (forgery), or with the
-masked bins or all bins from ring 3 on replaced by new noise (removal). Removal is tried with the prompt and guidance,
+masked bins or all bins from ring 2 on replaced by new noise (removal). Removal is tried with the prompt and guidance,
 and with neither, like the inversion, which preserves the picture better. Similarity is the correlation of pixels, and
 their RMS difference in grey levels.
 """
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWS = 4.0  # z above which a ring is visible: 3 in 100 000 by chance
-LOWEST = 3  # lowest ring that can be replaced without changing the layout
+LOWEST = 2  # lowest ring of a default mark; ring 1 fixes the layout
 FRESH, OTHERS = 10_000, 30_000  # seeds of forged images and of pictures drawn again, after those of the marked ones
 
 
