@@ -108,14 +108,14 @@ def test_claims_by_hand():
     rival, cheap, dear = (
         {"NMSE dB": db, "seconds": s, "evaluations": n} for db, s, n in ((-10, 8, 50), (-9.9, 0.5, 2), (-12, 1.5, 6))
     )
-    rows = {"rival": rival, "ours, 6 steps": dear, "ours, 2 steps": cheap}
+    rows = {"rival": rival, "Anderson, 6 steps": dear, "Anderson, 2 steps": cheap}
     exact, loose = (decoder.quick(rows, "rival", slack=slack, share=1 / 8) for slack in (0.0, 0.3))
-    assert not exact["holds"] and exact["reached"].startswith("ours, 6 steps")  # 1.5 of 8 s is more than an eighth
-    assert loose["holds"] and loose["reached"].startswith("ours, 2 steps")
+    assert not exact["holds"] and exact["reached"].startswith("Anderson, 6 steps")  # 1.5 of 8 s is more than an eighth
+    assert loose["holds"] and loose["reached"].startswith("Anderson, 2 steps")
 
 
 @pytest.mark.slow
-def test_the_bench_finds_ours_ahead_and_goes_on_where_it_was(experiment, out):
+def test_the_bench_finds_anderson_ahead_and_goes_on_where_it_was(experiment, out):
     options = ("-n", 2, "--its", 5, "--timed", 1, "--rounds", 1)
     first = experiment("decoder", out, *options)
     kept = {path: path.stat().st_mtime_ns for path in (out / "kept").rglob("*.*[ls]")}
@@ -124,9 +124,9 @@ def test_the_bench_finds_ours_ahead_and_goes_on_where_it_was(experiment, out):
     rows, same = ({row["method"]: row for row in found["rows"]} for found in (first, again))
     assert all(rows[name]["NMSE dB"] == same[name]["NMSE dB"] for name in rows)
     nmse = {name: row["NMSE dB"] for name, row in rows.items()}
-    budgets = [nmse[f"ours, {k} steps"] for k in (1, 2, 4, 8)]
+    budgets = [nmse[decoder.anderson(k)] for k in (1, 2, 4, 8)]
     assert budgets == sorted(budgets, reverse=True) and budgets[0] < nmse["encoder"] - 1
-    assert nmse["ours, default"] < min(nmse[n] for n in nmse if n.startswith(("grad", "paper"))) - 2
+    assert nmse[decoder.DEFAULT] < min(nmse[n] for n in nmse if n.startswith(("grad", "paper"))) - 2
     assert all(row["MB"] is None or row["MB"] > 0 for row in rows.values())
     holds = {claim["asked"]: claim["holds"] for claim in first["claims"]}
     assert holds["better on every image"] and holds["more accurate by default"]

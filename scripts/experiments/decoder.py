@@ -31,10 +31,10 @@ from scripts.experiments.plots import columns, panels
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BUDGETS = (1, 2, 3, 4, 6, 8, 12, 20)  # steps of Anderson, "ours"
-OPERATOR = (1, 2, 3, 4, 6)  # steps of the operator, at two evaluations each
+ANDERSON = (1, 2, 3, 4, 6, 8, 12, 20)  # steps
+OPERATOR = (1, 2, 3, 4, 6)  # steps, at two evaluations each; two are the default of `ringmark verify`
 MEMORY_BATCH = 8  # the batch size of the inversions
-ENCODER, DEFAULT = "encoder", "ours, default"
+ENCODER, DEFAULT, OPERATOR_DEFAULT = "encoder", "Anderson, stopped by itself", "operator, 2 steps"
 
 
 def contenders(its: int) -> dict[str, Inverter]:
@@ -45,9 +45,14 @@ def contenders(its: int) -> dict[str, Inverter]:
         adam(its): Inverter.named("adam", half),
         lean(its): Inverter.named("gradient-lean", its // 5),
     }
-    budgets = {ours(k): Inverter(Anderson(), k) for k in sorted({*BUDGETS, half})}
-    budgets |= {f"operator, {k} steps": Inverter(max_steps=k) for k in OPERATOR}
-    return known | gradients(its // 5) | gradients(its) | budgets | {DEFAULT: Inverter.named("anderson")}
+    longest = {anderson(half): Inverter(Anderson(), half)}
+    return known | gradients(its // 5) | gradients(its) | budgets() | longest | {DEFAULT: Inverter.named("anderson")}
+
+
+def budgets() -> dict[str, Inverter]:
+    """ringmark's methods, stopped after fixed numbers of steps."""
+    fixed = {anderson(k): Inverter(Anderson(), k) for k in ANDERSON}
+    return fixed | {f"operator, {counted(k)}": Inverter(max_steps=k) for k in OPERATOR}
 
 
 def adam(its: int) -> str:
@@ -58,8 +63,17 @@ def lean(its: int) -> str:
     return f"gradient 0.1 scheduled, {its // 5}, lean"
 
 
-def ours(steps: int) -> str:
-    return f"ours, {steps} steps"
+def anderson(steps: int) -> str:
+    return f"Anderson, {counted(steps)}"
+
+
+def counted(steps: int) -> str:
+    return f"{steps} step" if steps == 1 else f"{steps} steps"
+
+
+def is_budget(name: str) -> bool:
+    """Whether this is the name of one of ringmark's methods with a fixed number of steps."""
+    return name.endswith((" step", " steps"))
 
 
 def gradients(steps: int) -> dict[str, Inverter]:
@@ -103,11 +117,11 @@ def row_of(name: str, found: Inverted, nmse: Tensor, taken: dict, memory: dict, 
 
 
 def claims(rows: dict[str, dict], nmse: dict[str, Tensor], its: int) -> list[dict]:
-    """Claims about our method, with measured values."""
+    """Claims about Anderson, with measured values."""
     mean = {name: row["NMSE dB"] for name, row in rows.items()}
     short, long = (min(gradients(k), key=mean.__getitem__) for k in (its // 5, its))
     half, default = its // 2, rows[DEFAULT]
-    gain, memory = mean[adam(its)] - mean[ours(half)], default["MB"] / rows[short]["MB"]
+    gain, memory = mean[adam(its)] - mean[anderson(half)], default["MB"] / rows[short]["MB"]
     better, images = int((nmse[DEFAULT] < nmse[ENCODER]).sum()), len(nmse[ENCODER])
     sizes = f"{memory:.3f} ({default['MB']:.0f} MB of {rows[short]['MB']:.0f})"
     accuracy = f"{mean[DEFAULT]:.2f} dB against {mean[long]:.2f}"
@@ -128,17 +142,17 @@ def claim(rival: str, asked: str, reached: str, holds: bool) -> dict:
 
 
 def quick(rows: dict[str, dict], rival: str, *, slack: float, share: float) -> dict:
-    """Claim: our cheapest budget that is as accurate as the rival takes a `share` of the rival's time."""
-    budgets = sorted((name for name in rows if name.endswith(" steps")), key=lambda name: rows[name]["evaluations"])
+    """Claim: the cheapest budget that is as accurate as the rival takes a `share` of the rival's time."""
+    by_cost = sorted(filter(is_budget, rows), key=lambda name: rows[name]["evaluations"])
     bound = rows[rival]["NMSE dB"] + slack
-    cheapest = next((name for name in budgets if rows[name]["NMSE dB"] <= bound), budgets[-1])
+    cheapest = next((name for name in by_cost if rows[name]["NMSE dB"] <= bound), by_cost[-1])
     reached, ratio = rows[cheapest]["NMSE dB"], rows[cheapest]["seconds"] / rows[rival]["seconds"]
     text = f"{cheapest}: {reached:.2f} dB against {rows[rival]['NMSE dB']:.2f}, in {ratio:.3f} of its time"
     return claim(rival, f"within {slack} dB in {share:g} of its time", text, reached <= bound and ratio <= share)
 
 
 def as_high(rows: dict[str, dict], *rivals: str) -> list[dict]:
-    """Claims: the default's latents are as good for detection as those of the best rival."""
+    """Claims: Anderson's latents are as good for detection as those of the best rival."""
     claimed = []
     for measure in ("noise correlation", "weak ring AUC"):
         if measure in rows[DEFAULT]:
@@ -149,14 +163,14 @@ def as_high(rows: dict[str, dict], *rivals: str) -> list[dict]:
 
 
 def figure_of(rows: list[dict]) -> Figure:
-    """NMSE against time, with our budgets as a line and the others as points."""
+    """NMSE against time, with a line for each of ringmark's methods and the others as points."""
     figure, (ax,) = panels(8, 5)
-    lines = {name: [r for r in rows if r["method"].startswith(f"{name}, ")] for name in ("ours", "operator")}
-    for name, budgets in lines.items():
-        budgets = sorted((r for r in budgets if r["method"] != DEFAULT), key=lambda r: r["seconds"])
-        ax.plot(*columns(budgets, "seconds", "NMSE dB"), "o-", label=f"{name}, 1 … steps")
+    lines = {name: [r for r in rows if r["method"].startswith(f"{name}, ")] for name in ("Anderson", "operator")}
+    for name, members in lines.items():
+        by_time = sorted((r for r in members if is_budget(r["method"])), key=lambda r: r["seconds"])
+        ax.plot(*columns(by_time, "seconds", "NMSE dB"), "o-", label=f"{name}, 1 … steps")
     for row in rows:
-        if not row["method"].endswith(" steps"):
+        if not is_budget(row["method"]):
             ax.errorbar(row["seconds"], row["NMSE dB"], row["standard error"], fmt="s", label=row["method"])
     ax.set(xscale="log", xlabel="seconds per image", ylabel="NMSE of the latent, dB (mean ± standard error)")
     ax.grid(alpha=0.3)
@@ -172,10 +186,11 @@ def measure(bench: Bench, seen: Pictures, scheme: TreeRing, its: int, timed: int
     rivals = [ENCODER, adam(its), *gradients(its // 5)]
     value = {}
     if seen.noise is not None:
-        compared = [*rivals, *gradients(its), ours(12), DEFAULT]
+        compared = [*rivals, *gradients(its), anderson(12), OPERATOR_DEFAULT, DEFAULT]
         value = {name: worth(bench, inverted[name].latents, seen, scheme, name) for name in compared}
     few = seen.images[:MEMORY_BATCH]
-    memory = {name: peak_memory(bench.source, inverters[name], few) for name in (*rivals, lean(its), DEFAULT)}
+    weighed = (*rivals, lean(its), OPERATOR_DEFAULT, DEFAULT)
+    memory = {name: peak_memory(bench.source, inverters[name], few) for name in weighed}
     taken = seconds(bench.model, inverters, seen.images[:timed], rounds)
     return {name: row_of(name, inverted[name], nmse[name], taken, memory, value) for name in inverters}, nmse
 
@@ -185,7 +200,7 @@ def measure(bench: Bench, seen: Pictures, scheme: TreeRing, its: int, timed: int
 @click.option("--timed", default=4, show_default=True, help="Images on which time is measured.")
 @click.option("--rounds", default=3, show_default=True, help="Rounds of time measurements.")
 def main(bench: Bench, its: int, timed: int, rounds: int) -> None:
-    """Accuracy, time, memory and value for detection of every decoder inversion, and claims about ours."""
+    """Accuracy, time, memory and value for detection of every decoder inversion, and claims about Anderson."""
     scheme = weak_scheme(bench)
     seen = bench.pictures(scheme)
     rows, nmse = measure(bench, seen, scheme, its, timed, rounds)

@@ -17,18 +17,20 @@ import click
 import torch
 
 from ringmark.inversion.decoder import Inverter
-from ringmark.inversion.methods import Anderson
 from ringmark.inversion.metrics import nmse_db
 from scripts.experiments.common import Bench, Pictures, experiment, line, mean_and_error
 from scripts.experiments.costs import peak_memory, seconds
-from scripts.experiments.decoder import BUDGETS, gradients, ours, weak_scheme
+from scripts.experiments.decoder import budgets, gradients, weak_scheme
 from scripts.experiments.plots import columns, legend_below, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FAMILIES = {"gradient 0.1": "C3", "gradient 0.01": "C1", "paper's Adam": "C4", "ours": "C0", "encoder": "C2"}
+FAMILIES = {
+    "gradient 0.1": "C3", "gradient 0.01": "C1", "paper's Adam": "C4",
+    "Anderson": "C0", "operator": "C5", "encoder": "C2",
+}  # fmt: skip
 
 
 def contenders(shortest: int) -> dict[str, Inverter]:
@@ -37,8 +39,7 @@ def contenders(shortest: int) -> dict[str, Inverter]:
         f"paper's Adam, {n}": Inverter.named("adam", n) for n in (shortest, *(int(f * shortest) for f in (2.5, 5, 10)))
     }
     descent = [gradients(n) for n in (shortest, *(int(f * shortest) for f in (1.5, 2.5, 5)))]
-    budgets = {ours(k): Inverter(Anderson(), k) for k in BUDGETS}
-    return {"encoder": Inverter.named("encoder")} | adam | {n: i for d in descent for n, i in d.items()} | budgets
+    return {"encoder": Inverter.named("encoder")} | adam | {n: i for d in descent for n, i in d.items()} | budgets()
 
 
 def family(method: str) -> str:
