@@ -65,6 +65,26 @@ def bench(pocket, tmp_path):
 
 
 @pytest.fixture
+def smooth_pictures(tmp_path):
+    """A folder of this many unmarked pictures of pocket's size, smoothed noise."""
+
+    def make(number: int) -> Path:
+        import torch
+
+        from ringmark.data.images import from_array
+
+        folder, generator = tmp_path / "smooth", torch.Generator().manual_seed(0)
+        folder.mkdir()
+        for i in range(number):
+            noise = torch.randn(3, 128, 128, generator=generator)
+            smooth = 3 * torch.nn.functional.avg_pool2d(noise, 9, 1, 4)
+            from_array(smooth.clamp(-1, 1).numpy()).save(folder / f"{i}.png")
+        return folder
+
+    return make
+
+
+@pytest.fixture
 def experiment():
     """Run an experiment as a command in this process; its results as read back from JSON."""
     from click.testing import CliRunner

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
-from ringmark.data.images import from_array
 from ringmark.inversion.recover import Recoverer
 from ringmark.watermark.embed import initial_noise
 from scripts.experiments import cascade as script
@@ -59,13 +57,8 @@ def test_halves_are_tested_under_each_other(bench, pocket):
 
 
 @pytest.mark.slow
-def test_end_to_end(experiment, tmp_path):
-    (tmp_path / "unmarked").mkdir()
-    generator = torch.Generator().manual_seed(0)
-    for i in range(40):
-        noise = torch.randn(3, 128, 128, generator=generator)
-        smooth = 3 * torch.nn.functional.avg_pool2d(noise, 9, 1, 4)
-        from_array(smooth.clamp(-1, 1).numpy()).save(tmp_path / "unmarked" / f"{i}.png")
-    found = experiment("cascade", tmp_path / "out", tmp_path / "unmarked", "-n", 2, "--keys", 2, "--steps", 4)
+def test_end_to_end(experiment, smooth_pictures, tmp_path):
+    folder = smooth_pictures(40)
+    found = experiment("cascade", tmp_path / "out", folder, "-n", 2, "--keys", 2, "--steps", 4)
     assert [row["attack"] for row in found["rows"]] == ["unmarked", "clean", *script.SIX]
     assert all(0 <= row["walk"] <= 1 and row["time"] > 0 for row in found["rows"])
