@@ -1,4 +1,4 @@
-"""Tell whether a picture was made by your latent diffusion model, by the mark in its initial noise."""
+"""Tell whether a picture carries the watermark of your latent diffusion model, planted in its initial noise."""
 
 from __future__ import annotations
 

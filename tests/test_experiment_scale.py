@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
-from scripts.experiments.scale import discoveries, power
+from scripts.experiments.scale import RESULTS, discoveries, power
 
 
 def test_small_setting(experiment, tmp_path):
@@ -13,6 +15,8 @@ def test_small_setting(experiment, tmp_path):
     assert [row["marked"] for row in found["rows"]] == [1000] * 3
     clean = found["rows"][0]
     assert 50 < clean["false at 0.001"] < 150 and clean["false"] < clean["false at 0.001"]
+    published = json.loads((RESULTS / "scale.json").read_text())
+    assert published["seconds"] == found["seconds"], "scale.json was made from another benchmark.json: run it again"
 
 
 def test_benjamini_and_hochberg_keep_the_rate():

@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parents[2] / "docs" / "measurements" / "results"
 ALPHA, LARGEST = 1e-3, 1e-2
 CONDITIONS = ("clean", "brightness:6", "crop:0.75")
 MEASURED_RECORDS, MEASURED_BYTES = 10_000_000, 0.75e9  # results/report.json
-INDEX, NOISE, ROWS, PAGE = 40, 12_700, 10_000, 1000
+INDEX, NOISE, ROWS, PAGE = 40, 12_400, 10_000, 1000
 """Bytes of memory a picture (indexes of ids and of contents), bytes of kept noise, records a part, names a page."""
 
 

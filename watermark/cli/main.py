@@ -126,7 +126,7 @@ def _log_to_stderr(ctx: click.Context, level: int) -> None:
 @click.option("-v", "--verbose", count=True, help="Log progress to stderr, with times; -vv logs details too.")
 @click.pass_context
 def main(ctx: click.Context, verbose: int) -> None:
-    """Tell whether an image was made by your latent diffusion model.
+    """Tell whether an image carries the watermark of your latent diffusion model.
 
     A key is embedded in the initial noise of each image and detected by recovering that noise.
 

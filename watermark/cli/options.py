@@ -221,7 +221,8 @@ workers_option = click.option(
     type=click.IntRange(0),
     default=2,
     show_default=True,
-    help="Threads that read and decode images beside the computation; with Ray, tasks for each process that tests.",
+    help="Threads that read and decode images alongside the computation; with Ray, reading tasks for each process that "
+    "tests images.",
 )
 engine_options = grouped(
     "engine",

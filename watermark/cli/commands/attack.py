@@ -72,8 +72,8 @@ def attack(
     """Distort an image, or all images of a folder, to test how robust a mark is.
 
     Writes PNG; each of several attacks has its own folder in OUT. Images made earlier from the same source by the same
-    attack are kept. Only vae and diffuse load a model. Exit code 0: all images are written; 2: usage error, or some
-    images could not be attacked; 130: interrupted.
+    attack are kept. Only the attacks named vae and diffuse load a model. Exit code 0: all images are written; 2: usage
+    error, or some images could not be attacked; 130: interrupted.
 
     \b
     Example:

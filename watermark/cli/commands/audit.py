@@ -154,9 +154,8 @@ def reaudit(
     """Look for other keys in the images of an audit.
 
     AUDITED are results of ringmark audit --keep-noise. No image is opened and no model is loaded. The p-values are
-    those of an audit with these keys, on the stages that each image went through; after audit --thorough these are
-    all. Exit code 0: every image has a record, whatever its verdict; 2: usage error, or no such results; 130:
-    interrupted.
+    those of an audit with these keys, on the stages that each image went through: all stages after audit --thorough.
+    Exit code 0: every image has a record, whatever its verdict; 2: usage error, or no such results; 130: interrupted.
 
     \b
     Example:

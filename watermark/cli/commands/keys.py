@@ -79,8 +79,8 @@ def _parsed(
     "-n",
     "--number",
     type=click.IntRange(1),
-    help="Make this many keys in a folder, all distinguishable from each other and from those in it; with --force "
-    "they replace those.",
+    help="Make this many keys in a folder, all distinguishable from each other and from those in it. With --force, the "
+    "new keys replace those in the folder, and marks made with these can no longer be found.",
 )
 @click.option(
     "--calibration",

@@ -25,7 +25,7 @@ from ringmark.watermark.cli.options import PATH, FilePath, Finite, force_option,
     type=click.IntRange(0, 300),
     default=24,
     show_default=True,
-    help="Most thumbnails in each list of images; 0 leaves all pictures out.",
+    help="Maximum number of thumbnails in each list of images; 0 leaves all pictures out.",
 )
 @force_option
 @json_option
