@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from typing import BinaryIO, NamedTuple
 
-from ringmark.data.locations import MAX_BYTES
+from ringmark.data.locations import MAX_BYTES, filename
 from ringmark.data.sources import SUFFIXES
 from ringmark.errors import ImageError
 
@@ -29,6 +29,7 @@ OPENERS = {
 ARCHIVES = tuple(OPENERS)
 ALLOWANCE, RATIO = 1 << 30, 200  # bytes that any archive may expand to, and times its own size
 ZEROS = bytes(tarfile.BLOCKSIZE)
+LATEST = 2**63 / 1e9  # seconds whose nanoseconds fit 64 bits
 PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, gzip.BadGzipFile)
 """What the standard library raises for damaged archives, besides OSError by bz2."""
@@ -49,7 +50,7 @@ def entries(archive: BinaryIO, id: str, size: int | None) -> Iterator[Entry]:
     without a name, for source.damaged or source.bomb.
     """
     limit = ALLOWANCE + RATIO * (size or 0)
-    read = _zip if id.lower().endswith(".zip") else _tar
+    read = _zip if filename(id).endswith(".zip") else _tar
     try:
         yield from read(archive, id, limit)
     except ImageError as error:
@@ -79,11 +80,16 @@ def _zip(archive: BinaryIO, id: str, limit: int) -> Iterator[Entry]:
             limit -= info.file_size
             if limit < 0:
                 raise _bomb(id)
-            when = datetime(*info.date_time, tzinfo=timezone.utc) if info.date_time[1] else None
-            stamp = int(when.timestamp()) * 10**9 if when else None
-            yield Entry(
-                info.filename, stamp, _checked(id, info.filename, info.file_size) or _inflated(members, info, id)
-            )
+            content = _checked(id, info.filename, info.file_size) or _inflated(members, info, id)
+            yield Entry(info.filename, _stamp(info), content)
+
+
+def _stamp(info: zipfile.ZipInfo) -> int | None:
+    """The modification time of an entry in nanoseconds, if it has a valid one."""
+    try:
+        return int(datetime(*info.date_time, tzinfo=timezone.utc).timestamp()) * 10**9
+    except ValueError:
+        return None
 
 
 def _inflated(members: zipfile.ZipFile, info: zipfile.ZipInfo, id: str) -> bytes | ImageError:
@@ -97,7 +103,7 @@ def _inflated(members: zipfile.ZipFile, info: zipfile.ZipInfo, id: str) -> bytes
 
 
 def _tar(archive: BinaryIO, id: str, limit: int) -> Iterator[Entry]:
-    opener = next((opener for suffix, opener in OPENERS.items() if id.lower().endswith(suffix) and opener), None)
+    opener = next((opener for suffix, opener in OPENERS.items() if filename(id).endswith(suffix) and opener), None)
     stream = _Forward(opener(archive) if opener else archive, limit, id)  # type: ignore[operator]
     with tarfile.open(fileobj=stream, mode="r:") as members:  # type: ignore[call-overload]
         while member := members.next():
@@ -110,7 +116,8 @@ def _tar(archive: BinaryIO, id: str, limit: int) -> Iterator[Entry]:
                 content = stream.read(member.size)
                 if len(content) < member.size:
                     raise EOFError(f"in {member.name}")
-            yield Entry(member.name, int(member.mtime) * 10**9, content)
+            stamp = int(member.mtime) * 10**9 if 0 <= member.mtime < LATEST else None
+            yield Entry(member.name, stamp, content)
     if stream.last != ZEROS:  # tarfile takes any end for the end
         raise EOFError("no end of the archive")
 

@@ -29,15 +29,18 @@ def boxes(image: Image.Image, least: int, most: int = 24) -> list[Box]:
     Their sides are at least `least` pixels; at most `most` are returned.
     """
     pixels = np.asarray(image)
-    inked = np.abs(pixels.astype(np.int16) - _background(pixels)).max(2) > NEAR
+    inked = np.zeros(pixels.shape[:2], bool)
+    for channel, level in enumerate(_background(pixels)):  # one by one, which takes less memory
+        inked |= np.abs(pixels[..., channel].astype(np.int16) - level) > NEAR
     found = [box for box in _cut(inked, 0, 0, DEPTH) if box != (0, 0, *image.size) and _is_picture(box, least)]
     return sorted(found, key=_area, reverse=True)[:most]
 
 
 def _background(pixels: NDArray[np.uint8]) -> NDArray[np.int16]:
     """The middle of the commonest colour (3,)."""
-    levels = 256 // GRAIN
-    codes = (pixels // GRAIN) @ np.array([levels * levels, levels, 1])
+    codes = np.zeros(pixels.shape[:2], np.uint16)
+    for channel in range(3):
+        codes = codes * (256 // GRAIN) + pixels[..., channel] // GRAIN
     commonest = np.bincount(codes.ravel()).argmax()
     middle: NDArray[np.int16] = np.median(pixels[codes == commonest], axis=0).astype(np.int16)
     return middle

@@ -15,6 +15,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
@@ -43,6 +44,7 @@ PathLike = str | os.PathLike[str]
 
 SOFTWARE = "ringmark"
 HEAD_BYTES = 1 << 16  # searched for the signature of an output
+PARTIAL = re.compile(r"\..*-(?P<machine>[0-9a-f]{6})-(?P<pid>[0-9]+)-[0-9a-f]+\.tmp", re.DOTALL)
 STALE_SECONDS = 24 * 3600  # age of temporary files to remove if their process cannot be checked
 MAX_HEADER = 1 << 20
 MAX_AXES = 8
@@ -77,16 +79,16 @@ def replacing(path: PathLike) -> Iterator[Path]:
     """A file to write to, which replaces `path` atomically when the block ends: readers see the old content or the new.
 
     Parent folders are created. Links are followed, so the file that a link points to is replaced. The file to write to
-    is hidden, lies next to the target, and is named by it and by the process id; it is removed if the block fails, and
-    such files of processes that no longer run are removed. Raises OSError if the file cannot be written, and if `path`
-    is a device, a pipe or a folder.
+    is hidden, lies next to the target, and is named by it and by the process id; it is removed if the block fails. The
+    first write of a process to a folder removes such files there of processes that no longer run. Raises OSError if the
+    file cannot be written, and if `path` is a device, a pipe or a folder.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():  # as root, os.replace would swap /dev/null for a file
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(target)
-    partial = target.with_name(f"{_partial_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    _remove_stale(target.parent)
+    partial = target.with_name(_partial_name(target))
     try:
         yield partial
         os.replace(partial, target)
@@ -104,22 +106,26 @@ def _write_through(path: Path, content: bytes, mode: int) -> None:
         os.fsync(file.fileno())  # otherwise a power failure could leave an empty file
 
 
-def _partial_prefix(target: Path) -> str:
-    """The prefix of a target's temporary files; it names the machine, since process ids are only valid there."""
-    machine = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
-    digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:6]  # keeps long names short
-    return f".{os.fsencode(target.name)[:80].decode(errors='ignore')}.{digest}-{machine}-"
+def _partial_name(target: Path) -> str:
+    """A name for a temporary file; it has that of the machine too, since process ids are only valid there."""
+    name = os.fsencode(target.name)[:80].decode(errors="ignore")  # keeps long names short
+    return f".{name}-{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
 
 
-def _remove_stale(target: Path) -> None:
-    """Remove temporary files of the target left by killed runs."""
-    prefix = _partial_prefix(target)
-    with os.scandir(target.parent) as entries:
-        names = [entry.name for entry in entries if entry.name.startswith(prefix) and entry.name.endswith(".tmp")]
-    for name in names:
-        path = target.with_name(name)
-        if _is_stale(path, name.removeprefix(prefix).partition("-")[0]):
-            LOG.info("%s: removed; an earlier run was stopped while it wrote %s", path, target)
+@cache
+def _machine() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+
+
+@cache
+def _remove_stale(folder: Path) -> None:
+    """Remove temporary files left by killed runs, once in a process: many files may be written to a large folder."""
+    with os.scandir(folder) as entries:
+        found = [match for entry in entries if (match := PARTIAL.fullmatch(entry.name))]
+    for match in found:
+        path = folder / match[0]
+        if match["machine"] == _machine() and _is_stale(path, match["pid"]):
+            LOG.info("%s: removed; an earlier run was stopped while it wrote this file", path)
             path.unlink(missing_ok=True)
 
 
@@ -130,7 +136,7 @@ def _is_stale(path: Path, pid: str) -> bool:
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return True
-    except (OSError, ValueError, OverflowError):  # the process belongs to another user, or the name is not ours
+    except (OSError, OverflowError):  # the process belongs to another user, or the name is not ours
         return False
     return False
 

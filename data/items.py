@@ -16,12 +16,23 @@ from typing import NoReturn
 
 from ringmark.data.archives import ARCHIVES, entries
 from ringmark.data.images import Sample, SizesOf, read_samples, samples_in
-from ringmark.data.locations import MAX_BYTES, Location, has_scheme, is_web, public, stamp_in, too_many_bytes
+from ringmark.data.locations import (
+    MAX_BYTES,
+    Location,
+    filename,
+    has_scheme,
+    is_web,
+    public,
+    stamp_in,
+    too_many_bytes,
+)
 from ringmark.data.sources import SUFFIXES, Listing, list_images, stamp_of
 from ringmark.data.tables import LISTS, TABLES, listed, rows
 from ringmark.errors import ImageError
 
 __all__ = ["Item", "items_of", "listed_items"]
+
+CHAIN = "::"  # in fsspec, a filesystem in another one, which may be this machine's
 
 
 @dataclass(frozen=True)
@@ -106,7 +117,7 @@ def _expanded(source: str) -> Sequence[Location]:
 
 def _inside(location: Location, follow_links: bool) -> Iterator[Item]:
     """The items in a location, by the kind that its name says it is."""
-    name = location.id.partition("?")[0].lower() if is_web(location.id) else location.id.lower()
+    name = filename(location.id)
     if location.is_local and os.path.isdir(location.path):
         yield from listed_items(list_images(location.id, follow_links=follow_links))
     elif name.endswith(ARCHIVES):
@@ -137,7 +148,7 @@ def _fetch(location: Location, sizes_of: SizesOf) -> list[Sample]:
 
 def _in_archive(location: Location) -> Iterator[Item]:
     size = location.facts().get("size")
-    with location.opened(seekable=location.id.lower().endswith(".zip")) as file:
+    with location.opened(seekable=filename(location.id).endswith(".zip")) as file:
         for entry in entries(file, location.id, size):
             id = f"{location.id}/{entry.name}" if entry.name else location.id
             if isinstance(entry.content, ImageError):
@@ -167,13 +178,13 @@ def _in_list(location: Location) -> Iterator[Item]:
 def _named(location: Location, path: str) -> Item:
     """The picture at a path in a list: an address, or a path relative to the list; only a list here may name any."""
     try:
-        if has_scheme(path):
-            return _at(Location.at(path))
         if location.is_local:
             here = os.path.join(os.path.dirname(location.id), path)
-            return _at(location.named(here))
-        if path.startswith("/") or ".." in path.split("/"):
-            raise ImageError("source.outside", "is outside of the folder of its list", subject=path)
+            return _at(Location.at(path) if has_scheme(path) else location.named(here))
+        if has_scheme(path) and CHAIN not in path and (target := Location.at(path)).is_remote:
+            return _at(target)
+        if has_scheme(path) or path.startswith("/") or ".." in path.split("/"):
+            raise ImageError("source.outside", "is outside of the folder of its list", subject=public(path))
         folder = location.path.partition("?")[0] if is_web(location.id) else location.path
         return _at(location.below(f"{posixpath.dirname(folder)}/{path}"))
     except ImageError as error:

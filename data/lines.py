@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from io import FileIO
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeGuard
 
 from ringmark.data.settings import differences, typed
 from ringmark.errors import StoreError
@@ -77,15 +77,16 @@ class Lines:
         return list(accumulate(map(len, lines[:-1]), initial=begin)) if lines else []
 
     def read(self, position: int) -> Record:
-        """The record at a position."""
+        """The record at a position. Raises StoreError if another program has changed the file."""
         content = b""
         with self._lock:
             self._file.seek(position)
-            while not (end := content.find(b"\n") + 1):
-                if not (block := self._file.read(BLOCK)):
-                    raise StoreError("results.damaged", "was truncated by another program", subject=self.path)
+            while b"\n" not in content and (block := self._file.read(BLOCK)):
                 content += block
-        return _record(self.path, content[:end])
+        record = _decode(content[: content.find(b"\n") + 1])
+        if not _is_record(record):
+            raise StoreError("results.changed", "was changed by another program", subject=self.path)
+        return record
 
     def _write(self, lines: bytes) -> None:
         try:
@@ -124,7 +125,9 @@ def entries(path: Path, file: BinaryIO, fields: Collection[str] = ()) -> Iterato
         begin, end = end, end + len(line)
         if not line.endswith(b"\n"):
             return
-        record = _record(path, line, number)
+        record = _decode(line)
+        if not _is_record(record):
+            raise StoreError("results.damaged", f"line {number} is not a record", subject=path, line=number)
         missing = [name for name in fields if name not in record] if succeeded(record) else []
         if missing:
             fact = f"the record in line {number} has no {missing[0]}"
@@ -197,11 +200,8 @@ def unwritable(path: Path, error: OSError) -> StoreError:
     return StoreError(code, f"cannot be opened for writing: {error.strerror}", subject=path)
 
 
-def _record(path: Path, line: bytes, number: int | None = None) -> Record:
-    record = _decode(line)
-    if not isinstance(record, dict) or not isinstance(record.get("sample_id"), str):
-        raise StoreError("results.damaged", f"line {number} is not a record", subject=path, line=number)
-    return record
+def _is_record(value: Any) -> TypeGuard[Record]:
+    return isinstance(value, dict) and isinstance(value.get("sample_id"), str)
 
 
 def _encode(value: Record) -> bytes:

@@ -18,7 +18,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from ringmark.errors import ImageError
 
-__all__ = ["MAX_BYTES", "Location", "has_scheme", "is_web", "public", "stamp_in", "too_many_bytes"]
+__all__ = ["MAX_BYTES", "Location", "filename", "has_scheme", "is_web", "public", "stamp_in", "too_many_bytes"]
 
 MAX_BYTES = 512 << 20  # of one picture: 64 million pixels of 8 bytes
 SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)  # two letters or more: C:/ is a drive
@@ -42,6 +42,11 @@ def has_scheme(address: str) -> bool:
 def is_web(address: str) -> bool:
     """Whether this is the address of a web server."""
     return address.lower().startswith(("http://", "https://"))
+
+
+def filename(id: str) -> str:
+    """An id in lower case and, on the web, without parameters: its suffix says what it is."""
+    return (id.partition("?")[0] if is_web(id) else id).lower()
 
 
 def public(address: str) -> str:
@@ -106,6 +111,12 @@ class Location:
     def is_local(self) -> bool:
         """Whether this is a file of this machine."""
         return not has_scheme(self.id)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the filesystem is another machine's, whatever the address looks like."""
+        protocol = self.files.protocol
+        return not {"file", "local", "memory"}.intersection([protocol] if isinstance(protocol, str) else protocol)
 
     def check(self) -> None:
         """Raises ImageError unless there is something at this location or below."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from ringmark.data.labels import PATH_COLUMNS
+from ringmark.data.locations import filename
 from ringmark.data.parts import check_pyarrow
 from ringmark.errors import ImageError, StoreError
 
@@ -47,7 +48,7 @@ def rows(file: BinaryIO, id: str) -> Iterator[Row]:
 
     number = 0
     try:
-        for batch in _parquet(file, id) if id.lower().endswith(".parquet") else _arrow(file, id):
+        for batch in _parquet(file, id) if filename(id).endswith(".parquet") else _arrow(file, id):
             for value in batch.column(0).to_pylist():
                 yield _row(number, value)
                 number += 1
@@ -119,10 +120,10 @@ def listed(file: BinaryIO, id: str) -> Iterator[str]:
     """
     lines = io.TextIOWrapper(file, "utf-8-sig", newline="")
     try:
-        if id.lower().endswith(".txt"):
+        if filename(id).endswith(".txt"):
             yield from filter(None, (line.strip() for line in lines))
             return
-        reader = csv.reader(lines, delimiter="\t" if id.lower().endswith(".tsv") else ",")
+        reader = csv.reader(lines, delimiter="\t" if filename(id).endswith(".tsv") else ",")
         names = [name.strip().lower() for name in next(reader, [])]
         column = next((names.index(name) for name in COLUMNS if name in names), None)
         if column is None:

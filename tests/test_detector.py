@@ -78,6 +78,14 @@ def test_the_residual_is_that_of_the_latents_that_are_judged():
     )
 
 
+def test_a_key_given_twice_is_one():
+    one, other = key(1), key(2)
+    detector = Detector([one, one, other], null=WHITE)
+    (found,) = judged(detector, TreeRing(other).embed(initial_noise([7], MODEL.latent_shape)))
+    assert [v.key for v in found.verdicts] == [one.fingerprint, other.fingerprint] and detector.number_of_tests == 2
+    assert [v.present for v in found.verdicts] == [False, True]
+
+
 def test_several_keys_are_corrected_for_and_so_are_several_tests_of_each():
     keys = [key(i) for i in range(3)]
     noise = TreeRing(keys[1]).embed(initial_noise([7], MODEL.latent_shape))

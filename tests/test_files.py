@@ -78,17 +78,19 @@ files.write_atomic({str(tmp_path / name)!r}, "half")
     (left,) = os.listdir(tmp_path)
     assert left.startswith(".") and left.endswith(".tmp")
     write_atomic(tmp_path / "other.png", "text")
-    assert left in os.listdir(tmp_path)
+    assert os.listdir(tmp_path) == ["other.png"]
     write_atomic(tmp_path / name, "whole")
     assert sorted(os.listdir(tmp_path)) == sorted([name, "other.png"])
 
 
 def test_what_a_running_process_writes_is_left_alone(tmp_path):
-    partial = tmp_path / f"{files._partial_prefix(tmp_path / 'a')}{os.getpid()}-0.tmp"
-    unknown = tmp_path / f"{files._partial_prefix(tmp_path / 'a')}mine-0.tmp"
-    partial.touch(), unknown.touch()
+    partial = files._partial_name(tmp_path / "a")
+    unknown = [partial.replace(str(os.getpid()), other) for other in ("mine", "9" * 30)]
+    elsewhere = partial.replace(files._machine(), "0" * 6).replace(str(os.getpid()), "4194303")
+    for name in (kept := {partial, *unknown, elsewhere}):
+        (tmp_path / name).touch()
     write_atomic(tmp_path / "a", "text")
-    assert partial.exists() and unknown.exists()
+    assert set(os.listdir(tmp_path)) == {"a", *kept}
 
 
 def test_one_line():

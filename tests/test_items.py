@@ -170,6 +170,26 @@ def test_damage_in_a_zip_costs_its_entry(tmp_path):
     assert read(path) == {str(path): "source.damaged"}
 
 
+def test_dates_that_make_no_sense_are_left_out(tmp_path):
+    path = zipped(tmp_path / "a.zip", PICTURES)
+    with zipfile.ZipFile(path) as archive:
+        first = archive.infolist()[0]
+    assert first.date_time[1] and all(item.mtime_ns for item in items_of(str(path)))
+    month = (13 << 5 | 1).to_bytes(2, "little")  # as zip stores it
+    data = path.read_bytes()
+    at = data.index(b"PK\1\2") + 14
+    path.write_bytes(data[:at] + month + data[at + 2 :])
+    assert read(path) == below(path)
+    assert [item.mtime_ns is None for item in items_of(str(path))] == [True, False, False]
+    for when in (1e30, float("inf"), float("nan"), -1.0):
+        with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+            info = tarfile.TarInfo("a.png")
+            info.size, info.pax_headers = len(PICTURES["a.png"]), {"mtime": str(when)}
+            archive.addfile(info, io.BytesIO(PICTURES["a.png"]))
+        [item] = items_of(str(tmp_path / "a.tar"))
+        assert item.mtime_ns is None and item.read(lambda _: (SIZE,))
+
+
 def test_bombs_are_bounded(tmp_path, monkeypatch):
     zeros = bytes(1 << 20)
     bombs = [tar(tmp_path / "a.tar.gz", {"0.png": png(0), "1.png": zeros, "2.png": png(2)}, "w:gz")]
@@ -289,6 +309,15 @@ def test_pictures_archives_and_lists_on_the_web(web, tmp_path):
     assert read(f"{web}/shard.tar", f"{web}/album.zip") == below(f"{web}/shard.tar") | below(f"{web}/album.zip")
     table(folder / "t.parquet", {"image": list(PICTURES.values())})
     assert list(read(f"{web}/t.parquet").values()) == list(CONTENTS.values())
+    for name in ("shard.tar", "album.zip", "t.parquet"):  # parameters do not hide what a file is
+        assert list(read(f"{web}/{name}?download=true").values()) == list(CONTENTS.values())
+    (folder / "list.txt").write_text("a.png\n")
+    assert list(read(f"{web}/list.txt?download=true").values()) == [CONTENTS["a.png"]]
+    mine = tmp_path / "mine.png"  # which no list elsewhere may name
+    mine.write_bytes(PICTURES["a.png"])
+    for path in (f"file://{mine}", f"local://{mine}", f"filecache://x::file://{mine}", str(mine)):
+        (folder / "list.txt").write_text(f"{path}\n")
+        assert list(read(f"{web}/list.txt").values()) == ["source.outside"]
     (folder / "list.csv").write_text(f"url\na.png\n{web}/deep/b.png\n/etc/passwd\n../../x.png\nnone.png\n")
     assert read(f"{web}/list.csv") == {
         **{f"{web}/a.png": CONTENTS["a.png"], f"{web}/deep/b.png": CONTENTS["deep/b.png"]},

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from string import Formatter
 
 import pytest
 
@@ -60,7 +61,8 @@ def codes(call: ast.Call) -> set[str]:
     return {text for text in texts(call.args[0]) if CODE.fullmatch(text)} if call.args else set()
 
 
-CODES = {code: name for name, tree in TREES.items() for call in raised(tree) for code in codes(call)}
+CALLS = [(name, call) for name, tree in TREES.items() for call in raised(tree)]
+CODES = {code: name for name, call in CALLS for code in codes(call)}
 ROOMS = {keyword.value.value for tree in TREES.values() for keyword in ast.walk(tree) if is_room(keyword)}
 ROOMS |= {room for tree in TREES.values() for room in default_rooms(tree)}
 """Rooms whose codes are made where a file is opened: f"{room}.missing", and so on."""
@@ -71,6 +73,15 @@ CONSTANTS |= {room + text for room in ROOMS for text in CONSTANTS if text.starts
 @pytest.mark.parametrize("code", sorted(CODES))
 def test_every_code_has_a_remedy(code: str) -> None:
     assert REMEDIES.get(code), f"{CODES[code]} raises {code}: say what to do in watermark/cli/remedies.py"
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call[0])
+def test_every_error_has_the_details_that_its_remedies_name(call: tuple[str, ast.Call]) -> None:
+    given = {keyword.arg for keyword in call[1].keywords}
+    if None not in given:  # **details
+        for code in codes(call[1]):
+            named = {field for _, field, _, _ in Formatter().parse(REMEDIES[code]) if field}
+            assert named <= given | {"quoted", "subject"}, f"{code} lacks {named - given}"
 
 
 @pytest.mark.parametrize("code", sorted(REMEDIES))

@@ -159,3 +159,22 @@ def test_a_restarted_service_goes_on(tmp_path: Path) -> None:
     with client(jobs=Jobs(tmp_path)) as web:
         job = finished(web, id)
     assert [p["answer"]["verdict"] for p in job["pictures"]] == ["present"] * 20
+
+
+@pytest.mark.parametrize("method", ["waiting", "finish", "webhooks"])
+def test_a_failure_of_the_database_is_logged_and_work_goes_on(tmp_path, monkeypatch, caplog, method: str) -> None:
+    failures = [sqlite3.OperationalError("database or disk is full")]
+
+    def failing(self: Jobs, *args: object) -> object:
+        if failures:
+            raise failures.pop()
+        return whole(self, *args)
+
+    whole = getattr(Jobs, method)
+    monkeypatch.setattr(Jobs, method, failing)
+    monkeypatch.setattr("ringmark.watermark.service.service.IDLE_SECONDS", 0.01)
+    with client(jobs=Jobs(tmp_path), fetcher=Fetcher()) as web:
+        id = web.post("/v1/batch", files=[("files", MARKED), ("files", PLAIN)]).json()["id"]
+        job = finished(web, id)
+    assert [p["answer"]["verdict"] for p in job["pictures"]] == ["present", "absent"]
+    assert not failures and "for the moment" in caplog.text and "disk is full" in caplog.text

@@ -82,6 +82,7 @@ REMEDIES: dict[str, str] = {
     "results.foreign": "choose another file",
     "results.version": "choose another file, or use the version of ringmark that wrote it",
     "results.damaged": "remove line {line}, or choose another file",
+    "results.changed": "let no other program write to it, and run the same command again",
     "results.incomplete": "remove line {line}, or audit into another file",
     "results.part": "remove it, and audit its images again",
     "results.no-pyarrow": 'install it with: pip install "ringmark[scale]"',

@@ -20,7 +20,7 @@ from ringmark.inversion.recover import Recovered
 from ringmark.watermark.bank import Bank, blocks
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.verdict import OUTCOMES, Verdict, Verdicts
-from ringmark.watermark.keys.key import Key
+from ringmark.watermark.keys.key import Key, distinct
 from ringmark.watermark.null import Array, Null
 from ringmark.watermark.schemes.base import Scheme, SchemeTest, scheme_of
 from ringmark.watermark.statistics import (
@@ -65,9 +65,10 @@ class Detector:
         latent_shape: tuple[int, int, int] | None = None,
         notes: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        self.keys, self.known, self.alpha, self.tests, self.notes = list(keys), null, alpha, tests, notes
+        self.keys = distinct(keys)
+        self.known, self.alpha, self.tests, self.notes = null, alpha, tests, notes
         shape = latent_shape or (calibration.latent_shape if calibration else None)
-        self.schemes: dict[str, Scheme] = {key.fingerprint: scheme_of(key, shape) for key in keys}
+        self.schemes: dict[str, Scheme] = {key.fingerprint: scheme_of(key, shape) for key in self.keys}
         self._set_null(calibration, shape)
 
     def _set_null(self, calibration: Calibration | None, shape: tuple[int, int, int] | None) -> None:

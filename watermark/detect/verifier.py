@@ -20,7 +20,7 @@ from ringmark.watermark.detect.cascade import Stage, calibrated_stages, walk
 from ringmark.watermark.detect.detector import Detector, check_unranked
 from ringmark.watermark.detect.search import Found, Search, check_searchable
 from ringmark.watermark.detect.verdict import OUTCOMES, Judged, Verdict, Verdicts
-from ringmark.watermark.keys.key import Key, Kind
+from ringmark.watermark.keys.key import Key, Kind, distinct
 from ringmark.watermark.null import Null
 from ringmark.watermark.statistics import ALPHA, corrected
 
@@ -72,8 +72,8 @@ class Verifier:
     ) -> None:
         model = recoverer.model
         self.recoverer, self.search, self.alpha, self.thorough = recoverer, search, alpha, thorough
-        self.keys, self.sizes = list(keys), tuple(dict.fromkeys(sizes))
-        self._notes = {key.fingerprint: check_fit(key, model) for key in keys}
+        self.keys, self.sizes = distinct(keys), tuple(dict.fromkeys(sizes))
+        self._notes = {key.fingerprint: check_fit(key, model) for key in self.keys}
         if calibration:
             calibration.check(recoverer.settings.as_dict())
         self.calibration = calibration

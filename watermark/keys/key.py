@@ -8,7 +8,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import cached_property
@@ -22,7 +22,7 @@ from ringmark.data.files import TensorInfo, read_tensors, refuse_existing, write
 from ringmark.data.settings import typed
 from ringmark.errors import KeyFileError
 
-__all__ = ["COMMON", "READABLE", "SECRET_BYTES", "Key", "Kind"]
+__all__ = ["COMMON", "READABLE", "SECRET_BYTES", "Key", "Kind", "distinct"]
 
 SECRET_BYTES = 32
 MAX_BYTES = 64 << 20
@@ -159,6 +159,11 @@ class Key:
                 "key.fingerprint", "is damaged: its fingerprint does not match its contents", subject=path
             )
         return key
+
+
+def distinct(keys: Iterable[Key]) -> list[Key]:
+    """The keys without duplicates, in their order."""
+    return list({key.fingerprint: key for key in keys}.values())
 
 
 def _check_file(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> None:

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ LOG = logging.getLogger(__name__)
 DECODERS = 2
 MARGIN = 0.5  # of the deadline that the pictures before one may take
 FORM_BYTES = 1 << 16  # around the pictures of a request
-IDLE_SECONDS = 1  # between looks for webhooks that are due
+IDLE_SECONDS = 1  # between looks for webhooks that are due, and after a failure
 
 
 @dataclass(frozen=True)
@@ -176,12 +176,21 @@ class Service:
 
     async def _judge_jobs(self, jobs: Jobs) -> None:
         while not self._stopping.is_set():
-            self._work.clear()
-            pictures = await asyncio.to_thread(jobs.waiting, self.limits.batch)
-            if pictures:
-                await asyncio.gather(*(self._judge_one(jobs, picture) for picture in pictures))
-            else:
-                await self._work.wait()
+            try:
+                await self._judge_waiting(jobs)
+            except Exception:  # of the database, such as a full disk
+                LOG.exception("jobs cannot be judged for the moment")
+                await self._idle()
+
+    async def _judge_waiting(self, jobs: Jobs) -> None:
+        """Judge a batch of the pictures of jobs, or wait for one."""
+        self._work.clear()
+        pictures = await asyncio.to_thread(jobs.waiting, self.limits.batch)
+        if not pictures:
+            await self._work.wait()
+        for failure in await asyncio.gather(*(self._judge_one(jobs, one) for one in pictures), return_exceptions=True):
+            if failure:
+                raise failure
 
     async def _judge_one(self, jobs: Jobs, picture: Picture) -> None:
         try:
@@ -204,12 +213,16 @@ class Service:
 
     async def _call_webhooks(self, jobs: Jobs, fetcher: Fetcher) -> None:
         while not self._stopping.is_set():
-            for webhook in await asyncio.to_thread(jobs.webhooks):
-                await self._call(jobs, fetcher, webhook)
             try:
-                await asyncio.wait_for(self._stopping.wait(), IDLE_SECONDS)
-            except asyncio.TimeoutError:
-                continue
+                for webhook in await asyncio.to_thread(jobs.webhooks):
+                    await self._call(jobs, fetcher, webhook)
+            except Exception:
+                LOG.exception("webhooks cannot be called for the moment")
+            await self._idle()
+
+    async def _idle(self) -> None:
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), IDLE_SECONDS)
 
     async def _call(self, jobs: Jobs, fetcher: Fetcher, webhook: Webhook) -> None:
         """Say that a job is done, and no more: whoever has its token can fetch it."""

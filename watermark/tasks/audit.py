@@ -331,8 +331,8 @@ class _Run:
         yield from records
         for record in records:
             self._know(self.store.position(record["sample_id"]), record)
-            for twin in self._twins.pop(record["content"]):
-                yield self._store(twin, copied(record))
+            for twin in self._twins.pop(record["content"]):  # of the stored record, which says where its noise is
+                yield self._store(twin, copied(self.store.records[record["sample_id"]]))
         for picture, error in group:
             if isinstance(error, ImageError):
                 for item in (picture.item, *self._twins.pop(picture.content)):

@@ -30,7 +30,7 @@ from ringmark.watermark.detect.detector import check_unranked
 from ringmark.watermark.detect.search import Search
 from ringmark.watermark.detect.verifier import Verifier, built_in_calibration
 from ringmark.watermark.keys.folder import load_ring
-from ringmark.watermark.keys.key import Key
+from ringmark.watermark.keys.key import Key, distinct
 from ringmark.watermark.statistics import ALPHA
 
 __all__ = ["Keys", "Model", "Setup", "StrPath", "load_calibration", "load_keys", "load_model", "load_verifier"]
@@ -139,7 +139,7 @@ def load_keys(keys: Keys) -> list[Key]:
     given = [keys] if isinstance(keys, (Key, str, PathLike)) else list(keys)
     paths = [Path(key) for key in given if not isinstance(key, Key)]
     loaded = [key for key in given if isinstance(key, Key)]
-    return list({key.fingerprint: key for key in (*loaded, *(load_ring(paths).values() if paths else ()))}.values())
+    return distinct([*loaded, *(load_ring(paths).values() if paths else ())])
 
 
 def load_calibration(calibration: StrPath | Calibration | None) -> Calibration | None:
