@@ -21,6 +21,7 @@ from ringmark.inversion.recover import Recoverer
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.detect.cascade import early_stages
 from ringmark.watermark.detect.detector import OVERFLOW, Detector
+from ringmark.watermark.detect.kept import KeptPicture
 from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.schemes.base import scheme_of
 from ringmark.watermark.tasks import load
@@ -171,6 +172,15 @@ def test_shortcuts_change_no_verdict(album, tmp_path, monkeypatch, spoiled):
         rest = one.keys() - numbers.keys() - {"seconds", "stages", "keys"}
         assert {name: one[name] for name in rest} == {name: other[name] for name in rest}
     assert not expected
+
+
+def test_sizes_are_tried_in_their_order():
+    shapes = [(height, 32) for height in range(16, 16 + 13 * 8, 8)]
+    tensors = {f"{turn}/{h}x{w}/0": np.zeros((3, 4, 2), np.float16) for turn, (h, w) in enumerate(shapes)}
+    tensors |= {"tests": np.array(13), "notes": np.frombuffer(b"[" + b"[]," * 12 + b"[]]", np.uint8)}
+    record = dict.fromkeys(("sample_id", "content", "height", "width", "shows", "residual", "status"))
+    picture = KeptPicture.of(record, tensors, searched=False)
+    assert [view.shape for view in picture.views] == [(3, *shape) for shape in shapes]
 
 
 def test_only_the_owner_can_read_what_is_kept(album, calibration, tmp_path):

@@ -33,7 +33,7 @@ from ringmark.watermark.statistics import (
     power_scores,
     published_distance,
     published_p_value,
-    spread_p,
+    spread_log10_p,
     undecided,
 )
 
@@ -256,13 +256,18 @@ def test_power_test_by_hand():
 def test_spread_p_values_of_normal_scores_are_uniform(n):
     """However few the references, if each score has its own."""
     drawn = np.random.default_rng([12, n]).normal(3, 0.2, (3000, n + 1))
-    p = np.array([spread_p(row[0], row[1:]) for row in drawn])
+    p = np.array([10 ** spread_log10_p(row[:1], row[1:])[0] for row in drawn])
     assert uniform(p) and within(p, 0.01)
 
 
 def test_spread_p_by_hand():
     # Mean 2, deviation √(1/2), times √(3/2): the second score is one such unit above, and t₁ is Cauchy's.
-    assert np.allclose(spread_p(np.array([2, 2 + 0.75**0.5]), np.array([1.5, 2.5])), [0.5, 0.25])
+    found = spread_log10_p(np.array([2, 2 + 0.75**0.5]), np.array([1.5, 2.5]))
+    assert np.allclose(10**found, [0.5, 0.25])
+    references = np.random.default_rng(0).normal(size=1000)
+    t = (np.array([3.0, 58.0]) - references.mean()) / (references.std(ddof=1) * 1.001**0.5)
+    far = spread_log10_p(np.array([3.0, 58.0]), references)
+    assert far[0] == pytest.approx(stats.t.logsf(t[0], 999) / np.log(10)) and -400 < far[1] < -308  # p underflows
 
 
 def test_published_distance_by_hand():

@@ -21,6 +21,7 @@ from ringmark.watermark.detect.verifier import (
     built_in_calibration,
     check_fit,
     fitting_calibration,
+    sizes_kept,
 )
 from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.schemes.base import make_key
@@ -291,3 +292,7 @@ def test_detectors_are_kept_for_the_sizes_used_last(monkeypatch: pytest.MonkeyPa
     assert again.best.p_value == judged.best.p_value
     assert made == [(32, 32), (24, 32), (40, 32), (48, 32), (32, 32)]
     assert looking._stages.cache_info().currsize == 2
+
+
+def test_detectors_of_many_keys_are_kept_for_fewer_sizes() -> None:
+    assert [sizes_kept(keys) for keys in (0, 1, 1000, 4000, 10**6)] == [64, 64, 64, 16, 4]

@@ -101,3 +101,4 @@ def test_the_power_test_observes_the_mask_and_both_sides():
     references = scores.mean() + np.array([-1.0, 0, 1])
     by_spread = stats.t.sf((scores - scores.mean()) / (4 / 3) ** 0.5, 2)  # deviation 1 of 3 references
     assert 10 ** test.log10_p(scores, references) == pytest.approx(by_spread)
+    assert np.isfinite(test.log10_p(np.array([1e6]))).all()

@@ -33,7 +33,7 @@ __all__ = [
     "power_scores",
     "published_distance",
     "published_p_value",
-    "spread_p",
+    "spread_log10_p",
     "undecided",
 ]
 
@@ -167,25 +167,33 @@ def conformal_p(score: Array, reference: Array) -> Array:
     return (1 + np.where(np.isnan(score), n, larger)) / (n + 1)
 
 
-def spread_p(score: Array, reference: Array) -> Array:
-    """One-sided p-values of scores of any shape, from mean m and deviation σ of scores (n,) of n ≥ 2 unmarked images.
+def spread_log10_p(score: Array, reference: Array) -> Array:
+    """log₁₀ of one-sided p-values of scores (B,), from mean m and deviation σ of scores (n,) of n ≥ 2 unmarked images.
 
-    (s − m) / (σ √(1 + 1/n)) is Student-t with ν = n − 1 if all scores are normal. Below 1/(n + 1) the p-value relies on
-    the normal tail, which ranks among n references cannot confirm.
+    t = (s − m) / (σ √(1 + 1/n)) is Student-t with ν = n − 1 if all scores are normal, as the whitened cosine
+    t/√(ν + t²) of n features is. Below 1/(n + 1) the p-value relies on the normal tail, which ranks among n references
+    cannot confirm.
     """
     n = len(reference)
     t = (score - reference.mean()) / (reference.std(ddof=1) * math.sqrt(1 + 1 / n))
-    return np.asarray(special.stdtr(n - 1, -t))
+    return cosine_log10_p(t / np.hypot(math.sqrt(n - 1), t), n)
 
 
-def agreement(p: Array, conformal: Array, n: int, *, level: float = 1e-4) -> Mask:
+CONTRADICTION = 1e-4
+"""The level at which a p-value and a rank contradict each other.
+
+That makes a verdict inconclusive, which should happen to a valid p-value ten times less often than the false alarm at
+1e-3 that it guards against.
+"""
+
+
+def agreement(p: Array, conformal: Array, n: int, *, level: float = CONTRADICTION) -> Mask:
     """Whether p-values and conformal p-values of the same scores, from n references, are consistent.
 
     If p is a score's true tail probability, #{sᵢ ≥ s} = (n + 1) · conformal − 1 is Binomial(n, p). The result is False
-    where an exact test of this (twice the smaller tail) rejects at `level`, and where p is NaN. The default is 1e-4
-    because a disagreement makes a verdict inconclusive, which should happen to a valid p-value ten times less often
-    than the false alarm at 1e-3 that it guards against. n references cannot detect errors in tails far below 1/n.
-    Images tested with the same references are not independent, so false disagreements occur in clusters.
+    where an exact test of this (twice the smaller tail) rejects at `level`, and where p is NaN. n references
+    cannot detect errors in tails far below 1/n. Images tested with the same references are not independent, so false
+    disagreements occur in clusters.
     """
     k = np.rint(np.asarray(conformal) * (n + 1)) - 1
     return np.asarray(2 * np.minimum(special.bdtr(k, n, p), special.bdtrc(k - 1, n, p)) >= level)
@@ -212,13 +220,13 @@ def undecided(p: Array, conformal: Array, n: int, alpha: float) -> Mask:
     return ~agreement(p, conformal, n) & (reached | (np.asarray(p) <= alpha))
 
 
-def may_be_undecided(p: Array, most: int, n: int, *, level: float = 1e-4) -> Mask:
+def may_be_undecided(p: Array, most: int, n: int) -> Mask:
     """Whether some number k of 0 … `most` references at least as high, out of n, contradicts p (see `agreement`).
 
     A p-value that all of them allow needs no rank: P(Binomial(n, p) ≤ k) is smallest at k = 0 and P(Binomial(n, p) ≥ k)
     at k = `most`.
     """
-    return np.asarray(2 * np.minimum(special.bdtr(0, n, p), special.bdtrc(most - 1, n, p)) < level)
+    return np.asarray(2 * np.minimum(special.bdtr(0, n, p), special.bdtrc(most - 1, n, p)) < CONTRADICTION)
 
 
 def power_scores(inside: Array, beside: list[Array], weights: Array) -> Array:

@@ -415,8 +415,11 @@ def noise_shape(
     """
     patch = max((one.patch for one in FAMILIES if one.name == family), default=1)
     multiple = math.lcm(factor * patch, LEAST_MULTIPLE)
-    if not all(side > 0 and side % multiple == 0 for side in size) or max(size) > MAX_SIDE * factor:
-        height, width = size
+    height, width = size
+    if not all(side > 0 and side % multiple == 0 for side in size):
         fact = f"needs images with sides that are multiples of {multiple} pixels, not {width}x{height}"
         raise ModelError("model.size", fact, subject=subject, multiple=multiple)
-    return channels, size[0] // factor, size[1] // factor
+    if max(size) > (longest := MAX_SIDE * factor):
+        fact = f"needs images with sides of at most {longest} pixels, not {width}x{height}"
+        raise ModelError("model.too-large", fact, subject=subject, longest=longest)
+    return channels, height // factor, width // factor

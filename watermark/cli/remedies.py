@@ -122,6 +122,7 @@ REMEDIES: dict[str, str] = {
     "model.sampler": "choose another with --sampler",
     "model.family": "use a text-to-image model of a supported family",
     "model.size": "choose sides that are multiples of {multiple}",
+    "model.too-large": "choose sides of at most {longest}",
     "model.sample-size": "fix unet/config.json in the model's folder",
     "model.scaling": "fix vae/config.json in the model's folder",
     "model.no-signal": "such a schedule needs a network that predicts v; check the scheduler's prediction_type",

@@ -26,8 +26,8 @@ from ringmark.watermark.calibration import Calibration, default_reach, pack, rea
 from ringmark.watermark.detect.cascade import Trial, go_through, stage_name
 from ringmark.watermark.detect.detector import FLAT_IMAGE, OVERFLOW, Seen, check_unranked
 from ringmark.watermark.detect.verdict import Judged
-from ringmark.watermark.detect.verifier import MAX_SIZES, at_best_size, check_fit, detector_at
-from ringmark.watermark.keys.key import Key
+from ringmark.watermark.detect.verifier import at_best_size, check_fit, detector_at, sizes_kept
+from ringmark.watermark.keys.key import Key, distinct
 from ringmark.watermark.null import Null
 from ringmark.watermark.schemes.base import scheme_of
 
@@ -100,21 +100,22 @@ class KeptPicture:
     @classmethod
     def of(cls, record: Mapping[str, Any], tensors: Arrays, *, searched: bool) -> KeptPicture:
         """A picture's record with its tensors; the search, of an audit that `searched`, was one of its tests."""
-        views: dict[str, View] = {}
+        views: dict[int, View] = {}
         notes, size = json.loads(bytes(tensors["notes"])), (record["height"], record["width"])
-        for name in sorted(tensors.keys() - {"tests", "notes"}):
-            turn, latents, _ = name.split("/")
+        names = (name.split("/") for name in tensors.keys() - {"tests", "notes"})
+        for turn, latents, stage in sorted((int(turn), latents, stage) for turn, latents, stage in names):
+            kept = tensors[f"{turn}/{latents}/{stage}"]
             if turn not in views:
                 height, width = map(int, latents.split("x"))
                 sample = Sample(
                     id=record["sample_id"],
                     image=_no_image(),
-                    notes=tuple(notes[int(turn)]),
+                    notes=tuple(notes[turn]),
                     content=record["content"],
                     size=size,
                 )
-                views[turn] = View(sample, (len(tensors[name]), height, width), [])
-            views[turn].stages.append(tensors[name])
+                views[turn] = View(sample, (len(kept), height, width), [])
+            views[turn].stages.append(kept)
         return cls(
             views=[views[turn] for turn in sorted(views)],
             tests=int(tensors["tests"]) - searched,
@@ -143,9 +144,9 @@ class KeptVerifier:
     """
 
     def __init__(self, keys: Sequence[Key], context: Context, *, alpha: float) -> None:
-        self.keys, self.context, self.alpha = list(keys), context, alpha
-        self._notes = {key.fingerprint: check_fit(key, context) for key in keys}
-        self.trials = lru_cache(MAX_SIZES)(self._make_trials)
+        self.keys, self.context, self.alpha = distinct(keys), context, alpha
+        self._notes = {key.fingerprint: check_fit(key, context) for key in self.keys}
+        self.trials = lru_cache(sizes_kept(len(self.keys)))(self._make_trials)
         self.trials(context.latent_shape)
 
     def settings(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ringmark.errors import SchemeError
 from ringmark.inversion.decoder import INVERTERS, Inverter
+from ringmark.inversion.memory import halving
 from ringmark.inversion.recover import Model, Recoverer
 from ringmark.watermark.detect.geometry import Candidate, Grid, Group, phases, read, spectrum, undo
 from ringmark.watermark.null import Array
@@ -105,10 +106,10 @@ class Search:
         Raises SchemeError as `check_searchable` does.
         """
         check_searchable(schemes)
-        look = _Look(search=self, model=model, schemes=schemes, batch=batch)
+        run = _Run(search=self, model=model, schemes=schemes, batch=batch)
         samples, found = iter(samples), []
         while group := list(islice(samples, batch)):
-            found += look.at(group)
+            found += run.on(group)
         return found
 
 
@@ -179,7 +180,7 @@ class _Keys:
 
 
 @dataclass(frozen=True, eq=False)
-class _Look:
+class _Run:
     """A search in progress, with its model and keys."""
 
     search: Search
@@ -187,7 +188,7 @@ class _Look:
     schemes: Mapping[str, Scheme]
     batch: int
 
-    def at(self, samples: list[Sample]) -> list[list[Found]]:
+    def on(self, samples: list[Sample]) -> list[list[Found]]:
         """The best fit of each key in each of these samples."""
         from ringmark.data.images import to_array
 
@@ -242,7 +243,12 @@ class _Look:
     def _noise(self, images: Tensor, steps: int) -> Tensor:
         """The noise of images (V, 3, H, W), recovered in this number of steps; 0 where it is not finite."""
         recoverer = Recoverer(self.model, self.search.inverter, steps)
-        return torch.cat([torch.nan_to_num(recoverer(x).noise, 0.0, 0.0, 0.0) for x in torch.split(images, self.batch)])
+
+        def recover(views: list[Tensor]) -> list[Tensor]:
+            return list(torch.nan_to_num(recoverer(torch.stack(views)).noise, 0.0, 0.0, 0.0))
+
+        parts = (halving(recover, list(part)) for part in torch.split(images, self.batch))
+        return torch.stack([noise for part in parts for noise in part])
 
     def _fits(self, views: Sequence[View], steps: int) -> list[list[Fit]]:
         """The best fit of each key in each view, whose noise is recovered in this number of steps."""

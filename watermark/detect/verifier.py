@@ -36,9 +36,15 @@ __all__ = [
     "detector_at",
     "fitting_calibration",
     "grouped",
+    "sizes_kept",
 ]
 
-MAX_SIZES = 64  # whose detectors are kept; strangers send pictures of every size
+MAX_SIZES, MAX_TESTS = 64, 64_000  # sizes whose detectors are kept, and tests in all of them (some kB each)
+
+
+def sizes_kept(keys: int) -> int:
+    """For how many sizes detectors of this number of keys are kept; strangers send pictures of every size."""
+    return min(MAX_SIZES, max(4, MAX_TESTS // max(1, keys)))
 
 
 class Verifier:
@@ -78,7 +84,7 @@ class Verifier:
             calibration.check(recoverer.settings.as_dict())
         self.calibration = calibration
         self._early = calibrated_stages(recoverer, calibration) if calibration else []
-        self._stages = lru_cache(MAX_SIZES)(self._stages_at)
+        self._stages = lru_cache(sizes_kept(len(self.keys)))(self._stages_at)
         for size in (model.image_size, *self.sizes):  # so that a key that does not fit is refused now
             self._stages(size)
         self.detector = self._stages((*self.sizes, model.image_size)[0])[-1].detector.trying(self._tests(1))

@@ -14,7 +14,7 @@ from ringmark.inversion.noise_recovery import radial_frequencies
 from ringmark.watermark.null import Array
 from ringmark.watermark.schemes.bins import Bins
 from ringmark.watermark.schemes.fourier import mirror
-from ringmark.watermark.statistics import power_p, power_scores, spread_p
+from ringmark.watermark.statistics import power_p, power_scores, spread_log10_p
 
 __all__ = ["Neighbours", "PowerTest"]
 
@@ -105,11 +105,9 @@ class PowerTest:
     def log10_p(self, scores: Array, references: Array | None = None) -> Array:
         """From the spread of the references, or from the F-distribution of white noise without them."""
         if references is not None:
-            p = spread_p(scores, references)
-        else:
-            p = power_p(scores, self.channels, self.bins.numbers, self.neighbours.counts, self.neighbours.weights)
-        with np.errstate(divide="ignore"):
-            return np.log10(p)
+            return spread_log10_p(scores, references)
+        p = power_p(scores, self.channels, self.bins.numbers, self.neighbours.counts, self.neighbours.weights)
+        return np.log10(np.maximum(p, np.finfo(float).tiny))  # where p underflows, the smallest number above it
 
     def density(self, scores: Array) -> None:
         """None: not known in closed form."""

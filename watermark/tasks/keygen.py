@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -94,29 +95,33 @@ class Ring:
         # All bands count, as they do for verdicts by a calibration.
         self.null, self.log10_alpha = replace(Null.of_model(model), layout_known=True), float(np.log10(alpha))
         self.latent_shape = model.latent_shape
-        self.kinds: dict[Any, _Kind] = {}
+        self.kinds: dict[Hashable, _Kind] = {}
         self.marks: list[Tensor] = []
         for key in keys:
             check_fit(key, model)
             scheme = scheme_of(key, self.latent_shape)
             if scheme.free:
-                self._add(scheme)
+                self._add(scheme.kind, scheme.on(self.null), self._mark(scheme))
 
     def admits(self, key: Key) -> bool:
         """Add the key if it can be distinguished from all keys of the ring; return whether it was added."""
         scheme = scheme_of(key, self.latent_shape)
-        mark = scheme.embed(torch.zeros(1, *scheme.latent_shape))
-        if self._sees_another(scheme) or self._is_seen(mark):
+        test, mark = scheme.on(self.null), self._mark(scheme)
+        if self._sees_another(scheme.kind, test) or self._is_seen(mark):
             return False
-        self._add(scheme)
+        self._add(scheme.kind, test, mark)
         return True
 
-    def _sees_another(self, scheme: Scheme) -> bool:
-        """Whether this key is found in the mark of another key."""
+    def _mark(self, scheme: Scheme) -> Tensor:
+        """The mark alone (1, C, h, w)."""
+        return scheme.embed(torch.zeros(1, *self.latent_shape))
+
+    def _sees_another(self, kind: Hashable, test: SchemeTest) -> bool:
+        """Whether a key with this test is found in the mark of another key."""
         if not self.marks:
             return False
-        test, kind = scheme.on(self.null), self.kinds.get(scheme.kind)
-        observed = kind.observed if kind else [test.observe(mark) for mark in self.marks]
+        known = self.kinds.get(kind)
+        observed = known.observed if known else [test.observe(mark) for mark in self.marks]
         return self._reached(test, test.score(np.concatenate(observed)))
 
     def _is_seen(self, mark: Tensor) -> bool:
@@ -129,35 +134,33 @@ class Ring:
     def _reached(self, test: SchemeTest, scores: Array) -> bool:
         return bool((test.log10_p(scores) <= self.log10_alpha).any())
 
-    def _add(self, scheme: Scheme) -> None:
-        mark = scheme.embed(torch.zeros(1, *scheme.latent_shape))
-        for kind in self.kinds.values():
-            kind.add([mark])
+    def _add(self, kind: Hashable, test: SchemeTest, mark: Tensor) -> None:
+        for known in self.kinds.values():
+            known.add([mark])
         self.marks.append(mark)
-        if scheme.kind not in self.kinds:
-            self.kinds[scheme.kind] = _Kind([scheme.on(self.null)])
-            self.kinds[scheme.kind].add(self.marks)
+        if kind in self.kinds:
+            self.kinds[kind].tests.append(test)
         else:
-            self.kinds[scheme.kind].tests.append(scheme.on(self.null))
+            self.kinds[kind] = _Kind([test])
+            self.kinds[kind].add(self.marks)
 
 
-def draw_keys(
-    model: Model, old: Iterable[Key], number: int, make: Callable[[], Key], alpha: float = ALPHA
-) -> tuple[list[Key], int]:
+def draw_keys(model: Model, old: Iterable[Key], number: int, make: Callable[[], Key]) -> tuple[list[Key], int]:
     """Draw `number` keys by `make`, distinguishable from each other and from `old`; also return how many were rejected.
 
-    Raises SchemeError for a scheme without free numbers, in which all keys are the same, and if TRIES draws in a row
-    are rejected.
+    Raises SchemeError for a scheme without free numbers, in which all keys are the same, for one with too few of them
+    to be detected, and if TRIES draws in a row are rejected.
     """
-    key = make()
-    scheme = scheme_of(key)
-    if scheme.free < 2:
-        fact = f"has {scheme.free} free numbers, too few to tell keys apart"
-        raise SchemeError("scheme.no-free-numbers", fact, subject=scheme.label)
-    ring, keys, rejected, row = Ring(model, old, alpha), list[Key](), 0, 0
+    first = make()
+    scheme = scheme_of(first)
+    if not scheme.free:
+        raise SchemeError("scheme.no-free-numbers", "has no free numbers to tell keys apart", subject=scheme.label)
+    scheme.check_findable(ALPHA)
+    drawn = chain([first], iter(make, None))
+    ring, keys, rejected, row = Ring(model, old), list[Key](), 0, 0
     with tqdm(total=number, desc="keygen", unit="key", disable=None, leave=False, delay=2) as bar:
         while len(keys) < number:
-            if ring.admits(key):
+            if ring.admits(key := next(drawn)):
                 keys.append(key)
                 row = 0
                 bar.update()
@@ -165,7 +168,6 @@ def draw_keys(
                 rejected, row = rejected + 1, row + 1
                 if row == TRIES:
                     raise _too_few(scheme, len(keys), number)
-            key = make()
     return keys, rejected
 
 
