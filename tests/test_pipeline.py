@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy as copying
 import json
 
+import accelerate
 import pytest
 import torch
 from checkpoints import BETAS, WEIGHTS, draw, edit, make_unet, pipeline, refused, wrap
@@ -321,6 +322,15 @@ def test_an_autoencoder_that_overflows_is_widened(copy, caplog):
     assert model.vae.dtype == torch.float32 and model.network.dtype == stays.dtype == torch.float16
     assert model.pipe.vae is stays and "float32" in caplog.text
     assert model.encode(torch.full((1, 3, 16, 16), torch.nan)).isnan().all()
+
+
+def test_an_offloaded_one_is_widened_too(copy):
+    overflowing(copy)
+    exact, model = (LatentModel.from_pretrained(copy, dtype=dtype) for dtype in (torch.float32, torch.float16))
+    accelerate.cpu_offload(model.vae, torch.device("cpu"), offload_buffers=True)
+    assert next(model.vae.parameters()).is_meta
+    images = draw(2, 3, 16, 16).clamp(-1, 1)
+    assert torch.allclose(model.encode(images), exact.encode(images), atol=1e-2)
 
 
 def test_one_that_does_not_overflow_stays_narrow(copy, caplog):

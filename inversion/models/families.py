@@ -182,10 +182,7 @@ SDXL = Family(
     pipelines=("StableDiffusionXLPipeline", "StableDiffusionXLControlNetPipeline"),
     encode=encode_sdxl,
     negative=negative_sdxl,
-    sizes=(
-        *((1024, 1024), (1152, 896), (896, 1152), (1216, 832), (832, 1216)),
-        *((1344, 768), (768, 1344), (1536, 640), (640, 1536), (512, 512)),
-    ),
+    sizes=(*MEGAPIXEL, (512, 512)),
 )
 
 

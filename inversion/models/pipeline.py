@@ -247,7 +247,7 @@ class LatentModel:
         LOG.warning("%s: its autoencoder overflows in float16 and runs in float32 from now on", self.name)
         with quiet():
             wide = type(self.vae).from_config(self.vae.config)
-            wide.load_state_dict(self.vae.state_dict())
+            wide.load_state_dict(_weights(self.vae))
             self.vae = wide.to(self.device, torch.float32).requires_grad_(False).eval()
         return self
 
@@ -429,6 +429,15 @@ def _place(pipe: Any, device: torch.device, dtype: torch.dtype, offload: str | N
             part.requires_grad_(False).eval()
     if offload:
         getattr(pipe, f"enable_{offload}_cpu_offload")(device=device)
+
+
+def _weights(module: Any) -> Mapping[str, Tensor]:
+    """A module's weights, wherever sequential offloading has put them."""
+    from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+    offloaded = any(p.is_meta for p in module.parameters())
+    found: Mapping[str, Tensor] = get_state_dict_offloaded_model(module) if offloaded else module.state_dict()
+    return found
 
 
 def _moved(values: Any, device: torch.device, dtype: torch.dtype) -> Any:

@@ -155,10 +155,10 @@ def vae(image: Image.Image, passes: float, rng: np.random.Generator, model: Late
 
 
 def diffuse(image: Image.Image, share: float, rng: np.random.Generator, model: LatentModel) -> Image.Image:
-    """Add noise up to this share of the schedule, then remove it by DDIM with the empty prompt (arXiv 2306.01953).
+    """Add noise up to this share of the schedule, then let the sampler remove it, with the empty prompt.
 
-    z_t = √ᾱ_t E(x) + √(1 − ᾱ_t) ε at the level t closest to that share, with DIFFUSE_STEPS steps for the whole
-    schedule. A share of 0 is one pass of `vae`.
+    z = a E(x) + s ε at the level closest to that share, with its signal a and noise s, in DIFFUSE_STEPS steps for the
+    whole schedule (arXiv 2306.01953). A share of 0 is one pass of `vae`.
     """
 
     def regenerated(z: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class Verdict:
     for example, `shows` is False and p is 1. `by_search` is True if the search found the key; the score is then the
     largest of many. `calibration` is the fingerprint of the calibration used, if any; `conformal_p` is then the p-value
     by rank among its unmarked images, corrected like `p_value`. `stages` are the p-values of the stages
-    that the image went through (see `detect.cascade`), by name, and the verdict rests on the smallest.
+    that the image went through (see `detect.cascade`), by name; the verdict rests on the smallest, or on the search.
     """
 
     sample_id: str
