@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from typing import TypeVar
 
-__all__ = ["batched", "batches", "finished"]
+__all__ = ["batched", "batches", "chunks", "finished", "grouped"]
 
 HELD = 4  # batches of items that are held until those before them are done
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+def chunks(items: Iterable[T], number: int) -> Iterator[list[T]]:
+    """Lists of at most this number of items, in order."""
+    items = iter(items)
+    while group := list(islice(items, number)):
+        yield group
+
+
+def grouped(members: Iterable[T], labels: Iterable[Hashable]) -> list[list[T]]:
+    """The members in groups of equal labels, in the order in which they come."""
+    groups: dict[Hashable, list[T]] = {}
+    for member, label in zip(members, labels, strict=True):
+        groups.setdefault(label, []).append(member)
+    return list(groups.values())
 
 
 def batches(items: Iterable[T | None], label: Callable[[T], Hashable], batch: int) -> Iterator[list[tuple[int, T]]]:

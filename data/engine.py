@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -25,7 +24,7 @@ from ringmark.errors import ImageError
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["Engine", "Finding", "Judge", "Local", "ReadItem", "chunks", "kind_of", "views_of"]
+__all__ = ["Engine", "Finding", "Judge", "Local", "ReadItem", "kind_of", "views_of"]
 
 T = TypeVar("T")
 
@@ -118,10 +117,3 @@ def views_of(sizes_of: SizesOf, item: Item) -> list[Sample] | ImageError:
 def kind_of(views: list[Sample]) -> Hashable:
     """What pictures that share a batch have in common: their sizes' number, and the first of them."""
     return views[0].image.size, len(views)
-
-
-def chunks(items: Iterable[T], number: int) -> Iterator[list[T]]:
-    """Lists of at most this number of items, in order."""
-    items = iter(items)
-    while group := list(islice(items, number)):
-        yield group

@@ -26,8 +26,8 @@ from itertools import compress, islice
 from operator import attrgetter
 from typing import Any, TypeAlias
 
-from ringmark.data.batches import batches
-from ringmark.data.engine import Finding, Judge, ReadItem, chunks, kind_of, views_of
+from ringmark.data.batches import batches, chunks
+from ringmark.data.engine import Finding, Judge, ReadItem, kind_of, views_of
 from ringmark.data.images import Sample
 from ringmark.data.items import Item
 from ringmark.data.lines import Record

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import compress, islice
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from ringmark.data.batches import chunks
 from ringmark.data.files import PathLike, open_regular
 from ringmark.data.lines import Record, entries, iterate, settings_in
 from ringmark.data.parts import are_parts, check_pyarrow, list_parts, opened, rows_of, settings_of, unfinished
@@ -148,8 +149,7 @@ class Source:
                     table: pd.DataFrame = batch.to_pandas(maps_as_pydicts="strict")
                     yield table.reindex(columns=names)
         if self._lines and self._file:
-            records = iterate(self._lines, self._file)
-            while group := list(islice(records, rows)):
+            for group in chunks(iterate(self._lines, self._file), rows):
                 found = (row_of(record, strict=False) for record in group)
                 yield pd.DataFrame([[row[name] for name in names] for row in found], columns=names)
 

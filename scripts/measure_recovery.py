@@ -9,7 +9,6 @@ uses the table for the default placement of a mark, and the detector uses its nu
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import click
 import torch
 from tqdm import tqdm
 
+from ringmark.data.batches import chunks
 from ringmark.data.images import from_array, to_array
 from ringmark.inversion.models.loading import resolve
 from ringmark.inversion.models.pipeline import LatentModel
@@ -61,9 +61,8 @@ def main(
 def measure(recoverer: Recoverer, model: LatentModel, number: int, seed: int, **drawing: Any) -> NoiseRecovery:
     """Noise recovery of `number` images, drawn for this purpose with these settings and rounded to 8 bits."""
     drawn = generate(model, prompts_for([], number, seed), list(range(seed, seed + number)), **drawing)
-    drawn = iter(tqdm(drawn, "recover", number, disable=None))
     truth, recovered = [], []
-    while group := list(islice(drawn, 8)):
+    for group in chunks(tqdm(drawn, "recover", number, disable=None), 8):
         images = [torch.from_numpy(to_array(from_array(one.image.numpy()))) for one in group]
         truth += [one.noise for one in group]
         recovered.append(recoverer(torch.stack(images)).noise)

@@ -12,7 +12,8 @@ import pytest
 from engines import Mean, items, records_of
 from shell import refused
 
-from ringmark.data.engine import Local, chunks
+from ringmark.data.batches import chunks
+from ringmark.data.engine import Local
 from ringmark.data.ray_engine import JOINING, QUIET, Cluster, _connect
 from ringmark.errors import EngineError, ImageError
 from ringmark.watermark.cli.remedies import explained

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import MappingProxyType
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ringmark.data.batches import grouped
 from ringmark.errors import SchemeError
 from ringmark.inversion.recover import Recovered
 from ringmark.watermark.bank import Bank, blocks
@@ -80,7 +81,8 @@ class Detector:
         if self._ranked:
             for scheme in schemes:
                 self._ranked.check_reach(scheme)
-        self._banks = [_Members(keys, Bank([schemes[k] for k in keys], self.null)) for keys in _by_kind(schemes)]
+        by_kind = grouped(range(len(schemes)), [scheme.kind for scheme in schemes])
+        self._banks = [_Members(keys, Bank([schemes[k] for k in keys], self.null)) for keys in by_kind]
         self._test = lru_cache(KEPT)(self._make_test)
         self._references = lru_cache(KEPT)(self._make_references)
         self._limits: dict[tuple[int, int], Array] = {}
@@ -267,14 +269,6 @@ class _Members(NamedTuple):
 
     keys: list[int]
     bank: Bank
-
-
-def _by_kind(schemes: Sequence[Scheme]) -> list[list[int]]:
-    """The numbers of the schemes, in groups of one kind."""
-    groups: dict[Hashable, list[int]] = {}
-    for number, scheme in enumerate(schemes):
-        groups.setdefault(scheme.kind, []).append(number)
-    return list(groups.values())
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -27,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ringmark.data.batches import chunks, grouped
 from ringmark.errors import SchemeError
 from ringmark.inversion.decoder import INVERTERS, Inverter
 from ringmark.inversion.memory import halving
@@ -107,10 +107,7 @@ class Search:
         """
         check_searchable(schemes)
         run = _Run(search=self, model=model, schemes=schemes, batch=batch)
-        samples, found = iter(samples), []
-        while group := list(islice(samples, batch)):
-            found += run.on(group)
-        return found
+        return [fits for group in chunks(samples, batch) for fits in run.on(group)]
 
 
 class View(NamedTuple):
@@ -267,12 +264,9 @@ class _Run:
 
     @cached_property
     def _kinds(self) -> list[_Keys]:
-        kinds: dict[Hashable, list[int]] = {}
         schemes = list(self.schemes.values())
-        for number, scheme in enumerate(schemes):
-            kinds.setdefault(scheme.kind, []).append(number)
-        blocks = (numbers[i : i + BLOCK] for numbers in kinds.values() for i in range(0, len(numbers), BLOCK))
-        return [_keys(schemes, block) for block in blocks]
+        kinds = grouped(range(len(schemes)), [scheme.kind for scheme in schemes])
+        return [_keys(schemes, block) for numbers in kinds for block in chunks(numbers, BLOCK)]
 
     @cached_property
     def _upright(self) -> list[Group]:

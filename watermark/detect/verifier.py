@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ringmark.data.batches import batched
+from ringmark.data.batches import batched, grouped
 from ringmark.errors import CalibrationError, KeyFileError, SchemeError
 from ringmark.inversion.memory import fitting_batch, halving
 from ringmark.inversion.recover import Identified, Recoverer
@@ -35,7 +35,6 @@ __all__ = [
     "check_fit",
     "detector_at",
     "fitting_calibration",
-    "grouped",
     "sizes_kept",
 ]
 
@@ -254,14 +253,6 @@ def better(one: Judged, other: Judged) -> Judged:
 
 def _size_of(sample: Sample) -> Size:
     return sample.image.height, sample.image.width
-
-
-def grouped(members: Sequence[int], labels: Sequence[Hashable]) -> Iterable[list[int]]:
-    """The members in groups of equal labels, in the order in which they come."""
-    groups: dict[Hashable, list[int]] = {}
-    for member, label in zip(members, labels, strict=True):
-        groups.setdefault(label, []).append(member)
-    return groups.values()
 
 
 def check_fit(key: Key, model: Identified) -> str:

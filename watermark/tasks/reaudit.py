@@ -6,9 +6,9 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
 
+from ringmark.data.batches import chunks
 from ringmark.data.reader import newest_records, read_settings
 from ringmark.data.results import Results
 from ringmark.data.tensor_files import Rows, TensorFiles, TensorRow
@@ -62,7 +62,7 @@ def reaudit(
         rows = stack.enter_context(KeyTable(Path(table), [key.fingerprint for key in verifier.keys])) if table else None
         progress = stack.enter_context(Progress(None, task="reaudit", unit="image"))
         pictures = _pictures(source, searched="search" in settings)
-        while group := list(islice(pictures, BATCH)):
+        for group in chunks(pictures, BATCH):
             earlier = {record["sample_id"] for record, _ in group} & store.done
             todo = [pair for pair in group if rows or pair[0]["sample_id"] not in earlier]
             judged = {record["sample_id"]: record for record in _judged(verifier, todo, rows)}

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ringmark.data.batches import chunks
 from ringmark.data.images import Sample, read_sample, to_array
 from ringmark.data.results import Results, ResultsFolder, content_id
 from ringmark.errors import ImageError
@@ -65,7 +65,7 @@ def recover_files(
     parts: list[_Timed] = []
     readable = _readable(paths, size, files.refused)
     with tqdm(total=len(paths), desc=name, unit="image", disable=None, leave=False) as bar:
-        while group := list(islice(readable, batch)):
+        for group in chunks(readable, batch):
             parts.append(_add(files, recoverer, group, kept))
             bar.update(len(files.ids) + len(files.refused) - bar.n)
     files.noise = torch.cat([files.noise, *(part.values for part in parts)])
