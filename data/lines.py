@@ -135,11 +135,11 @@ def entries(path: Path, file: BinaryIO, fields: Collection[str] = ()) -> Iterato
         yield Entry(begin, end, record)
 
 
-def iterate(path: Path, file: BinaryIO, fields: Collection[str] = ()) -> Iterator[Record]:
+def iterate(path: Path, file: BinaryIO) -> Iterator[Record]:
     """The records in an open file, as `entries` gives them. Raises StoreError."""
     file.seek(0)
     settings_in(path, file.readline())
-    for entry in entries(path, file, fields):
+    for entry in entries(path, file):
         yield entry.record
 
 

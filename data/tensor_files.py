@@ -139,8 +139,8 @@ def _encoded(tensors: Sequence[Tensors]) -> bytes:
     from safetensors.numpy import save  # which writes the bytes as they lie in memory
 
     groups: dict[tuple[object, ...], dict[int, np.ndarray]] = {}
-    for row, some in enumerate(tensors):
-        for name, x in some.items():
+    for row, of_row in enumerate(tensors):
+        for name, x in of_row.items():
             values = np.asarray(x, order="C")
             groups.setdefault((name, values.dtype, values.shape), {})[row] = values
     stacks = {

@@ -173,7 +173,7 @@ class Calibration:
         if latent_shape[0] != channels:
             fact = f"was made for latents of {channels} channels, not {latent_shape[0]}"
             raise CalibrationError("calibration.channels", fact, subject=self.name)
-        ratios = [side / own for side, own in zip(latent_shape[1:], sides, strict=True)]
+        ratios = [side / native for side, native in zip(latent_shape[1:], sides, strict=True)]
         if min(ratios) < SERVED[0] or max(ratios) > SERVED[1]:
             fact = f"was made for latents of {sides[0]}x{sides[1]}, too far from {latent_shape[1]}x{latent_shape[2]}"
             raise CalibrationError("calibration.size", fact, subject=self.name)

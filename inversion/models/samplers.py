@@ -52,8 +52,8 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
-def make_sampler(name: str, own: Any, *, flow: bool) -> Any:
-    """The sampler of this name with the noise schedule of a model's `own` scheduler.
+def make_sampler(name: str, scheduler: Any, *, flow: bool) -> Any:
+    """The sampler of this name with the noise schedule of a model's own `scheduler`.
 
     `flow`: the model is one of rectified flow. Raises ModelError for a name that does not exist or does not fit.
     """
@@ -66,10 +66,10 @@ def make_sampler(name: str, own: Any, *, flow: bool) -> Any:
         raise ModelError("model.sampler", fact, subject=f"sampler {name!r}")
     settings = dict(SAMPLERS[name].settings)
     if flow:
-        shift = own.config.get("flow_shift") or own.config.get("shift") or 1.0
+        shift = scheduler.config.get("flow_shift") or scheduler.config.get("shift") or 1.0
         settings |= {"shift": shift, "flow_shift": shift}
         settings |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-    return getattr(diffusers, fitting[name]).from_config(own.config, **settings)
+    return getattr(diffusers, fitting[name]).from_config(scheduler.config, **settings)
 
 
 def adds_noise(scheduler: Any, arguments: Mapping[str, Any]) -> bool:

@@ -26,7 +26,7 @@ def invert_file(recoverer: Recoverer, path: Path, output: Path) -> dict[str, Any
     """
     from safetensors.torch import save
 
-    sample = read_samples(path, lambda own: candidate_sizes(own, recoverer.model)[:1])[0]
+    sample = read_samples(path, lambda size: candidate_sizes(size, recoverer.model)[:1])[0]
     recovered = recoverer(torch.from_numpy(to_array(sample.image))[None])
     facts = {"image": str(path), **_progress(recovered), "notes": list(sample.notes)}
     record = facts | recoverer.settings_at((sample.image.height, sample.image.width)).as_dict()
