@@ -328,7 +328,8 @@ def _panels(detector: Detector, judged: Judged) -> list[Panel]:
 def _evidence(detector: Detector, verdict: Verdict) -> ScoreDisplay | PValueDisplay:
     """The score among unmarked images if its density or references are known, otherwise the p-value."""
     name = detector.schemes[verdict.key].score_name
-    reach = 1.15 * max(0.3, abs(verdict.score), detector.threshold(verdict.key) or 0)
+    limit = detector.threshold(verdict.key)
+    reach = 1.15 * max(0.3, abs(verdict.score), limit or 0)
     x = np.linspace(-reach, reach, 1001)
     density = detector.density(verdict.key, x)
     if density is not None:  # a score that cannot be negative needs no room there
@@ -345,5 +346,5 @@ def _evidence(detector: Detector, verdict: Verdict) -> ScoreDisplay | PValueDisp
         x=x,
         density=density,
         references=references,
-        limit=detector.threshold(verdict.key),
+        limit=limit,
     )
