@@ -32,8 +32,6 @@ from ringmark.errors import ImageError
 
 __all__ = ["Item", "items_of", "listed_items"]
 
-CHAIN = "::"  # in fsspec, a filesystem in another one, which may be this machine's
-
 
 @dataclass(frozen=True)
 class Item:
@@ -176,13 +174,12 @@ def _in_list(location: Location) -> Iterator[Item]:
 
 
 def _named(location: Location, path: str) -> Item:
-    """The picture at a path in a list: an address, or a path relative to the list; only a list here may name any."""
+    """The picture at a path in a list: an address, or a path relative to the list; see `Location.may_name`."""
     try:
+        if has_scheme(path) and location.may_name(path):
+            return _at(Location.at(path))
         if location.is_local:
-            here = os.path.join(os.path.dirname(location.id), path)
-            return _at(Location.at(path) if has_scheme(path) else location.named(here))
-        if has_scheme(path) and CHAIN not in path and (target := Location.at(path)).is_remote:
-            return _at(target)
+            return _at(location.named(os.path.join(os.path.dirname(location.id), path)))
         if has_scheme(path) or path.startswith("/") or ".." in path.split("/"):
             raise ImageError("source.outside", "is outside of the folder of its list", subject=public(path))
         folder = location.path.partition("?")[0] if is_web(location.id) else location.path

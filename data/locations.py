@@ -112,11 +112,15 @@ class Location:
         """Whether this is a file of this machine."""
         return not has_scheme(self.id)
 
-    @property
-    def is_remote(self) -> bool:
-        """Whether the filesystem is another machine's, whatever the address looks like."""
-        protocol = self.files.protocol
-        return not {"file", "local", "memory"}.intersection([protocol] if isinstance(protocol, str) else protocol)
+    def may_name(self, address: str) -> bool:
+        """Whether a list here may name this address: any if it is a local file, else the web and its own kind alone.
+
+        Otherwise a list by a stranger could have local files read, or use credentials for another service. "::" puts
+        one filesystem of fsspec into another.
+        """
+        own, other = SCHEME.match(self.id), SCHEME.match(address)
+        alike = own and other and own[1].lower() == other[1].lower()
+        return self.is_local or ("::" not in address and (is_web(address) or bool(alike)))
 
     def check(self) -> None:
         """Raises ImageError unless there is something at this location or below."""

@@ -315,7 +315,7 @@ def test_pictures_archives_and_lists_on_the_web(web, tmp_path):
     assert list(read(f"{web}/list.txt?download=true").values()) == [CONTENTS["a.png"]]
     mine = tmp_path / "mine.png"  # which no list elsewhere may name
     mine.write_bytes(PICTURES["a.png"])
-    for path in (f"file://{mine}", f"local://{mine}", f"filecache://x::file://{mine}", str(mine)):
+    for path in (f"file://{mine}", f"local://{mine}", f"filecache://x::file://{mine}", str(mine), "s3://bucket/a.png"):
         (folder / "list.txt").write_text(f"{path}\n")
         assert list(read(f"{web}/list.txt").values()) == ["source.outside"]
     (folder / "list.csv").write_text(f"url\na.png\n{web}/deep/b.png\n/etc/passwd\n../../x.png\nnone.png\n")
