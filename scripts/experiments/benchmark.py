@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ringmark.data.images import Sample, from_array, read_sample, to_array
+from ringmark.data.images import Sample, from_array
 from ringmark.data.sources import find_images
 from ringmark.errors import CalibrationError
 from ringmark.inversion.recover import Recoverer
@@ -46,7 +46,7 @@ from ringmark.watermark.keys.key import Key
 from ringmark.watermark.schemes.base import scheme_of
 from ringmark.watermark.statistics import ALPHA
 from scripts.experiments.cascade import SIX
-from scripts.experiments.common import Bench, attack_option, experiment
+from scripts.experiments.common import Bench, attack_option, experiment, read_pictures
 from scripts.experiments.false_positives import bootstrap
 from scripts.experiments.plots import legend_below, panels
 
@@ -172,10 +172,8 @@ def main(
     """What a verdict costs and finds: by stages, without stages under the calibration FORMER, and plainly."""
     calibration = Calibration.load(former)
     keys = [bench.key(seed=[bench.seed, i]) for i in range(min(key_count, bench.number))]
-    paths = find_images(folder)[: bench.number]
-    unmarked = [torch.from_numpy(to_array(read_sample(path, bench.model.image_size).image)) for path in paths]
     marked = marked_images(bench, keys)
-    conditions = {"unmarked": torch.stack(unmarked)}
+    conditions = {"unmarked": read_pictures(find_images(folder)[: bench.number], bench.model)}
     conditions |= {name: bench.attacked(marked, chain) for name, chain in attacks.items()}
     rows, timer = [], time.perf_counter if clock else time.process_time
     for name, images in conditions.items():

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ringmark.data.images import read_sample, to_array
 from ringmark.data.sources import find_images
 from ringmark.inversion.recover import Recoverer
 from ringmark.watermark.attacks.chains import Chain
@@ -37,7 +36,7 @@ from ringmark.watermark.figures import COLOURS
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.schemes.base import scheme_of
 from ringmark.watermark.statistics import ALPHA
-from scripts.experiments.common import Bench, attack_option, experiment, mark_in_turn
+from scripts.experiments.common import Bench, attack_option, experiment, mark_in_turn, read_pictures
 from scripts.experiments.false_positives import LEVELS, bootstrap
 from scripts.experiments.plots import legend_below, panels
 
@@ -151,10 +150,7 @@ def main(bench: Bench, folder: Path, key_count: int, attacks: dict[str, Chain | 
     stages = [*early_stages(bench.recoverer), bench.recoverer]
     weights, names = weights_of(stages), [f"{stage.steps} steps" for stage in stages]
     keys = [bench.key(seed=[bench.seed, i]) for i in range(key_count)]
-    unmarked = torch.stack(
-        [torch.from_numpy(to_array(read_sample(path, bench.model.image_size).image)) for path in find_images(folder)]
-    )
-    noise, seconds = recovered(bench, stages, unmarked, "unmarked")
+    noise, seconds = recovered(bench, stages, read_pictures(find_images(folder), bench.model), "unmarked")
     costs = seconds.double().median(0).values.numpy()
     p = [by_halves(stage, keys, each) for stage, each in zip(stages, noise, strict=True)]
     false = false_rows(p, weights, names, bench.seed)

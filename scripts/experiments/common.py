@@ -262,11 +262,17 @@ def _invert(model: LatentModel, inverter: Inverter, images: Tensor) -> dict[str,
     return {"latents": solution.value.cpu(), "evaluations": solution.steps.cpu(), "pixel_rms": rms}
 
 
+def read_pictures(paths: Sequence[Path], model: LatentModel) -> Tensor:
+    """Pictures (N, 3, H, W) at the model's native size."""
+    samples = (read_sample(path, model.image_size) for path in paths)
+    return torch.stack([torch.from_numpy(to_array(sample.image)) for sample in samples])
+
+
 @torch.inference_mode()
 def photographs(model: LatentModel, folder: Path, number: int) -> Pictures:
     """The first pictures of a folder, encoded and decoded so that their latents are known."""
     paths = find_images(folder)[:number]
-    photos = torch.stack([torch.from_numpy(to_array(read_sample(p, model.image_size).image)) for p in paths])
+    photos = read_pictures(paths, model)
     latents = torch.cat([model.encode(x) for x in photos.split(8)])
     images = torch.cat([model.decode(z) for z in latents.split(8)])
     return Pictures(

@@ -17,10 +17,8 @@ from typing import TYPE_CHECKING
 
 import click
 import numpy as np
-import torch
 from torch import Tensor
 
-from ringmark.data.images import read_sample, to_array
 from ringmark.data.sources import find_images
 from ringmark.inversion.decoder import INVERTERS
 from ringmark.inversion.recover import STEPS, Recoverer
@@ -29,7 +27,7 @@ from ringmark.watermark.figures import COLOURS
 from ringmark.watermark.schemes.base import scheme_of
 from ringmark.watermark.statistics import ALPHA
 from scripts.experiments.cascade import SIX, calibration_of, p_values
-from scripts.experiments.common import Bench, attack_option, experiment, mark_in_turn, share
+from scripts.experiments.common import Bench, attack_option, experiment, mark_in_turn, read_pictures, share
 from scripts.experiments.false_positives import bootstrap
 from scripts.experiments.plots import columns, legend_below, panels
 
@@ -85,10 +83,9 @@ def main(bench: Bench, folder: Path, key_count: int, counts: tuple[int, ...], at
     """What the last stage finds by its number of steps."""
     recoverers = {count: Recoverer(bench.model, steps=count) for count in sorted({*counts, STEPS})}
     paths = find_images(folder)
-    unmarked = [torch.from_numpy(to_array(read_sample(path, bench.model.image_size).image)) for path in paths]
     nulls = {
         count: calibration_of(recoverers[count], noise)
-        for count, noise in noises(bench, recoverers, torch.stack(unmarked), "unmarked").items()
+        for count, noise in noises(bench, recoverers, read_pictures(paths, bench.model), "unmarked").items()
     }
     keys = [bench.key(seed=[bench.seed, i]) for i in range(key_count)]
     start, prompts = bench.fresh(bench.number)
