@@ -173,7 +173,7 @@ def main(
     calibration = Calibration.load(former)
     keys = [bench.key(seed=[bench.seed, i]) for i in range(min(key_count, bench.number))]
     marked = marked_images(bench, keys)
-    conditions = {"unmarked": read_pictures(find_images(folder)[: bench.number], bench.model)}
+    conditions = {"unmarked": read_pictures(find_images(folder)[: bench.number], bench.model.image_size)}
     conditions |= {name: bench.attacked(marked, chain) for name, chain in attacks.items()}
     rows, timer = [], time.perf_counter if clock else time.process_time
     for name, images in conditions.items():

@@ -150,7 +150,7 @@ def main(bench: Bench, folder: Path, key_count: int, attacks: dict[str, Chain | 
     stages = [*early_stages(bench.recoverer), bench.recoverer]
     weights, names = weights_of(stages), [f"{stage.steps} steps" for stage in stages]
     keys = [bench.key(seed=[bench.seed, i]) for i in range(key_count)]
-    noise, seconds = recovered(bench, stages, read_pictures(find_images(folder), bench.model), "unmarked")
+    noise, seconds = recovered(bench, stages, read_pictures(find_images(folder), bench.model.image_size), "unmarked")
     costs = seconds.double().median(0).values.numpy()
     p = [by_halves(stage, keys, each) for stage, each in zip(stages, noise, strict=True)]
     false = false_rows(p, weights, names, bench.seed)

@@ -262,9 +262,9 @@ def _invert(model: LatentModel, inverter: Inverter, images: Tensor) -> dict[str,
     return {"latents": solution.value.cpu(), "evaluations": solution.steps.cpu(), "pixel_rms": rms}
 
 
-def read_pictures(paths: Sequence[Path], model: LatentModel) -> Tensor:
-    """Pictures (N, 3, H, W) at the model's native size."""
-    samples = (read_sample(path, model.image_size) for path in paths)
+def read_pictures(paths: Sequence[Path], size: tuple[int, int]) -> Tensor:
+    """Pictures (N, 3, H, W) at this size (H, W)."""
+    samples = (read_sample(path, size) for path in paths)
     return torch.stack([torch.from_numpy(to_array(sample.image)) for sample in samples])
 
 
@@ -272,7 +272,7 @@ def read_pictures(paths: Sequence[Path], model: LatentModel) -> Tensor:
 def photographs(model: LatentModel, folder: Path, number: int) -> Pictures:
     """The first pictures of a folder, encoded and decoded so that their latents are known."""
     paths = find_images(folder)[:number]
-    photos = read_pictures(paths, model)
+    photos = read_pictures(paths, model.image_size)
     latents = torch.cat([model.encode(x) for x in photos.split(8)])
     images = torch.cat([model.decode(z) for z in latents.split(8)])
     return Pictures(

@@ -26,14 +26,13 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from ringmark.data.images import read_sample, to_array
 from ringmark.data.sources import find_images
 from ringmark.inversion.decoder import INVERTERS, Autoencoder, Inverter, decoder_residual, in_slices
 from ringmark.inversion.methods import Anderson, ForwardStep, Operator
 from ringmark.inversion.metrics import cocoercivity, nmse_db, trace
 from ringmark.inversion.solve import State
 from scripts.experiments.autoencoders import Pair
-from scripts.experiments.common import Bench, eight_bit, experiment, line, share
+from scripts.experiments.common import Bench, eight_bit, experiment, line, read_pictures, share
 from scripts.experiments.plots import columns, panels
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ def paths(model: Autoencoder, images: Tensor, start: Tensor) -> Iterator[tuple[s
 @torch.inference_mode()
 def photographs(model: Autoencoder, paths: list[Path], side: int) -> tuple[Tensor, Tensor]:
     """8-bit pictures (N, 3, side, side) that the decoder makes of photographs' latents, and these latents."""
-    photos = torch.stack([torch.from_numpy(to_array(read_sample(p, (side, side)).image)) for p in paths])
+    photos = read_pictures(paths, (side, side))
     latents = torch.cat([model.encode(x) for x in photos.split(4)])
     return eight_bit(torch.cat([model.decode(z) for z in latents.split(4)])), latents
 

@@ -26,7 +26,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from ringmark.data.images import Sample, SizesOf, WithParts, from_array, read_sample, samples_of, to_array
+from ringmark.data.images import Sample, SizesOf, WithParts, from_array, samples_of, to_array
 from ringmark.data.sources import find_images
 from ringmark.watermark.attacks.chains import apply
 from ringmark.watermark.detect.search import Search
@@ -35,7 +35,7 @@ from ringmark.watermark.keys.folder import load_ring
 from ringmark.watermark.keys.key import Key
 from ringmark.watermark.schemes.base import scheme_of
 from ringmark.watermark.statistics import ALPHA
-from scripts.experiments.common import Bench, experiment, share
+from scripts.experiments.common import Bench, experiment, read_pictures, share
 from scripts.experiments.false_positives import LEVELS, bootstrap
 from scripts.experiments.plots import columns, intervals, legend_below, panels
 
@@ -199,9 +199,7 @@ def figure_of(rows: list[dict]) -> Figure:
 
 def pictures_in(folder: Path, bench: Bench, number: int | None) -> Tensor:
     """The first pictures of a folder (N, 3, H, W), at the model's native size."""
-    size = bench.model.image_size
-    paths = find_images(folder)[:number]
-    return torch.stack([torch.from_numpy(to_array(read_sample(path, size).image)) for path in paths])
+    return read_pictures(find_images(folder)[:number], bench.model.image_size)
 
 
 @experiment(0, drawing=False)

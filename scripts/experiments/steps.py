@@ -85,7 +85,7 @@ def main(bench: Bench, folder: Path, key_count: int, counts: tuple[int, ...], at
     paths = find_images(folder)
     nulls = {
         count: calibration_of(recoverers[count], noise)
-        for count, noise in noises(bench, recoverers, read_pictures(paths, bench.model), "unmarked").items()
+        for count, noise in noises(bench, recoverers, read_pictures(paths, bench.model.image_size), "unmarked").items()
     }
     keys = [bench.key(seed=[bench.seed, i]) for i in range(key_count)]
     start, prompts = bench.fresh(bench.number)
