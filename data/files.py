@@ -333,7 +333,8 @@ def read_tensors(
         except RingmarkError:
             raise
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as fault:
-            fact = f"is damaged or of another kind ({one_line(fault) or type(fault).__name__})"
+            reason = f"it lacks {fault}" if isinstance(fault, KeyError) else one_line(fault) or type(fault).__name__
+            fact = f"is damaged or of another kind ({one_line(reason)})"
             raise error(f"{room}.damaged", fact, subject=path) from None
         except OSError as fault:
             raise error(f"{room}.unreadable", f"cannot be read: {fault.strerror}", subject=path) from None

@@ -24,6 +24,8 @@ from ringmark.data.files import SOFTWARE, open_regular, write_atomic
 from ringmark.data.results import content_id
 from ringmark.errors import ImageError
 
+PNG_BEGIN, PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xae\x42\x60\x82"
+
 __all__ = [
     "FORMATS",
     "Sample",
@@ -217,6 +219,17 @@ def from_array(array: np.ndarray) -> Image.Image:
     if np.isnan(array).any():
         raise ValueError("an image cannot hold NaN")
     return Image.fromarray(np.rint((np.clip(array, -1, 1) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0).copy())
+
+
+def is_whole_png(path: Path) -> bool:
+    """Whether there is a file that begins and ends as a PNG does."""
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(len(PNG_BEGIN))
+            file.seek(-len(PNG_END), os.SEEK_END)
+            return begin == PNG_BEGIN and file.read() == PNG_END
+    except OSError:
+        return False
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str], *, signed: bool = True, **text: object) -> None:

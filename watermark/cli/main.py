@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -136,6 +137,9 @@ def main(ctx: click.Context, verbose: int) -> None:
       ringmark generate --key my.key -n 4 -o marked
       ringmark verify marked/*.png --key my.key
     """
+    for stream in (sys.stdout, sys.stderr):  # a name that the encoding lacks is no reason to stop
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if verbose:
         _log_to_stderr(ctx, logging.INFO if verbose == 1 else logging.DEBUG)
 

@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -32,7 +33,7 @@ class FilePath(click.Path):
     """A non-empty path that ends in one of `suffixes`, if there are any."""
 
     def __init__(self, *suffixes: str) -> None:
-        super().__init__(path_type=Path)
+        super().__init__(path_type=Path, readable=False)  # whoever opens the file says what is wrong with it
         self.suffixes = suffixes
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
@@ -61,8 +62,9 @@ class Size(click.ParamType["tuple[int, int]"]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         width, by, height = str(value).lower().partition("x")
-        if not (by and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-            self.fail(f"{value!r} is not a size such as 1024x768, width first", param, ctx)
+        sides = (width, height)
+        if not (by and all(re.fullmatch("[0-9]{1,9}", side) and int(side) for side in sides)):
+            self.fail(f"{str(value)[:40]!r} is not a size such as 1024x768, width first", param, ctx)
         return int(height), int(width)
 
 
@@ -195,7 +197,9 @@ class EngineOptions:
 
 
 max_steps_option = click.option(
-    "--max-steps", type=click.IntRange(0), help="Maximum steps of the decoder inversion.  [default: the method's own]"
+    "--max-steps",
+    type=click.IntRange(0, 1000),
+    help="Maximum steps of the decoder inversion.  [default: the method's own]",
 )
 INVERSION_STEPS = 10
 """inversion.recover.STEPS, which needs torch to import."""
@@ -353,14 +357,17 @@ detection_options = grouped(
 )
 
 
-def say(result: object, text: str, as_json: bool) -> None:
-    """Print a result: `text` for people, or `result` as JSON for programs."""
+def say(result: object, text: str | Iterable[str], as_json: bool) -> None:
+    """Print a result: `text` for people, a line or several, or `result` as JSON for programs."""
     from ringmark.errors import one_line
 
-    click.echo(json.dumps(result, indent=1, default=str) if as_json else "\n".join(map(one_line, text.split("\n"))))
+    lines = [text] if isinstance(text, str) else text
+    click.echo(json.dumps(result, indent=1, default=str) if as_json else "\n".join(map(one_line, lines)))
 
 
 def warn(lines: Iterable[str]) -> None:
     """Print lines on stderr."""
+    from ringmark.errors import one_line
+
     for line in lines:
-        click.echo(line, err=True)
+        click.echo(one_line(line), err=True)

@@ -15,10 +15,10 @@ __all__: list[str] = []
 def _span(text: str) -> range:
     """'3-10' as the numbers from 3 to 10, '3' as 3 alone. Raises ValueError."""
     low, dash, high = text.partition("-")
-    span = range(int(low), int(high if dash else low) + 1)
-    if not 0 < len(span) <= 1000:  # no latent has more channels or rings
+    first, last = int(low), int(high if dash else low)
+    if not first <= last < first + 1000:  # no latent has more channels or rings
         raise ValueError(text)
-    return span
+    return range(first, last + 1)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -7,11 +7,13 @@ import hmac
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ringmark.data.files import open_regular, write_atomic
@@ -75,20 +77,36 @@ def add_token(path: Path, name: str, scope: Scope, per_minute: int) -> str:
 
     Only its hash is stored. Raises ServiceError for a name in use and for a file that cannot be read.
     """
-    tokens = load_tokens(path) if path.exists() else []
-    if name in {token.name for token in tokens}:
-        raise ServiceError("tokens.exists", f"has a token named {name!r} already", subject=path)
     text = f"rm_{secrets.token_urlsafe(SECRET_BYTES)}"
-    _save(path, [*tokens, Token(name=name, sha256=_digest(text), scope=scope, per_minute=per_minute)])
+    try:
+        token = Token(name=name, sha256=_digest(text), scope=scope, per_minute=per_minute)
+    except ValidationError:
+        raise ServiceError("tokens.name", "must have 1 to 80 characters", subject="the name of a token") from None
+    with _locked(path):
+        tokens = load_tokens(path) if path.exists() else []
+        if name in {token.name for token in tokens}:
+            raise ServiceError("tokens.exists", f"has a token named {name!r} already", subject=path)
+        _save(path, [*tokens, token])
     return text
 
 
 def remove_token(path: Path, name: str) -> None:
     """Remove the token of this name from a file. Raises ServiceError if there is none."""
-    tokens = load_tokens(path)
-    if name not in {token.name for token in tokens}:
-        raise ServiceError("tokens.unknown", f"has no token named {name!r}", subject=path)
-    _save(path, [token for token in tokens if token.name != name])
+    with _locked(path):
+        tokens = load_tokens(path)
+        if name not in {token.name for token in tokens}:
+            raise ServiceError("tokens.unknown", f"has no token named {name!r}", subject=path)
+        _save(path, [token for token in tokens if token.name != name])
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Context in which no other process changes the file."""
+    if not path.parent.is_dir():
+        yield
+        return
+    with FileLock(path.with_name(f".{path.name}.lock"), mode=0o600):
+        yield
 
 
 def _save(path: Path, tokens: list[Token]) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ringmark.data.images import from_array, save_png
+from ringmark.data.images import from_array, is_whole_png, save_png
 from ringmark.data.reader import read_records
 from ringmark.data.results import Results
 from ringmark.data.scenes import scene
-from ringmark.errors import StoreError
+from ringmark.errors import ModelError, StoreError
 from ringmark.inversion.models.pipeline import LatentModel, Size
 from ringmark.watermark.detect.verifier import check_fit
 from ringmark.watermark.embed import generate
@@ -71,7 +71,7 @@ def draw(
         _refuse_foreign(folder, list(wanted))
     with Results(folder / DRAWN, settings) as store:
         _refuse_other_prompts(store, {name: prompt for name, (_, prompt) in wanted.items()})
-        missing = [name for name in wanted if name not in store.done or not (folder / name).exists()]
+        missing = [name for name in wanted if name not in store.done or not is_whole_png(folder / name)]
         LOG.info("draw %d of %d images into %s", len(missing), len(wanted), folder)
         images = _drawn(model, {name: wanted[name] for name in missing}, key=key, batch=batch, **how)
         done = len(wanted) - len(missing)
@@ -104,6 +104,8 @@ def _drawn(
     seeds, prompts = [seed for seed, _ in wanted.values()], [prompt for _, prompt in wanted.values()]
     images = generate(model, prompts, seeds, key=key, **settings)
     for name, drawn in zip(wanted, images, strict=True):
+        if not drawn.image.isfinite().all():
+            raise ModelError("model.not-finite", "drew an image that is not finite", subject=model.name)
         record = {"sample_id": name, "prompt": drawn.prompt, "seed": drawn.seed, "label": bool(key)}
         yield name, record, drawn.image.numpy()
 

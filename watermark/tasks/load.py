@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from os import PathLike
@@ -18,7 +18,7 @@ from platformdirs import user_cache_dir
 from safetensors.torch import save
 
 from ringmark.data.files import read_tensors, write_atomic
-from ringmark.errors import KeyFileError, ModelError, RingmarkError, StoreError
+from ringmark.errors import KeyFileError, ModelError, RingmarkError, SchemeError, StoreError
 from ringmark.inversion.models.loading import EMBEDDED, resolve
 from ringmark.inversion.models.lora import split_scale
 from ringmark.inversion.models.model_files import locate
@@ -31,6 +31,7 @@ from ringmark.watermark.detect.search import Search
 from ringmark.watermark.detect.verifier import Verifier, built_in_calibration
 from ringmark.watermark.keys.folder import load_ring
 from ringmark.watermark.keys.key import Key, distinct
+from ringmark.watermark.schemes.base import scheme_of
 from ringmark.watermark.statistics import ALPHA
 
 __all__ = ["Keys", "Model", "Setup", "StrPath", "load_calibration", "load_keys", "load_model", "load_verifier"]
@@ -124,9 +125,11 @@ def _as_tensors(rows: dict[str, Any]) -> dict[str, torch.Tensor]:
 def _check_device(device: str) -> None:
     """Raises ModelError unless a tensor can be put on this device."""
     try:
-        torch.device(device)
+        kind = torch.device(device).type
     except RuntimeError as error:  # torch's message lists every kind that it was ever built for
         raise ModelError("model.device", "is not the name of a device", subject=f"device {device}") from error
+    if kind == "meta":
+        raise ModelError("model.device", "holds no values", subject=f"device {device}")
     try:
         torch.empty(1, device=device)
     except (AssertionError, RuntimeError) as error:  # torch asserts that it was built with CUDA
@@ -139,7 +142,23 @@ def load_keys(keys: Keys) -> list[Key]:
     given = [keys] if isinstance(keys, (Key, str, PathLike)) else list(keys)
     paths = [Path(key) for key in given if not isinstance(key, Key)]
     loaded = [key for key in given if isinstance(key, Key)]
-    return distinct([*loaded, *(load_ring(paths).values() if paths else ())])
+    ring = load_ring(paths) if paths else {}
+    _check_descriptions(ring)
+    return distinct([*loaded, *ring.values()])
+
+
+def _check_descriptions(ring: Mapping[Path, Key]) -> None:
+    """Raises KeyFileError for a file whose description makes no mark; among many keys, one must be named."""
+    checked = set[str]()
+    for path, key in ring.items():
+        description = repr([value for name, value in key.metadata.items() if name not in ("created", "model")])
+        if description not in checked:
+            try:
+                scheme_of(key)
+            except SchemeError as error:
+                fact = f"describes a mark that cannot be ({error})"
+                raise KeyFileError("key.description", fact, subject=path) from error
+            checked.add(description)
 
 
 def load_calibration(calibration: StrPath | Calibration | None) -> Calibration | None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from PIL import Image
-from tqdm import tqdm
 
 from ringmark.data.images import Sample, read_samples, samples_of
 from ringmark.errors import ImageError, one_line
@@ -114,7 +113,7 @@ class Outcome:
 
     def sentence(self) -> str:
         """The outcome as one line of text."""
-        return f"{one_line(self.path)}: {self.judged.sentence()}" if self.judged else one_line(self.error)
+        return one_line(f"{self.path}: {self.judged.sentence()}" if self.judged else self.error)
 
     def record(self) -> dict[str, Any]:
         """The outcome as plain values: the best verdict and `carries`, all keys that are present; or the `error`."""
@@ -124,8 +123,8 @@ class Outcome:
         return self.judged.best.record() | name | {"carries": [v.key for v in self.judged.present]}
 
 
-def verify_files(verifier: Verifier, paths: list[Path], *, batch: int | None = None) -> list[Outcome]:
-    """The outcome of each file, in the order given. A file that cannot be read does not stop the run."""
+def verify_files(verifier: Verifier, paths: list[Path], *, batch: int | None = None) -> Iterator[Outcome]:
+    """The outcome of each file, in the order given, once it is known. One that cannot be read does not stop the run."""
     outcomes: dict[int, Outcome] = {}
 
     def readable() -> Iterator[list[Sample]]:
@@ -135,12 +134,15 @@ def verify_files(verifier: Verifier, paths: list[Path], *, batch: int | None = N
             except ImageError as error:
                 outcomes[i] = Outcome(path, error=error)
 
-    judged_files = verifier.scan(readable(), batch)
-    for judged in tqdm(judged_files, "verify", len(paths), unit="image", disable=None, leave=False, delay=2):
+    following = 0
+    for judged in verifier.scan(readable(), batch):
         i = int(judged.sample.id)
         outcomes[i] = Outcome(paths[i], judged)
         LOG.info("%s", outcomes[i].sentence())
-    return [outcomes[i] for i in range(len(paths))]
+        while following in outcomes:
+            yield outcomes.pop(following)
+            following += 1
+    yield from (outcomes[i] for i in range(following, len(paths)))
 
 
 def explain_first(verifier: Verifier, outcomes: list[Outcome], output: Path, *, force: bool = False) -> None:

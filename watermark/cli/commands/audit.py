@@ -126,14 +126,14 @@ def _warn_of_errors(counts: Audit) -> None:
         warn([f"{counted(more, 'more unreadable file')}; the records hold their errors"])
 
 
-def _summary(counts: Audit, output: Path) -> str:
-    """The counts in words."""
-    keys = "".join(f"\n  key {name[:8]}: {count}" for name, count in counts.by_key.items())
-    return (
+def _summary(counts: Audit, output: Path) -> list[str]:
+    """The counts in words, and a line for each key that was found."""
+    total = (
         f"{counted(counts.images, 'image')}: {counts.present} with a key, {counts.absent} without, "
         f"{counts.inconclusive} inconclusive, {counts.unreadable} unreadable; "
-        f"{skipped(counts.skipped)}records in {output}{keys}"
+        f"{skipped(counts.skipped)}records in {output}"
     )
+    return [total, *(f"  key {name[:8]}: {count}" for name, count in counts.by_key.items())]
 
 
 @click.command()

@@ -28,7 +28,7 @@ from ringmark.watermark.cli.options import (
 @click.option("-o", "--output", type=PATH, required=True, help="Folder for the images.")
 @click.option("--key", "key_path", type=PATH, help="Mark the images with this key.")
 @click.option("--no-mark", is_flag=True, help="Draw unmarked images.")
-@click.option("-n", "--number", type=click.IntRange(1), help="Number of images.  [default: one for each prompt]")
+@click.option("-n", "--number", type=click.IntRange(1, 10**6), help="Number of images.  [default: one for each prompt]")
 @click.option(
     "--prompt", "prompts", multiple=True, help="A prompt; may be repeated.  [default: captions of procedural scenes]"
 )
@@ -102,7 +102,9 @@ def generate(
 @click.command()
 @click.option("-o", "--output", type=FilePath(".safetensors"), required=True, help="The file to write.")
 @click.option("--key", "key_path", type=PATH, required=True, help="The key to embed.")
-@click.option("-n", "--number", type=click.IntRange(1), default=1, show_default=True, help="Number of noise samples.")
+@click.option(
+    "-n", "--number", type=click.IntRange(1, 10**4), default=1, show_default=True, help="Number of noise samples."
+)
 @click.option("--size", type=Size(), help="Size of the images in pixels.  [default: the key's reference size]")
 @seed_option
 @force_option

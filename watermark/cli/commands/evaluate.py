@@ -72,7 +72,7 @@ def roc(
     counts, *left_out = report.coverage()
     warn(left_out)
     click.echo(counts, err=as_json)
-    say(report.record(), report.table(), as_json)
+    say(report.record(), report.table().split("\n"), as_json)
     if output:
         save_figure(roc_figure(list(report.curves.values())), output, force=force)
         click.echo(f"curves drawn into {output}", err=as_json)
@@ -179,4 +179,5 @@ def evaluate(
     if not as_json:
         warn(evaluation.refused)
     refused = counted(len(evaluation.refused), "file")
-    say(evaluation.record(), f"{summary(evaluation)}\n{refused} refused; tables and plots in {output}", as_json)
+    lines = [*summary(evaluation).split("\n"), f"{refused} refused; tables and plots in {output}"]
+    say(evaluation.record(), lines, as_json)

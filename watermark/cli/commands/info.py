@@ -67,4 +67,4 @@ def info(model: ModelOptions, as_json: bool) -> None:
     from ringmark.watermark.tasks import info as tasks
 
     facts = tasks.facts(model.load())
-    say(facts, "\n".join(f"{name:18} {value}" for name, value in facts.items()), as_json)
+    say(facts, [f"{name:18} {value}" for name, value in facts.items()], as_json)

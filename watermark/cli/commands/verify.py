@@ -56,8 +56,8 @@ def verify(
 ) -> None:
     """Tell whether images carry a key.
 
-    Prints a line for each image. Exit code 0: all of them carry a key; 1: some do not; 2: usage error, or a file cannot
-    be read; 3: inconclusive.
+    Prints a line for each image as soon as it is decided. Exit code 0: all of them carry a key; 1: some do not; 2:
+    usage error, or a file cannot be read; 3: inconclusive.
 
     \b
     Example:
@@ -71,14 +71,15 @@ def verify(
     elif explain:
         refuse_foreign(explain, force)
     verifier, unchecked = detection.prepare(model, inversion)
-    outcomes = verify_files(verifier, list(images), batch=batch)
+    outcomes = []
+    for outcome in verify_files(verifier, list(images), batch=batch):
+        outcomes.append(outcome)
+        if not as_json:
+            click.echo(explained(outcome.error) if outcome.error else outcome.sentence(), err=bool(outcome.error))
     if as_json:
         click.echo(json.dumps([outcome.record() for outcome in outcomes], indent=1))
-    else:
-        for outcome in outcomes:
-            click.echo(explained(outcome.error) if outcome.error else outcome.sentence(), err=bool(outcome.error))
-        if unchecked and any(outcome.present for outcome in outcomes):
-            warn([f"{UNCHECKED} ({unchecked})"])
+    elif unchecked and any(outcome.present for outcome in outcomes):
+        warn([f"{UNCHECKED} ({unchecked})"])
     if explain:
         explain_first(verifier, outcomes, explain, force=force)
         if any(outcome.judged for outcome in outcomes):
