@@ -221,6 +221,34 @@ def test_a_closed_pipe_ends_it_quietly(args: list[str], closed: int) -> None:
     assert (done.returncode, done.stdout or b"", done.stderr or b"") == (EXIT_PIPE, b"", b"")
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1"])
+def test_what_an_encoding_lacks_is_escaped(encoding: str) -> None:
+    call = [sys.executable, "-m", "ringmark.watermark.cli", "attack", "--list"]
+    done = subprocess.run(
+        call, env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, check=True, cwd=ROOT
+    )
+    assert rb"\u03c3" in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--bands", f"2-{10**20} in 0"),
+        ("--radii", f"2-{10**20}"),
+        ("--channels", f"0-{10**20}"),
+        ("--radii", "9" * 5000),
+    ],
+)
+def test_huge_numbers_are_refused(option: tuple[str, str], tmp_path: Path) -> None:
+    assert "Error: " in refused("keygen", *option, "-o", tmp_path / "a.key")
+
+
+@pytest.mark.parametrize("size", ["9" * 5000 + "x1", f"1x{10**12}", "0x8", "٣x٣"])
+def test_sizes_that_make_no_sense_are_refused(size: str, tmp_path: Path) -> None:
+    message = refused("verify", tmp_path, "--key", tmp_path, "--size", size)
+    assert "is not a size" in message and len(message) < 500
+
+
 def test_every_decoder_inversion_is_offered_by_name() -> None:
     from ringmark.inversion.decoder import INVERTERS
 

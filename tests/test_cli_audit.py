@@ -190,6 +190,7 @@ def test_equal_pixels_are_judged_once_across_runs(house: Path, tmp_path: Path, m
             "3 images: 3 with a key" in run("audit", one, tmp_path / "two.bmp", tmp_path / "three.webp", *args).stdout
         )
     assert [r.get("same_as") for r in records_in(results).values()] == [None, str(one), str(one)]
+    assert "3 images: 3 with a key" in run("audit", tmp_path / "*.bmp", one, tmp_path, one, *args).stdout
     one.write_bytes(pictures(house, "unmarked")[0].read_bytes())  # its verdict was that of the others
     run("audit", one, *args)
     with Image.open(tmp_path / "two.bmp") as picture:

@@ -17,6 +17,7 @@ from shell import QUICK, pictures, refused, run
 
 from ringmark.watermark.detect.geometry import Grid
 from ringmark.watermark.detect.search import Search
+from ringmark.watermark.keys.key import Key
 from ringmark.watermark.tasks import load
 from ringmark.watermark.tasks import verify as tasks
 
@@ -58,6 +59,28 @@ def test_strange_names_are_printed_on_one_line(house: Path, tmp_path: Path) -> N
     result = run("verify", path, "--key", house / "my.key", *QUICK, "--explain", tmp_path / "why.SVG")
     assert r"a\n$x.png: carries" in result.stdout and len(result.stdout.splitlines()) == 1
     assert (tmp_path / "why.SVG").read_text().startswith("<?xml")
+
+
+def test_a_key_of_a_stranger_forges_no_line(house: Path, tmp_path: Path) -> None:
+    mine = Key.load(house / "my.key")
+    name = "x\nb.png: carries key 0123abcd, p = 1e-60\x1b[31m"
+    Key(mine.metadata | {"model": mine.metadata["model"] | {"name": name, "fingerprint": "0"}}, mine.secret).save(
+        tmp_path / "a.key"
+    )
+    result = run("verify", pictures(house, "marked")[0], "--key", tmp_path / "a.key", *QUICK)
+    assert len(result.stdout.splitlines()) == 1 and r"x\nb.png: carries" in result.stdout
+    assert "\x1b" not in result.stdout + result.stderr
+
+
+def test_verdicts_are_given_one_by_one_and_in_order(house: Path, tmp_path: Path) -> None:
+    marked, unmarked = pictures(house, "marked")[0], pictures(house, "unmarked")[0]
+    verifier = load.load_verifier(house / "my.key", method="encoder", steps=2).verifier
+    paths = [tmp_path / "none.png", marked, tmp_path / "none.png", unmarked, tmp_path / "none.png"]
+    outcomes = tasks.verify_files(verifier, paths, batch=1)
+    first, second = next(outcomes), next(outcomes)
+    assert first.error and second.present
+    rest = list(outcomes)
+    assert [outcome.path for outcome in rest] == paths[2:] and [o.present for o in rest] == [None, False, None]
 
 
 def test_encoder_only_takes_no_steps(house: Path) -> None:

@@ -10,13 +10,17 @@ import torch
 
 from ringmark.data.reader import read_records
 from ringmark.data.scenes import scene
-from ringmark.errors import StoreError
+from ringmark.errors import ModelError, StoreError
 from ringmark.watermark.embed import Drawn
 from ringmark.watermark.tasks import draw as tasks
 from ringmark.watermark.tasks.draw import DRAWN, UNSEEN_SCENES, draw, prompts_for
 
 MODEL = SimpleNamespace(
-    identity={"name": "none"}, dtype=torch.float32, image_size=(8, 8), sampler=lambda name, steps, size: None
+    name="none",
+    identity={"name": "none"},
+    dtype=torch.float32,
+    image_size=(8, 8),
+    sampler=lambda name, steps, size: None,
 )
 
 
@@ -68,6 +72,23 @@ def test_a_run_killed_before_a_file_was_written_goes_on(tmp_path: Path, drawn_se
         run(tmp_path)
     run(tmp_path)
     assert drawn_seeds == [0, 0, 1] and len(read_records(tmp_path / DRAWN)[1]) == 2
+
+
+@pytest.mark.parametrize("damage", [b"x", b""])
+def test_what_is_no_longer_a_picture_is_drawn_again(tmp_path: Path, drawn_seeds: list[int], damage: bytes) -> None:
+    first, _ = run(tmp_path)
+    whole = first.read_bytes()
+    first.write_bytes(damage or whole[:-1])
+    run(tmp_path)
+    assert drawn_seeds == [0, 1, 0] and first.read_bytes() == whole
+
+
+def test_a_model_that_draws_nonsense_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nan = Drawn(image=torch.full((3, 8, 8), torch.nan), noise=torch.zeros(4, 1, 1), prompt="a", seed=0)
+    monkeypatch.setattr(tasks, "generate", lambda *_, **__: [nan])
+    with pytest.raises(ModelError) as caught:
+        run(tmp_path, 1)
+    assert caught.value.code == "model.not-finite" and read_records(tmp_path / DRAWN)[1] == []
 
 
 @pytest.mark.parametrize("name", ["0000001.png", "labels.csv"])

@@ -11,10 +11,11 @@ from families import build
 from identity import MODEL, verifier
 from identity import key as make_key
 
-from ringmark.errors import ModelError, SchemeError
+from ringmark.errors import KeyFileError, ModelError, SchemeError
 from ringmark.inversion.models.loading import quiet
 from ringmark.watermark.calibration import Calibration
 from ringmark.watermark.embed import initial_noise
+from ringmark.watermark.keys.key import Key
 from ringmark.watermark.tasks import load
 
 
@@ -97,6 +98,23 @@ def test_a_model_that_cannot_be_loaded(folder):
     with pytest.raises(ModelError) as caught:
         lean("somebody/some-model")
     assert caught.value.code == "model.unreachable" and not Path(folder).exists()
+
+
+@pytest.mark.parametrize("radii", [[-5, -1], [2.5, 3.5], [9, 3]])
+def test_of_many_keys_one_that_makes_no_sense_is_named(tmp_path, radii):
+    for seed in range(3):
+        make_key(seed).save(tmp_path / f"{seed}.key")
+    good = make_key(3)
+    Key(good.metadata | {"radii": radii}, good.secret).save(tmp_path / "odd.key")
+    with pytest.raises(KeyFileError) as caught:
+        load.load_keys(tmp_path)
+    assert (caught.value.code, caught.value.subject) == ("key.description", tmp_path / "odd.key")
+
+
+def test_a_device_without_values_is_refused():
+    with pytest.raises(ModelError) as caught:
+        load.load_model(device="meta")
+    assert caught.value.code == "model.device"
 
 
 def test_a_key_of_power_alone_needs_a_calibration():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,24 @@ def test_a_removed_token_is_unknown(tmp_path: Path) -> None:
     with pytest.raises(ServiceError) as error:
         remove_token(path, "alice")
     assert error.value.code == "tokens.unknown"
+
+
+def test_tokens_that_are_made_at_once_are_all_kept(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.json"
+    add_token(path, "old", "p", 60)
+    with ThreadPoolExecutor(8) as pool:
+        made = [pool.submit(add_token, path, f"n{i}", "p", 60) for i in range(8)]
+        gone = pool.submit(remove_token, path, "old")
+    texts = [future.result() for future in (*made, gone)][:-1]
+    access = Access(load_tokens(path))
+    assert all(access.caller(f"Bearer {text}") for text in texts) and len(load_tokens(path)) == 8
+
+
+@pytest.mark.parametrize("name", ["", "x" * 81, "\udcff"])
+def test_a_name_that_cannot_be_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ServiceError) as error:
+        add_token(tmp_path / "tokens.json", name, "p", 60)
+    assert error.value.code == "tokens.name" and not (tmp_path / "tokens.json").exists()
 
 
 def test_a_name_is_given_once(tmp_path: Path) -> None:
