@@ -130,7 +130,7 @@ REMEDIES: dict[str, str] = {
     "model.no-text": "load it with its text encoders",
     "model.recovery-damaged": "measure it again with scripts/measure_recovery.py",
     "model.steps": "choose another number with --steps",
-    "recovery.method-unknown": "choose one of these with --method",
+    "recovery.method-unknown": "choose one of these",
     # Keys and schemes
     "key.description": "remove it from the keys, or get it again from whoever made it",
     "key.missing": "make one with: ringmark keygen -o {quoted}",
