@@ -65,8 +65,10 @@ def figure_of(rows: list[dict]) -> Figure:
     for i, condition in enumerate(dict.fromkeys(row["condition"] for row in rows)):
         own = [row for row in rows if row["condition"] == condition]
         for ax, column in zip(axes, ("median log10 p", "share"), strict=True):
-            ax.plot(*columns(own, "steps", column), "o-", color=COLOURS[i % len(COLOURS)], label=condition)
+            style = "o-" if i < len(COLOURS) else "s--"
+            ax.plot(*columns(own, "steps", column), style, color=COLOURS[i % len(COLOURS)], label=condition)
             ax.set(xlabel="steps", ylabel=column if column != "share" else f"share with p ≤ {ALPHA:g}")
+            ax.set_xticks([row["steps"] for row in own])
     legend_below(figure, 4)
     return figure
 
