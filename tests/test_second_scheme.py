@@ -207,7 +207,7 @@ def test_rings_of_its_keys_are_told_apart(tmp_path):
     assert ring.admits(rings_of_others) and not ring.admits(rings_of_others)
     with pytest.raises(SchemeError) as caught:
         draw_keys(MODEL, [], 2, lambda: make_key("sign", **of_shape((1, 2, 2)), block=2))
-    assert caught.value.code == "scheme.no-free-numbers"
+    assert caught.value.code == "scheme.unfindable"
     assert mine.fingerprint in listing(drawn.new)
 
 
