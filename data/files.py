@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
+from ringmark.data.containers import PNG_MAGIC
 from ringmark.errors import RingmarkError, StoreError, one_line
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ def is_ours(path: PathLike) -> bool:
 
 
 def _in_png(head: bytes) -> bool:
-    at = 8 if head.startswith(b"\x89PNG\r\n\x1a\n") else len(head)
+    at = len(PNG_MAGIC) if head.startswith(PNG_MAGIC) else len(head)
     while at + 8 <= len(head):
         length, kind = int.from_bytes(head[at : at + 4], "big"), head[at + 4 : at + 8]
         if kind == b"tEXt" and head[at + 8 : at + 8 + length].startswith(b"Software\0ringmark"):

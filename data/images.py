@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from ringmark.data.containers import kind_of
+from ringmark.data.containers import PNG_MAGIC, kind_of
 from ringmark.data.cuts import boxes
 from ringmark.data.decode import FORMATS, Decoded, decode, is_cheap, upright
 from ringmark.data.decoder_process import decode_apart
@@ -24,7 +24,7 @@ from ringmark.data.files import SOFTWARE, open_regular, write_atomic
 from ringmark.data.results import content_id
 from ringmark.errors import ImageError
 
-PNG_BEGIN, PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xae\x42\x60\x82"
+PNG_END = b"\x00\x00\x00\x00IEND\xae\x42\x60\x82"
 
 __all__ = [
     "FORMATS",
@@ -225,9 +225,9 @@ def is_whole_png(path: Path) -> bool:
     """Whether there is a file that begins and ends as a PNG does."""
     try:
         with open(path, "rb") as file:
-            begin = file.read(len(PNG_BEGIN))
+            begin = file.read(len(PNG_MAGIC))
             file.seek(-len(PNG_END), os.SEEK_END)
-            return begin == PNG_BEGIN and file.read() == PNG_END
+            return begin == PNG_MAGIC and file.read() == PNG_END
     except OSError:
         return False
 
