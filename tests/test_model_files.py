@@ -90,9 +90,6 @@ def test_a_model_in_the_cache_of_the_hub(hub, small, name):
 
 def test_a_revision_that_is_not_in_the_cache(hub):
     refused("me/tiny@other", "model.unreachable")
-    with pytest.raises(ModelError) as caught:
-        load_pipeline("me/tiny", revision="other")
-    assert caught.value.code == "model.unreachable"
 
 
 def test_the_rest_of_an_interrupted_download_is_downloaded(hub, small, monkeypatch):

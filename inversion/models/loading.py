@@ -57,7 +57,6 @@ class Plan(NamedTuple):
 def load_pipeline(
     source: str | Path,
     *,
-    revision: str | None = None,
     loras: Iterable[str | Path] = (),
     text: bool = True,
     network: bool = True,
@@ -72,13 +71,13 @@ def load_pipeline(
     text encoders keep the dtype of their files instead of `dtype`. Prints nothing. Raises ModelError.
     """
     with quiet():
-        model = locate(source, revision, dtype)
+        model = locate(source, dtype)
         try:
             plan = _plan(model, text, dtype)
         except ModelError as error:
             if error.code != "model.incomplete" or Path(model.source).exists():
                 raise
-            model = download(model.source, revision, dtype)  # the rest of an interrupted download
+            model = download(model.source, dtype)  # the rest of an interrupted download
             plan = _plan(model, text, dtype)
         if not network:
             modules = [name for name, part in plan.arguments.items() if isinstance(part, Part) and part.is_module]

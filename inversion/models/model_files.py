@@ -170,7 +170,7 @@ def resolve(source: str | Path) -> str:
     return str(source)
 
 
-def locate(source: str | Path, revision: str | None = None, dtype: torch.dtype | None = None) -> ModelFiles:
+def locate(source: str | Path, dtype: torch.dtype | None = None) -> ModelFiles:
     """Where this model is. The network is used only for a hub id of which nothing is in the hub's cache.
 
     The configs of a single file are in the folder that holds it or in the folder beside it with the same stem. A hub
@@ -186,21 +186,21 @@ def locate(source: str | Path, revision: str | None = None, dtype: torch.dtype |
             return ModelFiles(where, folders[0], path)
         fact = f"a single file does not hold the model's configs: a diffusers folder with them is needed ({INDEX} …)"
         raise ModelError("model.no-configs", fact, subject=source, folder=path.with_suffix(""))
-    return cached(where, revision) or download(where, revision, dtype)
+    return cached(where) or download(where, dtype)
 
 
-def split_revision(source: str, revision: str | None) -> tuple[str, str | None]:
+def split_revision(source: str) -> tuple[str, str | None]:
     """The hub id and the revision of "id@revision"."""
-    repository, _, named = source.partition("@")
-    return repository, revision or named or None
+    repository, _, revision = source.partition("@")
+    return repository, revision or None
 
 
-def cached(source: str, revision: str | None) -> ModelFiles | None:
+def cached(source: str) -> ModelFiles | None:
     """Where the hub's cache has this model, perhaps not all of it."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    repository, revision = split_revision(source, revision)
+    repository, revision = split_revision(source)
     try:
         found = try_to_load_from_cache(repository, INDEX, revision=revision)
     except HFValidationError:
@@ -208,14 +208,14 @@ def cached(source: str, revision: str | None) -> ModelFiles | None:
     return ModelFiles(source, Path(found).parent) if isinstance(found, str) else None
 
 
-def download(source: str, revision: str | None, dtype: torch.dtype | None = None) -> ModelFiles:
+def download(source: str, dtype: torch.dtype | None = None) -> ModelFiles:
     """Download configs and safetensors of a model from the hub. Raises ModelError within two seconds without network.
 
     Weights of one variant are downloaded for each part, those for `dtype` if there are no full ones.
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    repository, revision = split_revision(source, revision)
+    repository, revision = split_revision(source)
     try:
         info = HfApi().model_info(repository, revision=revision, timeout=PATIENCE)
         names = [file.rfilename for file in info.siblings or ()]

@@ -116,7 +116,6 @@ class LatentModel:
         cls,
         source: str | Path,
         *,
-        revision: str | None = None,
         loras: Iterable[str | Path] = (),
         device: str = "auto",
         dtype: torch.dtype | None = None,
@@ -139,7 +138,7 @@ class LatentModel:
         name = path.resolve().name if path.is_dir() else path.stem if path.is_file() else where
         with quiet():
             # Wrapped as it is stored and then converted, so that the fingerprint does not depend on the dtype.
-            pipe = load_pipeline(where, revision=revision, loras=loras, text=text, dtype=dtype, stored=True)
+            pipe = load_pipeline(where, loras=loras, text=text, dtype=dtype, stored=True)
             model = cls(pipe, name=name, recovery=NoiseRecovery.load(path), empty=empty)
             _place(model.pipe, place, dtype, offload)
             # Channels last makes convolutions on large maps faster, but not the network's, on small maps.
@@ -399,14 +398,13 @@ class LatentModel:
 def empty_prompt(
     source: str | Path,
     *,
-    revision: str | None = None,
     loras: Iterable[str | Path] = (),
     device: str = "auto",
     dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """`LatentModel.empty` of this model, on the CPU; loads only its text encoders. Raises ModelError."""
     place, dtype = placement(device, dtype)
-    pipe = load_pipeline(source, revision=revision, loras=loras, network=False, dtype=dtype)
+    pipe = load_pipeline(source, loras=loras, network=False, dtype=dtype)
     with quiet():
         _place(pipe, place, dtype)
         family = family_of(pipe)
