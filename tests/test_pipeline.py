@@ -184,7 +184,7 @@ def test_a_pipeline_is_wrapped_as_it_is(tiny_parts):
     try:
         model = LatentModel(pipe, name="mine")
         assert model.vae is pipe.vae is tiny_parts["vae"] and model.network is pipe.unet
-        assert model.pipe is not pipe and type(model.pipe) is type(pipe) and model.name == "mine"
+        assert model.pipe is not pipe and isinstance(model.pipe, type(pipe)) and model.name == "mine"
         assert {p.dtype for p in model.network.parameters()} == {torch.bfloat16} == {model.dtype}
         assert all(p.requires_grad for p in model.network.parameters())
         model.predict(draw(1, *model.latent_shape), 1, model.schedule(2), model.nothing)

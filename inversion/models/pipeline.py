@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ringmark.errors import ModelError, RingmarkError, counted
 from ringmark.inversion.condition import Condition
+from ringmark.inversion.models.devices import dtype_of, place, placement, remembering, weights
 from ringmark.inversion.models.families import MAX_SIDE, Family, family_of, kind_of, network_of, noise_shape
 from ringmark.inversion.models.loading import check_tokenizer, load_pipeline, quiet, resolve, text_pairs
-from ringmark.inversion.models.model_files import is_text
 from ringmark.inversion.models.noise import unhooked
 from ringmark.inversion.models.samplers import make_sampler
 from ringmark.inversion.models.walk import OneCall, Watched, flow_schedule, set_levels, with_scheduler
@@ -97,9 +97,10 @@ class LatentModel:
             raise ModelError("model.conditioning", objection, subject=name)
         _check_tokenizers(pipe, name)
         self._call = OneCall(pipe.scheduler.config)
-        pipe = unhooked(pipe)
+        pipe = remembering(unhooked(pipe))
         self.pipe, self._asked = with_scheduler(pipe, pipe.scheduler), with_scheduler(pipe, self._call)
         self.vae, self.network = pipe.vae, network_of(pipe)
+        self._dtype, self._vae_dtype = dtype_of(self.network), dtype_of(self.vae)
         self.prediction = self._prediction()
         height, width = self._native_size()
         self.kind: dict[str, Any] = kind_of(pipe)
@@ -129,8 +130,8 @@ class LatentModel:
         the empty prompt can be used, and its `empty_prompt` must be passed as `empty`. `offload` keeps weights in main
         memory until they are needed: whole networks ("model"), or layer by layer ("sequential"). Raises ModelError.
         """
-        place, dtype = placement(device, dtype)
-        if offload and place.type == "cpu":
+        target, dtype = placement(device, dtype)
+        if offload and target.type == "cpu":
             fact = "offloading needs a GPU: on a CPU, the model is in main memory anyway"
             raise ModelError("model.offload", fact, subject=source)
         where = resolve(source)
@@ -140,7 +141,7 @@ class LatentModel:
             # Wrapped as it is stored and then converted, so that the fingerprint does not depend on the dtype.
             pipe = load_pipeline(where, loras=loras, text=text, dtype=dtype, stored=True)
             model = cls(pipe, name=name, recovery=NoiseRecovery.load(path), empty=empty)
-            _place(model.pipe, place, dtype, offload)
+            place(model.pipe, target, dtype, offload)
             # Channels last makes convolutions on large maps faster, but not the network's, on small maps.
             if not model.family.video:
                 model.vae.to(memory_format=torch.channels_last)
@@ -205,8 +206,7 @@ class LatentModel:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the network."""
-        dtype: torch.dtype = self.network.dtype
-        return dtype
+        return self._dtype()
 
     def noise_shape(self, size: Size) -> tuple[int, int, int]:
         """(C, h, w) of the noise of a picture (H, W). Raises ModelError for a size that the model cannot draw."""
@@ -232,11 +232,12 @@ class LatentModel:
 
     def _autoencode(self, half: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """`half` of the autoencoder on x, in its dtype, or in float32 if float16 is too narrow for it."""
-        narrow = self.vae.dtype is torch.float16
+        dtype = self._vae_dtype()
+        narrow = dtype is torch.float16
         # Pipelines that can widen the autoencoder do so if its config asks for it; all configs of old ask for it.
         if narrow and hasattr(self.pipe, "upcast_vae") and self.vae.config.get("force_upcast"):
             return self._widened()._autoencode(half, x)
-        out = half(x.to(self.device, self.vae.dtype))
+        out = half(x.to(self.device, dtype))
         if narrow and x.isfinite().all() and not out.isfinite().all():
             return self._widened()._autoencode(half, x)
         return out
@@ -246,8 +247,9 @@ class LatentModel:
         LOG.warning("%s: its autoencoder overflows in float16 and runs in float32 from now on", self.name)
         with quiet():
             wide = type(self.vae).from_config(self.vae.config)
-            wide.load_state_dict(_weights(self.vae))
+            wide.load_state_dict(weights(self.vae))
             self.vae = wide.to(self.device, torch.float32).requires_grad_(False).eval()
+            self._vae_dtype = dtype_of(self.vae)
         return self
 
     def lean(self) -> AbstractContextManager[None]:
@@ -301,7 +303,7 @@ class LatentModel:
                 f"predicts ε, which does not determine x₀ at timestep {schedule.timestep(level)}, where the signal is 0"
             )
             raise ModelError("model.no-signal", fact, subject=self.name)
-        device = self.device  # diffusers looks through all modules for it
+        device = self.device
         z = latents.to(device, torch.promote_types(latents.dtype, torch.float32))
         out = self._output(latents.to(device, self.dtype), schedule.timestep(level), cond)
         return PREDICTIONS[self.prediction](z, out.to(z.dtype), signal, noise)
@@ -403,39 +405,13 @@ def empty_prompt(
     dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """`LatentModel.empty` of this model, on the CPU; loads only its text encoders. Raises ModelError."""
-    place, dtype = placement(device, dtype)
+    target, dtype = placement(device, dtype)
     pipe = load_pipeline(source, loras=loras, network=False, dtype=dtype)
     with quiet():
-        _place(pipe, place, dtype)
+        place(pipe, target, dtype)
         family = family_of(pipe)
         rows = (family.negative or family.encode)(pipe, [""])
     return {name: _moved(values, torch.device("cpu"), dtype) for name, values in rows.items()}
-
-
-def placement(device: str, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
-    """The device, "auto" being CUDA if available, and the dtype, by default float16 on CUDA and float32 on a CPU."""
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    return place, dtype or (torch.float16 if place.type == "cuda" else torch.float32)
-
-
-def _place(pipe: Any, device: torch.device, dtype: torch.dtype, offload: str | None = None) -> None:
-    """Put a pipeline's modules on a device, or prepare them to be put there when they are needed."""
-    for name, part in pipe.components.items():
-        if isinstance(part, torch.nn.Module):
-            # A text encoder has its dtype already; some of its weights and buffers keep a wider one.
-            part.to("cpu" if offload else device, None if is_text(name) else dtype)
-            part.requires_grad_(False).eval()
-    if offload:
-        getattr(pipe, f"enable_{offload}_cpu_offload")(device=device)
-
-
-def _weights(module: Any) -> Mapping[str, Tensor]:
-    """A module's weights, wherever sequential offloading has put them."""
-    from accelerate.utils.modeling import get_state_dict_offloaded_model
-
-    offloaded = any(p.is_meta for p in module.parameters())
-    found: Mapping[str, Tensor] = get_state_dict_offloaded_model(module) if offloaded else module.state_dict()
-    return found
 
 
 def _moved(values: Any, device: torch.device, dtype: torch.dtype) -> Any:

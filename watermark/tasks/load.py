@@ -19,10 +19,11 @@ from safetensors.torch import save
 
 from ringmark.data.files import read_tensors, write_atomic
 from ringmark.errors import KeyFileError, ModelError, RingmarkError, SchemeError, StoreError
+from ringmark.inversion.models.devices import placement
 from ringmark.inversion.models.loading import EMBEDDED, resolve
 from ringmark.inversion.models.lora import split_scale
 from ringmark.inversion.models.model_files import locate
-from ringmark.inversion.models.pipeline import LatentModel, empty_prompt, placement
+from ringmark.inversion.models.pipeline import LatentModel, empty_prompt
 from ringmark.inversion.recover import STEPS, Recoverer
 from ringmark.inversion.sizes import Size
 from ringmark.watermark.calibration import Calibration
