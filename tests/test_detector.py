@@ -209,6 +209,37 @@ def test_a_mark_among_the_unmarked_makes_its_presence_inconclusive():
     assert {v.present for v in lenient} == {None} and all(v.conformal_p < 0.1 for v in lenient)
 
 
+def patterned(first_seed: int, n: int) -> torch.Tensor:
+    """White noise with a fixed pattern of random strength, as if some pictures had it: keys like it spread more."""
+    noise, pattern = (
+        initial_noise(list(range(s, s + k)), MODEL.latent_shape).double() for s, k in ((first_seed, n), (7, 1))
+    )
+    return noise + 0.5 * torch.randn(n, 1, 1, 1, generator=torch.Generator().manual_seed(first_seed)) * pattern
+
+
+def test_p_at_an_early_stage_holds_for_every_key():
+    keys = [key(seed, "rand") for seed in range(40)]
+    calibration = Calibration.measure(patterned(0, 500), {"model": MODEL.identity}, {"drawn": 500})
+    last = Detector(keys, null=WHITE, calibration=calibration)
+    early, new = Detector(keys, null=WHITE).early(calibration), patterned(5000, 1000)
+    shares = []
+    for detector in (last, early):
+        p = np.stack([10 ** detector.statistic(each.fingerprint, new)[1] for each in keys], 1)
+        shares.append((p <= 0.01).mean(0))
+    too_many = stats.binom.isf(1e-3 / len(keys), 1000, 0.01) / 1000
+    assert shares[0].max() > too_many >= shares[1].max()
+
+
+def test_p_at_an_early_stage_is_the_same_for_many_keys_and_for_one():
+    keys = [key(1, "rand"), key(2, "rand"), key(1, "ring"), key(1, "zeros")]
+    calibration = Calibration.measure(patterned(0, 100), {"model": MODEL.identity}, {"drawn": 100})
+    detector, new = Detector(keys, null=WHITE).early(calibration), patterned(5000, 6)
+    new[:2] = TreeRing(keys[0]).embed(new[:2])
+    _, together = detector._scored(new)
+    for k, each in enumerate(keys):
+        assert together[:, k] == pytest.approx(detector.statistic(each.fingerprint, new)[1], rel=1e-5, abs=1e-5)
+
+
 def test_an_absence_that_no_unmarked_image_bears_out_is_inconclusive():
     mine, noise = key(1, "rand"), coloured(0, 600)
     least = np.argsort(on(noise, [mine]).reference_scores(mine.fingerprint))[:300]  # like the mark

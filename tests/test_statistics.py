@@ -27,6 +27,7 @@ from ringmark.watermark.statistics import (
     cosine_scores,
     cosine_test,
     fisher,
+    inflation,
     matched_filter,
     needed_references,
     power_p,
@@ -35,6 +36,7 @@ from ringmark.watermark.statistics import (
     published_p_value,
     spread_log10_p,
     undecided,
+    widened,
 )
 
 
@@ -268,6 +270,25 @@ def test_spread_p_by_hand():
     t = (np.array([3.0, 58.0]) - references.mean()) / (references.std(ddof=1) * 1.001**0.5)
     far = spread_log10_p(np.array([3.0, 58.0]), references)
     assert far[0] == pytest.approx(stats.t.logsf(t[0], 999) / np.log(10)) and -400 < far[1] < -308  # p underflows
+
+
+@pytest.mark.parametrize("spread", [1.0, 1.3, 2.0])
+def test_p_values_widened_by_the_spread_of_references_are_uniform(spread):
+    def log10_p(n):
+        return stats.norm.logsf(np.random.default_rng([3, n]).normal(0, spread, n)) / np.log(10)
+
+    measured = inflation(log10_p(4000)[:, None])
+    assert measured == pytest.approx([spread], abs=0.05)
+    assert uniform(10 ** widened(log10_p(2000), measured))
+
+
+def test_widened_p_by_hand():
+    # Φ(−4) and Φ(−2); p = 1/2 stays, and one key's spread does not touch another's.
+    p = np.array([stats.norm.cdf(-4), 0.5])[:, None]
+    assert np.allclose(10 ** widened(np.log10(p), np.array([1.0, 2.0])), [[p[0, 0], stats.norm.cdf(-2)], [0.5, 0.5]])
+    far = widened(np.array([-1000.0, -np.inf, 0.0]), np.array(2.0))
+    assert far == pytest.approx([-250, -np.inf, 0], rel=0.01, abs=1e-4)
+    assert inflation(np.log10([[0.5], [0.5]])) == 1 and np.isfinite(inflation(np.zeros((3, 1)))).all()
 
 
 def test_published_distance_by_hand():

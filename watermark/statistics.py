@@ -26,6 +26,7 @@ __all__ = [
     "cosine_scores",
     "cosine_test",
     "fisher",
+    "inflation",
     "matched_filter",
     "may_be_undecided",
     "needed_references",
@@ -35,11 +36,13 @@ __all__ = [
     "published_p_value",
     "spread_log10_p",
     "undecided",
+    "widened",
 ]
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
+LN10 = math.log(10)
 ALPHA = 1e-3
 """The default level: one unmarked image in a thousand is called marked."""
 
@@ -139,6 +142,27 @@ def corrected(log10_p: Array | float, tests: float) -> Array:
     .0003.
     """
     return np.minimum(0.0, log10_p + math.log10(tests))
+
+
+def inflation(log10_p: Array) -> Array:
+    """How much wider than normal the scores of unmarked images (n, K) are for each key (K,), at least 1.
+
+    λ = mean z² over images, where z is the normal deviate of each p; √λ is returned. λ is 1 if p is uniform. A variance
+    above that of the theory is known as overdispersion, and in genetics its correction as genomic control (Devlin and
+    Roeder 1999, doi:10.1111/j.0006-341X.1999.00997.x).
+    """
+    return np.sqrt(np.maximum(1.0, np.square(_deviate(log10_p)).mean(0)))
+
+
+def widened(log10_p: Array, inflation: Array) -> Array:
+    """log₁₀ p of the same scores if their distribution is that many times wider: Φ(Φ⁻¹(p) / inflation)."""
+    wider = special.log_ndtr(_deviate(log10_p) / inflation) / LN10
+    return np.where(inflation > 1, wider, log10_p)
+
+
+def _deviate(log10_p: Array) -> Array:
+    """Φ⁻¹(p); p = 1, to which a p-value may be rounded, as the next smaller number."""
+    return np.asarray(special.ndtri_exp(np.minimum(log10_p * LN10, -np.finfo(float).epsneg)))
 
 
 def matched_filter(recovered: Array, key: Array, variance: Array | float = 1.0) -> tuple[Array, Array]:

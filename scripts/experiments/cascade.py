@@ -81,17 +81,18 @@ def recovered(bench: Bench, stages: Sequence[Recoverer], images: Tensor, name: s
     return [columns[str(number)] for number in range(len(stages))], columns["seconds"]
 
 
-def p_values(calibration: Calibration, keys: Sequence[Key], noise: Tensor) -> Array:
-    """p-values (n, K) of noise (n, C, h, w) under the null of a calibration."""
+def p_values(calibration: Calibration, keys: Sequence[Key], noise: Tensor, *, early: bool) -> Array:
+    """p-values (n, K) of noise (n, C, h, w) under the null of a calibration, of an `early` stage or the last."""
     detector = Detector(keys, null=calibration.null, calibration=calibration)
+    detector = detector.early(calibration) if early else detector
     return np.stack([10 ** detector.statistic(key.fingerprint, noise)[1] for key in keys], 1)
 
 
-def by_halves(stage: Recoverer, keys: Sequence[Key], noise: Tensor) -> Array:
+def by_halves(stage: Recoverer, keys: Sequence[Key], noise: Tensor, *, early: bool = False) -> Array:
     """The same (n, K), with each half of the noise under the null of the other."""
     p = np.empty((len(noise), len(keys)))
     for half in (0, 1):
-        p[half::2] = p_values(calibration_of(stage, noise[1 - half :: 2]), keys, noise[half::2])
+        p[half::2] = p_values(calibration_of(stage, noise[1 - half :: 2]), keys, noise[half::2], early=early)
     return p
 
 
@@ -152,7 +153,10 @@ def main(bench: Bench, folder: Path, key_count: int, attacks: dict[str, Chain | 
     keys = [bench.key(seed=[bench.seed, i]) for i in range(key_count)]
     noise, seconds = recovered(bench, stages, read_pictures(find_images(folder), bench.model.image_size), "unmarked")
     costs = seconds.double().median(0).values.numpy()
-    p = [by_halves(stage, keys, each) for stage, each in zip(stages, noise, strict=True)]
+    early = [stage is not stages[-1] for stage in stages]
+    p = [
+        by_halves(stage, keys, each, early=is_early) for stage, each, is_early in zip(stages, noise, early, strict=True)
+    ]
     false = false_rows(p, weights, names, bench.seed)
     rows = [found_row("unmarked", [each.ravel() for each in p], weights, costs, bench.seed)]
     nulls = [calibration_of(stage, each) for stage, each in zip(stages, noise, strict=True)]
@@ -161,7 +165,10 @@ def main(bench: Bench, folder: Path, key_count: int, attacks: dict[str, Chain | 
     own = np.arange(bench.number) % key_count
     for name, chain in attacks.items():
         noise, _ = recovered(bench, stages, bench.attacked(marked, chain), name)
-        p = [p_values(null, keys, each)[np.arange(len(own)), own] for null, each in zip(nulls, noise, strict=True)]
+        p = [
+            p_values(null, keys, each, early=is_early)[np.arange(len(own)), own]
+            for null, each, is_early in zip(nulls, noise, early, strict=True)
+        ]
         rows.append(found_row(name, p, weights, costs, bench.seed))
     for row in rows:
         click.echo(summary(row))

@@ -28,9 +28,11 @@ from ringmark.watermark.statistics import (
     ALPHA,
     conformal_p,
     corrected,
+    inflation,
     matched_filter,
     may_be_undecided,
     undecided,
+    widened,
 )
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ class Detector:
         self.known, self.alpha, self.tests, self.notes = null, alpha, tests, notes
         shape = latent_shape or (calibration.latent_shape if calibration else None)
         self.schemes: dict[str, Scheme] = {key.fingerprint: scheme_of(key, shape) for key in self.keys}
+        self._is_early = False
         self._set_null(calibration, shape)
 
     def _set_null(self, calibration: Calibration | None, shape: tuple[int, int, int] | None) -> None:
@@ -85,12 +88,18 @@ class Detector:
         self._banks = [_Members(keys, Bank([schemes[k] for k in keys], self.null)) for keys in by_kind]
         self._test = lru_cache(KEPT)(self._make_test)
         self._references = lru_cache(KEPT)(self._make_references)
-        self._limits: dict[tuple[int, int], Array] = {}
-        self._tabled: dict[str, Array] = {}  # references of keys whose table was made for limits
+        self._inflation = lru_cache(KEPT)(self._make_inflation)
+        self._tables: dict[tuple[int, int], _Table] = {}
+        self._tabled: dict[str, Array] = {}  # references of keys whose scores are in a table
 
-    def under(self, calibration: Calibration) -> Detector:
-        """The same detector under another calibration of its latents."""
+    def early(self, calibration: Calibration) -> Detector:
+        """The same detector for an early stage, under its calibration.
+
+        Latents are less like noise than what is recovered from them, and their spread differs from key to key. So each
+        p-value is widened by the spread of the key's own references.
+        """
         other = copy.copy(self)
+        other._is_early = True
         other._set_null(calibration, calibration.latent_shape)
         return other
 
@@ -144,10 +153,11 @@ class Detector:
         scores = np.empty((len(noise), len(self.schemes)))
         log10_p = np.empty_like(scores)
         names = list(self.schemes)
-        for members, bank in self._banks:
+        for number, (members, bank) in enumerate(self._banks):
             scores[:, members] = bank.scores(bank.test.observe(noise))
             if bank.by_template:
-                log10_p[:, members] = bank.test.log10_p(scores[:, members])
+                raw = bank.test.log10_p(scores[:, members])
+                log10_p[:, members] = widened(raw, self._table(number).inflation) if self._is_early else raw
                 continue
             for k in members:
                 log10_p[:, k] = self._log10_p(names[k], scores[:, k])
@@ -173,28 +183,37 @@ class Detector:
         keys with templates, the score which that takes is known from one matrix product of references and keys.
         """
         assert self._ranked
-        n, alpha = self._ranked.n, self.alpha / self.number_of_tests
-        most = min(n, int((n + 1) * max(alpha, 1 / (n + 1))) + 1)
+        n, alpha, most = self._ranked.n, self.alpha / self.number_of_tests, self._most
         suspects = np.ones(scores.shape, bool)
         for number, (members, bank) in enumerate(self._banks):
             if bank.by_template:
-                high = scores[:, members] > self._limit(number, most)
+                high = scores[:, members] > self._table(number).limit
                 high[high] = may_be_undecided(p_values[:, members][high], most - 1, n)
                 suspects[:, members] = high | (p_values[:, members] <= alpha)
         return suspects
 
-    def _limit(self, number: int, most: int) -> Array:
-        """The score (K,) of the unmarked image of this rank, for each key of one of the banks."""
+    @property
+    def _most(self) -> int:
+        """From how many references as high on a rank does not reach α."""
         assert self._ranked
-        if (number, most) not in self._limits:
-            (members, bank), limits = self._banks[number], list[Array]()
+        n, alpha = self._ranked.n, self.alpha / self.number_of_tests
+        return min(n, int((n + 1) * max(alpha, 1 / (n + 1))) + 1)
+
+    def _table(self, number: int) -> _Table:
+        """What the references of the keys of one of the banks say."""
+        assert self._ranked
+        most, (members, bank) = self._most, self._banks[number]
+        if (number, most) not in self._tables:
+            limits, inflations = list[Array](), list[Array]()
             for block in blocks(len(members)):
-                table = self._ranked.reference_table(bank.schemes[block])
-                limits.append(np.partition(table, -most, axis=0)[-most])
+                scores = self._ranked.reference_table(bank.schemes[block])
+                limits.append(np.partition(scores, -most, axis=0)[-most])
+                inflations.append(inflation(bank.test.log10_p(scores)) if self._is_early else np.ones(scores.shape[1]))
                 if len(self._tabled) + len(members[block]) <= KEPT:
-                    self._tabled |= zip((self.keys[k].fingerprint for k in members[block]), table.T.copy(), strict=True)
-            self._limits[number, most] = np.concatenate(limits)
-        return self._limits[number, most]
+                    names = (self.keys[k].fingerprint for k in members[block])
+                    self._tabled |= zip(names, scores.T.copy(), strict=True)
+            self._tables[number, most] = _Table(np.concatenate(limits), np.concatenate(inflations))
+        return self._tables[number, most]
 
     def statistic(self, key: str, noise: Tensor) -> tuple[Array, Array]:
         """Scores (B,) and log₁₀ of the uncorrected p-values (B,) of finite recovered noise (B, C, h, w)."""
@@ -236,7 +255,13 @@ class Detector:
         return self.schemes[key].on(self.null)
 
     def _log10_p(self, key: str, scores: Array) -> Array:
-        return self._test(key).log10_p(scores, self.reference_scores(key))
+        log10_p = self._test(key).log10_p(scores, self.reference_scores(key))
+        return widened(log10_p, self._inflation(key)) if self._is_early else log10_p
+
+    def _make_inflation(self, key: str) -> Array:
+        """That of one key; the p-values of one without a template rest on its references already."""
+        references, test = self.reference_scores(key), self._test(key)
+        return np.ones(()) if references is None or test.template is None else inflation(test.log10_p(references))
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,6 +287,14 @@ class Seen:
             status=[status.value for status in recovered.solution.status],
             seconds=recovered.seconds,
         )
+
+
+class _Table(NamedTuple):
+    """Of the keys (K,) of a bank: the score that a rank must exceed to reach α, and at an early stage, how much wider
+    than normal the references are."""
+
+    limit: Array
+    inflation: Array
 
 
 class _Members(NamedTuple):

@@ -172,7 +172,7 @@ class KeptVerifier:
         made = detector.calibration.earlier if detector.calibration and native else ()
         names = {stage_name(each.settings["steps"]): each for each in made}
         early = [
-            Trial(name=name, detector=detector.under(names[name]), weight=weight)
+            Trial(name=name, detector=detector.early(names[name]), weight=weight)
             for name, weight in context.weights.items()
             if name in names
         ]

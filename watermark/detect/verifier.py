@@ -103,7 +103,7 @@ class Verifier:
         )
         calibration = detector.calibration
         early = self._early if calibration and shape == calibration.latent_shape else []
-        stages = [Stage.early(recoverer, detector.under(made)) for recoverer, made in early]
+        stages = [Stage.early(recoverer, detector.early(made)) for recoverer, made in early]
         weight = 1 - sum(stage.weight for stage in stages)
         last = Stage(name="full", recoverer=self.recoverer, detector=detector, weight=weight)
         if not calibration and size != model.image_size:

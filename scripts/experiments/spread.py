@@ -1,0 +1,129 @@
+"""Do p-values hold for every key, deep into the tail, and not only on average over keys?
+
+    python -m scripts.experiments spread -o build/spread                    # 2 minutes of one core
+    python -m scripts.experiments spread -o build/small --keys 40
+
+`--keys` default keys are tested on the unmarked images of the model's own calibration, at each stage of a verdict: each
+image under the null of the nine tenths of the images to which it does not belong. For early stages, the images are also
+split into halves (every second one), and the p-values of one half are widened by the spread of the other, as a verdict
+widens them by that of all references (`statistics.inflation`). The walk is the smallest pᵢ/wᵢ over the stages.
+
+For each level, the ratio is the share of p-values at or below the level, over all images and keys, divided by the
+level, with a 95 % bootstrap interval over images. The worst keys are those hundredth of the keys that have most images
+at or below the level in one half; their share is that in the other half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+import numpy as np
+
+from ringmark.errors import CalibrationError
+from ringmark.watermark.detect.cascade import EARLY, stage_name
+from ringmark.watermark.figures import COLOURS
+from ringmark.watermark.schemes.base import scheme_of
+from ringmark.watermark.statistics import inflation, widened
+from scripts.experiments.common import Bench, experiment
+from scripts.experiments.false_positives import bootstrap
+from scripts.experiments.plots import legend_below, panels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Array = np.ndarray
+LEVELS = (1e-2, 1e-3, 1e-4, 1e-5)
+WORST = 0.01  # the share of keys
+HALVES = (slice(0, None, 2), slice(1, None, 2))
+
+
+def by_halves(log10_p: Array) -> Array:
+    """log₁₀ p (n, K) with each half of the images widened by the spread of the other."""
+    wide = np.empty_like(log10_p)
+    for one, other in (HALVES, HALVES[::-1]):
+        wide[one] = widened(log10_p[one], inflation(log10_p[other]))
+    return wide
+
+
+def walked(stages: Sequence[Array]) -> Array:
+    """log₁₀ of the smallest p/w (n, K) over the stages, without the correction for ending early."""
+    early = list(EARLY.values())
+    weights = [*early, 1 - sum(early)]
+    return np.min([each - np.log10(weight) for each, weight in zip(stages, weights, strict=True)], 0)
+
+
+def worst_share(log10_p: Array, level: float) -> float:
+    """The share at or below the level of the keys that are worst in the other half, the mean of both ways."""
+    hits = log10_p <= np.log10(level)
+    number = max(1, round(WORST * hits.shape[1]))
+    chosen = [(np.argsort(hits[one].mean(0), kind="stable")[-number:], other) for one, other in (HALVES, HALVES[::-1])]
+    return float(np.mean([hits[other][:, keys].mean() for keys, other in chosen]))
+
+
+def row_of(stage: str, way: str, log10_p: Array, seed: int) -> dict:
+    """Ratios and worst keys by level, from log₁₀ p (n, K)."""
+    row: dict = {"stage": stage, "p": way, "images": len(log10_p), "keys": log10_p.shape[1]}
+    for level in LEVELS:
+        shares = (log10_p <= np.log10(level)).mean(1)
+        low, high = bootstrap(shares, seed)
+        row |= {f"{level:g}": shares.mean() / level, f"{level:g} low": low / level, f"{level:g} high": high / level}
+        row |= {f"{level:g} worst": worst_share(log10_p, level) / level}
+    return row
+
+
+def rows_of(stages: Sequence[Array], names: Sequence[str], seed: int) -> list[dict]:
+    """A row for each stage and the walk, with p as the null gives it and, of early stages, widened."""
+    wide = [*(by_halves(each) for each in stages[:-1]), stages[-1]]
+    rows = [row_of(name, "by the null", each, seed) for name, each in zip(names, stages, strict=True)]
+    rows += [row_of(name, "widened", each, seed) for name, each in zip(names[:-1], wide[:-1], strict=True)]
+    return [*rows, row_of("walk", "by the null", walked(stages), seed), row_of("walk", "widened", walked(wide), seed)]
+
+
+def figure_of(rows: list[dict]) -> Figure:
+    """The ratio of all keys and of the worst, by level."""
+    figure, axes = panels(10, 4, across=2)
+    for ax, suffix, title in zip(axes, ("", " worst"), ("all keys", "the worst hundredth of the keys"), strict=True):
+        for k, row in enumerate(rows):
+            style = "--" if row["p"] == "widened" else "-"
+            colour = COLOURS[[each["stage"] for each in rows].index(row["stage"]) % len(COLOURS)]
+            values = [row[f"{level:g}{suffix}"] for level in LEVELS]
+            label = f"{row['stage']}, {row['p']}" if ax is axes[0] else None
+            ax.plot(LEVELS, values, style, color=colour, marker="o", ms=3, label=label, zorder=2 + k)
+        ax.axhline(1, color="grey", lw=0.8)
+        ax.set(xscale="log", yscale="log", xlabel="level", ylabel="share of p ≤ level / level", title=title)
+        ax.invert_xaxis()
+    legend_below(figure, 3)
+    return figure
+
+
+@experiment()
+@click.option("--keys", "key_count", default=4000, show_default=True, help="Keys that are tested.")
+def main(bench: Bench, key_count: int) -> None:
+    """The rates of each key at each stage, on the unmarked images of the model's calibration."""
+    last = bench.calibration
+    if last is None or not last.earlier:
+        raise CalibrationError("calibration.stages", "no calibration of the stages", subject=bench.source)
+    schemes = [scheme_of(bench.key(seed=[bench.seed, i])) for i in range(key_count)]
+    names = [*(stage_name(each.settings["steps"]) for each in last.earlier), "full"]
+    test = schemes[0].on(last.null)  # p depends on the score alone, whatever the null
+    stages = [test.log10_p(each.reference_table(schemes)) for each in (*last.earlier, last)]
+    rows = rows_of(stages, names, bench.seed)
+    for row in rows:
+        click.echo(summary(row))
+    spreads = {name: np.quantile(inflation(each), (0.5, 0.95, 1)) for name, each in zip(names, stages, strict=True)}
+    quantiles = {
+        name: dict(zip(("median", "95 %", "largest"), map(float, q), strict=True)) for name, q in spreads.items()
+    }
+    bench.write(rows, figure_of(rows), inflation=quantiles, calibration=bench.calibration_used)
+
+
+def summary(row: dict) -> str:
+    """A row as text."""
+    levels = ", ".join(
+        f"{level:g}: {row[f'{level:g}']:.2f} [{row[f'{level:g} low']:.2f}, {row[f'{level:g} high']:.2f}] "
+        f"worst {row[f'{level:g} worst']:.1f}"
+        for level in LEVELS
+    )
+    return f"{row['stage']:8} {row['p']:12} {levels}"
