@@ -151,7 +151,7 @@ def inflation(log10_p: Array) -> Array:
     above that of the theory is known as overdispersion, and in genetics its correction as genomic control (Devlin and
     Roeder 1999, doi:10.1111/j.0006-341X.1999.00997.x).
     """
-    return np.sqrt(np.maximum(1.0, np.square(_deviate(log10_p)).mean(0)))
+    return np.asarray(np.sqrt(np.maximum(1.0, np.square(_deviate(log10_p)).mean(0))))
 
 
 def widened(log10_p: Array, inflation: Array) -> Array:

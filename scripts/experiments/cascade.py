@@ -81,7 +81,7 @@ def recovered(bench: Bench, stages: Sequence[Recoverer], images: Tensor, name: s
     return [columns[str(number)] for number in range(len(stages))], columns["seconds"]
 
 
-def p_values(calibration: Calibration, keys: Sequence[Key], noise: Tensor, *, early: bool) -> Array:
+def p_values(calibration: Calibration, keys: Sequence[Key], noise: Tensor, *, early: bool = False) -> Array:
     """p-values (n, K) of noise (n, C, h, w) under the null of a calibration, of an `early` stage or the last."""
     detector = Detector(keys, null=calibration.null, calibration=calibration)
     detector = detector.early(calibration) if early else detector
