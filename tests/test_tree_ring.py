@@ -373,7 +373,7 @@ def test_what_a_pattern_is_called_and_can_do(pattern):
     assert np.array_equal(statistics["published_distance"], distance(s, white((4, 32, 32))))
 
 
-@pytest.mark.parametrize("pattern, place", [("ring", Placement((0,), (5, 5))), ("ring", Placement((0,), (5, 7)))])
+@pytest.mark.parametrize("pattern, place", [("ring", Placement((0,), (5, 6))), ("ring", Placement((0,), (5, 7)))])
 def test_a_key_that_no_picture_could_give_back_is_refused(pattern, place):
     shape = (3, 32, 32)
     with pytest.raises(SchemeError) as caught:
@@ -562,6 +562,19 @@ def test_latents_too_small_for_a_radius_are_refused(size, pattern):
     with pytest.raises(SchemeError) as caught:
         scheme_of(key, (4, *size))
     assert caught.value.code == "scheme.size" and "x".join(map(str, size)) in str(caught.value)
+
+
+def test_a_key_of_a_single_number_is_refused():
+    with pytest.raises(SchemeError) as caught:  # its cosine is 1 or -1
+        scheme_of(made((4, 32, 32), Placement((0,), (4, 4)), pattern="ring"))
+    assert caught.value.code == "scheme.size"
+
+
+@pytest.mark.parametrize("mask", ["centred", "published"])
+def test_waves_of_a_search_have_one_variance(mask):
+    schemes = [scheme((4, 32, 32), Placement((0,), (4, 7)), "rand", mask, seed) for seed in range(300)]
+    power = torch.stack([scheme.waves.values for scheme in schemes]).abs().square().mean(0)
+    assert (power / power.mean() - 1).abs().max() < 5 / 300**0.5  # each is exponential, so its mean deviates by 1/√n
 
 
 def test_latents_of_other_channels_are_refused():

@@ -173,8 +173,9 @@ class TreeRing:
         return {"pattern": pattern, "mask": mask} | described(parts)
 
     def _check_size(self) -> None:
-        """Raises SchemeError for latents without bins in the mask, or for *zeros* with too few beside it."""
-        if not self.numbers or (self.pattern == "zeros" and not self.neighbours.masks):
+        """Raises SchemeError for a cosine of less than two numbers, or for *zeros* without bins in or beside the mask."""
+        zeros = self.pattern == "zeros"
+        if self.numbers < (1 if zeros else 2) or (zeros and not self.neighbours.masks):
             (low, high), (_, height, width) = self.placement.radii, self.latent_shape
             fact = f"have too few frequencies at radii {low}-{high}, in cycles per {self.side} latent pixels"
             raise SchemeError("scheme.size", fact, subject=f"latents of {height}x{width}")
@@ -446,7 +447,8 @@ class TreeRing:
 
         They are those of the channels of the largest band, on all rings that are marked in each of them: the low rings
         of further channels are recovered less well, and a search found no more with them. Of a bin whose mirror image
-        is outside the mask, the Hermitian part has half the variance.
+        is outside the mask, the Hermitian part has a quarter of the variance, and in old keys, whose opposite bins were
+        drawn independently, half of it.
         """
         if self.pattern != "rand":
             return None
@@ -458,7 +460,8 @@ class TreeRing:
         _, height, width = self.latent_shape
         searched = self.bins.rows[(number.flatten() > 0)[self.bins.rows] & ~self.bins.real_only]
         down, right = (k.expand(height, width).flatten()[searched] for k in signed_frequencies(height, width))
-        scale = middle_phase(height, width).conj() / number.clamp_min(1).sqrt()
+        deviation = number if self._stored is None else number.sqrt()
+        scale = middle_phase(height, width).conj() / deviation.clamp_min(1)
         values = self.hermitian[self._positions(largest)] * scale
         return Waves(
             channels=largest.channels,
