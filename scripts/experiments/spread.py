@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 Array = np.ndarray
 LEVELS = (1e-2, 1e-3, 1e-4, 1e-5)
 WORST = 0.01  # the share of keys
+RATED = LEVELS[:2]  # at which so few keys have enough hits
 HALVES = (slice(0, None, 2), slice(1, None, 2))
 
 
@@ -69,8 +70,7 @@ def row_of(stage: str, way: str, log10_p: Array, seed: int) -> dict:
         shares = (log10_p <= np.log10(level)).mean(1)
         low, high = bootstrap(shares, seed)
         row |= {f"{level:g}": shares.mean() / level, f"{level:g} low": low / level, f"{level:g} high": high / level}
-        row |= {f"{level:g} worst": worst_share(log10_p, level) / level}
-    return row
+    return row | {f"{level:g} worst": worst_share(log10_p, level) / level for level in RATED}
 
 
 def rows_of(stages: Sequence[Array], names: Sequence[str], seed: int) -> list[dict]:
@@ -84,17 +84,24 @@ def rows_of(stages: Sequence[Array], names: Sequence[str], seed: int) -> list[di
 def figure_of(rows: list[dict]) -> Figure:
     """The ratio of all keys and of the worst, by level."""
     figure, axes = panels(10, 4, across=2)
-    for ax, suffix, title in zip(axes, ("", " worst"), ("all keys", "the worst hundredth of the keys"), strict=True):
-        for k, row in enumerate(rows):
-            style = "--" if row["p"] == "widened" else "-"
-            colour = COLOURS[[each["stage"] for each in rows].index(row["stage"]) % len(COLOURS)]
-            values = [row[f"{level:g}{suffix}"] for level in LEVELS]
-            label = f"{row['stage']}, {row['p']}" if ax is axes[0] else None
-            ax.plot(LEVELS, values, style, color=colour, marker="o", ms=3, label=label, zorder=2 + k)
+    colours = dict(zip(dict.fromkeys(row["stage"] for row in rows), COLOURS, strict=False))
+    for ax, levels, suffix in zip(axes, (LEVELS, RATED), ("", " worst"), strict=True):
+        for row in rows:
+            style = {
+                "color": colours[row["stage"]],
+                "ls": "--" if row["p"] == "widened" else "-",
+                "marker": "o",
+                "ms": 3,
+            }
+            label = f"{row['stage']}, {row['p']}" if levels is LEVELS else None
+            ax.plot(levels, [row[f"{level:g}{suffix}"] for level in levels], label=label, **style)
         ax.axhline(1, color="grey", lw=0.8)
-        ax.set(xscale="log", yscale="log", xlabel="level", ylabel="share of p ≤ level / level", title=title)
+        ax.set(xscale="log", xticks=levels, ylim=(0, None), xlabel="level", ylabel="share of p ≤ level / level")
+        ax.minorticks_off()
         ax.invert_xaxis()
-    legend_below(figure, 3)
+    axes[0].set_title("all keys")
+    axes[1].set_title("the worst hundredth of the keys")
+    legend_below(figure, 4)
     return figure
 
 
@@ -121,9 +128,6 @@ def main(bench: Bench, key_count: int) -> None:
 
 def summary(row: dict) -> str:
     """A row as text."""
-    levels = ", ".join(
-        f"{level:g}: {row[f'{level:g}']:.2f} [{row[f'{level:g} low']:.2f}, {row[f'{level:g} high']:.2f}] "
-        f"worst {row[f'{level:g} worst']:.1f}"
-        for level in LEVELS
-    )
-    return f"{row['stage']:8} {row['p']:12} {levels}"
+    levels = [f"{row[f'{n:g}']:.2f} [{row[f'{n:g} low']:.2f}, {row[f'{n:g} high']:.2f}]" for n in LEVELS]
+    worst = [f"{row[f'{n:g} worst']:.1f}" for n in RATED]
+    return f"{row['stage']:8} {row['p']:12} {', '.join(levels)}; worst {', '.join(worst)}"

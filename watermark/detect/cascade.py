@@ -1,10 +1,11 @@
-"""The stages of a verdict, from cheap to dear.
+"""The stages of a verdict, from cheap to expensive.
 
 Noise is recovered ever more accurately. First the encoder's latents stand for it, which costs no call of the network;
 then a few steps of the sampler inversion follow; the last stage is the inversion in full. Most marked pictures show
 their key in the first stage.
 
-**p holds for the whole walk.** Stage i has its own null and p-value pᵢ, with P(pᵢ ≤ u) ≤ u for unmarked pictures. With
+**p holds for the whole walk.** Stage i has its own null and p-value pᵢ, with P(pᵢ ≤ u) ≤ u for unmarked pictures. This
+is measured for every key: before the last stage, keys differ in how far their scores spread (`Detector.early`). With
 weights wᵢ > 0, Σ wᵢ = 1, the p of a picture is the smallest pᵢ/wᵢ of the stages that it went through. Wherever the walk
 ends, p ≤ α only if pᵢ ≤ wᵢ α at some stage i, so P(p ≤ α) ≤ Σ P(pᵢ ≤ wᵢ α) ≤ Σ wᵢ α = α (Bonferroni). The stages may
 depend on each other, and the picture may decide where the walk ends. A stage that is left out only makes p larger, and

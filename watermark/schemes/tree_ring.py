@@ -173,7 +173,7 @@ class TreeRing:
         return {"pattern": pattern, "mask": mask} | described(parts)
 
     def _check_size(self) -> None:
-        """Raises SchemeError for a cosine of less than two numbers, or for *zeros* without bins in or beside the mask."""
+        """Raises SchemeError for a cosine of fewer than two numbers, or for *zeros* without bins beside the mask."""
         zeros = self.pattern == "zeros"
         if self.numbers < (1 if zeros else 2) or (zeros and not self.neighbours.masks):
             (low, high), (_, height, width) = self.placement.radii, self.latent_shape
