@@ -135,7 +135,7 @@ def test_wrong_corrupt_and_missing_keys(house: Path, tmp_path: Path) -> None:
 
 
 def test_a_turned_picture_is_searched(house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = partial(Search, grid=Grid(anchors=12, spacing=30, enlarged=0), dear=1, steps=4)
+    few = partial(Search, grid=Grid(anchors=12, spacing=30, enlarged=0), refined=1, steps=4)
     monkeypatch.setattr(load, "Search", few)
     run("attack", pictures(house, "marked")[0], tmp_path / "turned.png", "--attack", "rotation:30")
     asked = ["verify", tmp_path / "turned.png", "--key", house / "my.key", *QUICK]

@@ -156,10 +156,10 @@ def test_shifts():
 def test_every_change_is_in_one_family_and_p_counts_all_tests():
     grid, size = Grid(), (32, 32)
     at_one, upright = grid.turned(size), grid.upright(size)
-    angles = sorted((turn + rest) % 360 for turn in grid.turns for rest in grid.rests)
+    angles = sorted((turn + rest) % 360 for turn in grid.coarse_angles for rest in grid.fine_angles)
     assert np.diff(angles) == pytest.approx(grid.spacing) and len(angles) == 144
     around = grid.around(at_one)
-    for groups, copies in ((upright, 1), (around, len(grid.turns))):
+    for groups, copies in ((upright, 1), (around, len(grid.coarse_angles))):
         members = [each for group in groups for each in group.candidates]
         assert len(set(members)) == len(members)
         for tests in {group.tests for group in groups}:

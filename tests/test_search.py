@@ -22,7 +22,7 @@ from ringmark.watermark.schemes.base import Waves, scheme_of
 from ringmark.watermark.schemes.tree_ring import TreeRing
 from ringmark.watermark.tasks.keygen import new_key
 
-SMALL = Search(grid=Grid(anchors=12, spacing=5, enlarged=6, stretched=2), dear=1, few=1, steps=2)
+SMALL = Search(grid=Grid(anchors=12, spacing=5, enlarged=6, stretched=2), refined=1, early_steps=1, steps=2)
 MINE, OTHER = key(1, "rand", (1, 6)), key(2, "rand", (1, 6))
 SCHEMES = {each.fingerprint: scheme_of(each) for each in (OTHER, MINE)}
 
@@ -149,7 +149,7 @@ def test_pictures_of_pocket():
     drawn_with, other = (new_key(pocket, "tree-ring", secret=secret(i)) for i in (0, 1))
     (drawn,) = generate(pocket, ["lake at day with green hills"], [3], key=drawn_with, steps=10)
     image = from_array(drawn.image.numpy())
-    search = Search(grid=Grid(anchors=4, spacing=5, enlarged=8, stretched=1), dear=1)
+    search = Search(grid=Grid(anchors=4, spacing=5, enlarged=8, stretched=1), refined=1)
     schemes = {each.fingerprint: scheme_of(each) for each in (drawn_with, other)}
     some = [Sample(spec, apply(spec, image, 1)) for spec in ("rotation:90", "crop:0.75", "flip")]
     page = Image.new("RGB", (400, 300), (240, 240, 245))

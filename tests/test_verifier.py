@@ -241,7 +241,7 @@ def test_a_weak_find_of_the_search_is_no_find() -> None:
 
 
 def test_unmarked_images_pass_no_more_often_than_said() -> None:
-    search = Search(grid=Grid(anchors=4, spacing=30, enlarged=2), dear=1, few=1, steps=1)
+    search = Search(grid=Grid(anchors=4, spacing=30, enlarged=2), refined=1, early_steps=1, steps=1)
     looking = verifier([key(3, "rand")], steps=1, search=search)
     some = pictures(initial_noise(list(range(200, 320)), (3, 32, 32)))
     p = np.array([j.best.p_value for j in looking.scan(some, 40)])
@@ -251,7 +251,7 @@ def test_unmarked_images_pass_no_more_often_than_said() -> None:
 def test_a_shifted_mark_is_found() -> None:
     mine = key(4, "rand")
     noise = torch.roll(noise_of(mine), (5, -3), (2, 3))
-    search = Search(grid=Grid(anchors=1, spacing=180, enlarged=0), few=1, steps=1)
+    search = Search(grid=Grid(anchors=1, spacing=180, enlarged=0), early_steps=1, steps=1)
     plain, searching = verifier([mine], steps=1), verifier([mine], steps=1, search=search)
     without, found = (next(iter(d.scan(pictures(noise)))).best for d in (plain, searching))
     assert without.present is False and found.present and found.by_search

@@ -173,13 +173,13 @@ class Grid:
     factor: int = 2
 
     @property
-    def turns(self) -> list[float]:
+    def coarse_angles(self) -> list[float]:
         """The angles at which the picture is encoded."""
         return [i * 360 / self.anchors for i in range(self.anchors)]
 
     @property
-    def rests(self) -> list[float]:
-        """The angles that are read from the latents of each turn."""
+    def fine_angles(self) -> list[float]:
+        """The angles that are read from the latents of each coarse angle, and added to it."""
         number = round(360 / self.anchors / self.spacing)
         return [self.spacing * (i - (number - 1) / 2) for i in range(number)]
 
@@ -196,7 +196,7 @@ class Grid:
 
     def turned(self, size: tuple[int, int]) -> list[Group]:
         """What is read from latents of this size (h, w) of the picture turned back by the right angle."""
-        scales, angles = [1.0, *self._scales(self.enlarged // 2)], len(self.turns) * len(self.rests)
+        scales, angles = [1.0, *self._scales(self.enlarged // 2)], len(self.coarse_angles) * len(self.fine_angles)
         shifts = [shifts_of(Candidate(0, scale), size, turned=True, factor=self.factor) for scale in scales]
         groups = [Group([Candidate(0, scale)], s) for scale, s in zip(scales, shifts, strict=True)]
         return [*_family(groups[:1], angles), *_family(groups[1:], angles)]
@@ -207,9 +207,9 @@ class Grid:
 
     def around(self, groups: Sequence[Group]) -> list[Group]:
         """The same at each of the angles that are read from one turn."""
-        rests = self.rests
+        angles = self.fine_angles
         return [
-            replace(group, candidates=[each._replace(angle=angle) for angle in rests for each in group.candidates])
+            replace(group, candidates=[each._replace(angle=angle) for angle in angles for each in group.candidates])
             for group in groups
         ]
 

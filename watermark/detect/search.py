@@ -85,15 +85,16 @@ class Found:
 class Search:
     """Searches for keys among the changes of `grid`.
 
-    A picture costs `grid.anchors` + 1 + `dear` passes of the encoder and (1 + `dear`) · `few` network calls, and
-    `steps` more, with another pass, if the best fit after these is promising: if its corrected log₁₀ p is at most
-    `limit`. Of the pictures within it, each is encoded, and `dear` cost another pass and `few` calls each. By default
-    `inverter` is the encoder alone: no latent decodes to a rotated or cropped picture.
+    The picture is encoded as it is and at `grid.anchors` angles, and so is each picture within it. The picture as it
+    is, the `refined` best angles and as many of the pictures within it are encoded (the angles anew) and inverted in
+    `early_steps`. The best of them is inverted in `steps`, after another pass of the encoder, if it is promising: if
+    its corrected log₁₀ p is at most `limit`. By default `inverter` is the encoder alone: no latent decodes to a rotated
+    or cropped picture.
     """
 
     grid: Grid = field(default_factory=Grid)
-    dear: int = 2
-    few: int = 3
+    refined: int = 2
+    early_steps: int = 3
     steps: int = 10
     limit: float = -0.5
     inverter: Inverter = INVERTERS["encoder"]
@@ -195,7 +196,7 @@ class _Run:
             + self._cut_out([torch.from_numpy(to_array(part)) for part in sample.parts])
             for sample in samples
         ]
-        fits = iter(self._fits([view for views in rows for view in views], search.few))
+        fits = iter(self._fits([view for views in rows for view in views], search.early_steps))
         chosen = [min([(next(fits), view) for view in views], key=_least) for views in rows]
         limit = search.limit - math.log10(len(self.schemes))
         going = [i for i, each in enumerate(chosen) if _least(each) <= limit]
@@ -207,7 +208,7 @@ class _Run:
                     sample_id=sample.id,
                     key=key,
                     seconds=seconds,
-                    calls=search.few * len(rows[i]) + search.steps * (i in last),
+                    calls=search.early_steps * len(rows[i]) + search.steps * (i in last),
                     **fit._replace(log10_p=min(0.0, fit.log10_p) if i in last else 0.0)._asdict(),
                 )
                 for key, fit in zip(self.schemes, last.get(i, chosen[i][0]), strict=True)
@@ -217,17 +218,17 @@ class _Run:
 
     def _views(self, image: Tensor) -> list[View]:
         """The image (3, H, W) as it is, and turned back by the angles at which a key fits its latents best."""
-        angles = self._promising(self._noise(self._turned(image, self.search.grid.turns), 0))
+        angles = self._promising(self._noise(self._turned(image, self.search.grid.coarse_angles), 0))
         turned = zip(self._turned(image, angles), angles, strict=True)
         return [View(image, 0.0, self._upright), *(View(x, angle, self._at_one) for x, angle in turned)]
 
     def _cut_out(self, parts: list[Tensor]) -> list[View]:
-        """The `dear` of the pictures (3, H, W) within a sample whose latents fit any key best."""
+        """The `refined` of the pictures (3, H, W) within a sample whose latents fit any key best."""
         groups = self.search.grid.within(self._size, len(parts))
-        if len(parts) > self.search.dear:
+        if len(parts) > self.search.refined:
             noise = self._noise(torch.stack(parts), 0)
             best = [t.log10_p.min((1, 2)) for keys in self._kinds for t in keys.tested(noise, groups)]
-            parts = [parts[i] for i in np.argsort(np.min(best, 0))[: self.search.dear]]
+            parts = [parts[i] for i in np.argsort(np.min(best, 0))[: self.search.refined]]
         return [View(part, 0.0, groups, within=True) for part in parts]
 
     def _turned(self, image: Tensor, angles: Sequence[float]) -> Tensor:
@@ -285,18 +286,18 @@ class _Run:
         return next(iter(self.schemes.values())).latent_shape[1:]
 
     def _promising(self, noise: Tensor) -> list[float]:
-        """The `dear` angles at which any key fits best, of which no two are neighbours, from noise of all turns."""
+        """The `refined` angles at which any key fits best, no two of them neighbours, from noise at all coarse angles."""
         best: dict[float, float] = {}
         for keys in self._kinds:
             for group, tested in zip(self._around, keys.tested(noise, self._around), strict=True):
-                for turn, row in zip(self.search.grid.turns, tested.log10_p.min(2), strict=True):
+                for turn, row in zip(self.search.grid.coarse_angles, tested.log10_p.min(2), strict=True):
                     for candidate, log10_p in zip(group.candidates, row.tolist(), strict=True):
                         angle = (turn + candidate.angle) % 360
                         best[angle] = min(best.get(angle, math.inf), log10_p)
         chosen: list[float] = []
         near = 1.5 * self.search.grid.spacing
         for angle in sorted(best, key=best.__getitem__):
-            if len(chosen) < self.search.dear and all(near < (angle - a) % 360 < 360 - near for a in chosen):
+            if len(chosen) < self.search.refined and all(near < (angle - a) % 360 < 360 - near for a in chosen):
                 chosen.append(angle)
         return chosen
 
