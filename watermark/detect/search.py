@@ -286,7 +286,7 @@ class _Run:
         return next(iter(self.schemes.values())).latent_shape[1:]
 
     def _promising(self, noise: Tensor) -> list[float]:
-        """The `refined` angles at which any key fits best, no two of them neighbours, from noise at all coarse angles."""
+        """The `refined` angles at which any key fits best, no two of them neighbours, from noise at the coarse ones."""
         best: dict[float, float] = {}
         for keys in self._kinds:
             for group, tested in zip(self._around, keys.tested(noise, self._around), strict=True):
