@@ -140,6 +140,8 @@ def test_the_calibration_is_judged_by_the_images_above_alpha(p: np.ndarray, find
     rows = [{"sample_id": str(i), "present": x <= 1e-3, "p_value": x} for i, x in enumerate(p)]
     tally.add(pd.DataFrame([dict.fromkeys(COLUMNS) | row for row in rows]))
     assert calibration_finding(tally) == finding
+    text = render(tally, {}, title="Audit", written="", fdr=0.05, pictures={}, shown=3)
+    assert ("says nothing about p near α" in text) == (finding == "fewer") and "false alarms than" not in text
 
 
 def test_corrections_are_named() -> None:
