@@ -144,6 +144,15 @@ def test_the_calibration_is_judged_by_the_images_above_alpha(p: np.ndarray, find
     assert ("says nothing about p near α" in text) == (finding == "fewer") and "false alarms than" not in text
 
 
+def test_copies_of_an_image_are_no_evidence_against_the_calibration() -> None:
+    tally = Tally(1e-3)
+    rows = [{"sample_id": str(i), "p_value": (i + 0.5) / 4600} for i in range(4600)]
+    rows += [{"sample_id": f"copy {i}", "p_value": 0.008, "same_as": "36"} for i in range(400)]
+    tally.add(pd.DataFrame([dict.fromkeys(COLUMNS) | {"present": row["p_value"] <= 1e-3} | row for row in rows]))
+    assert calibration_finding(tally) == "as many" and tally.showing.above == 4600 - 5
+    assert tally.images == tally.discoveries(0.05).tests == 5000
+
+
 def test_corrections_are_named() -> None:
     settings = {"keys": ["a", "b"], "stages": {"latents": 0.1, "full": 0.9}, "sizes": [[1, 2]], "search": "Search()"}
     assert corrections(settings) == ["2 keys", "2 stages", "the search"]
