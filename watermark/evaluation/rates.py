@@ -187,12 +187,12 @@ def roc(
     )
 
 
-def pointwise_band(curve: Curve, *, level: float = 0.95) -> tuple[Array, Array]:
-    """Clopper–Pearson's interval of each TPR of the curve, as (low, high), exact for a threshold fixed beforehand.
+def pointwise_band(curve: Curve) -> tuple[Array, Array]:
+    """Clopper–Pearson's 95 % interval of each TPR of the curve, as (low, high), exact for a threshold fixed beforehand.
 
     It does not account for the uncertainty of the FPR and is not a simultaneous band for the whole curve.
     """
-    hits, tail = np.rint(curve.tpr * curve.positives), (1 - level) / 2
+    hits, tail = np.rint(curve.tpr * curve.positives), 0.025
     misses = curve.positives - hits
     low = np.where(hits > 0, stats.beta.ppf(tail, np.maximum(hits, 1), misses + 1), 0)
     return low, np.where(misses > 0, stats.beta.isf(tail, hits + 1, np.maximum(misses, 1)), 1)
