@@ -140,6 +140,17 @@ def test_the_calibration_is_judged_by_the_images_above_alpha(p: np.ndarray, find
     rows = [{"sample_id": str(i), "present": x <= 1e-3, "p_value": x} for i, x in enumerate(p)]
     tally.add(pd.DataFrame([dict.fromkeys(COLUMNS) | row for row in rows]))
     assert calibration_finding(tally) == finding
+    text = render(tally, {}, title="Audit", written="", fdr=0.05, pictures={}, shown=3)
+    assert ("says nothing about p near α" in text) == (finding == "fewer") and "false alarms than" not in text
+
+
+def test_copies_of_an_image_are_no_evidence_against_the_calibration() -> None:
+    tally = Tally(1e-3)
+    rows = [{"sample_id": str(i), "p_value": (i + 0.5) / 4600} for i in range(4600)]
+    rows += [{"sample_id": f"copy {i}", "p_value": 0.008, "same_as": "36"} for i in range(400)]
+    tally.add(pd.DataFrame([dict.fromkeys(COLUMNS) | {"present": row["p_value"] <= 1e-3} | row for row in rows]))
+    assert calibration_finding(tally) == "as many" and tally.showing.above == 4600 - 5
+    assert tally.images == tally.discoveries(0.05).tests == 5000
 
 
 def test_corrections_are_named() -> None:

@@ -11,8 +11,8 @@ from ringmark.errors import EvaluationError
 from ringmark.watermark.tasks.roc import curves, roc_of_files
 
 
-def record(name: str, score: float, **more) -> dict:
-    return {"sample_id": name, "score": score, "published_distance": -score} | more
+def record(name: str, marked: float, **more) -> dict:
+    return {"sample_id": name, "log10_p": -marked, "published_distance": -marked} | more
 
 
 def results(path, *records: dict, **settings):
@@ -39,17 +39,32 @@ def test_what_shows_nothing_is_the_least_marked_of_all():
     assert [curve.auc for curve in curves(blank, truth, name="").values()] == [(2 + 0.5) / 4] * 2
 
 
-@pytest.mark.parametrize("score", [None, float("nan"), float("inf"), "7", [1.0], True])
-def test_a_score_that_is_no_number_is_named(score):
+@pytest.mark.parametrize("log10_p", [None, float("nan"), float("inf"), "7", [1.0], True])
+def test_a_p_that_is_no_number_is_named(log10_p):
     truth = {"m\n": True, "u": False}
-    with pytest.raises(EvaluationError, match=r"m\\n.*score") as error:
-        curves([record("m\n", 1.0) | {"score": score}, record("u", 0.0)], truth, name="")
+    with pytest.raises(EvaluationError, match=r"m\\n.*log10_p") as error:
+        curves([record("m\n", 1.0) | {"log10_p": log10_p}, record("u", 0.0)], truth, name="")
     assert error.value.code == "evaluation.number"
     with pytest.raises(EvaluationError, match="null") as error:
         curves([{"sample_id": "u"}, record("m\n", 1.0)], truth, name="")
     assert error.value.code == "evaluation.number"
-    nothing = record("m\n", 1.0, shows=False) | {"score": score}
-    assert curves([nothing, record("u", 0.0)], truth, name="")["score"].auc == 0
+    nothing = record("m\n", 1.0, shows=False) | {"log10_p": log10_p}
+    assert curves([nothing, record("u", 0.0)], truth, name="")["log10_p"].auc == 0
+
+
+def test_images_rank_by_p_whatever_test_it_is_of():
+    """The score of a mark that the search found is a cosine, and those of other images are not."""
+    found = [record(f"m{i}", 9.0, score=0.4, by_search=True) for i in range(4)]
+    unmarked = [record(f"u{i}", i / 50, score=i / 50) for i in range(99)]
+    curve = curves([*found, *unmarked], {r["sample_id"]: "by_search" in r for r in [*found, *unmarked]})["log10_p"]
+    assert curve.auc == 1 and curve.point.tpr == 1
+
+
+def test_images_whose_corrected_p_is_1_are_tied():
+    p = {"m1": -3.0, "m2": 0.0, "u1": 0.0, "u2": 0.0, "u3": -1.0}
+    some = [{"sample_id": name, "log10_p": log10_p, "score": i} for i, (name, log10_p) in enumerate(p.items())]
+    curve = curves(some, {name: name[0] == "m" for name in p})["log10_p"]
+    assert curve.auc == (3 + 2 / 2) / 6 and curve.fpr.tolist() == pytest.approx([0, 0, 1 / 3, 1])
 
 
 def test_audits_of_other_settings_are_not_taken_together(tmp_path):
@@ -64,8 +79,8 @@ def test_audits_of_other_settings_are_not_taken_together(tmp_path):
 
 def test_a_file_that_was_not_read_is_in_no_curve():
     some = [record("m", 1.0), record("u", 0.0), {"sample_id": "broken", "error": "no image"}]
-    score = curves(some, {"m": True, "u": False, "broken": True}, name="audit")["score"]
-    assert (score.positives, score.negatives, score.name) == (1, 1, "audit score")
+    score = curves(some, {"m": True, "u": False, "broken": True}, name="audit")["log10_p"]
+    assert (score.positives, score.negatives, score.name) == (1, 1, "audit log10_p")
 
 
 def test_audits_are_taken_together_but_no_record_twice(tmp_path):
@@ -73,7 +88,7 @@ def test_audits_are_taken_together_but_no_record_twice(tmp_path):
     other = results(tmp_path / "other.jsonl", record("c.png", 2.0))
     truth = labels(tmp_path / "labels.csv", a=1, b=0, c=1, d=1)
     report = roc_of_files([one, other, one], [truth])
-    assert (report.curves["score"].positives, report.curves["score"].negatives) == (2, 1)
+    assert (report.curves["log10_p"].positives, report.curves["log10_p"].negatives) == (2, 1)
     assert report.coverage()[0] == "3 of 3 records labelled"
     again = results(tmp_path / "again.jsonl", record("a.png", 1.0))
     with pytest.raises(EvaluationError, match=r"again\.jsonl.*a\.png.*one\.jsonl") as error:
@@ -94,15 +109,15 @@ def test_what_is_left_out_is_named(tmp_path):
 
 
 def test_a_scheme_without_a_published_distance_has_one_curve(tmp_path):
-    plain = [{"sample_id": f"{name}.png", "score": score} for name, score in (("a", 1.0), ("b", 0.0))]
+    plain = [{"sample_id": f"{name}.png", "log10_p": log10_p} for name, log10_p in (("a", -1.0), ("b", 0.0))]
     report = roc_of_files([results(tmp_path / "audit.jsonl", *plain)], [labels(tmp_path / "labels.csv", a=1, b=0)])
-    assert list(report.curves) == ["score"] and len(report.record()) == 1 and "published" not in report.table()
+    assert list(report.curves) == ["log10_p"] and len(report.record()) == 1 and "published" not in report.table()
 
 
 def test_a_statistic_that_only_some_records_have_has_no_curve():
     """The best keys of an audit may be of several schemes."""
-    some = [record("m", 1.0), {"sample_id": "u", "score": 0.0}]
-    assert list(curves(some, {"m": True, "u": False})) == ["score"]
+    some = [record("m", 1.0), {"sample_id": "u", "log10_p": 0.0}]
+    assert list(curves(some, {"m": True, "u": False})) == ["log10_p"]
 
 
 def audit_of(tmp_path, unmarked: int):
@@ -123,17 +138,15 @@ def test_a_rate_that_nobody_can_know_is_left_out(tmp_path, unmarked):
 
 def test_the_threshold_at_the_asked_rate_and_the_points_of_the_curve(tmp_path):
     report = audit_of(tmp_path, 100)
-    score, distance = json.loads(json.dumps(report.record(), allow_nan=False))
-    assert score["larger_if_marked"] and not distance["larger_if_marked"]
-    # Of the unmarked scores 0 … 99 one may be reached; distances are their negatives.
-    assert score["threshold"] == pytest.approx(98) and distance["threshold"] == pytest.approx(-98)
-    assert (score["tpr_at"], score["fpr_at"]) == (1, 0.01) and score["fpr_at_interval"][1] == pytest.approx(
-        0.0545, abs=1e-4
-    )
-    points = score["points"]
-    assert points["threshold"][:4] == [None, 502, 501, 500] and points["tpr"][:4] == pytest.approx([0, 1 / 3, 2 / 3, 1])
-    assert distance["points"]["threshold"][1:3] == [-502, -501] and len(points["fpr"]) == 104
-    assert "needs at least" not in report.table() and "≥ 98" in report.table() and "≤ -98" in report.table()
+    p, distance = json.loads(json.dumps(report.record(), allow_nan=False))
+    assert not p["larger_if_marked"] and not distance["larger_if_marked"]
+    # Of the unmarked log10_p 0 … -99 one may be reached.
+    assert p["threshold"] == pytest.approx(-98) == distance["threshold"]
+    assert (p["tpr_at"], p["fpr_at"]) == (1, 0.01) and p["fpr_at_interval"][1] == pytest.approx(0.0545, abs=1e-4)
+    points = p["points"]
+    assert points["threshold"][:4] == [None, -502, -501, -500] and len(points["fpr"]) == 104
+    assert points["tpr"][:4] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert "needs at least" not in report.table() and report.table().count("≤ -98") == 2
 
 
 def test_parquet_results_give_the_same_curves(tmp_path):
@@ -142,4 +155,4 @@ def test_parquet_results_give_the_same_curves(tmp_path):
     truth = labels(tmp_path / "pictures" / "labels.csv", **{str(i): i % 2 for i in range(20)})
     lines, parts = results(tmp_path / "r.jsonl", *given), results(tmp_path / "r.parquet", *given)
     one, other = roc_of_files([lines], [truth]), roc_of_files([parts], [truth])
-    assert one.record() == other.record() and set(one.curves) == {"score", "published_distance"}
+    assert one.record() == other.record() and set(one.curves) == {"log10_p", "published_distance"}

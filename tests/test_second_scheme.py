@@ -335,9 +335,9 @@ def test_a_verdict_is_explained_without_panels(house, tmp_path):
 def test_roc_of_an_audit(house, tmp_path):
     run("audit", house / "images", "--key", house / "my.key", "-o", tmp_path / "results.jsonl", *QUICK)
     labels = [x for kind in ("marked", "unmarked") for x in ("--labels", house / "images" / kind / "labels.csv")]
-    score, agreement = json.loads(run("roc", tmp_path / "results.jsonl", *labels, "--json"))
-    assert (score["name"], agreement["name"]) == ("score", AGREEMENT.name)
-    assert score["auc"] == agreement["auc"] == 1.0 and agreement["larger_if_marked"]
+    p, agreement = json.loads(run("roc", tmp_path / "results.jsonl", *labels, "--json"))
+    assert (p["name"], agreement["name"]) == ("log10_p", AGREEMENT.name)
+    assert p["auc"] == agreement["auc"] == 1.0 and agreement["larger_if_marked"] and not p["larger_if_marked"]
 
 
 def test_its_own_published_statistic_is_among_those_of_an_evaluation():

@@ -401,6 +401,10 @@ def test_needed_references(alpha, n):
     assert n == 0 or conformal_p(1.0, np.zeros(n - 1)) > alpha
 
 
+def test_a_reciprocal_needs_one_reference_less():
+    assert [needed_references(1 / k) for k in range(1, 3000)] == list(range(2999))  # 1 / (1 / 49) > 49
+
+
 @given(st.floats(1e-5, 1))
 def test_as_many_references_as_are_needed_and_no_more(alpha):
     n = needed_references(alpha)

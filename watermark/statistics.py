@@ -230,8 +230,8 @@ def needed_references(alpha: float) -> int:
     """
     if not 0 < alpha <= 1:
         raise ValueError(f"alpha {alpha}: must be above 0 and at most 1")
-    n = math.ceil(1 / alpha) - 1
-    return n if 1 / (n + 1) <= alpha else n + 1  # 1 / alpha was rounded down
+    n = math.ceil(1 / alpha) - 1  # one more or less where 1 / alpha was rounded
+    return next(m for m in range(max(0, n - 1), n + 2) if 1 / (m + 1) <= alpha)
 
 
 def undecided(p: Array, conformal: Array, n: int, alpha: float) -> Mask:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -69,19 +69,32 @@ class Cell:
 
     @cached_property
     def curve(self) -> Curve:
-        """Raises EvaluationError as `roc` does."""
+        """The ROC curve. Raises EvaluationError as `roc` does.
+
+        The AUC's interval is that of the bootstrap if images of one class share a group: DeLong's, for independent
+        images, is then too narrow.
+        """
+        curve = self._independent
+        shared = any(len(set(groups)) < len(groups) for groups in self.groups)
+        return replace(curve, auc_interval=self._bootstrap) if shared else curve
+
+    @cached_property
+    def _independent(self) -> Curve:
+        """The curve with the interval for independent images."""
         return roc(self.marked, self.unmarked, name=f"{self.method}, {self.statistic}")
 
     @cached_property
     def row(self) -> Row:
         """The numbers by name; None means "too few unmarked images" for a rate, "not measured" otherwise.
 
-        Intervals are 95 %: DeLong's for the AUC, a bootstrap clustered by `groups` (`bootstrap`) if there are at least
-        GROUPS of them, Clopper–Pearson's for rates. `tpr_F` is read off the ROC curve at FPR F. `split_F` takes its
-        threshold from one half of the unmarked images and its FPR from the other. `p_F` calls images with p ≤ F marked.
+        Intervals are 95 %. For the AUC, `delong` is for independent images, and `bootstrap` is clustered by `groups`,
+        if there are at least GROUPS of them; `auc` has the one that holds (see `curve`). For rates, they are
+        Clopper–Pearson's. `tpr_F` is read off the ROC curve at FPR F. `split_F` takes its threshold from one half of
+        the unmarked images and its FPR from the other. `p_F` calls images with p ≤ F marked.
         """
         row: Row = {name: getattr(self, name) for name in NAMES} | {"auc": self.curve.auc}
-        row |= _interval("auc", self.curve.auc_interval) | _interval("bootstrap", self._bootstrap())
+        row |= _interval("auc", self.curve.auc_interval) | _interval("delong", self._independent.auc_interval)
+        row |= _interval("bootstrap", self._bootstrap)
         for fpr in FPRS:
             row |= _rates(f"tpr_{fpr:g}", self._read_off(fpr), ("tpr",))
             split = self._split(fpr)
@@ -91,6 +104,7 @@ class Cell:
         row |= {"seconds": self.seconds, "megabytes": None if np.isnan(self.megabytes) else self.megabytes}
         return row | {"marked": len(self.marked), "unmarked": len(self.unmarked)}
 
+    @cached_property
     def _bootstrap(self) -> Interval | None:
         if min(len(set(groups)) for groups in self.groups) < GROUPS:
             return None

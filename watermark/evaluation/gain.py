@@ -76,9 +76,7 @@ def compared_columns() -> dict[str, int]:
     return {"score": 1} | {s.name: s.sign for s in published_statistics().values() if s.compared}
 
 
-def compare_ways(
-    images: Sequence[Mapping[str, Any]], attacks: Sequence[str], *, draws: int = 2000, seed: int = SEED
-) -> list[Gain]:
+def compare_ways(images: Sequence[Mapping[str, Any]], attacks: Sequence[str], *, draws: int = 2000) -> list[Gain]:
     """The gain of each way over each earlier one, from the records of an evaluation (the rows of scores.csv).
 
     Only images that all ways scored under all `attacks` are used. Empty for a single way, and if no marked or no
@@ -92,7 +90,7 @@ def compare_ways(
     if len({image.label for image in common}) < 2:
         return []
     scores = [_scores(table, attacks, common) for table in tables]
-    return _all_pairs(ways, scores, tuple(attacks), draws, seed)
+    return _all_pairs(ways, scores, tuple(attacks), draws)
 
 
 def ways_of(images: Iterable[Mapping[str, Any]]) -> list[Way]:
@@ -137,13 +135,11 @@ def _weighted(in_order: Array, marked: Array, unmarked: Array) -> Array:
     return means
 
 
-def _all_pairs(
-    ways: Sequence[Way], scores: Sequence[Scores], attacks: tuple[str, ...], draws: int, seed: int
-) -> list[Gain]:
+def _all_pairs(ways: Sequence[Way], scores: Sequence[Scores], attacks: tuple[str, ...], draws: int) -> list[Gain]:
     prompts = scores[0].prompts
     in_order = [way.in_order() for way in scores]
     enough = min(len(set(kind)) for kind in prompts) >= GROUPS
-    times = resampled(prompts, draws, seed) if enough else None
+    times = resampled(prompts, draws, SEED) if enough else None
     means = [times and _weighted(matrix, *times) for matrix in in_order]
     gains = []
     for i, j in combinations(range(len(ways)), 2):

@@ -15,6 +15,7 @@ from ringmark.watermark.attacks.chains import parse
 from ringmark.watermark.attacks.distortions import ATTACKS
 from ringmark.watermark.evaluation.cells import CLEAN, Cell, Evaluation
 from ringmark.watermark.evaluation.rates import Array, Curve, pointwise_band
+from ringmark.watermark.evaluation.tables import interval_text
 from ringmark.watermark.figures import COLOURS, GREY, INK, MARK, save_figure
 
 if TYPE_CHECKING:
@@ -59,9 +60,9 @@ class RocDisplay:
         ax.legend(loc="lower right", fontsize=8, framealpha=0.8, edgecolor="none")
 
     def _plot_curve(self, ax: Axes, curve: Curve, colour: str, style: str) -> None:
-        fpr, (low, high) = np.maximum(curve.fpr, self.floor), curve.auc_interval
+        fpr, (low, high) = np.maximum(curve.fpr, self.floor), curve.auc_interval or (None, None)
         ax.fill_between(fpr, *pointwise_band(curve), step="post", color=colour, alpha=0.15, lw=0)
-        label = f"{curve.name}: AUC {curve.auc:.3f} [{low:.3f}, {high:.3f}]"
+        label = f"{curve.name}: AUC {interval_text({'auc': curve.auc, 'auc_low': low, 'auc_high': high}, 'auc')}"
         ax.step(fpr, curve.tpr, where="post", color=colour, ls=style, lw=1.6, label=label)
 
 
@@ -178,7 +179,7 @@ def histogram_figure(cells: Sequence[Cell]) -> Figure:
 
 @dataclass(frozen=True)
 class StrengthDisplay:
-    """AUC with DeLong's interval against the strength of an attack: `lines` by name, in ascending strength."""
+    """AUC with its interval against the strength of an attack: `lines` by name, in ascending strength."""
 
     attack: str
     key: str
@@ -190,7 +191,8 @@ class StrengthDisplay:
         for name, line in self.lines.items():
             first = line[0][1]
             curves = [cell.curve for _, cell in line]
-            auc, (low, high) = np.array([c.auc for c in curves]), np.array([c.auc_interval for c in curves]).T
+            auc = np.array([c.auc for c in curves])
+            low, high = np.array([c.auc_interval or (np.nan, np.nan) for c in curves]).T  # no bar at NaN
             ax.errorbar(
                 [strength for strength, _ in line],
                 auc,

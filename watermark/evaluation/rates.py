@@ -38,12 +38,17 @@ Interval = tuple[float, float]
 Groups = tuple[Sequence[Hashable], Sequence[Hashable]]
 """The group of each marked and each unmarked image, for example its prompt; images of one group may be dependent."""
 
-GROUPS = 5  # fewest groups of each kind worth resampling
+GROUPS = 20
+"""The fewest groups of each kind that are resampled.
+
+Of 1000 intervals of an AUC of .86 that are called 95 %, this share covered it (groups x images, correlation within a
+group): .78 (5 x 8, .9), .88 (10 x 8, .5), .91 (15 x 5, .5), .93 (20 x 5, .5 and .9), .93 (40 x 5, .5).
+"""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """An ROC curve; intervals are 95 %, (low, high).
+    """An ROC curve; intervals are 95 %, (low, high). That of the AUC is None if it is not known.
 
     `fpr` and `tpr` (N,) increase as `thresholds` (N,) decrease from infinity; scores of at least thresholds[i] are
     called marked. `point` is the operating point at `fpr_limit`, with the highest TPR whose FPR does not exceed it;
@@ -55,7 +60,7 @@ class Curve:
     tpr: Array
     thresholds: Array
     auc: float
-    auc_interval: Interval
+    auc_interval: Interval | None
     fpr_limit: float
     point: OperatingPoint | None
     positives: int
@@ -182,12 +187,12 @@ def roc(
     )
 
 
-def pointwise_band(curve: Curve, *, level: float = 0.95) -> tuple[Array, Array]:
-    """Clopper–Pearson's interval of each TPR of the curve, as (low, high), exact for a threshold fixed beforehand.
+def pointwise_band(curve: Curve) -> tuple[Array, Array]:
+    """Clopper–Pearson's 95 % interval of each TPR of the curve, as (low, high), exact for a threshold fixed beforehand.
 
     It does not account for the uncertainty of the FPR and is not a simultaneous band for the whole curve.
     """
-    hits, tail = np.rint(curve.tpr * curve.positives), (1 - level) / 2
+    hits, tail = np.rint(curve.tpr * curve.positives), 0.025
     misses = curve.positives - hits
     low = np.where(hits > 0, stats.beta.ppf(tail, np.maximum(hits, 1), misses + 1), 0)
     return low, np.where(misses > 0, stats.beta.isf(tail, hits + 1, np.maximum(misses, 1)), 1)

@@ -127,8 +127,10 @@ def _preamble(evaluation: Evaluation, rows: Sequence[Row]) -> list[str]:
         f"Model {settings['model']['name']}; {_numbers(rows)}{drawn}; read in {settings['inversion_steps']} steps; "
         f"{settings['images']}.",
         f"Calibrations: {calibrations}; {NONE} means the model's own null.{unfit}",
-        f"Files that could not be used: {len(evaluation.refused)}. Intervals are 95 %: DeLong's for the AUC, "
-        "Clopper-Pearson's for rates. An image that shows nothing (one flat colour) ranks below all others. "
+        f"Files that could not be used: {len(evaluation.refused)}. Intervals are 95 %. For the AUC, they are DeLong's; "
+        "if a prompt recurs among the marked or the unmarked images, they are those of a bootstrap clustered by "
+        f"prompt, and left out with fewer than {GROUPS} prompts of either. For rates, they are Clopper-Pearson's, for "
+        "independent images. An image that shows nothing (one flat colour) ranks below all others. "
         f"Means are over the attacks, without {CLEAN}.",
     ]
 
@@ -146,9 +148,9 @@ def _span(numbers: Sequence[int]) -> str:
 def _cross_check(rows: Sequence[Row]) -> str:
     """The differences between DeLong's intervals and those of the bootstrap."""
     known = [row for row in rows if row["bootstrap_low"] is not None and row["auc"] < 1]
-    ends = np.array([[row[f"auc_{end}"] - row[f"bootstrap_{end}"] for end in ("low", "high")] for row in known])
+    ends = np.array([[row[f"delong_{end}"] - row[f"bootstrap_{end}"] for end in ("low", "high")] for row in known])
     if not len(ends):
-        return "No bootstrap intervals: too few prompts, or the classes do not overlap."
+        return f"No bootstrap intervals: fewer than {GROUPS} prompts, or the classes do not overlap."
     return (
         "The ends of DeLong's intervals and of those from a stratified bootstrap clustered by prompt differ by "
         f"{np.abs(ends).max():.3f} at most and by {np.abs(ends).mean():.3f} on average."

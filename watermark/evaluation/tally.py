@@ -23,7 +23,7 @@ __all__ = ["COLUMNS", "LISTED", "OTHERS", "OUTCOMES", "Counts", "Discoveries", "
 
 COLUMNS = (
     *("sample_id", "present", "key", "p_value", "log10_p", "score", "stage", "model", "seconds", "carries"),
-    *("notes", "shows", "error", "code", "size", "mtime_ns"),
+    *("notes", "shows", "same_as", "error", "code", "size", "mtime_ns"),
 )
 """The fields of a record that a `Tally` reads."""
 
@@ -229,6 +229,7 @@ class Tally:
 
     `outcomes` counts records by OUTCOMES; `keys`, images by each key that they carry; `codes`, unreadable files by the
     code of the error, with some `examples`. `weeks` are those of the files' modification times, by their Monday.
+    `tested` has the p-values of verdicts, `showing` those of images that show something, without copies of others.
     """
 
     alpha: float
@@ -273,7 +274,7 @@ class Tally:
         self.weeks.add(_weeks(table["mtime_ns"]), outcome)
         self.seconds += float(np.nansum(_numbers(table["seconds"])))
         self._add_unreadable(table[outcome == "unreadable"])
-        self._add_p(outcome, log10_p, np.array([shows is not False for shows in _objects(table["shows"])]))
+        self._add_p(table, outcome, log10_p)
         self._keep(table.assign(log10_p=log10_p), outcome, log10_p)
 
     def _add_unreadable(self, table: DataFrame) -> None:
@@ -284,10 +285,12 @@ class Tally:
                 if len(examples) < EXAMPLES:
                     examples.append(row)
 
-    def _add_p(self, outcome: Array, log10_p: Array, shows: Array) -> None:
+    def _add_p(self, table: DataFrame, outcome: Array, log10_p: Array) -> None:
         known = ~np.isnan(log10_p) & (outcome != "unreadable")
         self.tested.add(log10_p[known & (outcome != "inconclusive")])
-        self.showing.add(log10_p[known & shows])
+        shows = np.array([shows is not False for shows in _objects(table["shows"])], bool)
+        copied = np.array([name != "" for name in _texts(table["same_as"])], bool)  # one p, many times
+        self.showing.add(log10_p[known & shows & ~copied])
 
     def _keep(self, table: DataFrame, outcome: Array, log10_p: Array) -> None:
         distance = np.abs(log10_p - math.log10(self.alpha))

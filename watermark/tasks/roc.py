@@ -15,14 +15,17 @@ from ringmark.data.labels import match_labels
 from ringmark.data.reader import read_records
 from ringmark.data.settings import differences
 from ringmark.errors import EvaluationError, counted
-from ringmark.watermark.evaluation.gain import compared_columns
 from ringmark.watermark.evaluation.rates import Curve, check_fpr, roc, tied_below
 from ringmark.watermark.evaluation.tables import interval_text, markdown
+from ringmark.watermark.schemes.base import published_statistics
 
 __all__ = ["RocReport", "curves", "roc_of_files"]
 
 Record = Mapping[str, Any]
 NAMED = 20  # most names listed in a message
+
+RANKED = "log10_p"
+"""What the first curve ranks by. The scores of a search, of other sizes and of other schemes cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class RocReport:
     """ROC curves of labelled audits, and what they leave out.
 
     `curves` are by statistic; `records` counts the records. `unlabelled` records have no label. `unread` records have a
-    label but no score, because the audit could not read the file. `unmatched` labels have no record.
+    label but no p, because the audit could not read the file. `unmatched` labels have no record.
     """
 
     curves: dict[str, Curve]
@@ -45,14 +48,14 @@ class RocReport:
 
         If `larger_if_marked`, images at or above the threshold are called marked, otherwise those at or below it.
         """
-        signs = compared_columns()
+        signs = _signs()
         return [_curve_record(curve, signs[name]) for name, curve in self.curves.items()]
 
     def table(self) -> str:
         """The curves' numbers as a Markdown table, with a note if there are too few unmarked images for the FPR."""
-        signs = compared_columns()
+        signs = _signs()
         text = markdown([_row(curve.summary(), signs[name]) for name, curve in self.curves.items()])
-        first = self.curves["score"]
+        first = self.curves[RANKED]
         if first.point:
             return text
         return (
@@ -78,7 +81,7 @@ def _named(names: Sequence[str]) -> str:
 
 def _curve_record(curve: Curve, sign: int) -> dict[str, Any]:
     summary, points = curve.summary(), curve.points()
-    points["threshold"] = [value and sign * value for value in points["threshold"]]
+    points["threshold"] = [None if value is None else sign * value for value in points["threshold"]]
     signed = {"larger_if_marked": sign > 0, "threshold": _signed(summary["threshold"], sign)}
     return summary | signed | {"points": points}
 
@@ -125,22 +128,28 @@ def roc_of_files(results: Sequence[Path], label_files: Sequence[Path], fpr_limit
 def curves(
     records: Sequence[Record], labels: Mapping[str, bool], *, name: str = "", fpr_limit: float = 0.01
 ) -> dict[str, Curve]:
-    """ROC curves of the score and of each published statistic that all records have; marked images score higher.
+    """ROC curves of p and of each published statistic that all records have; larger values mean marked images.
 
-    The statistics are those of the best key. An image that shows nothing ranks below all others. Raises
-    EvaluationError: evaluation.number for a record without a number, and as `roc` does.
+    The statistics are those of the best key. Images whose corrected p is 1 are tied: nothing the detector reports tells
+    them apart. An image that shows nothing ranks below all others. Raises EvaluationError: evaluation.number for a
+    record without a number, and as `roc` does.
     """
     judged = [r for r in records if r["sample_id"] in labels and "error" not in r]
     marked = np.array([labels[r["sample_id"]] for r in judged], bool)
     blank = np.array([not r.get("shows", True) for r in judged], bool)
-    signs = compared_columns()
-    known = [name for name in signs if name == "score" or all(name in r for r in judged)]
+    signs = _signs()
+    known = [name for name in signs if name == RANKED or all(name in r for r in judged)]
     by_statistic = {}
     for statistic in known:
         scores = signs[statistic] * np.array([_number(r, statistic) for r in judged], float)
         values, title = tied_below(scores, blank), f"{name} {statistic}".strip()
         by_statistic[statistic] = roc(values[marked], values[~marked], name=title, fpr_limit=fpr_limit)
     return by_statistic
+
+
+def _signs() -> dict[str, int]:
+    """The statistics that have a curve, and the sign that makes each larger for marked images."""
+    return {RANKED: -1} | {s.name: s.sign for s in published_statistics().values() if s.compared}
 
 
 def _number(record: Record, statistic: str) -> float:
