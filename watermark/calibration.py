@@ -466,8 +466,11 @@ def _check_file(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) ->
     stored = typed(_Description, json.loads(metadata[HEADER]))
     if min(*stored.latent_shape, stored.reach, *stored.sources.values()) < 0:
         raise ValueError("a number is negative")
-    if not all(isinstance(settings["model"], dict) for settings in (stored.settings, *stored.earlier)):
+    stages = (stored.settings, *stored.earlier)
+    if not all(isinstance(settings["model"], dict) for settings in stages):
         raise ValueError("the model is not described")
+    if not all(type(settings["steps"]) is int for settings in stages):
+        raise ValueError("the number of steps is not a whole number")
     channels, height, width = stored.latent_shape
     if not 0 < channels * height * width <= MAX_LATENT:
         raise ValueError("the latents are empty or too large")
