@@ -129,9 +129,12 @@ def test_large_requests_are_refused() -> None:
         assert of_unknown_length.json()["code"] == "request.too-large"
 
 
-def test_only_names_of_this_machine_are_answered_without_tokens(web, guarded) -> None:
-    assert web.get("/v1/jobs/1", headers={"Host": "evil.example"}).json()["code"] == "request.host"
-    assert web.get("/v1/jobs/1", headers={"Host": "localhost:8000"}).json()["code"] == "job.unknown"
+def test_only_localhost_is_answered_without_tokens(web, guarded) -> None:
+    for host in ("evil.example", "[", "[evil", "[x]:1", "::1", ""):
+        refused = web.get("/v1/jobs/1", headers={"Host": host})
+        assert (refused.status_code, refused.json()["code"]) == (400, "request.host"), host
+    for host in ("localhost:8000", "127.0.0.1", "[::1]:8000"):
+        assert web.get("/v1/jobs/1", headers={"Host": host}).json()["code"] == "job.unknown"
     there = {"Host": "ringmark.example", "Authorization": "Bearer all"}
     assert guarded.get("/v1/jobs/1", headers=there).json()["code"] == "job.unknown"
 
