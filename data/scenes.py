@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates
@@ -25,9 +25,11 @@ __all__ = [
     "draw_attributes",
     "paint",
     "scene",
+    "scene_caption",
 ]
 
 SIZE = 128
+PREVIEW = 20  # pixels; nothing else in a scene has this number, or twice as many
 
 
 Colour = tuple[float, float, float] | np.ndarray
@@ -135,6 +137,17 @@ def scene(seed: int, size: int = SIZE) -> Scene:
     return Scene(paint(attributes, rng, size), attributes, caption(attributes, rng))
 
 
+def scene_caption(seed: int, size: int = SIZE) -> str:
+    """The caption of `scene(seed, size)`, six times as fast.
+
+    It depends on the state of the generator after the scene is painted, so a preview is, with the same random numbers.
+    """
+    rng = np.random.default_rng(seed)
+    attributes = draw_attributes(rng)
+    paint(attributes, _OfPreview(rng, size), PREVIEW)
+    return caption(attributes, rng)
+
+
 def draw_attributes(rng: np.random.Generator) -> Attributes:
     """Attributes drawn uniformly from the compatible combinations (no cabin on water)."""
     sky, ground = str(rng.choice(list(SKIES))), str(rng.choice(GROUNDS))
@@ -174,6 +187,35 @@ def fractal(rng: np.random.Generator, shape: tuple[int, ...], beta: float) -> np
     spectrum = np.fft.fftn(rng.normal(size=shape)) * k**-beta
     field = np.fft.ifftn(spectrum).real
     return np.asarray(field / field.std())
+
+
+class _OfPreview(np.random.Generator):
+    """Draws all random numbers of a scene of `size` pixels, and gives those that PREVIEW pixels take."""
+
+    def __init__(self, rng: np.random.Generator, size: int) -> None:
+        super().__init__(rng.bit_generator)
+        self._size = size
+
+    def normal(self, loc: Any = 0.0, scale: Any = 1.0, size: Any = None) -> Any:
+        return _cut(super().normal(loc, scale, self._whole(size)), size)
+
+    def random(self, size: Any = None, dtype: Any = np.float64, out: Any = None) -> Any:
+        return _cut(super().random(self._whole(size), dtype, out), size)
+
+    def integers(
+        self, low: Any, high: Any = None, size: Any = None, dtype: Any = np.int64, endpoint: Any = False
+    ) -> Any:
+        if high != PREVIEW:
+            return super().integers(low, high, size, dtype, endpoint)
+        return super().integers(low, self._size, size, dtype, endpoint) % PREVIEW  # places in the picture
+
+    def _whole(self, size: Any) -> Any:
+        whole = {PREVIEW: self._size, 2 * PREVIEW: 2 * self._size}
+        return None if size is None else [whole.get(n, n) for n in np.atleast_1d(size).tolist()]
+
+
+def _cut(values: Any, size: Any) -> Any:
+    return values if size is None else values[tuple(map(slice, np.atleast_1d(size)))]
 
 
 class _Painter:

@@ -8,6 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 
+from ringmark.data import scenes
 from ringmark.data.scenes import (
     ACCENTS,
     GROUNDS,
@@ -20,6 +21,7 @@ from ringmark.data.scenes import (
     fractal,
     paint,
     scene,
+    scene_caption,
 )
 
 FLAT = 8.0  # grey levels; the least lively scenes, snowfields in fog, have some 10
@@ -40,6 +42,13 @@ def test_a_seed_names_a_scene(seed):
     one, same = scene(seed, 32), scene(seed, 32)
     assert one.pixels.tobytes() == same.pixels.tobytes()
     assert (one.attributes, one.caption) == (same.attributes, same.caption)
+
+
+@pytest.mark.parametrize(("size", "number"), [(128, 12), (33, 200)])
+def test_the_caption_of_a_scene_is_known_without_painting_all_of_it(size, number, monkeypatch):
+    captions = [scene(seed, size).caption for seed in range(number)]
+    monkeypatch.setattr(scenes, "paint", lambda *args: paint(*args) if args[2] < 33 else pytest.fail("painted whole"))
+    assert [scene_caption(seed, size) for seed in range(number)] == captions
 
 
 def test_global_randomness_is_left_alone():

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ringmark.data.images import from_array, is_whole_png, save_png
 from ringmark.data.reader import read_records
 from ringmark.data.results import Results
-from ringmark.data.scenes import scene
+from ringmark.data.scenes import scene_caption
 from ringmark.errors import ModelError, StoreError
 from ringmark.inversion.models.pipeline import LatentModel, Size
 from ringmark.watermark.detect.verifier import check_fit
@@ -35,7 +35,8 @@ def prompts_for(given: list[str], number: int, seed: int) -> list[str]:
     """`number` prompts: the given ones in turn, or captions of procedural scenes that no model was trained on."""
     if given:
         return [given[i % len(given)] for i in range(number)]
-    return [scene(UNSEEN_SCENES + seed + i).caption for i in range(number)]
+    seeds = range(UNSEEN_SCENES + seed, UNSEEN_SCENES + seed + number)
+    return [scene_caption(seed) for seed in tqdm(seeds, "write prompts", delay=2, unit="prompt", disable=None)]
 
 
 def draw(
