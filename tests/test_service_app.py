@@ -17,13 +17,15 @@ import pytest
 from serving import FLAT, KEY, MARKED, PLAIN, Known, client, service, verify
 from starlette.testclient import TestClient
 
+from ringmark.errors import ModelError, ServiceError
 from ringmark.watermark.service.access import Caller
-from ringmark.watermark.service.app import make_app
+from ringmark.watermark.service.app import FORBIDDEN, make_app
 from ringmark.watermark.service.fetch import Fetcher
 from ringmark.watermark.service.service import Limits
 
 CALLERS = {"yes": Caller("public-site", "verdict", None), "all": Caller("lab", "p", None), "few": Caller("few", "p", 2)}
 NAME = "secret-name.png"
+ROOT = Path(__file__).parents[1]
 MULTIPART = {"Content-Type": "multipart/form-data; boundary=x"}
 
 
@@ -118,6 +120,34 @@ def test_a_picture_is_fetched_where_that_is_allowed(monkeypatch: pytest.MonkeyPa
         url = "https://example.org/a.png"
         assert web.post("/v1/verify", data={"url": url}).json()["verdict"] == "present"
         assert web.get("/m/lookup", params={"url": url}).json() == {"ringmark": [KEY.fingerprint]}
+
+
+def test_only_what_cannot_be_fetched_is_a_bad_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fetch(self, url, into, max_bytes):
+        raise ServiceError("url.status", "was answered with status 404", subject="the URL")
+
+    def scan(pictures, batch):
+        raise ModelError("model.memory", "the GPU has too little free memory", subject="/secret/model")
+
+    monkeypatch.setattr(Fetcher, "fetch", fetch)
+    whole = service(fetcher=Fetcher())
+    with TestClient(make_app(whole), base_url="http://127.0.0.1", raise_server_exceptions=False) as web:
+        fetched = web.post("/v1/verify", data={"url": "https://example.org"})
+        whole.verifier.scan = scan
+        failed = verify(web, MARKED)
+    assert (fetched.status_code, fetched.json()["code"]) == (502, "url.status")
+    assert failed.status_code == 500
+    assert failed.json() == {"code": "model.memory", "message": "the GPU has too little free memory"}
+
+
+def test_every_refusal_is_documented() -> None:
+    source = "".join(path.read_text() for path in (ROOT / "watermark" / "service").glob("*.py"))
+    codes = set(re.findall(r'Refusal\((?!499)(\d+), "([\w.-]+)"', source))
+    codes |= {("403" if code in FORBIDDEN else "502", code) for code in re.findall(r'"(url\.[\w-]+)"', source)}
+    lines = (ROOT / "docs" / "howto" / "serve.md").read_text().splitlines()
+    assert len(codes) > 15
+    for status, code in codes:
+        assert any(line.startswith(f"| {status} |") and f"`{code}`" in line for line in lines), (status, code)
 
 
 def test_large_requests_are_refused() -> None:
