@@ -89,6 +89,11 @@ def test_unreadable_pictures(web) -> None:
 def test_malformed_requests(web) -> None:
     one = {"file": MARKED}
     assert web.post("/v1/verify").json()["code"] == "request.invalid"
+    for path, field in (("/v1/verify", "file"), ("/m/lookup", "photo")):
+        two = web.post(path, files=[(field, ("a.png", PLAIN)), (field, ("b.png", MARKED))])
+        assert (two.status_code, two.json()["code"]) == (422, "request.invalid")
+        assert two.json()["message"] == "give one picture, as a file or as a URL"
+    assert web.get("/m/lookup?url=http://a.example&url=http://b.example").json()["code"] == "request.invalid"
     assert web.post("/v1/verify", files=one, data={"url": "http://example.org"}).json()["code"] == "request.invalid"
     assert web.post("/v1/verify", json={"file": "x"}).json()["code"] == "request.invalid"
     assert web.post("/v1/verify", data={"file": b"\xff\x00"}).status_code == 422

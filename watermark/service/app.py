@@ -176,7 +176,8 @@ async def judged(
     request: Request, service: Service, caller: Caller, file: UploadFile | None, url: str | None
 ) -> Answer:
     """The answer to a request, as much of it as the caller may see."""
-    if (file is None) == (url is None):
+    fields = (await request.form(), request.query_params)
+    if (file is None) == (url is None) or any(len(each.multi_items()) > len(each) for each in fields):  # one twice
         raise Refusal(422, "request.invalid", "give one picture, as a file or as a URL")
     with tempfile.NamedTemporaryFile(dir=service.folder) as copy:  # the reader of files takes a path
         path = Path(copy.name)
