@@ -157,7 +157,7 @@ def _check_descriptions(ring: Mapping[Path, Key]) -> None:
             try:
                 scheme_of(key)
             except SchemeError as error:
-                fact = f"describes a mark that cannot be ({error})"
+                fact = f"describes an impossible mark ({error})"
                 raise KeyFileError("key.description", fact, subject=path) from error
             checked.add(description)
 
