@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 __all__ = [
+    "NO_SPACE",
     "SOFTWARE",
     "TensorInfo",
     "is_ours",
@@ -44,6 +45,7 @@ LOG = logging.getLogger(__name__)
 PathLike = str | os.PathLike[str]
 
 SOFTWARE = "ringmark"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)  # of an OSError: the disk, or the user's share of it, is full
 HEAD_BYTES = 1 << 16  # searched for the signature of an output
 PARTIAL = re.compile(r"\..*-(?P<machine>[0-9a-f]{6})-(?P<pid>[0-9]+)-[0-9a-f]+\.tmp", re.DOTALL)
 STALE_SECONDS = 24 * 3600  # age of temporary files to remove if their process cannot be checked

@@ -316,7 +316,7 @@ class _Actor:
 
 
 def _crash(item: Item, what: str) -> ImageError:
-    return ImageError("image.crash", f"ends every process that is to {what} it", subject=item.id)
+    return ImageError("image.crash", f"crashes every process that tries to {what} it", subject=item.id)
 
 
 def _connect(address: str | None) -> bool:

@@ -114,7 +114,7 @@ def _column(schema: pa.Schema, id: str) -> str:
 
 
 def listed(file: BinaryIO, id: str) -> Iterator[str]:
-    """The paths in an open list: one a line in a .txt, otherwise the column of paths of a table with a header.
+    """The paths in an open list: one per line in a .txt, otherwise the column of paths of a table with a header.
 
     Raises ImageError: source.column without such a column, source.damaged for what is not text.
     """

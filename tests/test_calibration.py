@@ -613,6 +613,11 @@ def test_earlier_stages_come_back_and_are_checked(path):
         path.write_bytes(content)
         put_description(path, earlier=wrong)
         refused(path)
+    without = {name: value for name, value in SETTINGS.items() if name != "steps"}
+    for wrong in (without, *(SETTINGS | {"steps": steps} for steps in (None, [3], {}, 3.0, "3", True))):
+        for described in (replace(made, earlier=(replace(early, settings=wrong),)), replace(made, settings=wrong)):
+            described.save(path)
+            assert refused(path) == "calibration.damaged"
     for wrong in (measured(LEAST + 1), measured(LEAST, shape=(3, 24, 26)), replace(early, power=0 * early.power)):
         replace(made, earlier=(wrong,)).save(path)
         refused(path)

@@ -133,7 +133,7 @@ def test_only_reports_are_overwritten(results: Path, tmp_path: Path) -> None:
 def test_other_results_are_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "r.jsonl").write_text(content)
     line = refused("report", tmp_path / "r.jsonl", "-o", tmp_path / "report.html")
-    assert "not the results of an audit" in line and not (tmp_path / "report.html").exists()
+    assert "is not the results of an audit" in line and not (tmp_path / "report.html").exists()
 
 
 def test_missing_and_foreign_results_are_refused(tmp_path: Path) -> None:

@@ -7,8 +7,11 @@ import json
 import os
 import re
 import shutil
+import weakref
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +84,28 @@ def test_verdicts_are_given_one_by_one_and_in_order(house: Path, tmp_path: Path)
     assert first.error and second.present
     rest = list(outcomes)
     assert [outcome.path for outcome in rest] == paths[2:] and [o.present for o in rest] == [None, False, None]
+
+
+@pytest.mark.parametrize("also", [[], ["--json"], ["--explain", "why.svg"]])
+def test_images_are_released_once_they_are_decided(
+    house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, also: list[str]
+) -> None:
+    held: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = 0
+
+    def counted(*args: Any, **options: Any) -> Iterator[tasks.Outcome]:
+        nonlocal most
+        for outcome in whole(*args, **options):
+            assert outcome.judged
+            held.add(outcome.judged.noise)
+            most = max(most, len(held))
+            yield outcome
+
+    whole = tasks.verify_files
+    monkeypatch.setattr(tasks, "verify_files", counted)
+    monkeypatch.chdir(tmp_path)
+    run("verify", *[pictures(house, "marked")[0]] * 6, "--key", house / "my.key", *QUICK, "--batch", 1, *also)
+    assert most <= 3, "the one to explain, the last one, and the next"
 
 
 def test_encoder_only_takes_no_steps(house: Path) -> None:

@@ -17,13 +17,15 @@ import pytest
 from serving import FLAT, KEY, MARKED, PLAIN, Known, client, service, verify
 from starlette.testclient import TestClient
 
+from ringmark.errors import ModelError, ServiceError
 from ringmark.watermark.service.access import Caller
-from ringmark.watermark.service.app import make_app
+from ringmark.watermark.service.app import FORBIDDEN, make_app
 from ringmark.watermark.service.fetch import Fetcher
 from ringmark.watermark.service.service import Limits
 
 CALLERS = {"yes": Caller("public-site", "verdict", None), "all": Caller("lab", "p", None), "few": Caller("few", "p", 2)}
 NAME = "secret-name.png"
+ROOT = Path(__file__).parents[1]
 MULTIPART = {"Content-Type": "multipart/form-data; boundary=x"}
 
 
@@ -87,6 +89,11 @@ def test_unreadable_pictures(web) -> None:
 def test_malformed_requests(web) -> None:
     one = {"file": MARKED}
     assert web.post("/v1/verify").json()["code"] == "request.invalid"
+    for path, field in (("/v1/verify", "file"), ("/m/lookup", "photo")):
+        two = web.post(path, files=[(field, ("a.png", PLAIN)), (field, ("b.png", MARKED))])
+        assert (two.status_code, two.json()["code"]) == (422, "request.invalid")
+        assert two.json()["message"] == "give one picture, as a file or as a URL"
+    assert web.get("/m/lookup?url=http://a.example&url=http://b.example").json()["code"] == "request.invalid"
     assert web.post("/v1/verify", files=one, data={"url": "http://example.org"}).json()["code"] == "request.invalid"
     assert web.post("/v1/verify", json={"file": "x"}).json()["code"] == "request.invalid"
     assert web.post("/v1/verify", data={"file": b"\xff\x00"}).status_code == 422
@@ -120,6 +127,34 @@ def test_a_picture_is_fetched_where_that_is_allowed(monkeypatch: pytest.MonkeyPa
         assert web.get("/m/lookup", params={"url": url}).json() == {"ringmark": [KEY.fingerprint]}
 
 
+def test_only_what_cannot_be_fetched_is_a_bad_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fetch(self, url, into, max_bytes):
+        raise ServiceError("url.status", "was answered with status 404", subject="the URL")
+
+    def scan(pictures, batch):
+        raise ModelError("model.memory", "the GPU has too little free memory", subject="/secret/model")
+
+    monkeypatch.setattr(Fetcher, "fetch", fetch)
+    whole = service(fetcher=Fetcher())
+    with TestClient(make_app(whole), base_url="http://127.0.0.1", raise_server_exceptions=False) as web:
+        fetched = web.post("/v1/verify", data={"url": "https://example.org"})
+        whole.verifier.scan = scan
+        failed = verify(web, MARKED)
+    assert (fetched.status_code, fetched.json()["code"]) == (502, "url.status")
+    assert failed.status_code == 500
+    assert failed.json() == {"code": "model.memory", "message": "the GPU has too little free memory"}
+
+
+def test_every_refusal_is_documented() -> None:
+    source = "".join(path.read_text() for path in (ROOT / "watermark" / "service").glob("*.py"))
+    codes = set(re.findall(r'Refusal\((?!499)(\d+), "([\w.-]+)"', source))
+    codes |= {("403" if code in FORBIDDEN else "502", code) for code in re.findall(r'"(url\.[\w-]+)"', source)}
+    lines = (ROOT / "docs" / "howto" / "serve.md").read_text().splitlines()
+    assert len(codes) > 15
+    for status, code in codes:
+        assert any(line.startswith(f"| {status} |") and f"`{code}`" in line for line in lines), (status, code)
+
+
 def test_large_requests_are_refused() -> None:
     with client(limits=Limits(max_bytes=1000)) as web:
         assert verify(web, MARKED).status_code == 413
@@ -129,9 +164,12 @@ def test_large_requests_are_refused() -> None:
         assert of_unknown_length.json()["code"] == "request.too-large"
 
 
-def test_only_names_of_this_machine_are_answered_without_tokens(web, guarded) -> None:
-    assert web.get("/v1/jobs/1", headers={"Host": "evil.example"}).json()["code"] == "request.host"
-    assert web.get("/v1/jobs/1", headers={"Host": "localhost:8000"}).json()["code"] == "job.unknown"
+def test_only_localhost_is_answered_without_tokens(web, guarded) -> None:
+    for host in ("evil.example", "[", "[evil", "[x]:1", "::1", ""):
+        refused = web.get("/v1/jobs/1", headers={"Host": host})
+        assert (refused.status_code, refused.json()["code"]) == (400, "request.host"), host
+    for host in ("localhost:8000", "127.0.0.1", "[::1]:8000"):
+        assert web.get("/v1/jobs/1", headers={"Host": host}).json()["code"] == "job.unknown"
     there = {"Host": "ringmark.example", "Authorization": "Bearer all"}
     assert guarded.get("/v1/jobs/1", headers=there).json()["code"] == "job.unknown"
 

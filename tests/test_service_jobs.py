@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import sqlite3
 import stat
+import threading
 import time
 from pathlib import Path
 
@@ -140,6 +142,51 @@ def test_a_batch_is_judged_and_its_webhook_called(tmp_path: Path, monkeypatch: p
     assert all(p["answer"] is None or p["answer"]["evidence"] is None for p in job["pictures"])
     assert calls == [("https://example.org/hook", b'{"id": "%s", "state": "done"}' % job["id"].encode())]
     assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".")) == ["jobs.sqlite"]
+
+
+def due(jobs: Jobs, number: int) -> None:
+    """Jobs that are done, whose webhooks are not called yet."""
+    for _ in range(number):
+        jobs.add(PUBLIC, sources(b"a"), "https://example.org/hook")
+        jobs.finish(jobs.waiting(1)[0], PROBLEM)
+
+
+def test_a_service_that_stops_calls_no_further_webhook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = threading.Semaphore(0)
+
+    async def slow(self: Fetcher, url: str, body: bytes) -> None:
+        calls.release()
+        await asyncio.sleep(0.2)
+
+    monkeypatch.setattr(Fetcher, "post", slow)
+    monkeypatch.setattr("ringmark.watermark.service.service.CALLS", 2)
+    jobs = Jobs(tmp_path)
+    due(jobs, 20)
+    with client(jobs=jobs, fetcher=Fetcher()):
+        assert calls.acquire(timeout=30)
+    jobs = Jobs(tmp_path)
+    assert len(jobs.webhooks()) >= 16, "they wait for the next start"
+    jobs.close()
+
+
+def test_a_slow_webhook_holds_no_other_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[bytes] = []
+    others = asyncio.Event()
+
+    async def post(self: Fetcher, url: str, body: bytes) -> None:
+        called.append(body)
+        if len(called) == 1:
+            await asyncio.wait_for(others.wait(), 30)
+        others.set()
+
+    monkeypatch.setattr(Fetcher, "post", post)
+    jobs = Jobs(tmp_path)
+    due(jobs, 2)
+    with client(jobs=jobs, fetcher=Fetcher()):
+        until = time.monotonic() + 10
+        while len(called) < 2 and time.monotonic() < until:
+            time.sleep(0.01)
+    assert len(set(called)) == 2
 
 
 def test_the_pictures_of_jobs_are_bounded(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ null and all images are scored alike (full conformal prediction, arXiv 0706.3188
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 from collections.abc import Hashable, Mapping, Sequence
@@ -24,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ringmark.data.files import TensorInfo, read_tensors, write_atomic
+from ringmark.data.files import NO_SPACE, TensorInfo, read_tensors, write_atomic
 from ringmark.data.settings import differences, typed
 from ringmark.errors import CalibrationError, counted, one_line
 from ringmark.inversion.noise_recovery import NoiseRecovery, rings
@@ -56,7 +55,6 @@ MAX_BYTES, MAX_LATENT = 1 << 30, 1 << 22
 RECOVERY = ("attenuation", "variance")  # tensors in the file if recovery was measured
 HEADER = "ringmark calibration"
 HALF = ("torch.bfloat16", "torch.float16")
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -306,7 +304,7 @@ class Calibration:
         try:
             write_atomic(path, data, 0o600)  # rough copies of the images
         except OSError as error:
-            code = "file.full" if error.errno in FULL else "calibration.unwritable"
+            code = "file.full" if error.errno in NO_SPACE else "calibration.unwritable"
             raise CalibrationError(code, f"cannot be written ({error.strerror})", subject=path) from None
 
     @classmethod
@@ -466,8 +464,11 @@ def _check_file(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) ->
     stored = typed(_Description, json.loads(metadata[HEADER]))
     if min(*stored.latent_shape, stored.reach, *stored.sources.values()) < 0:
         raise ValueError("a number is negative")
-    if not all(isinstance(settings["model"], dict) for settings in (stored.settings, *stored.earlier)):
+    stages = (stored.settings, *stored.earlier)
+    if not all(isinstance(settings["model"], dict) for settings in stages):
         raise ValueError("the model is not described")
+    if not all(type(settings["steps"]) is int for settings in stages):
+        raise ValueError("the number of steps is not a whole number")
     channels, height, width = stored.latent_shape
     if not 0 < channels * height * width <= MAX_LATENT:
         raise ValueError("the latents are empty or too large")

@@ -49,7 +49,7 @@ PRESETS = {
 class Step:
     """One attack by name, at a strength in its range.
 
-    Raises AttackError: attack.unknown, attack.strength.
+    Raises AttackError: attack.unknown, attack.strength, attack.no-strength.
     """
 
     name: str
@@ -64,8 +64,10 @@ class Step:
                 presets=", ".join(PRESETS),
             )
         known = ATTACKS[self.name]
+        if self.strength is not None and not known.unit:
+            raise _no_strength(self.name)
         if not known.takes(self.strength):
-            fact = "the strength is out of range" if known.unit else f"{self.name} takes no strength"
+            fact = "the strength is out of range"
             raise AttackError("attack.strength", fact, subject=self, name=self.name, range=known.range)
 
     def __str__(self) -> str:
@@ -108,7 +110,7 @@ class Chain:
 def parse(spec: str) -> Chain:
     """Parse "name", "name:strength", or several joined by "+"; a name alone has its default strength.
 
-    Raises AttackError: attack.empty, attack.unknown, attack.strength.
+    Raises AttackError: attack.empty, attack.unknown, attack.strength, attack.no-strength.
     """
     return Chain(tuple(_step(part.strip(), spec) for part in spec.split("+")))
 
@@ -117,7 +119,7 @@ def _step(part: str, spec: str) -> Step:
     name, colon, strength = (piece.strip() for piece in part.partition(":"))
     if not name:
         raise AttackError("attack.empty", "a name is missing", subject=repr(spec))
-    if not colon:
+    if name not in ATTACKS or not colon:
         return Step(name, ATTACKS[name].default if name in ATTACKS else None)
     return Step(name, _number(part, name, strength))
 
@@ -126,10 +128,14 @@ def _number(part: str, name: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        range = ATTACKS[name].range if name in ATTACKS else "no strength"
-        raise AttackError(
-            "attack.strength", f"{text!r} is not a number", subject=part, name=name, range=range
-        ) from None
+        known, fact = ATTACKS[name], f"{text!r} is not a number"
+        if not known.unit:
+            raise _no_strength(name) from None
+        raise AttackError("attack.strength", fact, subject=part, name=name, range=known.range) from None
+
+
+def _no_strength(name: str) -> AttackError:
+    return AttackError("attack.no-strength", "takes no strength", subject=name)
 
 
 def expand(specs: Iterable[str]) -> list[Chain]:

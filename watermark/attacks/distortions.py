@@ -280,9 +280,9 @@ class Attack:
 
     @property
     def range(self) -> str:
-        """The strengths as text: "quality, whole, 1 … 100"."""
-        kind = "" if self.kind == "any" else f", {self.kind}"
-        return f"{self.unit}{kind}, {self.low:g} … {self.high:g}" if self.unit else "no strength"
+        """The strengths as text: "quality from 1 to 100, whole numbers only"."""
+        kind = "" if self.kind == "any" else f", {self.kind} numbers only"
+        return f"{self.unit} from {self.low:g} to {self.high:g}{kind}" if self.unit else "no strength"
 
     def takes(self, strength: float | None) -> bool:
         if strength is None or not self.unit:

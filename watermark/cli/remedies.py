@@ -106,7 +106,7 @@ REMEDIES: dict[str, str] = {
     "model.unreachable": "check the name and the network, or give the model's folder",
     "model.damaged": "download or save the model again",
     "model.incomplete": "download or save the model again",
-    "model.pickled": "where you trust the file, load it with diffusers and save it with "
+    "model.pickled": "if you trust the file, load it with diffusers and save it with "
     "save_pretrained(FOLDER, safe_serialization=True)",
     "model.no-configs": "put that folder at {folder}, or put the file into it",
     "model.part": "install the version of diffusers that saved the model, or fix its model_index.json",
@@ -259,6 +259,7 @@ REMEDIES: dict[str, str] = {
     "attack.empty": "write attacks such as jpeg:25+blur:4",
     "attack.unknown": "choose from {known}, or use a preset alone: {presets}",
     "attack.strength": "{name} takes: {range}",
+    "attack.no-strength": "omit the strength",
     "attack.model": "give a model with --model",
     "attack.size": "make the image smaller",
     "attack.nan": "use --dtype float32",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ringmark.data.files import TensorInfo, read_tensors, refuse_existing, write_atomic
+from ringmark.data.files import NO_SPACE, TensorInfo, read_tensors, refuse_existing, write_atomic
 from ringmark.data.settings import typed
 from ringmark.errors import KeyFileError
 
@@ -27,7 +26,6 @@ __all__ = ["COMMON", "READABLE", "SECRET_BYTES", "Key", "Kind", "distinct"]
 SECRET_BYTES = 32
 MAX_BYTES = 64 << 20
 MAX_LATENT = MAX_BYTES // 4  # numbers in a latent of the reference size
-FULL = (errno.ENOSPC, errno.EDQUOT)
 READABLE = "RINGMARK_READABLE_KEYS"  # environment variable; if set, keys that others can read are allowed
 COMMON = ("scheme", "kind", "reference", "latent_shape", "model", "created")
 """Fields of descriptions that are not the scheme's own; older keys have latent_shape for kind and reference."""
@@ -128,7 +126,7 @@ class Key:
                 raise
         except OSError as error:
             raise KeyFileError(
-                "file.full" if error.errno in FULL else "key.unwritable",
+                "file.full" if error.errno in NO_SPACE else "key.unwritable",
                 f"cannot be written ({error.strerror})",
                 subject=path,
             ) from None

@@ -21,7 +21,7 @@ from pydantic import Field
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
-from ringmark.errors import ImageError, RingmarkError
+from ringmark.errors import ImageError, RingmarkError, ServiceError
 from ringmark.watermark.service.access import Caller
 from ringmark.watermark.service.answers import Answer, Created, Job, Problem, Refusal, for_public
 from ringmark.watermark.service.fetch import checked_url
@@ -176,7 +176,8 @@ async def judged(
     request: Request, service: Service, caller: Caller, file: UploadFile | None, url: str | None
 ) -> Answer:
     """The answer to a request, as much of it as the caller may see."""
-    if (file is None) == (url is None):
+    fields = (await request.form(), request.query_params)
+    if (file is None) == (url is None) or any(len(each.multi_items()) > len(each) for each in fields):  # one twice
         raise Refusal(422, "request.invalid", "give one picture, as a file or as a URL")
     with tempfile.NamedTemporaryFile(dir=service.folder) as copy:  # the reader of files takes a path
         path = Path(copy.name)
@@ -207,7 +208,10 @@ async def checked(service: Service, file: UploadFile) -> BinaryIO:
 
 
 def refused(request: Request, error: Exception) -> Response:
-    """An error as a Problem: ours by its code, and any other by its status or, if it is unexpected, without detail."""
+    """An error as a Problem: ours by its code, and any other by its status or, if it is unexpected, without detail.
+
+    Of the ServiceErrors, only those of fetching a picture are raised while the service runs.
+    """
     status, code, message, headers = 500, "service.failed", "the request failed", None
     if isinstance(error, HTTPException):
         status, message, headers = error.status_code, error.detail, error.headers
@@ -216,9 +220,10 @@ def refused(request: Request, error: Exception) -> Response:
         first = error.errors()[0]  # not its input, which is part of the request
         where = ".".join(map(str, first["loc"]))
         status, code, message = 422, "request.invalid", f"{where}: {first['msg']}"
-    elif isinstance(error, RingmarkError):
-        status = 422 if isinstance(error, ImageError) else 403 if error.code in FORBIDDEN else 502
-        code, message = error.code, error.fact if isinstance(error, ImageError) else str(error)
+    elif isinstance(error, ServiceError):
+        status, code, message = 403 if error.code in FORBIDDEN else 502, error.code, str(error)
+    elif isinstance(error, RingmarkError):  # without its subject, which can be a path
+        status, code, message = 422 if isinstance(error, ImageError) else 500, error.code, error.fact
     return JSONResponse({"code": code, "message": message}, status, headers)
 
 

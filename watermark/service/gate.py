@@ -78,8 +78,8 @@ class Gate:
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > body.left:
             raise too_large(body.left)
-        if self.service.access.tokens is None and urlsplit(f"//{headers.get('host', '')}").hostname not in LOCAL:
-            raise Refusal(400, "request.host", "without tokens, only requests to this machine by name are answered")
+        if self.service.access.tokens is None and _host(headers) not in LOCAL:
+            raise Refusal(400, "request.host", "without tokens, only requests addressed to localhost are answered")
         if scope["path"] in OPEN:
             return
         caller = self.service.access.caller(headers.get("authorization", ""))
@@ -98,6 +98,14 @@ class Gate:
         self.service.metrics.request_seconds.labels(route).observe(seconds)
         caller = scope.get("state", {}).get("caller")
         LOG.info("%s %s %d in %.3f s for %s", method, route, status, seconds, caller.name if caller else "anyone")
+
+
+def _host(headers: Headers) -> str | None:
+    """The name of the host that a request is for, without the port; None if it is malformed."""
+    try:
+        return urlsplit(f"//{headers.get('host', '')}").hostname
+    except ValueError:
+        return None
 
 
 class _Body:

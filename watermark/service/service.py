@@ -7,7 +7,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ringmark.data.batches import chunks
 from ringmark.data.images import Sample, from_array, read_samples
 from ringmark.errors import ImageError, RingmarkError, ServiceError
 from ringmark.watermark.service.access import Access, Caller
@@ -36,6 +37,7 @@ LOG = logging.getLogger(__name__)
 DECODERS = 2
 MARGIN = 0.5  # of the deadline that the pictures before one may take
 FORM_BYTES = 1 << 16  # around the pictures of a request
+CALLS = 8  # of webhooks at a time
 IDLE_SECONDS = 1  # between looks for webhooks that are due, and after a failure
 
 
@@ -188,9 +190,7 @@ class Service:
         pictures = await asyncio.to_thread(jobs.waiting, self.limits.batch)
         if not pictures:
             await self._work.wait()
-        for failure in await asyncio.gather(*(self._judge_one(jobs, one) for one in pictures), return_exceptions=True):
-            if failure:
-                raise failure
+        await _all(self._judge_one(jobs, picture) for picture in pictures)
 
     async def _judge_one(self, jobs: Jobs, picture: Picture) -> None:
         try:
@@ -214,11 +214,17 @@ class Service:
     async def _call_webhooks(self, jobs: Jobs, fetcher: Fetcher) -> None:
         while not self._stopping.is_set():
             try:
-                for webhook in await asyncio.to_thread(jobs.webhooks):
-                    await self._call(jobs, fetcher, webhook)
+                await self._call_due(jobs, fetcher)
             except Exception:
                 LOG.exception("webhooks cannot be called for the moment")
             await self._idle()
+
+    async def _call_due(self, jobs: Jobs, fetcher: Fetcher) -> None:
+        """Call the webhooks that are due, a few at a time; once the service stops, the rest wait for the next start."""
+        for few in chunks(await asyncio.to_thread(jobs.webhooks), CALLS):
+            if self._stopping.is_set():
+                return
+            await _all(self._call(jobs, fetcher, webhook) for webhook in few)
 
     async def _idle(self) -> None:
         with suppress(asyncio.TimeoutError):
@@ -233,3 +239,10 @@ class Service:
             LOG.warning("the webhook of job %s failed: %s", webhook.job, error.fact)
             success = False
         await asyncio.to_thread(jobs.called, webhook, success=success)
+
+
+async def _all(work: Iterable[Coroutine[None, None, None]]) -> None:
+    """Finish all the work, and then raise the first failure, if any."""
+    for failure in await asyncio.gather(*work, return_exceptions=True):
+        if failure:
+            raise failure

@@ -35,7 +35,8 @@ def prompts_for(given: list[str], number: int, seed: int) -> list[str]:
     """`number` prompts: the given ones in turn, or captions of procedural scenes that no model was trained on."""
     if given:
         return [given[i % len(given)] for i in range(number)]
-    return [scene(UNSEEN_SCENES + seed + i).caption for i in range(number)]
+    seeds = range(UNSEEN_SCENES + seed, UNSEEN_SCENES + seed + number)
+    return [scene(seed).caption for seed in tqdm(seeds, "write prompts", delay=2, unit="prompt", disable=None)]
 
 
 def draw(

@@ -26,7 +26,7 @@ def listing(ring: dict[Path, Key]) -> str:
 
 
 def card(key: Key) -> str:
-    """What may be told of one key, a line a fact; the model by name and fingerprint."""
+    """What may be told of one key, one line per fact; the model by name and fingerprint."""
     model = key.metadata["model"]
     texts = describe(key) | description(key.metadata, COMMON)
     if key.values is None:

@@ -35,7 +35,17 @@ from ringmark.watermark.keys.key import Key, distinct
 from ringmark.watermark.schemes.base import scheme_of
 from ringmark.watermark.statistics import ALPHA
 
-__all__ = ["Keys", "Model", "Setup", "StrPath", "load_calibration", "load_keys", "load_model", "load_verifier"]
+__all__ = [
+    "Keys",
+    "Model",
+    "Setup",
+    "StrPath",
+    "check_alpha",
+    "load_calibration",
+    "load_keys",
+    "load_model",
+    "load_verifier",
+]
 
 LOG = logging.getLogger(__name__)
 
@@ -157,7 +167,7 @@ def _check_descriptions(ring: Mapping[Path, Key]) -> None:
             try:
                 scheme_of(key)
             except SchemeError as error:
-                fact = f"describes a mark that cannot be ({error})"
+                fact = f"describes an impossible mark ({error})"
                 raise KeyFileError("key.description", fact, subject=path) from error
             checked.add(description)
 
@@ -165,6 +175,12 @@ def _check_descriptions(ring: Mapping[Path, Key]) -> None:
 def load_calibration(calibration: StrPath | Calibration | None) -> Calibration | None:
     """The calibration, read if it is a file. Raises CalibrationError."""
     return Calibration.load(Path(calibration)) if isinstance(calibration, (str, PathLike)) else calibration
+
+
+def check_alpha(alpha: float) -> None:
+    """Raises RingmarkError for a significance level outside (0, 1)."""
+    if not 0 < alpha < 1:
+        raise RingmarkError("detector.alpha", "must lie strictly between 0 and 1", subject=f"alpha {alpha:g}")
 
 
 def load_verifier(
@@ -190,8 +206,7 @@ def load_verifier(
     CalibrationError, ModelError, SchemeError for a key that cannot be searched for or whose p needs a calibration, and
     RingmarkError for an `alpha` outside (0, 1).
     """
-    if not 0 < alpha < 1:
-        raise RingmarkError("detector.alpha", "must lie strictly between 0 and 1", subject=f"alpha {alpha:g}")
+    check_alpha(alpha)
     loaded = load_keys(keys)
     if not loaded:
         raise KeyFileError("key.not-given", "no key to look for")

@@ -12,13 +12,13 @@ from ringmark.data.batches import chunks
 from ringmark.data.reader import newest_records, read_settings
 from ringmark.data.results import Results
 from ringmark.data.tensor_files import Rows, TensorFiles, TensorRow
-from ringmark.errors import RingmarkError, StoreError
+from ringmark.errors import StoreError
 from ringmark.watermark.detect.kept import KeptPicture, KeptVerifier
 from ringmark.watermark.statistics import ALPHA
 from ringmark.watermark.tasks.audit import NEEDED, Audit, Record, findings, record_of
 from ringmark.watermark.tasks.keep import load_context
 from ringmark.watermark.tasks.key_table import KeyTable
-from ringmark.watermark.tasks.load import Keys, StrPath, load_keys
+from ringmark.watermark.tasks.load import Keys, StrPath, check_alpha, load_keys
 from ringmark.watermark.tasks.progress import Progress
 
 __all__ = ["reaudit"]
@@ -50,8 +50,7 @@ def reaudit(
             (table.exists) or is a folder (table.folder).
         KeyFileError: A key was made for other latents, or uses frequencies that are not kept (key.reach).
     """
-    if not 0 < alpha < 1:
-        raise RingmarkError("detector.alpha", "must lie strictly between 0 and 1", subject=f"alpha {alpha:g}")
+    check_alpha(alpha)
     source, counts = Path(audited), Audit()
     context, settings = load_context(source), read_settings(source)
     verifier = KeptVerifier(load_keys(keys), context, alpha=alpha)

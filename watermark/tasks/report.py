@@ -62,7 +62,7 @@ def _alpha(results: Path, settings: Mapping[str, Any]) -> float:
     alpha = settings.get("alpha")
     if isinstance(alpha, float) and 0 < alpha < 1:
         return alpha
-    raise StoreError("results.no-audit", "are not the results of an audit", subject=results)
+    raise StoreError("results.no-audit", "is not the results of an audit", subject=results)
 
 
 def _pictures(tally: Tally, folder: Path | None, output: Path, shown: int) -> dict[str, Thumbnail]:

@@ -22,7 +22,7 @@ from ringmark.watermark.figures import explain, save_figure
 from ringmark.watermark.statistics import ALPHA
 from ringmark.watermark.tasks.load import Keys, Model, StrPath, load_verifier
 
-__all__ = ["Outcome", "Picture", "explain_first", "verify", "verify_files"]
+__all__ = ["Outcome", "Picture", "explain_outcome", "verify", "verify_files"]
 
 LOG = logging.getLogger(__name__)
 
@@ -145,14 +145,12 @@ def verify_files(verifier: Verifier, paths: list[Path], *, batch: int | None = N
     yield from (outcomes[i] for i in range(following, len(paths)))
 
 
-def explain_first(verifier: Verifier, outcomes: list[Outcome], output: Path, *, force: bool = False) -> None:
-    """Draw the evidence for the verdict on the first readable file.
+def explain_outcome(verifier: Verifier, outcome: Outcome, output: Path, *, force: bool = False) -> None:
+    """Draw the evidence for the verdict on a file that could be read.
 
-    The figure shows the key, so only the owner can read it. Nothing is drawn if no file can be read. Raises StoreError
-    if, without `force`, it would replace a file that ringmark did not write.
+    The figure shows the key, so only the owner can read it. Raises StoreError if, without `force`, it would replace a
+    file that ringmark did not write.
     """
-    for outcome in outcomes:
-        if outcome.judged:
-            figure = explain(verifier.detector_of(outcome.judged), outcome.judged, outcome.path.name)
-            save_figure(figure, output, 0o600, force=force)
-            return
+    assert outcome.judged
+    figure = explain(verifier.detector_of(outcome.judged), outcome.judged, outcome.path.name)
+    save_figure(figure, output, 0o600, force=force)

@@ -114,7 +114,7 @@ def serve(
 def token(name: str, tokens: Path, scope: str, per_minute: int, revoke: bool, as_json: bool) -> None:
     """Make a token for ringmark serve, and print it once; the file holds only its hash.
 
-    The file is made if it is missing. A running service has to be restarted to know of the change.
+    The file is made if it is missing. Restart a running service to apply the change.
 
     \b
     Example:

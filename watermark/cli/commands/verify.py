@@ -27,6 +27,7 @@ from ringmark.watermark.cli.options import (
 from ringmark.watermark.cli.remedies import explained
 
 UNCHECKED = "note: p-values are not checked against unmarked images, because the model's calibration does not apply"
+EXIT_CODES = {True: 0, False: EXIT_ABSENT, None: EXIT_INCONCLUSIVE}
 
 
 @click.command()
@@ -64,26 +65,28 @@ def verify(
       ringmark verify picture.png --key my.key --explain why.png
     """
     from ringmark.data.files import refuse_existing, refuse_foreign
-    from ringmark.watermark.tasks.verify import explain_first, verify_files
+    from ringmark.watermark.tasks.verify import explain_outcome, verify_files
 
     if explain and explain.resolve() in {path.resolve() for path in images}:
         refuse_existing(explain)
     elif explain:
         refuse_foreign(explain, force)
     verifier, unchecked = detection.prepare(model, inversion)
-    outcomes = []
+    codes: set[int] = set()
+    records, first = [], None
     for outcome in verify_files(verifier, list(images), batch=batch):
-        outcomes.append(outcome)
-        if not as_json:
+        # Only the one to explain is kept, because each holds its image and noise: megabytes.
+        first = first or (outcome if explain and outcome.judged else None)
+        codes.add(EXIT_USAGE if outcome.error else EXIT_CODES[outcome.present])
+        if as_json:
+            records.append(outcome.record())
+        else:
             click.echo(explained(outcome.error) if outcome.error else outcome.sentence(), err=bool(outcome.error))
     if as_json:
-        click.echo(json.dumps([outcome.record() for outcome in outcomes], indent=1))
-    elif unchecked and any(outcome.present for outcome in outcomes):
+        click.echo(json.dumps(records, indent=1))
+    elif unchecked and EXIT_CODES[True] in codes:
         warn([f"{UNCHECKED} ({unchecked})"])
-    if explain:
-        explain_first(verifier, outcomes, explain, force=force)
-        if any(outcome.judged for outcome in outcomes):
-            click.echo(f"explanation drawn into {explain}; it shows the key, keep it secret", err=True)
-    exit_code = {True: 0, False: EXIT_ABSENT, None: EXIT_INCONCLUSIVE}
-    codes = [EXIT_USAGE if outcome.error else exit_code[outcome.present] for outcome in outcomes]
+    if explain and first:
+        explain_outcome(verifier, first, explain, force=force)
+        click.echo(f"explanation drawn into {explain}; it shows the key, keep it secret", err=True)
     ctx.exit(max(codes, key=[0, EXIT_ABSENT, EXIT_INCONCLUSIVE, EXIT_USAGE].index))
