@@ -36,7 +36,9 @@ def prompts_for(given: list[str], number: int, seed: int) -> list[str]:
     if given:
         return [given[i % len(given)] for i in range(number)]
     seeds = range(UNSEEN_SCENES + seed, UNSEEN_SCENES + seed + number)
-    return [scene(seed).caption for seed in tqdm(seeds, "write prompts", delay=2, unit="prompt", disable=None)]
+    return [
+        scene(seed).caption for seed in tqdm(seeds, "write prompts", delay=2, unit="prompt", disable=None, leave=False)
+    ]
 
 
 def draw(
