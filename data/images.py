@@ -10,7 +10,7 @@ import io
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -55,15 +55,13 @@ CODES = ("image.missing", "image.folder", "image.denied", "image.unreadable", "i
 class Sample:
     """An 8-bit RGB image with its metadata.
 
-    `id` is its path as given, `label` whether it is marked (None if unknown), `notes` the conversions on reading.
+    `id` is its path as given, `notes` are the conversions on reading.
     `content` is a digest of the pixels as they were decoded, before they were fitted, and `size` (H, W) their size.
     `parts` are the pictures within it, fitted, if they were asked for (`WithParts`).
     """
 
     id: str
     image: Image.Image
-    label: bool | None = None
-    prompt: str = ""
     notes: tuple[str, ...] = ()
     content: str = ""
     size: Size | None = None
@@ -74,20 +72,13 @@ class WithParts(tuple[Size, ...]):
     """Sizes from a `SizesOf` that also asks for the pictures within, as on a contact sheet or in a screenshot."""
 
 
-def read_sample(
-    path: str | os.PathLike[str],
-    size: Size,
-    *,
-    id: str | None = None,
-    label: bool | None = None,
-    prompt: str = "",
-) -> Sample:
+def read_sample(path: str | os.PathLike[str], size: Size, *, id: str | None = None) -> Sample:
     """The image at `path`, fitted to `size` (H, W), as a Sample; `id` is the path unless given.
 
     Raises ImageError, also for a picture smaller than 1/TINY of that size, from which no noise can be recovered.
     """
     (sample,) = read_samples(path, lambda _: (size,), id=id)
-    return replace(sample, label=label, prompt=prompt)
+    return sample
 
 
 def read_samples(path: str | os.PathLike[str], sizes_of: SizesOf, *, id: str | None = None) -> list[Sample]:

@@ -38,7 +38,6 @@ FIELDS = {
     "statistics": "numbers",
     "residual": "double",
     "status": "string",
-    "label": "bool",
     "notes": "strings",
     "by_search": "bool",
     "shows": "bool",
@@ -53,7 +52,7 @@ FIELDS = {
 
 NAMES = ("sample_id", "same_as")  # which may hold file names that are not UTF-8
 STAMP = ("size", "mtime_ns")
-UNKNOWN = ("present", "label", "residual", "conformal_p", "calibration", "p_value", "log10_p", "score")
+UNKNOWN = ("present", "residual", "conformal_p", "calibration", "p_value", "log10_p", "score")
 """Fields of a verdict that may be null."""
 LONE = re.compile("[\udc80-\udcff]")
 ESCAPED = re.compile(r"\\udc([89a-f][0-9a-f])")

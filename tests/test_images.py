@@ -707,10 +707,10 @@ def test_arrays_that_are_no_images_are_refused(array):
 
 def test_samples(photo):
     assert read_sample(photo, (24, 20)).id == str(photo)
-    sample = read_sample(photo, (8, 8), id="a", label=True, prompt="lake")
-    assert (sample.id, sample.label, sample.prompt, sample.image.size) == ("a", True, "lake", (8, 8))
+    sample = read_sample(photo, (8, 8), id="a")
+    assert (sample.id, sample.image.size) == ("a", (8, 8))
     assert sample.notes == ("resized 20x24 -> 8x10 and centre-cropped to 8x8",)
-    assert Sample("x", sample.image) == Sample(id="x", image=sample.image, label=None, prompt="", notes=())
+    assert Sample("x", sample.image) == Sample(id="x", image=sample.image, notes=())
 
 
 # -- writing -----------------------------------------------------------------------------------------

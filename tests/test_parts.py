@@ -38,7 +38,7 @@ def verdict(id: str, **fields) -> dict:
         **{"sample_id": id, "content": "c", "width": 4, "height": 3, "present": True, "key": "k", "p_value": 1e-9},
         **{"log10_p": -9.0, "score": 0.5, "stage": "latents", "calibration": None, "conformal_p": None},
         **{"carries": ["k"], "keys": {"k": {"p_value": 1e-9, "other": 2.0}}, "stages": {"latents": 1e-9}},
-        **{"residual": None, "status": "converged", "seconds": 0.1, "label": None, "notes": [], "by_search": False},
+        **{"residual": None, "status": "converged", "seconds": 0.1, "notes": [], "by_search": False},
         **{"shows": True, "model": "pocket", "size": 9, "mtime_ns": 2**60, "other": 2.0},
     }
     return values | fields

@@ -338,7 +338,6 @@ class _Batch:
             residual=seen.residuals[i],
             status=seen.status[i],
             seconds=seen.seconds,
-            label=sample.label,
             conformal_p=None if conformal is None else min(1.0, conformal * detector.number_of_tests),
             calibration=detector.calibration.fingerprint if detector.calibration else None,
             notes=(*sample.notes, *filter(None, [detector.notes.get(key), doubt])),

@@ -55,7 +55,6 @@ class Verdict:
     residual: float | None
     status: str
     seconds: float
-    label: bool | None = None
     conformal_p: float | None = None
     calibration: str | None = None
     notes: tuple[str, ...] = field(default=())
