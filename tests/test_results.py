@@ -9,6 +9,8 @@ import stat
 import subprocess
 import sys
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -116,6 +118,18 @@ def test_reading_works_while_another_writes(path):
         for n in range(3):
             assert len(read_records(path)[1]) == n
             results.append({"sample_id": str(n)})
+
+
+def test_threads_read_while_another_appends(path, request):
+    request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
+    sys.setswitchinterval(1e-6)
+    ids = [str(i) for i in range(50)]
+    fill(path, *({"sample_id": id} for id in ids))
+    with Results(path, SETTINGS) as results, ThreadPoolExecutor(2) as pool:
+        reads = [pool.submit(lambda: [results.records[id]["sample_id"] for id in ids * 300]) for _ in range(2)]
+        while not all(read.done() for read in reads):
+            results.append({"sample_id": "new"})
+        assert [read.result() for read in reads] == [ids * 300] * 2
 
 
 def test_other_settings_are_refused_by_name(path):
