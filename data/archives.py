@@ -93,11 +93,13 @@ def _stamp(info: zipfile.ZipInfo) -> int | None:
 
 
 def _inflated(members: zipfile.ZipFile, info: zipfile.ZipInfo, id: str) -> bytes | ImageError:
-    """An entry's bytes, of which zipfile reads no more than are declared; damage costs only this entry."""
+    """An entry's bytes, of which no more are inflated than are declared; damage costs only this entry."""
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile inflates others without a bound
+        return ImageError("image.compression", "is not compressed with deflate", subject=f"{id}/{info.filename}")
     try:
         with members.open(info) as file:
-            return file.read()
-    except (*DAMAGE, RuntimeError) as error:  # RuntimeError for encryption and unknown compression
+            return file.read(info.file_size)
+    except (*DAMAGE, RuntimeError) as error:  # RuntimeError for encryption
         fact = f"is damaged, encrypted or cut off ({type(error).__name__})"
         return ImageError("image.damaged", fact, subject=f"{id}/{info.filename}")
 

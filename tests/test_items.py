@@ -10,6 +10,7 @@ import os
 import sys
 import tarfile
 import threading
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -83,8 +84,8 @@ def tar(path: Path, entries: dict[str, bytes], mode: str = "w") -> Path:
     return path
 
 
-def zipped(path: Path, entries: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+def zipped(path: Path, entries: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
         for name, data in entries.items():
             archive.writestr(name, data)
     return path
@@ -202,6 +203,22 @@ def test_bombs_are_bounded(tmp_path, monkeypatch):
     for path in bombs:
         found = read(path)
         assert found[f"{path}/1.png"] == "image.too-many-bytes" and found[f"{path}/2.png"] == content(png(2))
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_zip_inflates_no_more_than_it_declares(tmp_path, method):
+    path = zipped(tmp_path / "a.zip", {"0.png": png(0), "1.png": bytes(50 << 20)}, method)
+    data = bytearray(path.read_bytes())
+    at = data.rindex(b"PK\1\2") + 24  # the size of the second entry
+    data[at : at + 4] = (100).to_bytes(4, "little")
+    path.write_bytes(data)
+    tracemalloc.start()
+    found = read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    kept, code = content(png(0)), "image.compression"
+    assert list(found.values()) == ([kept, "image.damaged"] if method == zipfile.ZIP_DEFLATED else [code, code])
+    assert peak < 10 << 20
 
 
 def test_a_header_that_asks_for_gigabytes_is_refused(tmp_path, monkeypatch):

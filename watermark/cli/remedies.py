@@ -35,6 +35,7 @@ REMEDIES: dict[str, str] = {
     "image.none": "give a folder with images, which are files named {suffixes}",
     "image.link": "audit the folder it points to separately, or copy it",
     "image.too-many-bytes": "make it smaller",
+    "image.compression": "unpack the archive, and audit the folder",
     "image.crash": "convert it to PNG or JPEG, or leave it out",
     "source.missing": "check the name",
     "source.denied": "give credentials as its driver reads them, or change its permissions",
