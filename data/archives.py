@@ -20,7 +20,7 @@ from ringmark.data.locations import MAX_BYTES, filename
 from ringmark.data.sources import SUFFIXES
 from ringmark.errors import ImageError
 
-__all__ = ["ARCHIVES", "Entry", "entries"]
+__all__ = ["ARCHIVES", "RATIO", "Entry", "bomb", "entries"]
 
 OPENERS = {
     **{".tar": None, ".zip": None, ".tgz": gzip.open, ".tar.gz": gzip.open},
@@ -79,7 +79,7 @@ def _zip(archive: BinaryIO, id: str, limit: int) -> Iterator[Entry]:
         for info in pictures:
             limit -= info.file_size
             if limit < 0:
-                raise _bomb(id)
+                raise bomb(id)
             content = _checked(id, info.filename, info.file_size) or _inflated(members, info, id)
             yield Entry(info.filename, _stamp(info), content)
 
@@ -124,7 +124,8 @@ def _tar(archive: BinaryIO, id: str, limit: int) -> Iterator[Entry]:
         raise EOFError("no end of the archive")
 
 
-def _bomb(id: str) -> ImageError:
+def bomb(id: str) -> ImageError:
+    """The error for what expands too far."""
     return ImageError("source.bomb", f"expands to more than {RATIO} times its size", subject=id)
 
 
@@ -155,7 +156,7 @@ class _Forward:
 
     def read(self, size: int) -> bytes:
         if size > MAX_BYTES:
-            raise _bomb(self._id)
+            raise bomb(self._id)
         back, self._back = self._back, 0
         pieces, left = [self.last[-1:] * back], size - back
         while left > 0 and (piece := self._next(min(left, 1 << 20))):
@@ -168,6 +169,6 @@ class _Forward:
         piece = self._stream.read(size)
         self._at += len(piece)
         if self._at > self._limit:
-            raise _bomb(self._id)
+            raise bomb(self._id)
         self.last = piece or self.last
         return piece

@@ -158,13 +158,12 @@ def _in_archive(location: Location) -> Iterator[Item]:
 def _in_table(location: Location) -> Iterator[Item]:
     with location.opened(seekable=True) as file:
         for row in rows(file, location.id):
-            id = f"{location.id}#{row.number}"
-            if row.path is not None:
-                yield _named(location, row.path)
-            elif row.content is not None:
-                yield Item.holding(id, row.content)
+            if isinstance(row.value, str):
+                yield _named(location, row.value)
+            elif isinstance(row.value, ImageError):
+                yield Item.failed(row.id, row.value)
             else:
-                yield Item.failed(id, ImageError("image.empty", "has no bytes", subject=id))
+                yield Item.holding(row.id, row.value)
 
 
 def _in_list(location: Location) -> Iterator[Item]:

@@ -232,15 +232,16 @@ def test_a_header_that_asks_for_gigabytes_is_refused(tmp_path, monkeypatch):
 # -- tables and lists
 
 
-def table(path: Path, columns: dict, **kinds) -> Path:
+def table(path: Path, columns: dict, compression: str | None = None, rows: int = 2) -> Path:
     pa = pytest.importorskip("pyarrow")
     made = pa.table(columns)
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
 
-        pq.write_table(made, path, row_group_size=2)
+        pq.write_table(made, path, row_group_size=rows)
     else:
-        with (pa.ipc.new_file if path.suffix == ".feather" else pa.ipc.new_stream)(path, made.schema) as file:
+        new = pa.ipc.new_file if path.suffix == ".feather" else pa.ipc.new_stream
+        with new(path, made.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as file:
             file.write_table(made)
     return path
 
@@ -254,6 +255,55 @@ def test_tables_of_pictures(tmp_path, suffix, shape):
     path = table(tmp_path / f"t{suffix}", {"label": list(range(5)), **columns})
     expected = [*CONTENTS.values(), "image.empty", "image.unknown-format"]
     assert read(path) == {f"{path}#{i}": value for i, value in enumerate(expected)}
+
+
+@pytest.mark.parametrize("suffix", [".arrow", ".feather"])
+@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+def test_compressed_tables_are_read_unless_they_are_bombs(tmp_path, monkeypatch, suffix, compression):
+    pa = pytest.importorskip("pyarrow")
+    kinds = pa.array(["x", None, "y"]).dictionary_encode()  # has a message of its own
+    path = table(tmp_path / f"t{suffix}", {"kind": kinds, "image": list(PICTURES.values())}, compression)
+    assert list(read(path).values()) == list(CONTENTS.values())
+    monkeypatch.setattr("ringmark.data.arrow.MAX_BYTES", 1000)
+    monkeypatch.setattr("ringmark.data.arrow.RATIO", 10)
+    assert list(read(path).values()) == list(CONTENTS.values())
+    zeros = bytes(100_000)
+    values = pa.array([zeros.decode()] * 3).dictionary_encode()
+    for columns in ({"image": [zeros] * 3}, {"image": [b"x"] * 3, "kind": values}):
+        bomb = table(tmp_path / f"bomb{suffix}", columns, compression)
+        assert read(bomb) == {str(bomb): "source.bomb"}
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_of_a_value_in_many_rows_there_is_one_copy_at_a_time(tmp_path, suffix):
+    pa = pytest.importorskip("pyarrow")
+    value, pool = bytes(1 << 20), pa.default_memory_pool()
+    repeated = [value] * 64 if suffix == ".parquet" else pa.DictionaryArray.from_arrays([0] * 64, [value])
+    path = table(tmp_path / f"t{suffix}", {"image": repeated}, rows=64)
+    pa.set_memory_pool(counted := pa.proxy_memory_pool(pool))
+    tracemalloc.start()
+    try:
+        assert set(read(path).values()) == {"image.unknown-format"}
+        assert counted.max_memory() + tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(pool)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".feather"])
+def test_a_row_larger_than_a_picture_is_not_read(tmp_path, monkeypatch, suffix):
+    path = table(tmp_path / f"t{suffix}", {"image": [png(0), png(1, 64), png(2)]})
+    monkeypatch.setattr("ringmark.data.tables.MAX_BYTES", 4000)
+    expected = [content(png(0)), "image.too-many-bytes", content(png(2))]
+    assert read(path) == {f"{path}#{i}": value for i, value in enumerate(expected)}
+
+
+def test_a_value_outside_of_its_table_is_damage(tmp_path):
+    path = table(tmp_path / "t.arrow", {"image": [b"abcd"] * 4})
+    data, places = path.read_bytes(), np.array([0, 4, 8, 12, 16], np.int32)
+    assert places.tobytes() in data
+    path.write_bytes(data.replace(places.tobytes(), (places + [0, 0, 2_000_000_000, 0, 0]).astype(np.int32).tobytes()))
+    assert read(path) == {str(path): "source.damaged"}
 
 
 @pytest.mark.parametrize("name", ["list.csv", "list.tsv", "list.txt", "list.parquet"])
