@@ -23,12 +23,15 @@ __all__ = ["MAX_BYTES", "Location", "filename", "has_scheme", "is_web", "public"
 MAX_BYTES = 512 << 20  # of one picture: 64 million pixels of 8 bytes
 SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)  # two letters or more: C:/ is a drive
 USER = re.compile(r"//[^/?#]*@")
-SIGNING = re.compile(
-    r"(x-(amz|goog|oss|cos|ms)-.*|aws\w*|google\w*|sig|signature|token|.*token|.*key|key.*|.*secret.*|.*password|auth.*"
-    r"|credential.*|policy|expires|s[a-z])",
-    re.IGNORECASE,
-)
-"""Names of the parameters with which an address is signed, Azure's two-letter ones among them."""
+SIGNERS = ("x-amz-", "x-goog-")
+SIGNATURES = {
+    "signature": {"expires", "policy", "key-pair-id", "awsaccesskeyid", "googleaccessid", "ossaccesskeyid"},
+    "sig": set("sv ss srt sp st se spr sip sr si sdd ses skoid sktid skt ske sks skv saoid suoid scid".split()),
+}
+"""The parameters with which an address is signed: how their names begin, or what their names are beside a signature.
+
+Without one, such names may tell pictures apart. The second group is Azure's.
+"""
 DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 STAMPS = ("mtime", "LastModified", "last_modified", "updated", "created")
 REFUSED = re.compile("credential|forbidden|denied|unauthorized|gatedrepo|authentication", re.IGNORECASE)
@@ -61,9 +64,16 @@ def public(address: str) -> str:
     if not is_web(address):  # elsewhere ? and # belong to the name
         return address
     parts = urlsplit(address)
-    others = [(name, value) for name, value in parse_qsl(parts.query, True) if not SIGNING.fullmatch(name)]
+    others = _unsigned(parse_qsl(parts.query, True))
     mark = f"?{hashlib.sha256(repr(others).encode()).hexdigest()[:12]}" if others else ""
     return f"{parts.scheme}://{parts.netloc}{parts.path}{mark}"
+
+
+def _unsigned(parameters: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The parameters that do not sign the address."""
+    found = SIGNATURES.keys() & {name.lower() for name, _ in parameters}
+    signing = found.union(*(SIGNATURES[name] for name in found))
+    return [pair for pair in parameters if not pair[0].lower().startswith(SIGNERS) and pair[0].lower() not in signing]
 
 
 @dataclass(frozen=True)

@@ -405,10 +405,19 @@ def test_what_the_web_refuses_is_said_without_secrets(web, caplog, monkeypatch):
 
 
 def test_names_of_addresses_keep_no_secret_and_tell_pictures_apart():
-    assert public("https://a.b/c.png?X-Amz-Signature=1&X-Amz-Date=2&Expires=3&AWSAccessKeyId=4") == "https://a.b/c.png"
-    assert public("https://a.b/c?sv=1&se=2&sp=r&sr=b&sig=x") == "https://a.b/c"
-    one, other = public("https://a.b/c?id=1&token=x"), public("https://a.b/c?id=2&token=x")
-    assert one != other and one == public("https://u:p@a.b/c?id=1&token=y#z") and "id" not in one
+    for signed in (
+        "X-Amz-Signature=1&X-Amz-Date=2&x-amz-security-token=3",
+        "Expires=1&AWSAccessKeyId=2&Signature=3",
+        "Policy=1&Key-Pair-Id=2&Signature=3",
+        "sv=1&se=2&sp=r&sr=b&sig=x",
+    ):
+        assert public(f"https://a.b/c.png?{signed}") == "https://a.b/c.png"
+        assert (
+            public(f"https://a.b/c?id=1&{signed}") == public("https://u:p@a.b/c?id=1#z") != public("https://a.b/c?id=2")
+        )
+    for name in ("key", "monkey", "keyword", "sv", "sz", "token", "policy", "author", "expires", "x-oss-process"):
+        one, other = public(f"https://a.b/c?{name}=hunter2"), public(f"https://a.b/c?{name}=hunter3")
+        assert one != other and name not in one and "hunter" not in one
     assert public("s3://bucket/what?is#this.png") == "s3://bucket/what?is#this.png"
     assert public("sftp://user:pw@host/a.png") == "sftp://host/a.png"
     assert public("plain/path?x@y.png") == "plain/path?x@y.png"
