@@ -23,7 +23,6 @@ from ringmark.data.locations import (
     has_scheme,
     is_web,
     public,
-    stamp_in,
     too_many_bytes,
 )
 from ringmark.data.sources import SUFFIXES, Listing, list_images, stamp_of
@@ -104,10 +103,9 @@ def _expanded(source: str) -> Sequence[Location]:
         locations = [Location.at(os.path.abspath(path)).named(path) for path in paths]
     elif glob.has_magic(source) and not is_web(source):  # where ? begins the parameters
         pattern = Location.at(source)
-        locations = [pattern.below(path) for path in pattern.glob()]
+        locations = [pattern.below(path, facts) for path, facts in pattern.glob()]
     else:
-        locations = [Location.at(source)]
-        locations[0].check()
+        locations = [Location.at(source).checked()]
     if not locations:
         raise ImageError("source.missing", "does not exist", subject=public(source))
     return locations
@@ -129,15 +127,16 @@ def _inside(location: Location, follow_links: bool) -> Iterator[Item]:
     else:
         for path, facts in location.walk():
             if path.lower().endswith(SUFFIXES) and not posixpath.basename(path).startswith("."):
-                yield _at(location.below(path), **stamp_in(facts))
+                yield _at(location.below(path, facts))
 
 
-def _at(location: Location, size: int | None = None, mtime_ns: int | None = None) -> Item:
+def _at(location: Location) -> Item:
     if location.is_local:
         path = Path(location.id)
         return Item(id=location.id, read=partial(_read_file, path, location.id), **stamp_of(path))
-    read = partial(_refuse, too_many_bytes(location.id)) if (size or 0) > MAX_BYTES else partial(_fetch, location)
-    return Item(id=location.id, read=read, size=size, mtime_ns=mtime_ns)
+    is_too_large = (location.stamp.get("size") or 0) > MAX_BYTES
+    read = partial(_refuse, too_many_bytes(location.id)) if is_too_large else partial(_fetch, location)
+    return Item(id=location.id, read=read, **location.stamp)
 
 
 def _fetch(location: Location, sizes_of: SizesOf) -> list[Sample]:

@@ -11,7 +11,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, BinaryIO
 from urllib.parse import parse_qsl, urlsplit
@@ -78,11 +78,13 @@ def _unsigned(parameters: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Location:
-    """A file or folder: its filesystem of fsspec, its path there, and the id by which it is known."""
+    """A file or folder: its filesystem of fsspec, its path there, the id by which it is known, and its `stamp_in`
+    what has listed it, if anything has."""
 
     files: Any
     path: str
     id: str
+    stamp: dict[str, int | None] = field(default_factory=dict)
 
     @classmethod
     def at(cls, address: str) -> Location:
@@ -102,9 +104,10 @@ class Location:
             raise ImageError("source.no-driver", fact, subject=public(address), package=package) from None
         return cls(files=files, path=path, id=public(address))
 
-    def below(self, path: str) -> Location:
-        """The location of another path of this filesystem."""
-        return Location(files=self.files, path=path, id=self._id_of(path))
+    def below(self, path: str, facts: dict[str, Any] | None = None) -> Location:
+        """The location of another path of this filesystem, with the facts of its listing."""
+        stamp = stamp_in(facts) if facts else {}
+        return Location(files=self.files, path=path, id=self._id_of(path), stamp=stamp)
 
     def _id_of(self, path: str) -> str:
         scheme = SCHEME.match(self.id)
@@ -132,12 +135,11 @@ class Location:
         alike = own and other and own[1].lower() == other[1].lower()
         return self.is_local or ("::" not in address and (is_web(address) or bool(alike)))
 
-    def check(self) -> None:
-        """Raises ImageError unless there is something at this location or below."""
-        if hasattr(self.files, "call_s3"):
-            next(self.walk(), None) or self.facts()
-        else:
-            self.facts()
+    def checked(self) -> Location:
+        """The same location, stamped unless it is a prefix. Raises ImageError if nothing is there or below."""
+        if hasattr(self.files, "call_s3") and next(self.walk(), None):
+            return self
+        return replace(self, stamp=stamp_in(self.facts()))
 
     def facts(self) -> dict[str, Any]:
         """Type, size and times as the filesystem gives them. Raises ImageError."""
@@ -195,10 +197,10 @@ class Location:
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
-    def glob(self) -> list[str]:
-        """The paths that this pattern matches. Raises ImageError."""
+    def glob(self) -> list[tuple[str, dict[str, Any]]]:
+        """Paths and facts of what this pattern matches. Raises ImageError."""
         with _reported(self.id):
-            return sorted(self.files.glob(self.path))
+            return sorted(self.files.glob(self.path, detail=True).items())
 
 
 def too_many_bytes(id: str) -> ImageError:

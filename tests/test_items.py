@@ -466,6 +466,20 @@ def test_prefixes_objects_and_patterns_of_a_bucket(bucket, tmp_path):
     assert found == below("s3://bucket/shards/0.tar") | {"s3://bucket/shards/1.tar/a.png": CONTENTS["a.png"]}
 
 
+def test_objects_are_stamped_however_they_are_named(bucket):
+    import fsspec
+
+    fsspec.filesystem("memory").pipe("/d/a.png", PICTURES["a.png"])
+    for folder in ("memory://d", "s3://bucket/album"):
+        stamps = [
+            item.stamp
+            for name in ("", "/*.png", "/a.png")
+            for item in items_of(folder + name)
+            if item.id.endswith("/a.png")
+        ]
+        assert stamps == stamps[:1] * 3 and stamps[0]["size"] == len(PICTURES["a.png"]) and stamps[0]["mtime_ns"]
+
+
 def test_a_listing_is_read_page_by_page(bucket, monkeypatch):
     for i in range(25):
         bucket.pipe(f"bucket/many/{i:03d}.png", b"x")
