@@ -90,7 +90,8 @@ class Location:
     def at(cls, address: str) -> Location:
         """The location of an address or a path.
 
-        Raises ImageError: source.no-driver if a package for it is missing, source.scheme for an unknown scheme.
+        Raises ImageError: source.no-driver or source.driver if a package for it is missing, source.scheme for an
+        unknown scheme.
         """
         from fsspec import url_to_fs
 
@@ -99,7 +100,9 @@ class Location:
             with _reported(public(address)):
                 files, path = url_to_fs(address)
         except ImportError:
-            package = DRIVERS.get(scheme, f"its fsspec driver for {scheme}")
+            if not (package := DRIVERS.get(scheme)):
+                fact = "needs a driver of fsspec, which is not installed"
+                raise ImageError("source.driver", fact, subject=public(address), scheme=scheme) from None
             fact = f"needs {package}, which is not installed"
             raise ImageError("source.no-driver", fact, subject=public(address), package=package) from None
         return cls(files=files, path=path, id=public(address))

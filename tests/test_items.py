@@ -23,6 +23,7 @@ from ringmark.data.items import items_of
 from ringmark.data.locations import Location, public
 from ringmark.data.results import content_id
 from ringmark.errors import ImageError
+from ringmark.watermark.cli.remedies import explained
 
 SIZE = (16, 16)
 
@@ -521,6 +522,8 @@ def test_drivers_and_schemes_that_are_not_there(monkeypatch):
     monkeypatch.setattr(fsspec, "url_to_fs", missing)
     error = refused("gs://bucket/album")
     assert error.code == "source.no-driver" and error.details["package"] == "gcsfs"
+    error = refused("abfs://container/album")
+    assert explained(error) == f"abfs://container/album: {error.fact}; install the fsspec driver for abfs"
 
 
 def test_what_is_larger_than_a_picture_is_not_fetched(web, monkeypatch):

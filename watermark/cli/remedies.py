@@ -42,6 +42,7 @@ REMEDIES: dict[str, str] = {
     "source.unreachable": "check the name and the network",
     "source.scheme": "give a path, or an address such as s3://, gs://, hf:// or https://",
     "source.no-driver": "install it with: pip install {package}",
+    "source.driver": "install the fsspec driver for {scheme}",
     "source.damaged": "download or copy the file again",
     "source.bomb": "if you trust its origin, unpack it, and audit the folder",
     "source.column": "rename the column to one of {known}",
