@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from typing import BinaryIO, NamedTuple
 
-from ringmark.data.locations import MAX_BYTES, filename
-from ringmark.data.sources import SUFFIXES
+from ringmark.data.locations import MAX_BYTES, filename, too_many_bytes
+from ringmark.data.sources import is_picture
 from ringmark.errors import ImageError
 
 __all__ = ["ARCHIVES", "RATIO", "Entry", "bomb", "entries"]
@@ -63,24 +63,15 @@ def entries(archive: BinaryIO, id: str, size: int | None) -> Iterator[Entry]:
         yield Entry("", None, ImageError("source.damaged", fact, subject=id))
 
 
-def _is_picture(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not name.rpartition("/")[2].startswith(".")
-
-
-def _checked(id: str, name: str, size: int) -> ImageError | None:
-    if size <= MAX_BYTES:
-        return None
-    return ImageError("image.too-many-bytes", f"has more than {MAX_BYTES >> 20} MB", subject=f"{id}/{name}")
-
-
 def _zip(archive: BinaryIO, id: str, limit: int) -> Iterator[Entry]:
     with zipfile.ZipFile(archive) as members:
-        pictures = [info for info in members.infolist() if not info.is_dir() and _is_picture(info.filename)]
+        pictures = [info for info in members.infolist() if not info.is_dir() and is_picture(info.filename)]
         for info in pictures:
             limit -= info.file_size
             if limit < 0:
                 raise bomb(id)
-            content = _checked(id, info.filename, info.file_size) or _inflated(members, info, id)
+            is_too_large = info.file_size > MAX_BYTES
+            content = too_many_bytes(f"{id}/{info.filename}") if is_too_large else _inflated(members, info, id)
             yield Entry(info.filename, _stamp(info), content)
 
 
@@ -110,18 +101,22 @@ def _tar(archive: BinaryIO, id: str, limit: int) -> Iterator[Entry]:
     with tarfile.open(fileobj=stream, mode="r:") as members:  # type: ignore[call-overload]
         while member := members.next():
             members.members = []  # otherwise it keeps all of them
-            if member.type not in PLAIN or member.issparse() or not _is_picture(member.name):
+            if member.type not in PLAIN or member.issparse() or not is_picture(member.name):
                 continue
-            content: bytes | ImageError | None = _checked(id, member.name, member.size)
-            if not content:
-                stream.seek(member.offset_data)
-                content = stream.read(member.size)
-                if len(content) < member.size:
-                    raise EOFError(f"in {member.name}")
+            is_too_large = member.size > MAX_BYTES
+            content = too_many_bytes(f"{id}/{member.name}") if is_too_large else _piece(stream, member)
             stamp = int(member.mtime) * 10**9 if 0 <= member.mtime < LATEST else None
             yield Entry(member.name, stamp, content)
     if stream.last != ZEROS:  # tarfile takes any end for the end
         raise EOFError("no end of the archive")
+
+
+def _piece(stream: _Forward, member: tarfile.TarInfo) -> bytes:
+    stream.seek(member.offset_data)
+    content = stream.read(member.size)
+    if len(content) < member.size:
+        raise EOFError(f"in {member.name}")
+    return content
 
 
 def bomb(id: str) -> ImageError:

@@ -25,7 +25,7 @@ from ringmark.data.locations import (
     public,
     too_many_bytes,
 )
-from ringmark.data.sources import SUFFIXES, Listing, list_images, stamp_of
+from ringmark.data.sources import SUFFIXES, Listing, is_picture, list_images, stamp_of
 from ringmark.data.tables import LISTS, TABLES, listed, rows
 from ringmark.errors import ImageError
 
@@ -126,7 +126,7 @@ def _inside(location: Location, follow_links: bool) -> Iterator[Item]:
         yield _at(location)
     else:
         for path, facts in location.walk():
-            if path.lower().endswith(SUFFIXES) and not posixpath.basename(path).startswith("."):
+            if is_picture(path):
                 yield _at(location.below(path, facts))
 
 

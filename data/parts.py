@@ -180,7 +180,7 @@ def snapshot(folder: Path) -> tuple[list[Path], BinaryIO | None]:
     parts = list_parts(folder)
     while True:
         try:
-            return parts, open_regular(folder / UNFINISHED.format(_next(parts)), StoreError, "results")
+            return parts, open_regular(folder / UNFINISHED.format(_next(parts)), StoreError, room="results")
         except StoreError as error:
             if error.code != "results.missing":
                 raise

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["newest_records", "read_records", "read_results", "read_settings"]
 
 ROWS = 20_000  # of a table
-CODES = ("results.missing", "results.folder", "results.denied", "results.unreadable", "results.special")
-"""Codes for files that cannot be opened."""
 
 
 def read_records(path: PathLike, *, fields: Collection[str] = ()) -> tuple[Record, list[Record]]:
@@ -35,7 +33,7 @@ def read_records(path: PathLike, *, fields: Collection[str] = ()) -> tuple[Recor
     if are_parts(Path(path)):
         with Source(Path(path)) as source:
             return source.settings, list({record["sample_id"]: record for record in source.records()}.values())
-    with open_regular(path, StoreError, "results") as file:
+    with open_regular(path, StoreError, room="results") as file:
         try:
             settings = settings_in(Path(path), file.readline())
             records = {entry.record["sample_id"]: entry.record for entry in entries(Path(path), file, fields)}
@@ -104,7 +102,7 @@ class Source:
                 raise StoreError(code, fact, subject=path)
             self.parts, self._file = snapshot(path)
         else:
-            self._file = open_regular(path, StoreError, "results")
+            self._file = open_regular(path, StoreError, room="results")
         self.settings = self._settings()
 
     def _settings(self) -> Record:
