@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from typing import BinaryIO, NamedTuple
 
-from ringmark.data.locations import MAX_BYTES, filename
-from ringmark.data.sources import SUFFIXES
+from ringmark.data.locations import MAX_BYTES, filename, too_many_bytes
+from ringmark.data.sources import is_picture
 from ringmark.errors import ImageError
 
-__all__ = ["ARCHIVES", "Entry", "entries"]
+__all__ = ["ARCHIVES", "RATIO", "Entry", "bomb", "entries"]
 
 OPENERS = {
     **{".tar": None, ".zip": None, ".tgz": gzip.open, ".tar.gz": gzip.open},
@@ -63,24 +63,15 @@ def entries(archive: BinaryIO, id: str, size: int | None) -> Iterator[Entry]:
         yield Entry("", None, ImageError("source.damaged", fact, subject=id))
 
 
-def _is_picture(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not name.rpartition("/")[2].startswith(".")
-
-
-def _checked(id: str, name: str, size: int) -> ImageError | None:
-    if size <= MAX_BYTES:
-        return None
-    return ImageError("image.too-many-bytes", f"has more than {MAX_BYTES >> 20} MB", subject=f"{id}/{name}")
-
-
 def _zip(archive: BinaryIO, id: str, limit: int) -> Iterator[Entry]:
     with zipfile.ZipFile(archive) as members:
-        pictures = [info for info in members.infolist() if not info.is_dir() and _is_picture(info.filename)]
+        pictures = [info for info in members.infolist() if not info.is_dir() and is_picture(info.filename)]
         for info in pictures:
             limit -= info.file_size
             if limit < 0:
-                raise _bomb(id)
-            content = _checked(id, info.filename, info.file_size) or _inflated(members, info, id)
+                raise bomb(id)
+            is_too_large = info.file_size > MAX_BYTES
+            content = too_many_bytes(f"{id}/{info.filename}") if is_too_large else _inflated(members, info, id)
             yield Entry(info.filename, _stamp(info), content)
 
 
@@ -93,11 +84,13 @@ def _stamp(info: zipfile.ZipInfo) -> int | None:
 
 
 def _inflated(members: zipfile.ZipFile, info: zipfile.ZipInfo, id: str) -> bytes | ImageError:
-    """An entry's bytes, of which zipfile reads no more than are declared; damage costs only this entry."""
+    """An entry's bytes, of which no more are inflated than are declared; damage costs only this entry."""
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile inflates others without a bound
+        return ImageError("image.compression", "is not compressed with deflate", subject=f"{id}/{info.filename}")
     try:
         with members.open(info) as file:
-            return file.read()
-    except (*DAMAGE, RuntimeError) as error:  # RuntimeError for encryption and unknown compression
+            return file.read(info.file_size)
+    except (*DAMAGE, RuntimeError) as error:  # RuntimeError for encryption
         fact = f"is damaged, encrypted or cut off ({type(error).__name__})"
         return ImageError("image.damaged", fact, subject=f"{id}/{info.filename}")
 
@@ -108,21 +101,26 @@ def _tar(archive: BinaryIO, id: str, limit: int) -> Iterator[Entry]:
     with tarfile.open(fileobj=stream, mode="r:") as members:  # type: ignore[call-overload]
         while member := members.next():
             members.members = []  # otherwise it keeps all of them
-            if member.type not in PLAIN or member.issparse() or not _is_picture(member.name):
+            if member.type not in PLAIN or member.issparse() or not is_picture(member.name):
                 continue
-            content: bytes | ImageError | None = _checked(id, member.name, member.size)
-            if not content:
-                stream.seek(member.offset_data)
-                content = stream.read(member.size)
-                if len(content) < member.size:
-                    raise EOFError(f"in {member.name}")
+            is_too_large = member.size > MAX_BYTES
+            content = too_many_bytes(f"{id}/{member.name}") if is_too_large else _piece(stream, member)
             stamp = int(member.mtime) * 10**9 if 0 <= member.mtime < LATEST else None
             yield Entry(member.name, stamp, content)
     if stream.last != ZEROS:  # tarfile takes any end for the end
         raise EOFError("no end of the archive")
 
 
-def _bomb(id: str) -> ImageError:
+def _piece(stream: _Forward, member: tarfile.TarInfo) -> bytes:
+    stream.seek(member.offset_data)
+    content = stream.read(member.size)
+    if len(content) < member.size:
+        raise EOFError(f"in {member.name}")
+    return content
+
+
+def bomb(id: str) -> ImageError:
+    """The error for what expands too far."""
     return ImageError("source.bomb", f"expands to more than {RATIO} times its size", subject=id)
 
 
@@ -153,7 +151,7 @@ class _Forward:
 
     def read(self, size: int) -> bytes:
         if size > MAX_BYTES:
-            raise _bomb(self._id)
+            raise bomb(self._id)
         back, self._back = self._back, 0
         pieces, left = [self.last[-1:] * back], size - back
         while left > 0 and (piece := self._next(min(left, 1 << 20))):
@@ -166,6 +164,6 @@ class _Forward:
         piece = self._stream.read(size)
         self._at += len(piece)
         if self._at > self._limit:
-            raise _bomb(self._id)
+            raise bomb(self._id)
         self.last = piece or self.last
         return piece

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["Damaged", "Jpeg", "Png", "TooMany", "kind_of", "png_size", "webp_size"]
+__all__ = ["Damaged", "Jpeg", "Png", "TooMany", "kind_of", "png_chunks", "png_size", "webp_size"]
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 MAX_INFLATION = 1032  # largest expansion factor of zlib
@@ -80,7 +80,7 @@ class Png:
         """
         width, height, layout = _png_header(content)
         kept, data, frames, profile = [PNG_MAGIC], [], 1, None
-        for kind, start, length in _chunks(content, max_chunks):
+        for kind, start, length in png_chunks(content, max_chunks):
             if kind == b"IDAT":
                 data.append(_checked_chunk(content, start, length))
             elif kind in (b"IHDR", b"PLTE", b"tRNS"):
@@ -136,8 +136,8 @@ def png_size(content: bytes) -> tuple[int, int]:
     return _png_header(content)[:2]
 
 
-def _chunks(content: bytes, max_chunks: int) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, start and length of each chunk before IEND."""
+def png_chunks(content: bytes, max_chunks: int) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, start and length of each chunk before IEND. Raises TooMany for more than `max_chunks`."""
     at, chunks = 8, 0
     while at + 8 <= len(content):
         length, kind = int.from_bytes(content[at : at + 4], "big"), content[at + 4 : at + 8]

@@ -32,7 +32,7 @@ def boxes(image: Image.Image, least: int, most: int = 24) -> list[Box]:
     inked = np.zeros(pixels.shape[:2], bool)
     for channel, level in enumerate(_background(pixels)):  # one by one, which takes less memory
         inked |= np.abs(pixels[..., channel].astype(np.int16) - level) > NEAR
-    found = [box for box in _cut(inked, 0, 0, DEPTH) if box != (0, 0, *image.size) and _is_picture(box, least)]
+    found = [box for box in _cut(inked, 0, 0, least, DEPTH) if box != (0, 0, *image.size) and _is_picture(box, least)]
     return sorted(found, key=_area, reverse=True)[:most]
 
 
@@ -46,22 +46,23 @@ def _background(pixels: NDArray[np.uint8]) -> NDArray[np.int16]:
     return middle
 
 
-def _cut(inked: Mask, left: int, top: int, depth: int) -> Iterator[Box]:
-    """The boxes of what blank lines separate in a mask (H, W) that begins at this place."""
-    pieces = [(rows, columns) for rows in _runs(inked, 1) for columns in _runs(inked[rows], 0)]
+def _cut(inked: Mask, left: int, top: int, least: int, depth: int) -> Iterator[Box]:
+    """The boxes of what blank lines separate in a mask (H, W) that begins at this place, without narrower pieces."""
+    pieces = [(rows, columns) for rows in _runs(inked, 1, least) for columns in _runs(inked[rows], 0, least)]
     for rows, columns in pieces:
         part = inked[rows, columns]
         if depth and (part.shape != inked.shape or len(pieces) > 1):
-            yield from _cut(part, left + columns.start, top + rows.start, depth - 1)
+            yield from _cut(part, left + columns.start, top + rows.start, least, depth - 1)
         else:
             yield left + columns.start, top + rows.start, left + columns.stop, top + rows.stop
 
 
-def _runs(inked: Mask, along: int) -> list[slice]:
-    """The runs of lines that are not blank; lines run along this axis."""
+def _runs(inked: Mask, along: int, least: int) -> list[slice]:
+    """The runs of at least `least` lines that are not blank; lines run along this axis."""
     blank = inked.mean(along) <= FEW
     edges = np.flatnonzero(np.diff(np.concatenate([[True], blank, [True]]).astype(np.int8)))
-    return [slice(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+    # Shorter runs hold no picture, and a page of dots has thousands in each direction.
+    return [slice(int(start), int(stop)) for start, stop in edges.reshape(-1, 2) if stop - start >= least]
 
 
 def _is_picture(box: Box, least: int) -> bool:

@@ -16,10 +16,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
-from ringmark.data.containers import PNG_MAGIC
+from ringmark.data.containers import PNG_MAGIC, png_chunks
 from ringmark.errors import RingmarkError, StoreError, one_line
 
 if TYPE_CHECKING:
@@ -212,13 +213,11 @@ def is_ours(path: PathLike) -> bool:
 
 
 def _in_png(head: bytes) -> bool:
-    at = len(PNG_MAGIC) if head.startswith(PNG_MAGIC) else len(head)
-    while at + 8 <= len(head):
-        length, kind = int.from_bytes(head[at : at + 4], "big"), head[at + 4 : at + 8]
-        if kind == b"tEXt" and head[at + 8 : at + 8 + length].startswith(b"Software\0ringmark"):
-            return True
-        at += 12 + length if kind != b"IDAT" else len(head)
-    return False
+    if not head.startswith(PNG_MAGIC):
+        return False
+    before = takewhile(lambda chunk: chunk[0] != b"IDAT", png_chunks(head, len(head)))
+    texts = (head[start : start + length] for kind, start, length in before if kind == b"tEXt")
+    return any(text.startswith(b"Software\0ringmark") for text in texts)
 
 
 def _in_svg(head: bytes) -> bool:
@@ -253,17 +252,6 @@ def _beside_journal(path: Path) -> bool:
             continue
     return False
 
-
-CODES = (
-    "file.missing",
-    "file.folder",
-    "file.denied",
-    "file.unreadable",
-    "file.special",
-    "file.too-large",
-    "file.damaged",
-)
-"""Codes of `open_regular` and `read_tensors`, with the default `room`."""
 
 # -- reading ----------------------------------------------------------------------------------------------------------
 

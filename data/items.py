@@ -23,10 +23,9 @@ from ringmark.data.locations import (
     has_scheme,
     is_web,
     public,
-    stamp_in,
     too_many_bytes,
 )
-from ringmark.data.sources import SUFFIXES, Listing, list_images, stamp_of
+from ringmark.data.sources import SUFFIXES, Listing, is_picture, list_images, stamp_of
 from ringmark.data.tables import LISTS, TABLES, listed, rows
 from ringmark.errors import ImageError
 
@@ -104,10 +103,9 @@ def _expanded(source: str) -> Sequence[Location]:
         locations = [Location.at(os.path.abspath(path)).named(path) for path in paths]
     elif glob.has_magic(source) and not is_web(source):  # where ? begins the parameters
         pattern = Location.at(source)
-        locations = [pattern.below(path) for path in pattern.glob()]
+        locations = [pattern.below(path, facts) for path, facts in pattern.glob()]
     else:
-        locations = [Location.at(source)]
-        locations[0].check()
+        locations = [Location.at(source).checked()]
     if not locations:
         raise ImageError("source.missing", "does not exist", subject=public(source))
     return locations
@@ -128,16 +126,17 @@ def _inside(location: Location, follow_links: bool) -> Iterator[Item]:
         yield _at(location)
     else:
         for path, facts in location.walk():
-            if path.lower().endswith(SUFFIXES) and not posixpath.basename(path).startswith("."):
-                yield _at(location.below(path), **stamp_in(facts))
+            if is_picture(path):
+                yield _at(location.below(path, facts))
 
 
-def _at(location: Location, size: int | None = None, mtime_ns: int | None = None) -> Item:
+def _at(location: Location) -> Item:
     if location.is_local:
         path = Path(location.id)
         return Item(id=location.id, read=partial(_read_file, path, location.id), **stamp_of(path))
-    read = partial(_refuse, too_many_bytes(location.id)) if (size or 0) > MAX_BYTES else partial(_fetch, location)
-    return Item(id=location.id, read=read, size=size, mtime_ns=mtime_ns)
+    is_too_large = (location.stamp.get("size") or 0) > MAX_BYTES
+    read = partial(_refuse, too_many_bytes(location.id)) if is_too_large else partial(_fetch, location)
+    return Item(id=location.id, read=read, **location.stamp)
 
 
 def _fetch(location: Location, sizes_of: SizesOf) -> list[Sample]:
@@ -158,13 +157,12 @@ def _in_archive(location: Location) -> Iterator[Item]:
 def _in_table(location: Location) -> Iterator[Item]:
     with location.opened(seekable=True) as file:
         for row in rows(file, location.id):
-            id = f"{location.id}#{row.number}"
-            if row.path is not None:
-                yield _named(location, row.path)
-            elif row.content is not None:
-                yield Item.holding(id, row.content)
+            if isinstance(row.value, str):
+                yield _named(location, row.value)
+            elif isinstance(row.value, ImageError):
+                yield Item.failed(row.id, row.value)
             else:
-                yield Item.failed(id, ImageError("image.empty", "has no bytes", subject=id))
+                yield Item.holding(row.id, row.value)
 
 
 def _in_list(location: Location) -> Iterator[Item]:

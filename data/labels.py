@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from ringmark.data.files import open_regular
 from ringmark.errors import EvaluationError, ImageError
 
-__all__ = ["LABELS", "Matched", "match_labels", "read_labels"]
+__all__ = ["LABELS", "Matched", "match_labels", "read_labels", "read_prompts"]
 
 PathLike = str | os.PathLike[str]
 
@@ -30,12 +30,19 @@ LABELS = {
     "unmarked": False,
 }
 PATH_COLUMNS = ("path", "file_name", "filename", "file", "image", "sample_id")
-LABEL_COLUMN = "label"
+LABEL_COLUMN, PROMPT_COLUMN = "label", "prompt"
 DELIMITERS = (",", ";", "\t")
 CODES = ("labels.missing", "labels.folder", "labels.denied", "labels.unreadable", "labels.special")
 """Codes of `read_labels` for files that cannot be opened."""
 
-Row = tuple[str, object, object]  # position in the file, path, label
+
+class _Row(NamedTuple):
+    """What a label file says of one image, and where."""
+
+    where: str
+    path: object
+    label: object
+    prompt: object = None
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -52,9 +59,8 @@ def read_labels(path: PathLike) -> dict[str, bool]:
     Raises ImageError with the code labels.empty, .encoding, .header, .damaged, .value or .contradiction and the line
     (in JSON: the entry), or one of CODES.
     """
-    text = _text(path)
     labels: dict[str, bool] = {}
-    for where, name, value in _json_rows(path, text) if text.lstrip()[:1] in ("{", "[") else _table_rows(path, text):
+    for where, name, value, _ in _rows(path):
         label = _label(value)
         if not isinstance(name, str) or not name or label is None:
             fact = f"{where} has the path {name!r} and the label {value!r}"
@@ -64,6 +70,16 @@ def read_labels(path: PathLike) -> dict[str, bool]:
     if not labels:
         raise ImageError("labels.empty", "holds no labels", subject=path)
     return labels
+
+
+def read_prompts(path: PathLike) -> dict[str, str]:
+    """The prompts by path, if the file that `read_labels` reads has a column "prompt". Raises as it does."""
+    return {str(row.path): row.prompt for row in _rows(path) if isinstance(row.prompt, str)}
+
+
+def _rows(path: PathLike) -> Iterable[_Row]:
+    text = _text(path)
+    return _json_rows(path, text) if text.lstrip()[:1] in ("{", "[") else _table_rows(path, text)
 
 
 def _text(path: PathLike) -> str:
@@ -90,7 +106,7 @@ def _label(value: object) -> bool | None:
         return None
 
 
-def _table_rows(path: PathLike, text: str) -> Iterator[Row]:
+def _table_rows(path: PathLike, text: str) -> Iterator[_Row]:
     delimiter = next((d for d in DELIMITERS if _columns(_first_row(text, d))), ",")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
@@ -99,9 +115,9 @@ def _table_rows(path: PathLike, text: str) -> Iterator[Row]:
             names = f"one of {', '.join(PATH_COLUMNS)} and {LABEL_COLUMN}"
             raise ImageError("labels.header", f"line 1 does not name the columns {names}, once each", subject=path)
         for row in filter(None, reader):
-            if len(row) <= max(columns):
+            if len(row) <= max(columns[:2]):
                 raise ImageError("labels.damaged", f"line {reader.line_num} has too few columns", subject=path)
-            yield f"line {reader.line_num}", row[columns[0]], row[columns[1]]
+            yield _Row(f"line {reader.line_num}", *(row[column] for column in columns if column < len(row)))
     except csv.Error as error:
         raise ImageError("labels.damaged", f"line {reader.line_num} is not CSV ({error})", subject=path) from error
 
@@ -113,16 +129,18 @@ def _first_row(text: str, delimiter: str) -> list[str]:
         return []
 
 
-def _columns(header: Iterable[str]) -> tuple[int, int] | None:
-    """The columns of path and label."""
+def _columns(header: Iterable[str]) -> list[int]:
+    """The columns of path, label and, if there is one, prompt; none if one of the first two is missing."""
     names = [name.strip().lower() for name in header]
     path = next((name for name in PATH_COLUMNS if names.count(name) == 1), None)
-    return (names.index(path), names.index(LABEL_COLUMN)) if path and names.count(LABEL_COLUMN) == 1 else None
+    if not path or names.count(LABEL_COLUMN) != 1:
+        return []
+    return [names.index(name) for name in (path, LABEL_COLUMN, PROMPT_COLUMN) if name in names]
 
 
-def _json_rows(path: PathLike, text: str) -> list[Row]:
+def _json_rows(path: PathLike, text: str) -> list[_Row]:
     try:
-        lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+        lines = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError):
         lines = []
     if lines and all(_is_record(line) for line in lines):
@@ -134,7 +152,7 @@ def _json_rows(path: PathLike, text: str) -> list[Row]:
     except (RecursionError, ValueError) as error:
         raise ImageError("labels.damaged", f"is not a JSON object of labels ({error})", subject=path) from error
     if isinstance(whole, tuple):
-        return [(f"the entry {name!r}", name, value) for name, value in whole]
+        return [_Row(f"the entry {name!r}", name, value) for name, value in whole]
     records = [dict(item) if isinstance(item, tuple) else item for item in whole] if isinstance(whole, list) else [None]
     if not all(_is_record(record) for record in records):
         raise ImageError("labels.header", "line 1 does not start a JSON object or array of labels", subject=path)
@@ -148,8 +166,9 @@ def _is_record(value: object) -> bool:
     )
 
 
-def _row(where: str, record: Any) -> Row:
-    return where, next(record[n] for n in PATH_COLUMNS if isinstance(record.get(n), str)), record[LABEL_COLUMN]
+def _row(where: str, record: Any) -> _Row:
+    path = next(record[name] for name in PATH_COLUMNS if isinstance(record.get(name), str))
+    return _Row(where, path, record[LABEL_COLUMN], record.get(PROMPT_COLUMN))
 
 
 # -- matching ---------------------------------------------------------------------------------------------------------

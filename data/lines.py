@@ -49,7 +49,7 @@ class Lines:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = _open(path)
-        self._lock = threading.Lock()  # between threads that read; what is written goes to the end
+        self._lock = threading.Lock()  # reading and writing both move the file's one position
 
     def start(self, settings: Record, fields: Collection[str], note: Note) -> None:
         """Check the file before anything is written, note its records, and remove an incomplete last line."""
@@ -90,7 +90,8 @@ class Lines:
 
     def _write(self, lines: bytes) -> None:
         try:
-            written = self._file.write(lines)
+            with self._lock:
+                written = self._file.write(lines)
         except OSError as error:
             error.filename = str(self.path)
             raise

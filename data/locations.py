@@ -11,7 +11,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, BinaryIO
 from urllib.parse import parse_qsl, urlsplit
@@ -23,12 +23,15 @@ __all__ = ["MAX_BYTES", "Location", "filename", "has_scheme", "is_web", "public"
 MAX_BYTES = 512 << 20  # of one picture: 64 million pixels of 8 bytes
 SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)  # two letters or more: C:/ is a drive
 USER = re.compile(r"//[^/?#]*@")
-SIGNING = re.compile(
-    r"(x-(amz|goog|oss|cos|ms)-.*|aws\w*|google\w*|sig|signature|token|.*token|.*key|key.*|.*secret.*|.*password|auth.*"
-    r"|credential.*|policy|expires|s[a-z])",
-    re.IGNORECASE,
-)
-"""Names of the parameters with which an address is signed, Azure's two-letter ones among them."""
+SIGNERS = ("x-amz-", "x-goog-")
+SIGNATURES = {
+    "signature": {"expires", "policy", "key-pair-id", "awsaccesskeyid", "googleaccessid", "ossaccesskeyid"},
+    "sig": set("sv ss srt sp st se spr sip sr si sdd ses skoid sktid skt ske sks skv saoid suoid scid".split()),
+}
+"""The parameters with which an address is signed: how their names begin, or what their names are beside a signature.
+
+Without one, such names may tell pictures apart. The second group is Azure's.
+"""
 DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 STAMPS = ("mtime", "LastModified", "last_modified", "updated", "created")
 REFUSED = re.compile("credential|forbidden|denied|unauthorized|gatedrepo|authentication", re.IGNORECASE)
@@ -61,24 +64,34 @@ def public(address: str) -> str:
     if not is_web(address):  # elsewhere ? and # belong to the name
         return address
     parts = urlsplit(address)
-    others = [(name, value) for name, value in parse_qsl(parts.query, True) if not SIGNING.fullmatch(name)]
+    others = _unsigned(parse_qsl(parts.query, True))
     mark = f"?{hashlib.sha256(repr(others).encode()).hexdigest()[:12]}" if others else ""
     return f"{parts.scheme}://{parts.netloc}{parts.path}{mark}"
 
 
+def _unsigned(parameters: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The parameters that do not sign the address."""
+    found = SIGNATURES.keys() & {name.lower() for name, _ in parameters}
+    signing = found.union(*(SIGNATURES[name] for name in found))
+    return [pair for pair in parameters if not pair[0].lower().startswith(SIGNERS) and pair[0].lower() not in signing]
+
+
 @dataclass(frozen=True)
 class Location:
-    """A file or folder: its filesystem of fsspec, its path there, and the id by which it is known."""
+    """A file or folder: its filesystem of fsspec, its path there, the id by which it is known, and its `stamp_in`
+    what has listed it, if anything has."""
 
     files: Any
     path: str
     id: str
+    stamp: dict[str, int | None] = field(default_factory=dict)
 
     @classmethod
     def at(cls, address: str) -> Location:
         """The location of an address or a path.
 
-        Raises ImageError: source.no-driver if a package for it is missing, source.scheme for an unknown scheme.
+        Raises ImageError: source.no-driver or source.driver if a package for it is missing, source.scheme for an
+        unknown scheme.
         """
         from fsspec import url_to_fs
 
@@ -87,14 +100,17 @@ class Location:
             with _reported(public(address)):
                 files, path = url_to_fs(address)
         except ImportError:
-            package = DRIVERS.get(scheme, f"its fsspec driver for {scheme}")
+            if not (package := DRIVERS.get(scheme)):
+                fact = "needs a driver of fsspec, which is not installed"
+                raise ImageError("source.driver", fact, subject=public(address), scheme=scheme) from None
             fact = f"needs {package}, which is not installed"
             raise ImageError("source.no-driver", fact, subject=public(address), package=package) from None
         return cls(files=files, path=path, id=public(address))
 
-    def below(self, path: str) -> Location:
-        """The location of another path of this filesystem."""
-        return Location(files=self.files, path=path, id=self._id_of(path))
+    def below(self, path: str, facts: dict[str, Any] | None = None) -> Location:
+        """The location of another path of this filesystem, with the facts of its listing."""
+        stamp = stamp_in(facts) if facts else {}
+        return Location(files=self.files, path=path, id=self._id_of(path), stamp=stamp)
 
     def _id_of(self, path: str) -> str:
         scheme = SCHEME.match(self.id)
@@ -122,12 +138,11 @@ class Location:
         alike = own and other and own[1].lower() == other[1].lower()
         return self.is_local or ("::" not in address and (is_web(address) or bool(alike)))
 
-    def check(self) -> None:
-        """Raises ImageError unless there is something at this location or below."""
-        if hasattr(self.files, "call_s3"):
-            next(self.walk(), None) or self.facts()
-        else:
-            self.facts()
+    def checked(self) -> Location:
+        """The same location, stamped unless it is a prefix. Raises ImageError if nothing is there or below."""
+        if hasattr(self.files, "call_s3") and next(self.walk(), None):
+            return self
+        return replace(self, stamp=stamp_in(self.facts()))
 
     def facts(self) -> dict[str, Any]:
         """Type, size and times as the filesystem gives them. Raises ImageError."""
@@ -185,10 +200,10 @@ class Location:
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
-    def glob(self) -> list[str]:
-        """The paths that this pattern matches. Raises ImageError."""
+    def glob(self) -> list[tuple[str, dict[str, Any]]]:
+        """Paths and facts of what this pattern matches. Raises ImageError."""
         with _reported(self.id):
-            return sorted(self.files.glob(self.path))
+            return sorted(self.files.glob(self.path, detail=True).items())
 
 
 def too_many_bytes(id: str) -> ImageError:

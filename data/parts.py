@@ -15,9 +15,9 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
-from ringmark.data.files import write_atomic
+from ringmark.data.files import open_regular, write_atomic
 from ringmark.data.lines import VERSION, Lines, Note, Record, check_settings, settings_in, unwritable
 from ringmark.data.schema import record_of, row_of, table_of
 from ringmark.errors import StoreError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-__all__ = ["Parts", "are_parts", "check_pyarrow", "list_parts", "opened", "rows_of", "settings_of", "unfinished"]
+__all__ = ["Parts", "are_parts", "check_pyarrow", "opened", "rows_of", "settings_of", "snapshot"]
 
 ROWS = 10_000  # of a part
 BLOCK = 100  # rows that are read at a time
@@ -68,7 +68,7 @@ class Parts:
         """
         self._settings = settings
         parts = list_parts(self.path)
-        self._number = number_of(parts[-1]) + 1 if parts else 0
+        self._number = _next(parts)
         for part in parts:
             with opened(part) as file:
                 check_settings(self.path, settings_of(part, file), settings)
@@ -172,11 +172,26 @@ def number_of(part: Path) -> int:
     return int(NUMBERED.sub(r"\1", part.name))
 
 
-def unfinished(folder: Path) -> Path | None:
-    """The file of the newest records, if it has any that are in no part."""
+def snapshot(folder: Path) -> tuple[list[Path], BinaryIO | None]:
+    """The parts in a folder, the oldest first, and the open file of the newest records if any are in no part.
+
+    Another run may write meanwhile: a part may appear and its lines vanish between the listing and the opening.
+    """
     parts = list_parts(folder)
-    path = folder / UNFINISHED.format(number_of(parts[-1]) + 1 if parts else 0)
-    return path if path.exists() else None
+    while True:
+        try:
+            return parts, open_regular(folder / UNFINISHED.format(_next(parts)), StoreError, room="results")
+        except StoreError as error:
+            if error.code != "results.missing":
+                raise
+        before, parts = parts, list_parts(folder)
+        if parts == before:
+            return parts, None
+
+
+def _next(parts: list[Path]) -> int:
+    """The number of the part that follows these."""
+    return number_of(parts[-1]) + 1 if parts else 0
 
 
 @contextmanager

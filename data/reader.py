@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from ringmark.data.batches import chunks
 from ringmark.data.files import PathLike, open_regular
 from ringmark.data.lines import Record, entries, iterate, settings_in
-from ringmark.data.parts import are_parts, check_pyarrow, list_parts, opened, rows_of, settings_of, unfinished
+from ringmark.data.parts import are_parts, check_pyarrow, opened, rows_of, settings_of, snapshot
 from ringmark.data.schema import FIELDS, record_of, row_of
 from ringmark.errors import StoreError
 
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["newest_records", "read_records", "read_results", "read_settings"]
 
 ROWS = 20_000  # of a table
-CODES = ("results.missing", "results.folder", "results.denied", "results.unreadable", "results.special")
-"""Codes for files that cannot be opened."""
 
 
 def read_records(path: PathLike, *, fields: Collection[str] = ()) -> tuple[Record, list[Record]]:
@@ -36,7 +33,7 @@ def read_records(path: PathLike, *, fields: Collection[str] = ()) -> tuple[Recor
     if are_parts(Path(path)):
         with Source(Path(path)) as source:
             return source.settings, list({record["sample_id"]: record for record in source.records()}.values())
-    with open_regular(path, StoreError, "results") as file:
+    with open_regular(path, StoreError, room="results") as file:
         try:
             settings = settings_in(Path(path), file.readline())
             records = {entry.record["sample_id"]: entry.record for entry in entries(Path(path), file, fields)}
@@ -96,27 +93,24 @@ class Source:
 
     def __init__(self, path: Path) -> None:
         self.path, self.parts = path, list[Path]()
-        self._close = ExitStack()
-        lines: Path | None = path
+        self._file: BinaryIO | None
         if are_parts(path):
             check_pyarrow(path)
             if not path.is_dir():
                 code = "results.special" if path.exists() else "results.missing"
                 fact = "is not a folder of Parquet parts" if path.exists() else "no such folder of results"
                 raise StoreError(code, fact, subject=path)
-            self.parts, lines = list_parts(path), unfinished(path)
-        self._lines = lines
-        self._file: BinaryIO | None = (
-            self._close.enter_context(open_regular(lines, StoreError, "results")) if lines else None
-        )
+            self.parts, self._file = snapshot(path)
+        else:
+            self._file = open_regular(path, StoreError, room="results")
         self.settings = self._settings()
 
     def _settings(self) -> Record:
         if self.parts:
             with opened(self.parts[0]) as part:
                 return settings_of(self.parts[0], part)
-        if self._lines and self._file:
-            return settings_in(self._lines, self._file.readline())
+        if self._file:
+            return settings_in(Path(self._file.name), self._file.readline())
         raise StoreError("results.foreign", "holds no results", subject=self.path)
 
     def records(self) -> Iterator[Record]:
@@ -125,8 +119,7 @@ class Source:
             with opened(part) as file:
                 for batch in file.iter_batches():
                     yield from map(record_of, rows_of(batch))
-        if self._lines and self._file:
-            yield from iterate(self._lines, self._file)
+        yield from self._lines()
 
     def ids(self) -> Iterator[str]:
         """The sample_id of every record, the oldest first; as they are stored, so they differ as records do."""
@@ -134,8 +127,7 @@ class Source:
             with opened(part) as file:
                 for batch in file.iter_batches(columns=["sample_id"]):
                     yield from batch.column(0).to_pylist()
-        if self._lines and self._file:
-            yield from (row_of(record, strict=False)["sample_id"] for record in iterate(self._lines, self._file))
+        yield from (row_of(record, strict=False)["sample_id"] for record in self._lines())
 
     def tables(self, names: Sequence[str], rows: int) -> Iterator[pd.DataFrame]:
         """All records as tables with these columns, the oldest first."""
@@ -148,13 +140,18 @@ class Source:
                 for batch in file.iter_batches(batch_size=rows, columns=held):
                     table: pd.DataFrame = batch.to_pandas(maps_as_pydicts="strict")
                     yield table.reindex(columns=names)
-        if self._lines and self._file:
-            for group in chunks(iterate(self._lines, self._file), rows):
-                found = (row_of(record, strict=False) for record in group)
-                yield pd.DataFrame([[row[name] for name in names] for row in found], columns=names)
+        for group in chunks(self._lines(), rows):
+            found = (row_of(record, strict=False) for record in group)
+            yield pd.DataFrame([[row[name] for name in names] for row in found], columns=names)
+
+    def _lines(self) -> Iterator[Record]:
+        """The records in no part."""
+        if self._file:
+            yield from iterate(Path(self._file.name), self._file)
 
     def __enter__(self) -> Source:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._close.close()
+        if self._file:
+            self._file.close()

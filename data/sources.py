@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ringmark.errors import ImageError, counted
 
-__all__ = ["SUFFIXES", "Listing", "check_folder", "find_images", "list_images", "stamp_of"]
+__all__ = ["SUFFIXES", "Listing", "check_folder", "find_images", "is_picture", "list_images", "stamp_of"]
 
 LOG = logging.getLogger(__name__)
 
@@ -20,6 +20,11 @@ SUFFIXES = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".avif", ".avifs"),
 )
+
+
+def is_picture(name: str) -> bool:
+    """Whether a name or path says that this is a picture: by its suffix, and it is not hidden."""
+    return name.lower().endswith(SUFFIXES) and not name.rpartition("/")[2].startswith(".")
 
 
 def stamp_of(path: Path) -> dict[str, int | None]:
@@ -70,8 +75,8 @@ def list_images(folder: PathLike, *, follow_links: bool = False) -> Listing:
     """
     check_folder(folder)
     walk = _Walk(Path(folder), follow_links)
-    images = sorted(path for path in walk.files if path.name.lower().endswith(SUFFIXES))
-    skipped = Counter(path.suffix.lower() for path in walk.files if not path.name.lower().endswith(SUFFIXES))
+    images = sorted(path for path in walk.files if is_picture(path.name))
+    skipped = Counter(path.suffix.lower() for path in walk.files if not is_picture(path.name))
     for error in (*walk.unlisted, *walk.outside):
         LOG.warning("%s", error)
     if skipped:

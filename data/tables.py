@@ -7,8 +7,9 @@ import io
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
+from ringmark.data.arrow import opened_stream
 from ringmark.data.labels import PATH_COLUMNS
-from ringmark.data.locations import filename
+from ringmark.data.locations import MAX_BYTES, filename, too_many_bytes
 from ringmark.data.parts import check_pyarrow
 from ringmark.errors import ImageError, StoreError
 
@@ -21,16 +22,14 @@ LISTS = (".csv", ".tsv", ".txt")
 TABLES = (".parquet", ".arrow", ".feather")
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "bytes", "content")
 COLUMNS = ("uri", "url", *PATH_COLUMNS)
-BATCH = 16  # rows read together: those of a picture dataset have about 1 MB each
 MAX_GROUP = 4 << 30  # bytes of a column in a row group, which is read as a whole
 
 
 class Row(NamedTuple):
-    """A row's number, with a picture's bytes or a path; both are None where the row has none."""
+    """A row's id, with a picture's bytes, a path, or the error that takes their place."""
 
-    number: int
-    content: bytes | None = None
-    path: str | None = None
+    id: str
+    value: bytes | str | ImageError
 
 
 def rows(file: BinaryIO, id: str) -> Iterator[Row]:
@@ -46,12 +45,10 @@ def rows(file: BinaryIO, id: str) -> Iterator[Row]:
         raise ImageError("source.no-driver", error.fact, subject=id, package="pyarrow") from None
     import pyarrow as pa
 
-    number = 0
+    batches = _parquet(file, id) if filename(id).endswith(".parquet") else _arrow(file, id)
     try:
-        for batch in _parquet(file, id) if filename(id).endswith(".parquet") else _arrow(file, id):
-            for value in batch.column(0).to_pylist():
-                yield _row(number, value)
-                number += 1
+        for number, value in enumerate(value for batch in batches for value in batch.column(0)):
+            yield _row(f"{id}#{number}", value)
     except (pa.ArrowException, OSError, ValueError, LookupError) as error:
         if isinstance(error, ImageError):
             raise
@@ -59,12 +56,18 @@ def rows(file: BinaryIO, id: str) -> Iterator[Row]:
         raise ImageError("source.damaged", fact, subject=id) from None
 
 
-def _row(number: int, value: object) -> Row:
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, str):
-        return Row(number=number, path=value)
-    return Row(number=number, content=value if isinstance(value, bytes) else None)
+def _row(id: str, value: pa.Scalar) -> Row:
+    """The row of a value, of which only bytes or text are read, within MAX_BYTES."""
+    import pyarrow as pa
+
+    if isinstance(value, pa.DictionaryScalar):
+        value = value.value
+    names = ("bytes", "path") if isinstance(value, pa.StructScalar) else ()
+    parts = [value[name] for name in names if name in value] or [value]
+    held = [part for part in parts if isinstance(part, pa.BinaryScalar) and part.is_valid and part.as_buffer().size]
+    if not held:
+        return Row(id, ImageError("image.empty", "has no bytes", subject=id))
+    return Row(id, held[0].as_py() if held[0].as_buffer().size <= MAX_BYTES else too_many_bytes(id))
 
 
 def _parquet(file: BinaryIO, id: str) -> Iterator[pa.RecordBatch]:
@@ -78,18 +81,16 @@ def _parquet(file: BinaryIO, id: str) -> Iterator[pa.RecordBatch]:
             held = sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] == column)
             if held > MAX_GROUP:
                 raise ImageError("source.bomb", f"has more than {MAX_GROUP >> 30} GB in a row group", subject=id)
-        yield from table.iter_batches(batch_size=BATCH, columns=[column])
+        yield from table.iter_batches(batch_size=1, columns=[column])  # one value may stand in many rows
 
 
 def _arrow(file: BinaryIO, id: str) -> Iterator[pa.RecordBatch]:
-    import pyarrow as pa
-
-    is_file = file.read(6) == b"ARROW1"
-    file.seek(0)
-    with (pa.ipc.open_file if is_file else pa.ipc.open_stream)(file) as table:
+    with opened_stream(file, id) as table:
         column = _column(table.schema, id)
-        batches = map(table.get_batch, range(table.num_record_batches)) if is_file else table
-        yield from (batch.select([column]) for batch in batches)
+        for batch in table:
+            values = batch.select([column])
+            values.validate(full=True)  # values may point anywhere, and would be read from there
+            yield values
 
 
 def _column(schema: pa.Schema, id: str) -> str:

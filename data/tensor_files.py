@@ -78,6 +78,7 @@ class TensorFiles:
     def __init__(self, path: Path) -> None:
         target = Path(os.path.realpath(path))  # the same folder for all names of the results
         self.folder = target.with_name(f"{target.name}.tensors")
+        self._last: int | None = None  # number of the last file, once it is known
 
     def write(self, tensors: Sequence[Tensors]) -> list[Record]:
         """Append the tensors of some records as one block; a TensorRow for each. Raises OSError."""
@@ -105,6 +106,7 @@ class TensorFiles:
 
     def remove(self) -> None:
         """Remove the files, and the folder unless it holds others."""
+        self._last = None
         for file in self._files():
             file.unlink()
         with suppress(OSError):
@@ -115,12 +117,13 @@ class TensorFiles:
 
     def _append(self, content: bytes) -> tuple[int, int]:
         """Write bytes to the end of the last file that is not full; its number, and where they begin."""
-        number = max((int(file.stem) for file in self._files()), default=0)
+        if self._last is None:
+            self._last = max((int(file.stem) for file in self._files()), default=0)
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / NAME.format(number)
+        path = self.folder / NAME.format(self._last)
         if path.exists() and path.stat().st_size >= FULL:
-            number += 1
-            path = self.folder / NAME.format(number)
+            self._last += 1
+            path = self.folder / NAME.format(self._last)
         with open(path, "ab", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             at = file.tell()
             try:
@@ -130,7 +133,7 @@ class TensorFiles:
             except BaseException:
                 file.truncate(at)
                 raise
-        return number, at
+        return self._last, at
 
 
 def _encoded(tensors: Sequence[Tensors]) -> bytes:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from ringmark.data import cuts
 from ringmark.data.cuts import boxes
 from ringmark.data.images import WithParts, samples_of
 
@@ -44,6 +45,15 @@ def test_a_screenshot_with_a_bar_and_text():
 
 def test_pictures_without_a_page_have_none():
     assert boxes(picture(0), least=16) == [] and boxes(Image.new("RGB", (90, 90), "red"), least=16) == []
+
+
+def test_a_page_of_dots_is_not_cut_into_all_of_them(monkeypatch):
+    sheet = np.asarray(page((400, 300), (250, 250, 250), [(150, 90)])).copy()
+    dots = sheet[::2, ::2]
+    dots[(dots == 250).all(2)] = 0
+    cut, asked = cuts._cut, []
+    monkeypatch.setattr(cuts, "_cut", lambda *given: asked.append(given) or cut(*given))
+    assert boxes(Image.fromarray(sheet), least=64) == [(150, 90, 247, 187)] and len(asked) < 10
 
 
 def test_parts_are_read_if_they_are_asked_for():

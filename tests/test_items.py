@@ -10,6 +10,7 @@ import os
 import sys
 import tarfile
 import threading
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from ringmark.data.items import items_of
 from ringmark.data.locations import Location, public
 from ringmark.data.results import content_id
 from ringmark.errors import ImageError
+from ringmark.watermark.cli.remedies import explained
 
 SIZE = (16, 16)
 
@@ -83,8 +85,8 @@ def tar(path: Path, entries: dict[str, bytes], mode: str = "w") -> Path:
     return path
 
 
-def zipped(path: Path, entries: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+def zipped(path: Path, entries: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
         for name, data in entries.items():
             archive.writestr(name, data)
     return path
@@ -204,6 +206,22 @@ def test_bombs_are_bounded(tmp_path, monkeypatch):
         assert found[f"{path}/1.png"] == "image.too-many-bytes" and found[f"{path}/2.png"] == content(png(2))
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_zip_inflates_no_more_than_it_declares(tmp_path, method):
+    path = zipped(tmp_path / "a.zip", {"0.png": png(0), "1.png": bytes(50 << 20)}, method)
+    data = bytearray(path.read_bytes())
+    at = data.rindex(b"PK\1\2") + 24  # the size of the second entry
+    data[at : at + 4] = (100).to_bytes(4, "little")
+    path.write_bytes(data)
+    tracemalloc.start()
+    found = read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    kept, code = content(png(0)), "image.compression"
+    assert list(found.values()) == ([kept, "image.damaged"] if method == zipfile.ZIP_DEFLATED else [code, code])
+    assert peak < 10 << 20
+
+
 def test_a_header_that_asks_for_gigabytes_is_refused(tmp_path, monkeypatch):
     """A name in a pax header of 300 kB, where entries may have 100 kB."""
     monkeypatch.setattr(archives, "MAX_BYTES", 100_000)
@@ -215,15 +233,16 @@ def test_a_header_that_asks_for_gigabytes_is_refused(tmp_path, monkeypatch):
 # -- tables and lists
 
 
-def table(path: Path, columns: dict, **kinds) -> Path:
+def table(path: Path, columns: dict, compression: str | None = None, rows: int = 2) -> Path:
     pa = pytest.importorskip("pyarrow")
     made = pa.table(columns)
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
 
-        pq.write_table(made, path, row_group_size=2)
+        pq.write_table(made, path, row_group_size=rows)
     else:
-        with (pa.ipc.new_file if path.suffix == ".feather" else pa.ipc.new_stream)(path, made.schema) as file:
+        new = pa.ipc.new_file if path.suffix == ".feather" else pa.ipc.new_stream
+        with new(path, made.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as file:
             file.write_table(made)
     return path
 
@@ -237,6 +256,55 @@ def test_tables_of_pictures(tmp_path, suffix, shape):
     path = table(tmp_path / f"t{suffix}", {"label": list(range(5)), **columns})
     expected = [*CONTENTS.values(), "image.empty", "image.unknown-format"]
     assert read(path) == {f"{path}#{i}": value for i, value in enumerate(expected)}
+
+
+@pytest.mark.parametrize("suffix", [".arrow", ".feather"])
+@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+def test_compressed_tables_are_read_unless_they_are_bombs(tmp_path, monkeypatch, suffix, compression):
+    pa = pytest.importorskip("pyarrow")
+    kinds = pa.array(["x", None, "y"]).dictionary_encode()  # has a message of its own
+    path = table(tmp_path / f"t{suffix}", {"kind": kinds, "image": list(PICTURES.values())}, compression)
+    assert list(read(path).values()) == list(CONTENTS.values())
+    monkeypatch.setattr("ringmark.data.arrow.MAX_BYTES", 1000)
+    monkeypatch.setattr("ringmark.data.arrow.RATIO", 10)
+    assert list(read(path).values()) == list(CONTENTS.values())
+    zeros = bytes(100_000)
+    values = pa.array([zeros.decode()] * 3).dictionary_encode()
+    for columns in ({"image": [zeros] * 3}, {"image": [b"x"] * 3, "kind": values}):
+        bomb = table(tmp_path / f"bomb{suffix}", columns, compression)
+        assert read(bomb) == {str(bomb): "source.bomb"}
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_of_a_value_in_many_rows_there_is_one_copy_at_a_time(tmp_path, suffix):
+    pa = pytest.importorskip("pyarrow")
+    value, pool = bytes(1 << 20), pa.default_memory_pool()
+    repeated = [value] * 64 if suffix == ".parquet" else pa.DictionaryArray.from_arrays([0] * 64, [value])
+    path = table(tmp_path / f"t{suffix}", {"image": repeated}, rows=64)
+    pa.set_memory_pool(counted := pa.proxy_memory_pool(pool))
+    tracemalloc.start()
+    try:
+        assert set(read(path).values()) == {"image.unknown-format"}
+        assert counted.max_memory() + tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(pool)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".feather"])
+def test_a_row_larger_than_a_picture_is_not_read(tmp_path, monkeypatch, suffix):
+    path = table(tmp_path / f"t{suffix}", {"image": [png(0), png(1, 64), png(2)]})
+    monkeypatch.setattr("ringmark.data.tables.MAX_BYTES", 4000)
+    expected = [content(png(0)), "image.too-many-bytes", content(png(2))]
+    assert read(path) == {f"{path}#{i}": value for i, value in enumerate(expected)}
+
+
+def test_a_value_outside_of_its_table_is_damage(tmp_path):
+    path = table(tmp_path / "t.arrow", {"image": [b"abcd"] * 4})
+    data, places = path.read_bytes(), np.array([0, 4, 8, 12, 16], np.int32)
+    assert places.tobytes() in data
+    path.write_bytes(data.replace(places.tobytes(), (places + [0, 0, 2_000_000_000, 0, 0]).astype(np.int32).tobytes()))
+    assert read(path) == {str(path): "source.damaged"}
 
 
 @pytest.mark.parametrize("name", ["list.csv", "list.tsv", "list.txt", "list.parquet"])
@@ -338,10 +406,19 @@ def test_what_the_web_refuses_is_said_without_secrets(web, caplog, monkeypatch):
 
 
 def test_names_of_addresses_keep_no_secret_and_tell_pictures_apart():
-    assert public("https://a.b/c.png?X-Amz-Signature=1&X-Amz-Date=2&Expires=3&AWSAccessKeyId=4") == "https://a.b/c.png"
-    assert public("https://a.b/c?sv=1&se=2&sp=r&sr=b&sig=x") == "https://a.b/c"
-    one, other = public("https://a.b/c?id=1&token=x"), public("https://a.b/c?id=2&token=x")
-    assert one != other and one == public("https://u:p@a.b/c?id=1&token=y#z") and "id" not in one
+    for signed in (
+        "X-Amz-Signature=1&X-Amz-Date=2&x-amz-security-token=3",
+        "Expires=1&AWSAccessKeyId=2&Signature=3",
+        "Policy=1&Key-Pair-Id=2&Signature=3",
+        "sv=1&se=2&sp=r&sr=b&sig=x",
+    ):
+        assert public(f"https://a.b/c.png?{signed}") == "https://a.b/c.png"
+        assert (
+            public(f"https://a.b/c?id=1&{signed}") == public("https://u:p@a.b/c?id=1#z") != public("https://a.b/c?id=2")
+        )
+    for name in ("key", "monkey", "keyword", "sv", "sz", "token", "policy", "author", "expires", "x-oss-process"):
+        one, other = public(f"https://a.b/c?{name}=hunter2"), public(f"https://a.b/c?{name}=hunter3")
+        assert one != other and name not in one and "hunter" not in one
     assert public("s3://bucket/what?is#this.png") == "s3://bucket/what?is#this.png"
     assert public("sftp://user:pw@host/a.png") == "sftp://host/a.png"
     assert public("plain/path?x@y.png") == "plain/path?x@y.png"
@@ -390,6 +467,20 @@ def test_prefixes_objects_and_patterns_of_a_bucket(bucket, tmp_path):
     assert found == below("s3://bucket/shards/0.tar") | {"s3://bucket/shards/1.tar/a.png": CONTENTS["a.png"]}
 
 
+def test_objects_are_stamped_however_they_are_named(bucket):
+    import fsspec
+
+    fsspec.filesystem("memory").pipe("/d/a.png", PICTURES["a.png"])
+    for folder in ("memory://d", "s3://bucket/album"):
+        stamps = [
+            item.stamp
+            for name in ("", "/*.png", "/a.png")
+            for item in items_of(folder + name)
+            if item.id.endswith("/a.png")
+        ]
+        assert stamps == stamps[:1] * 3 and stamps[0]["size"] == len(PICTURES["a.png"]) and stamps[0]["mtime_ns"]
+
+
 def test_a_listing_is_read_page_by_page(bucket, monkeypatch):
     for i in range(25):
         bucket.pipe(f"bucket/many/{i:03d}.png", b"x")
@@ -431,6 +522,8 @@ def test_drivers_and_schemes_that_are_not_there(monkeypatch):
     monkeypatch.setattr(fsspec, "url_to_fs", missing)
     error = refused("gs://bucket/album")
     assert error.code == "source.no-driver" and error.details["package"] == "gcsfs"
+    error = refused("abfs://container/album")
+    assert explained(error) == f"abfs://container/album: {error.fact}; install the fsspec driver for abfs"
 
 
 def test_what_is_larger_than_a_picture_is_not_fetched(web, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ringmark.data.labels import match_labels, read_labels
+from ringmark.data.labels import match_labels, read_labels, read_prompts
 from ringmark.errors import EvaluationError, ImageError
 
 
@@ -38,6 +38,31 @@ def test_labels_are_read(tmp_path, text):
     for encoding in ("utf-8", "utf-16"):
         path.write_text(text.removeprefix("\ufeff") if encoding == "utf-16" else text, encoding=encoding, newline="")
         assert read_labels(path) == {"a.png": True, "b.png": False}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "path,label,prompt\na.png,1,a fox\nb.png,0\n",
+        'prompt;file_name;label\n"a fox";a.png;1\n',
+        '{"file_name": "a.png", "label": 1, "prompt": "a fox"}\n{"file_name": "b.png", "label": 0, "prompt": null}\n',
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_prompts_are_read_by_the_same_rules(tmp_path, text, encoding):
+    path = tmp_path / "labels.csv"
+    path.write_text(text, encoding=encoding)
+    assert read_prompts(path) == {"a.png": "a fox"} and read_labels(path)["a.png"]
+    path.write_text("path,label\na.png,1\n", encoding=encoding)
+    assert read_prompts(path) == {}
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_json_lines_end_only_at_line_feeds(tmp_path, separator):
+    path, name = tmp_path / "labels.jsonl", f"a{separator}b.png"
+    line = json.dumps({"path": name, "label": 1}, ensure_ascii=False)
+    path.write_text(f"{line}\r\n" + '{"path": "c.png", "label": 0}', encoding="utf-8", newline="")
+    assert read_labels(path) == {name: True, "c.png": False}
 
 
 def test_one_object_in_a_line_is_a_record_only_if_it_names_its_image(tmp_path):

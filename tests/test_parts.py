@@ -111,6 +111,22 @@ def test_tables_can_be_read_while_another_writes(path, small):
         next(read_results(path, ["size_"]))
 
 
+def test_a_part_that_is_finished_while_the_folder_is_listed_is_read(path, small, monkeypatch):
+    list_parts = parts.list_parts
+    with Results(path, SETTINGS) as results:
+        results.append(verdict("a"))
+        coming = iter(["b", "c", "d"])
+
+        def listed(folder):
+            found = list_parts(folder)
+            if id := next(coming, None):
+                results.append(verdict(id))
+            return found
+
+        monkeypatch.setattr(parts, "list_parts", listed)
+        assert [record["sample_id"] for record in read_records(path)[1]][:2] == ["a", "b"]
+
+
 def test_duckdb_and_pandas_read_the_parts(path, small):
     duckdb = pytest.importorskip("duckdb")
     import pandas as pd

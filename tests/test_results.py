@@ -9,6 +9,8 @@ import stat
 import subprocess
 import sys
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from ringmark.data.files import is_ours, read_tensors
 from ringmark.data.reader import read_records
 from ringmark.data.results import Results, ResultsFolder, content_id
+from ringmark.data.tensor_files import TensorFiles
 from ringmark.errors import StoreError
 
 SETTINGS = {"steps": 50, "key": "abc", "size": (128, 128)}
@@ -116,6 +119,18 @@ def test_reading_works_while_another_writes(path):
         for n in range(3):
             assert len(read_records(path)[1]) == n
             results.append({"sample_id": str(n)})
+
+
+def test_threads_read_while_another_appends(path, request):
+    request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
+    sys.setswitchinterval(1e-6)
+    ids = [str(i) for i in range(50)]
+    fill(path, *({"sample_id": id} for id in ids))
+    with Results(path, SETTINGS) as results, ThreadPoolExecutor(2) as pool:
+        reads = [pool.submit(lambda: [results.records[id]["sample_id"] for id in ids * 300]) for _ in range(2)]
+        while not all(read.done() for read in reads):
+            results.append({"sample_id": "new"})
+        assert [read.result() for read in reads] == [ids * 300] * 2
 
 
 def test_other_settings_are_refused_by_name(path):
@@ -433,6 +448,19 @@ def test_files_of_tensors_are_large_and_their_blocks_are_read_alone(path, monkey
     first.unlink()
     lost = completed(path, wanted)[1]
     assert lost == list(range(len(lost))) and 0 < len(lost) < 8
+
+
+def test_files_of_tensors_are_listed_once_in_a_run(path, monkeypatch):
+    monkeypatch.setattr("ringmark.data.tensor_files.FULL", 500)
+    listings, files = [], TensorFiles._files
+    monkeypatch.setattr(TensorFiles, "_files", lambda self: listings.append(self) or files(self))
+    for run in range(2):
+        with Results(path, SETTINGS) as results:
+            for i in range(8):
+                results.extend([{"sample_id": f"{run}/{i}"}], [row(float(i))])
+    with Results(path, SETTINGS) as results:
+        assert len(results.tensors(results.records)) == 16
+    assert len(listings) == 2 and len(tensor_files(path)) > 3
 
 
 def test_missing_tensors_are_made_again_with_a_warning(path, caplog):

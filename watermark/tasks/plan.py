@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ringmark.data.files import refuse_foreign
-from ringmark.data.labels import read_labels
+from ringmark.data.labels import read_labels, read_prompts
 from ringmark.data.reader import read_records
 from ringmark.data.sources import check_folder, find_images
 from ringmark.errors import EvaluationError
@@ -168,15 +167,4 @@ def prompts_in(file: Path, names: list[str], marked: bool) -> dict[str, str]:
         kind = "unmarked" if marked else "marked"
         fact = f"labels {len(wrong)} of {len(names)} images as {kind}, the first is {wrong[0]}"
         raise EvaluationError("evaluation.labels", fact, subject=file, kind=kind)
-    return _prompt_column(file)
-
-
-def _prompt_column(file: Path) -> dict[str, str]:
-    """Prompts by path, if the file is a CSV with prompts."""
-    with file.open(encoding="utf-8-sig", newline="") as text:
-        header, *rows = csv.reader(text)
-    columns = [name.strip().lower() for name in header]
-    if not {"path", "prompt"} <= set(columns):  # labels may also be JSON
-        return {}
-    path, prompt = columns.index("path"), columns.index("prompt")
-    return {row[path]: row[prompt] for row in rows if len(row) > max(path, prompt)}
+    return read_prompts(file)
