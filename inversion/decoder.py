@@ -52,7 +52,6 @@ def invert_decoder(
     pixels: tuple[float, float] = (-1.0, 1.0),
     at_once: int = AT_ONCE,
     encoded: Tensor | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Solution:
     """Latents z with E(D(z)) = E(x) for images x (B, 3, H, W); `max_steps=0` is the encoder alone.
 
@@ -80,7 +79,6 @@ def invert_decoder(
         method=method,
         max_steps=max_steps,
         pixels=pixels,
-        progress=progress,
     )
     if images.ndim != 5:
         return inversion(images, tol, encoded)
@@ -97,7 +95,6 @@ class _Inversion:
     method: Method
     max_steps: int
     pixels: tuple[float, float]
-    progress: Callable[[int, int], None] | None
 
     def __call__(self, images: Tensor, tol: Tolerance, encoded: Tensor | None = None) -> Solution:
         target = self.encode(images) if encoded is None else encoded
@@ -115,7 +112,7 @@ class _Inversion:
         if isinstance(tol, str):
             tol = quantisation_level(self.encode, images, target) if self.max_steps else None
         residual = decoder_residual(self.encode, self.decode, images, target, self.pixels)
-        return solve(residual, target, self.method, max_steps=self.max_steps, tol=tol, progress=self.progress)
+        return solve(residual, target, self.method, max_steps=self.max_steps, tol=tol)
 
     def beside_rendering(self, images: Tensor, target: Tensor, method: Operator) -> Solution:
         """The solution by a method whose iterates (B, 2, C, h, w) are the latents of pictures and of their renderings.
@@ -139,9 +136,7 @@ class _Inversion:
             t, error = residual(z.flatten(0, 1), torch.stack([2 * rows, 2 * rows + 1], 1).flatten())
             return t.unflatten(0, (-1, 2)), error[::2]
 
-        solution = solve(
-            of_pairs, latents, method, max_steps=self.max_steps, progress=self.progress, first=first, judged=False
-        )
+        solution = solve(of_pairs, latents, method, max_steps=self.max_steps, first=first, judged=False)
         share = method.share(latents.float(), solution.value).view(-1, *[1] * (target.ndim - 1))
         return replace(solution, value=target.float().lerp(solution.value[:, 0], share), steps=2 * solution.steps)
 

@@ -5,7 +5,6 @@ DDIM (arXiv 2010.02502) and the Euler steps of rectified flow (arXiv 2209.03003)
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -32,24 +31,15 @@ def transfer(x0: Tensor, eps: Tensor, signal: float, noise: float) -> Tensor:
 
 
 @torch.inference_mode()
-def sample(
-    model: Denoiser,
-    noise: Tensor,
-    cond: Condition,
-    schedule: Schedule,
-    *,
-    progress: Callable[[], None] | None = None,
-) -> Tensor:
+def sample(model: Denoiser, noise: Tensor, cond: Condition, schedule: Schedule) -> Tensor:
     """Latents (B, C, h, w) drawn deterministically from unit normal noise of that shape.
 
-    `cond` has one row per latent. `progress()` is called after each move. Agrees with diffusers' DDIMScheduler at η = 0
-    and with its FlowMatchEulerDiscreteScheduler.
+    `cond` has one row per latent. Agrees with diffusers' DDIMScheduler at η = 0 and with its
+    FlowMatchEulerDiscreteScheduler.
     """
     z = noise
     for level in range(len(schedule), 0, -1):
         z = transfer(*model.predict(z, level, schedule, cond), *schedule.at(level - 1)).to(noise.dtype)
-        if progress:
-            progress()
     return z
 
 
@@ -63,14 +53,13 @@ def invert(
     method: Method | None = None,
     max_steps: int = 3,
     tol: float = 1e-3,
-    progress: Callable[[], None] | None = None,
 ) -> Tensor:
     """The initial noise (B, C, h, w) from which `sample` would draw these latents.
 
     Given the cleaner latent z, the noisier z′ solves T(z′) = w (a x̂₀(z′) + s ε̂(z′) − z) = 0. Naive inversion
     (`method` None) takes one step from z′ = z to z − T(z), which for DDIM is the usual inversion. Exact inversion
     continues from there with a fixed-point method, at most `max_steps` steps per move, until ‖T‖ ≤ `tol` ‖z′‖. `cond`
-    and `progress` are as in `sample`.
+    has one row per latent.
     """
     z, rows = latents, torch.arange(len(latents), device=latents.device)
     for level in range(1, len(schedule) + 1):
@@ -79,8 +68,6 @@ def invert(
         if method is not None:
             noisier = solve(missed, noisier, method, max_steps=max_steps, tol=tol * norms(noisier)).value
         z = noisier.to(latents.dtype)
-        if progress:
-            progress()
     return z
 
 

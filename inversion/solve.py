@@ -169,7 +169,6 @@ def solve(
     *,
     max_steps: int,
     tol: float | Tensor | None = None,
-    progress: Callable[[int, int], None] | None = None,
     first: tuple[Tensor, Tensor] | None = None,
     judged: bool = True,
 ) -> Solution:
@@ -178,8 +177,8 @@ def solve(
     At most `max_steps` ≥ 0 steps are taken, so T is evaluated at most max_steps + 1 times (for 0 not at all; the
     solution is then the start). `tol`, a number or one per sample, is the ‖T‖ at which a sample has converged; a sample
     that stalls above it also stops. With None, all steps are taken unless T becomes zero or diverges. The returned
-    value is the evaluated iterate with the lowest merit, so it is never worse than the start. `progress(k, active)` is
-    called after each evaluation. State and iterates are float32 for any dtype of the maps.
+    value is the evaluated iterate with the lowest merit, so it is never worse than the start. State and iterates are
+    float32 for any dtype of the maps.
 
     `first` is T and the error at the start if they are known already. If not `judged`, the value is the iterate after
     the last step, whatever the merits, and T is not evaluated there: for a method that needs no merit. A sample that
@@ -197,8 +196,6 @@ def solve(
         sizes.add(rows, size)
         merits.add(rows, merit)
         keep = ~best.finished(rows, size, limits)
-        if progress:
-            progress(k, int(keep.sum()))
         if k == max_steps or not keep.any():
             break
         if not keep.all():  # indexing copies
