@@ -164,20 +164,6 @@ def test_no_graph_is_stored():
     assert graphs == [None] * 4 and not done.value.requires_grad
 
 
-def test_progress_is_told():
-    maps, heard = Linear(), []
-    invert_decoder(
-        maps.encode,
-        maps.decode,
-        maps.decode(draw(2, *LATENT)),
-        Anderson(),
-        max_steps=3,
-        tol=None,
-        progress=lambda k, active: heard.append((k, active)),
-    )
-    assert heard == [(0, 2), (1, 2), (2, 2), (3, 2)]
-
-
 def test_gradient_residual_is_the_gradient():
     maps, truth, z = Linear(), draw(3, *LATENT), draw(2, *LATENT, seed=1)
     images, rows = maps.decode(truth), torch.tensor([2, 0])

@@ -148,13 +148,6 @@ def test_a_move_costs_one_evaluation():
     assert model.calls == 3 * 4 * 2
 
 
-def test_progress_hears_of_every_move():
-    model, heard = Smooth(), []
-    z = sample(model, draw(1, 1, 2, 2), model.embed([""]), model.schedule(5), progress=lambda: heard.append("down"))
-    invert(model, z, model.embed([""]), model.schedule(5), progress=lambda: heard.append("up"))
-    assert heard == ["down"] * 5 + ["up"] * 5
-
-
 def test_naive_inversion_takes_eps_at_the_cleaner_latent():
     model = Smooth()
     z, cond, schedule = draw(2, 2, 3, 3), model.embed(["a", "bb"]), model.schedule(3)

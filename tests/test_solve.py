@@ -275,17 +275,3 @@ def test_the_start_is_left_as_it_was():
     for method in WITH_ADAM:
         solve(lambda z, rows: 0.5 * z, start, method, max_steps=3)
     assert torch.equal(start, before)
-
-
-def test_progress_hears_of_every_evaluation():
-    heard = []
-    speed = torch.tensor([1.0, 0.5])
-    solve(
-        lambda z, rows: speed[rows, None] * z,
-        torch.ones(2, 2),
-        ForwardStep(),
-        max_steps=3,
-        tol=1e-6,
-        progress=lambda k, active: heard.append((k, active)),
-    )
-    assert heard == [(0, 2), (1, 1), (2, 1), (3, 1)]
