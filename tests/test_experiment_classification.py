@@ -56,7 +56,7 @@ def test_confusion_and_interval():
 
 
 def test_true_noise_is_always_recognised(pocket, bench):
-    schemes = script.make_schemes(bench(seed=5), PLACE)
+    schemes = list(map(TreeRing, script.make_keys(bench(seed=5), PLACE)))
     noise = torch.cat([script.Weak(s, 0.6).embed(initial_noise([k, k + 9], SHAPE)) for k, s in enumerate(schemes)])
     for statistic, fit in script.fits(pocket, schemes, noise).items():
         assert fit.argmax(0).tolist() == [0, 0, 1, 1, 2, 2], statistic
@@ -70,9 +70,9 @@ def test_fits_over_all_stages_are_those_of_thorough_verdicts(bench):
     keys = [small.key(Placement((0,), (4, 10)), seed=k) for k in range(script.KEYS)]
     schemes = [TreeRing(key) for key in keys]
     images = script.drawn(small, [script.Weak(s, 0.3) for s in schemes])
-    assert small.calibration is None and script.by_stages(small, schemes, images) == {}  # none for four steps
+    assert small.calibration is None and script.by_stages(small, keys, images) == {}  # none for four steps
     small = bench(seed=5, number=1)
-    fit = script.by_stages(small, schemes, images)
+    fit = script.by_stages(small, keys, images)
     verifiers = [Verifier(small.recoverer, [key], calibration=small.calibration, thorough=True) for key in keys]
     p = [by_verifier(verifier)(images) for verifier in verifiers]
     assert np.exp(-fit["all stages"]).clip(max=1) == pytest.approx(np.array(p))

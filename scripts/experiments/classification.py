@@ -40,12 +40,13 @@ from ringmark.inversion.models.pipeline import LatentModel
 from ringmark.watermark.detect.cascade import calibrated_stages, stage_name
 from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.evaluation.rates import Curve, confusion, roc
+from ringmark.watermark.keys.key import Key
 from ringmark.watermark.null import Null
 from ringmark.watermark.schemes.fourier import Placement
 from ringmark.watermark.schemes.tree_ring import TreeRing
 from ringmark.watermark.statistics import published_distance
 from ringmark.watermark.tasks.draw import prompts_for
-from scripts.experiments.cascade import recovered, weights_of
+from scripts.experiments.cascade import p_values, recovered, weights_of
 from scripts.experiments.common import Bench, experiment, score_and_p
 from scripts.experiments.costs import peak_memory, seconds
 from scripts.experiments.plots import panels
@@ -84,9 +85,9 @@ def inverters(its: int) -> dict[str, Inverter]:
     }
 
 
-def make_schemes(bench: Bench, place: Placement) -> list[TreeRing]:
+def make_keys(bench: Bench, place: Placement) -> list[Key]:
     """Three keys."""
-    return [TreeRing(bench.key(place, seed=[bench.seed, k])) for k in range(KEYS)]
+    return [bench.key(place, seed=[bench.seed, k]) for k in range(KEYS)]
 
 
 def drawn(bench: Bench, schemes: list[Weak]) -> Tensor:
@@ -104,7 +105,7 @@ def fits(model: LatentModel, schemes: list[TreeRing], noise: Tensor) -> dict[str
     return dict(zip(STATISTICS, (np.stack(distance), np.stack(cosine)), strict=True))
 
 
-def by_stages(bench: Bench, schemes: list[TreeRing], images: Tensor) -> dict[str, np.ndarray]:
+def by_stages(bench: Bench, keys: list[Key], images: Tensor) -> dict[str, np.ndarray]:
     """How well each key fits each image (KEYS, N), −log p at each stage of a verdict and over all of them."""
     if bench.calibration is None:
         return {}
@@ -112,8 +113,8 @@ def by_stages(bench: Bench, schemes: list[TreeRing], images: Tensor) -> dict[str
     recoverers = [recoverer for recoverer, _ in stages]
     noises, _ = recovered(bench, recoverers, images, "stages")
     p = [
-        np.stack([score_and_p(scheme, calibration.null, noise)[1] for scheme in schemes])
-        for (_, calibration), noise in zip(stages, noises, strict=True)
+        p_values(calibration, keys, noise, early=recoverer is not bench.recoverer).T
+        for (recoverer, calibration), noise in zip(stages, noises, strict=True)
     ]
     corrected = [each / weight for each, weight in zip(p, weights_of(recoverers), strict=True)]
     names = [*(stage_name(recoverer.steps) for recoverer in recoverers[:-1]), "full"]
@@ -228,7 +229,8 @@ def main(
 ) -> None:
     """Three keys, N prompts: how many images each decoder inversion classifies correctly."""
     channel = worst_channel(bench.model, radii) if channel is None else channel
-    schemes = make_schemes(bench, Placement((channel,), radii))
+    keys = make_keys(bench, Placement((channel,), radii))
+    schemes = list(map(TreeRing, keys))
     seen, truth = drawn(bench, [Weak(s, strength) for s in schemes]), np.repeat(np.arange(KEYS), bench.number)
     contenders = {name: x for name, x in inverters(its).items() if not only or name.startswith(only)}
     fit = {}
@@ -236,7 +238,7 @@ def main(
         noise = bench.recover(bench.invert(inverter, seen, name).latents, name)
         fit[name] = fits(bench.model, schemes, noise)
     rows = [score(name, s, truth, fit[name][s]) for s in STATISTICS for name in fit]
-    pairs, verdicts = compare(fit, truth), by_stages(bench, schemes, seen)
+    pairs, verdicts = compare(fit, truth), by_stages(bench, keys, seen)
     stages = [score(name, "p, calibrated", truth, values) for name, values in verdicts.items()]
     click.echo(summary(rows + stages, pairs))
     paid = cost(bench.model, bench.source, contenders, seen) if costs else {name: {} for name in contenders}
