@@ -58,9 +58,9 @@ class Listing(NamedTuple):
     skipped: dict[str, int]
 
 
-def find_images(folder: PathLike, *, follow_links: bool = False) -> list[Path]:
+def find_images(folder: PathLike) -> list[Path]:
     """The images that `list_images` finds. Raises ImageError as it does, and if any folder cannot be listed."""
-    listing = list_images(folder, follow_links=follow_links)
+    listing = list_images(folder)
     if listing.unlisted:
         raise listing.unlisted[0]
     return listing.images

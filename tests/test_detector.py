@@ -14,7 +14,7 @@ from ringmark.inversion.noise_recovery import rings
 from ringmark.inversion.recover import Recovered
 from ringmark.inversion.solve import Solution, Status
 from ringmark.watermark.calibration import Calibration
-from ringmark.watermark.detect.detector import Detector, _residuals, blankness
+from ringmark.watermark.detect.detector import Detector, Seen, _residuals, blankness
 from ringmark.watermark.detect.verdict import Judged
 from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.keys.key import Key
@@ -43,7 +43,7 @@ def judged(detector: Detector, noise: torch.Tensor) -> list[Judged]:
     some = samples(noise)
     images = torch.randn(len(some), 3, 32, 32, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     recovered = Recovered(images=images, solution=INVERTERS["encoder"](MODEL, images), noise=noise, seconds=0.0)
-    return list(map(Judged, some, detector.judge(some, recovered), noise))
+    return list(map(Judged, some, detector.judge(some, Seen.of(recovered)), noise))
 
 
 @pytest.mark.parametrize("pattern", ["ring", "rand", "zeros"])
@@ -123,7 +123,7 @@ def test_flat_images_and_broken_noise_are_inconclusive():
     images[0] = torch.tensor([0.1, -0.4, 0.8])[:, None, None]
     recovered = Recovered(images=images, solution=INVERTERS["encoder"](MODEL, images), noise=noise, seconds=0.0)
     flat, broken, fine = (
-        verdict for (verdict,) in detector.judge(samples(initial_noise([1, 2, 3], (3, 32, 32))), recovered)
+        verdict for (verdict,) in detector.judge(samples(initial_noise([1, 2, 3], (3, 32, 32))), Seen.of(recovered))
     )
     assert (flat.present, flat.shows, flat.p_value, flat.log10_p) == (
         None,

@@ -78,7 +78,7 @@ def test_links_out_of_a_folder_are_followed_only_if_asked(tmp_path):
     assert {error.code for error in listing.outside} == {"image.link"} and not listing.skipped
     followed = list_images(folder, follow_links=True)
     assert followed.images == [folder / name for name in ("a.png", "c.png", "near/y.png", "one/x.png")]
-    assert not followed.outside and find_images(folder, follow_links=True) == followed.images
+    assert not followed.outside and find_images(folder) == listing.images
 
 
 def test_links_within_a_folder_are_followed_once(tmp_path):

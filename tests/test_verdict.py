@@ -12,7 +12,7 @@ from identity import MODEL, key, secret
 from ringmark.data.images import Sample
 from ringmark.inversion.decoder import INVERTERS
 from ringmark.inversion.recover import Recovered
-from ringmark.watermark.detect.detector import Detector
+from ringmark.watermark.detect.detector import Detector, Seen
 from ringmark.watermark.detect.verdict import LISTED, Judged, Verdict, Verdicts, p_text
 from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.keys.key import Key
@@ -38,7 +38,7 @@ def judged(keys: list[Key], noise: torch.Tensor) -> Judged:
     detector, sample = Detector(keys, null=Null.of_model(MODEL)), Sample("a", None)
     images = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
     recovered = Recovered(images=images, solution=INVERTERS["encoder"](MODEL, images), noise=noise, seconds=0.0)
-    return Judged(sample, detector.judge([sample], recovered)[0], noise[0])
+    return Judged(sample, detector.judge([sample], Seen.of(recovered))[0], noise[0])
 
 
 def of(*pairs: tuple[bool | None, float]) -> Judged:

@@ -25,7 +25,7 @@ from ringmark.data.images import Sample, from_array
 from ringmark.inversion.decoder import INVERTERS
 from ringmark.inversion.memory import memory_kilobytes
 from ringmark.inversion.recover import Recovered
-from ringmark.watermark.detect.detector import Detector
+from ringmark.watermark.detect.detector import Detector, Seen
 from ringmark.watermark.detect.search import Search
 from ringmark.watermark.detect.verdict import Judged
 from ringmark.watermark.detect.verifier import Verifier
@@ -57,7 +57,7 @@ def recovered(bench: Bench, number: int) -> tuple[list[Sample], Recovered]:
 def seconds(detector: Detector, samples: Sequence[Sample], found: Recovered) -> float:
     """Processor time of a judgement, up to the best verdict on each image."""
     started = time.process_time()
-    for sample, verdicts, noise in zip(samples, detector.judge(samples, found), found.noise, strict=True):
+    for sample, verdicts, noise in zip(samples, detector.judge(samples, Seen.of(found)), found.noise, strict=True):
         assert Judged(sample, verdicts, noise).best.key
     return time.process_time() - started
 

@@ -123,12 +123,11 @@ class Detector:
             "calibration": self.calibration.fingerprint if self.calibration else None,
         }
 
-    def judge(self, samples: Sequence[Sample], recovered: Recovered | Seen) -> list[Verdicts]:
+    def judge(self, samples: Sequence[Sample], seen: Seen) -> list[Verdicts]:
         """The verdicts on each recovered sample: one per key, in the order of the keys.
 
         A sample that shows nothing has p = 1 and ranks below all references.
         """
-        seen = recovered if isinstance(recovered, Seen) else Seen.of(recovered)
         blank = np.array([[bool(doubt)] for doubt in seen.doubts])
         scores, log10_p = self._scored(_finite(seen.noise))
         log10_p = np.where(blank, 0.0, log10_p)
