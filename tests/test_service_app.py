@@ -292,8 +292,9 @@ def test_every_answer_has_the_headers_that_keep_it_safe(web) -> None:
         assert response.headers["Cache-Control"] == "no-store"
 
 
-def test_requests_leave_nothing_behind():
+def test_requests_leave_nothing_behind(monkeypatch):
     """Once everything is loaded and all pools are full, the number of objects stays the same, where a leak goes on."""
+    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)  # pytest keeps what is logged
     with client() as web:
 
         def objects_after(requests: int) -> int:
