@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -12,41 +13,41 @@ from torch import Tensor
 from ringmark.inversion.models.families import network_of
 from ringmark.inversion.models.model_files import is_text
 
-__all__ = ["Remembered", "dtype_of", "place", "placement", "remembering", "weights"]
-
-T = TypeVar("T")
+__all__ = ["dtype_of", "place", "placement", "remembered", "remembering", "weights"]
 
 HOOKS = ("_hf_hook", "_diffusers_hook")  # of accelerate and diffusers, which move and cast weights when they are needed
+_ANSWERS: WeakKeyDictionary[torch.nn.Module, dict[tuple[Any, ...], Any]] = WeakKeyDictionary()
 
 
-class Remembered(Generic[T]):
-    """What diffusers says about a module, asked again only once its first weight has moved or it has got a hook.
+def remembered(module: torch.nn.Module, question: str, ask: Callable[[], Any]) -> Any:
+    """The answer of diffusers to a question about a module, asked again only once its first weight moved or got a hook.
 
     diffusers looks through all modules for the device and the dtype, at every call. That takes milliseconds, as long as
     a small network itself.
     """
-
-    def __init__(self, module: torch.nn.Module, ask: Callable[[], T]) -> None:
-        self._module, self._ask = module, ask
-        self._answers: dict[tuple[Any, ...], T] = {}
-
-    def __call__(self) -> T:
-        first = next(self._module.parameters())
-        state = first.device, first.dtype, *(hasattr(self._module, hook) for hook in HOOKS)
-        if state not in self._answers:
-            self._answers[state] = self._ask()
-        return self._answers[state]
+    owner = next(part for part in module.modules() if part._parameters)
+    first = next(owner.parameters())
+    state = question, first.device, first.dtype, *(hasattr(part, hook) for part in (module, owner) for hook in HOOKS)
+    answers = _ANSWERS.setdefault(module, {})
+    if state not in answers:
+        answers[state] = ask()
+    return answers[state]
 
 
-def dtype_of(module: Any) -> Remembered[torch.dtype]:
+def dtype_of(module: Any) -> torch.dtype:
     """The dtype in which a module of diffusers computes."""
-    return Remembered(module, lambda: module.dtype)
+    dtype: torch.dtype = remembered(module, "dtype", lambda: module.dtype)
+    return dtype
 
 
 def remembering(pipe: Any) -> Any:
     """A shallow copy of a pipeline, of the same modules, that remembers its execution device."""
-    plain, device = type(pipe), Remembered(network_of(pipe), lambda: pipe._execution_device)
-    body = {"_execution_device": property(lambda _: device()), "__module__": plain.__module__, "__doc__": plain.__doc__}
+    plain = type(pipe)
+
+    def device(self: Any) -> Any:
+        return remembered(network_of(self), "device", lambda: plain._execution_device.fget(self))
+
+    body = {"_execution_device": property(device), "__module__": plain.__module__, "__doc__": plain.__doc__}
     other = copy.copy(pipe)
     other.__class__ = type(plain.__name__, (plain,), body)
     return other

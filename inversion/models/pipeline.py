@@ -100,7 +100,6 @@ class LatentModel:
         pipe = remembering(unhooked(pipe))
         self.pipe, self._asked = with_scheduler(pipe, pipe.scheduler), with_scheduler(pipe, self._call)
         self.vae, self.network = pipe.vae, network_of(pipe)
-        self._dtype, self._vae_dtype = dtype_of(self.network), dtype_of(self.vae)
         self.prediction = self._prediction()
         height, width = self._native_size()
         self.kind: dict[str, Any] = kind_of(pipe)
@@ -206,7 +205,7 @@ class LatentModel:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the network."""
-        return self._dtype()
+        return dtype_of(self.network)
 
     def noise_shape(self, size: Size) -> tuple[int, int, int]:
         """(C, h, w) of the noise of a picture (H, W). Raises ModelError for a size that the model cannot draw."""
@@ -232,7 +231,7 @@ class LatentModel:
 
     def _autoencode(self, half: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """`half` of the autoencoder on x, in its dtype, or in float32 if float16 is too narrow for it."""
-        dtype = self._vae_dtype()
+        dtype = dtype_of(self.vae)
         narrow = dtype is torch.float16
         # Pipelines that can widen the autoencoder do so if its config asks for it; all configs of old ask for it.
         if narrow and hasattr(self.pipe, "upcast_vae") and self.vae.config.get("force_upcast"):
@@ -249,7 +248,6 @@ class LatentModel:
             wide = type(self.vae).from_config(self.vae.config)
             wide.load_state_dict(weights(self.vae))
             self.vae = wide.to(self.device, torch.float32).requires_grad_(False).eval()
-            self._vae_dtype = dtype_of(self.vae)
         return self
 
     def lean(self) -> AbstractContextManager[None]:
