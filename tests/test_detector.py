@@ -240,6 +240,17 @@ def test_p_at_an_early_stage_is_the_same_for_many_keys_and_for_one():
         assert together[:, k] == pytest.approx(detector.statistic(each.fingerprint, new)[1], rel=1e-5, abs=1e-5)
 
 
+def test_the_density_at_an_early_stage_is_that_of_its_p():
+    keys = [key(seed, "rand") for seed in range(20)]
+    calibration = Calibration.measure(patterned(0, 200), {"model": MODEL.identity}, {"drawn": 200})
+    detector = Detector(keys, null=WHITE).early(calibration)
+    x = np.linspace(-0.5, 0.5, 2001)
+    for each in keys:
+        limit, density = detector.threshold(each.fingerprint), detector.density(each.fingerprint, x)
+        assert np.trapezoid(density, x) == pytest.approx(1, abs=1e-3)
+        assert np.trapezoid(density[x >= limit], x[x >= limit]) == pytest.approx(1e-3 / len(keys), rel=0.1)
+
+
 def test_an_absence_that_no_unmarked_image_bears_out_is_inconclusive():
     mine, noise = key(1, "rand"), coloured(0, 600)
     least = np.argsort(on(noise, [mine]).reference_scores(mine.fingerprint))[:300]  # like the mark

@@ -226,13 +226,16 @@ class Detector:
         return None if test.template is None else matched_filter(test.observe(noise), test.template)[0]
 
     def density(self, key: str, scores: Array) -> Array | None:
-        """The density of these scores under the null; None if it is not known."""
-        return self._test(key).density(scores)
+        """The density of these ascending scores (n,) under the null; None if it is not known."""
+        density = self._test(key).density(scores)
+        if density is None or not self._is_early or self._inflation(key) == 1:
+            return density
+        return np.asarray(-np.gradient(10 ** np.minimum(0.0, self._log10_p(key, scores)), scores))
 
     def threshold(self, key: str) -> float | None:
         """The lowest score at which a key is present; None if it is not known in closed form."""
         level = math.log10(self.alpha / self.number_of_tests)
-        if self.density(key, np.zeros(1)) is None:
+        if self._test(key).density(np.zeros(1)) is None:
             return None
         reached = [high for high in 2.0 ** np.arange(20) if self._log10_p(key, np.array([high]))[0] <= level]
         if not reached:
@@ -289,8 +292,8 @@ class Seen:
 
 
 class _Table(NamedTuple):
-    """Of the keys (K,) of a bank: the score that a rank must exceed to reach α, and at an early stage, how much wider
-    than normal the references are."""
+    """For each key (K,) of a bank: the score above which its rank reaches α, and at an early stage, how much wider than
+    normal its references' scores are."""
 
     limit: Array
     inflation: Array
