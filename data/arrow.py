@@ -1,4 +1,4 @@
-"""Arrow streams, whose buffers are decompressed only if they declare no more bytes than is believable.
+"""Arrow streams, whose buffers are decompressed only if they declare a plausible number of bytes.
 
 The declared sizes are looked up in the flatbuffers of the messages, whose structure Arrow has verified by then; see
 Message.fbs of the Arrow format.

@@ -25,12 +25,20 @@ SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)  # two letters or 
 USER = re.compile(r"//[^/?#]*@")
 SIGNERS = ("x-amz-", "x-goog-")
 SIGNATURES = {
-    "signature": {"expires", "policy", "key-pair-id", "awsaccesskeyid", "googleaccessid", "ossaccesskeyid"},
-    "sig": set("sv ss srt sp st se spr sip sr si sdd ses skoid sktid skt ske sks skv saoid suoid scid".split()),
+    name: set(others.split())
+    for name, others in {
+        "signature": "expires policy key-pair-id awsaccesskeyid googleaccessid ossaccesskeyid security-token",
+        "sig": "sv ss srt sp st se spr sip sr si sdd ses skoid sktid skt ske sks skv saoid suoid scid",
+        "x-oss-signature": "x-oss-signature-version x-oss-credential x-oss-date x-oss-expires x-oss-additional-headers "
+        "x-oss-security-token",
+        "q-signature": "q-sign-algorithm q-ak q-sign-time q-key-time q-header-list q-url-param-list "
+        "x-cos-security-token",
+    }.items()
 }
 """The parameters with which an address is signed: how their names begin, or what their names are beside a signature.
 
-Without one, such names may tell pictures apart. The second group is Azure's.
+Without one, such names may tell pictures apart. Those of AWS, Google and older OSS are followed by those of Azure, OSS
+and Tencent.
 """
 DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 STAMPS = ("mtime", "LastModified", "last_modified", "updated", "created")
@@ -78,8 +86,10 @@ def _unsigned(parameters: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Location:
-    """A file or folder: its filesystem of fsspec, its path there, the id by which it is known, and its `stamp_in`
-    what has listed it, if anything has."""
+    """A file or folder: its fsspec filesystem, its path there, and the id by which it is known.
+
+    `stamp` is its size and modification time, if a listing gave them.
+    """
 
     files: Any
     path: str

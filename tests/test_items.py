@@ -411,6 +411,8 @@ def test_names_of_addresses_keep_no_secret_and_tell_pictures_apart():
         "Expires=1&AWSAccessKeyId=2&Signature=3",
         "Policy=1&Key-Pair-Id=2&Signature=3",
         "sv=1&se=2&sp=r&sr=b&sig=x",
+        "x-oss-signature-version=1&x-oss-credential=2&x-oss-date=3&x-oss-expires=4&x-oss-signature=5",
+        "q-sign-algorithm=1&q-ak=2&q-sign-time=3&q-key-time=4&q-header-list=5&q-url-param-list=6&q-signature=7",
     ):
         assert public(f"https://a.b/c.png?{signed}") == "https://a.b/c.png"
         assert (

@@ -153,9 +153,9 @@ def main(bench: Bench, folder: Path, key_count: int, attacks: dict[str, Chain | 
     keys = [bench.key(seed=[bench.seed, i]) for i in range(key_count)]
     noise, seconds = recovered(bench, stages, read_pictures(find_images(folder), bench.model.image_size), "unmarked")
     costs = seconds.double().median(0).values.numpy()
-    early = [stage is not stages[-1] for stage in stages]
     p = [
-        by_halves(stage, keys, each, early=is_early) for stage, each, is_early in zip(stages, noise, early, strict=True)
+        by_halves(stage, keys, each, early=stage is not bench.recoverer)
+        for stage, each in zip(stages, noise, strict=True)
     ]
     false = false_rows(p, weights, names, bench.seed)
     rows = [found_row("unmarked", [each.ravel() for each in p], weights, costs, bench.seed)]
@@ -166,8 +166,8 @@ def main(bench: Bench, folder: Path, key_count: int, attacks: dict[str, Chain | 
     for name, chain in attacks.items():
         noise, _ = recovered(bench, stages, bench.attacked(marked, chain), name)
         p = [
-            p_values(null, keys, each, early=is_early)[np.arange(len(own)), own]
-            for null, each, is_early in zip(nulls, noise, early, strict=True)
+            p_values(null, keys, each, early=null is not nulls[-1])[np.arange(len(own)), own]
+            for null, each in zip(nulls, noise, strict=True)
         ]
         rows.append(found_row(name, p, weights, costs, bench.seed))
     for row in rows:

@@ -9,8 +9,8 @@ split into halves (every second one), and the p-values of one half are widened b
 widens them by that of all references (`statistics.inflation`). The walk is the smallest pᵢ/wᵢ over the stages.
 
 For each level, the ratio is the share of p-values at or below the level, over all images and keys, divided by the
-level, with a 95 % bootstrap interval over images. The worst keys are those hundredth of the keys that have most images
-at or below the level in one half; their share is that in the other half.
+level, with a 95 % bootstrap interval over images. The worst keys are the hundredth of the keys with the most images at
+or below the level in one half; their share is that in the other half.
 """
 
 from __future__ import annotations

@@ -119,18 +119,15 @@ def _step(part: str, spec: str) -> Step:
     name, colon, strength = (piece.strip() for piece in part.partition(":"))
     if not name:
         raise AttackError("attack.empty", "a name is missing", subject=repr(spec))
-    if name not in ATTACKS or not colon:
-        return Step(name, ATTACKS[name].default if name in ATTACKS else None)
-    return Step(name, _number(part, name, strength))
-
-
-def _number(part: str, name: str, text: str) -> float:
+    known = ATTACKS.get(name)
+    if not (known and colon):
+        return Step(name, known.default if known else None)
+    if not known.unit:
+        raise _no_strength(name)
     try:
-        return float(text)
+        return Step(name, float(strength))
     except ValueError:
-        known, fact = ATTACKS[name], f"{text!r} is not a number"
-        if not known.unit:
-            raise _no_strength(name) from None
+        fact = f"{strength!r} is not a number"
         raise AttackError("attack.strength", fact, subject=part, name=name, range=known.range) from None
 
 

@@ -167,7 +167,7 @@ REMEDIES: dict[str, str] = {
     "scheme.budget": "raise --budget, or choose fewer rings or channels",
     "scheme.description": "use the file that ringmark keygen wrote",
     "scheme.values": "use the file that ringmark keygen wrote",
-    "scheme.size": "choose a larger --size, or make a key with lower or more radii",
+    "scheme.size": "choose a larger --size, or make a key with smaller radii, or with more of them",
     "scheme.unranked": "omit the key, or give a --calibration of this size and for these options",
     "scheme.old-key": "make a new key, which works at every size, with: ringmark keygen",
     "scheme.noise": "use a key made for these latents",

@@ -15,7 +15,7 @@ from ringmark.watermark.attacks.chains import parse
 from ringmark.watermark.attacks.distortions import ATTACKS
 from ringmark.watermark.evaluation.cells import CLEAN, Cell, Evaluation
 from ringmark.watermark.evaluation.rates import Array, Curve, pointwise_band
-from ringmark.watermark.evaluation.tables import interval_text
+from ringmark.watermark.evaluation.tables import with_interval
 from ringmark.watermark.figures import COLOURS, GREY, INK, MARK, save_figure
 
 if TYPE_CHECKING:
@@ -60,9 +60,9 @@ class RocDisplay:
         ax.legend(loc="lower right", fontsize=8, framealpha=0.8, edgecolor="none")
 
     def _plot_curve(self, ax: Axes, curve: Curve, colour: str, style: str) -> None:
-        fpr, (low, high) = np.maximum(curve.fpr, self.floor), curve.auc_interval or (None, None)
+        fpr = np.maximum(curve.fpr, self.floor)
         ax.fill_between(fpr, *pointwise_band(curve), step="post", color=colour, alpha=0.15, lw=0)
-        label = f"{curve.name}: AUC {interval_text({'auc': curve.auc, 'auc_low': low, 'auc_high': high}, 'auc')}"
+        label = f"{curve.name}: AUC {with_interval(curve.auc, curve.auc_interval)}"
         ax.step(fpr, curve.tpr, where="post", color=colour, ls=style, lw=1.6, label=label)
 
 

@@ -11,7 +11,7 @@ from ringmark.data.files import write_atomic
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["interval_text", "markdown", "write_table"]
+__all__ = ["interval_text", "markdown", "with_interval", "write_table"]
 
 
 def markdown(table: DataFrame | Sequence[Mapping[str, object]]) -> str:
@@ -39,4 +39,9 @@ def interval_text(row: Mapping[str, Any], name: str) -> str:
     if row[name] is None:
         return ""
     low, high = row[f"{name}_low"], row[f"{name}_high"]
-    return f"{row[name]:.3f}" if low is None else f"{row[name]:.3f} [{low:.3f}, {high:.3f}]"
+    return with_interval(row[name], None if low is None else (low, high))
+
+
+def with_interval(value: float, interval: tuple[float, float] | None) -> str:
+    """A number with its interval, if it is known: "0.843 [0.810, 0.871]"."""
+    return f"{value:.3f}" if interval is None else f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"

@@ -45,6 +45,7 @@ PAGE = {
 }
 NAMES = {400: "malformed", 404: "unknown", 405: "method", 408: "slow", 413: "too-large"}
 FORBIDDEN = ("url.forbidden", "url.private", "url.scheme")
+PICTURE = ("file", "photo", "url")  # names of the fields that hold the one picture of a request
 MAX_NAME = 200  # characters of the name of a picture
 MINUTE = 60
 SIGNAL = "ringmark"  # the signal type that lookups answer for
@@ -177,7 +178,8 @@ async def judged(
 ) -> Answer:
     """The answer to a request, as much of it as the caller may see."""
     fields = (await request.form(), request.query_params)
-    if (file is None) == (url is None) or any(len(each.multi_items()) > len(each) for each in fields):  # one twice
+    several = any(len(each.getlist(name)) > 1 for each in fields for name in PICTURE)
+    if several or (file is None) == (url is None):
         raise Refusal(422, "request.invalid", "give one picture, as a file or as a URL")
     with tempfile.NamedTemporaryFile(dir=service.folder) as copy:  # the reader of files takes a path
         path = Path(copy.name)

@@ -82,8 +82,8 @@ def audit(
     A SOURCE is a folder, which is searched recursively; a bucket or a prefix in it (s3://bucket/2026, gs://, hf://); a
     .tar or .zip archive; a .parquet or .arrow table with an image column; a .csv, .txt or .parquet list of paths; an
     image (https://…); or a quoted pattern that matches such. Equal images are tested once. Files whose size or time has
-    changed since they were recorded are tested again, but not the addresses in a list. Exit code 0: every image has a
-    record, whatever its verdict; 2: usage error, or a source that cannot be reached; 130: interrupted.
+    changed are tested again; addresses in a list are not. Exit code 0: every image has a record, whatever its verdict;
+    2: usage error, or a source that cannot be reached; 130: interrupted.
 
     \b
     Example:

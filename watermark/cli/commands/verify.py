@@ -76,7 +76,8 @@ def verify(
     records, first = [], None
     for outcome in verify_files(verifier, list(images), batch=batch):
         # Only the one to explain is kept, because each holds its image and noise: megabytes.
-        first = first or (outcome if explain and outcome.judged else None)
+        if explain and outcome.judged and not first:
+            first = outcome
         codes.add(EXIT_USAGE if outcome.error else EXIT_CODES[outcome.present])
         if as_json:
             records.append(outcome.record())
