@@ -125,10 +125,11 @@ def _step(part: str, spec: str) -> Step:
     if not known.unit:
         raise _no_strength(name)
     try:
-        return Step(name, float(strength))
+        number = float(strength)
     except ValueError:
         fact = f"{strength!r} is not a number"
         raise AttackError("attack.strength", fact, subject=part, name=name, range=known.range) from None
+    return Step(name, number)
 
 
 def _no_strength(name: str) -> AttackError:
