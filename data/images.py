@@ -24,8 +24,6 @@ from ringmark.data.files import SOFTWARE, open_regular, write_atomic
 from ringmark.data.results import content_id
 from ringmark.errors import ImageError
 
-PNG_END = b"\x00\x00\x00\x00IEND\xae\x42\x60\x82"
-
 __all__ = [
     "FORMATS",
     "Sample",
@@ -47,6 +45,7 @@ Size = tuple[int, int]
 SizesOf = Callable[[Size], Sequence[Size]]
 
 TINY = 8  # images smaller than 1/TINY of the size are refused
+PNG_END = b"\x00\x00\x00\x00IEND\xae\x42\x60\x82"  # the whole last chunk
 CODES = ("image.missing", "image.folder", "image.denied", "image.unreadable", "image.special")
 """Codes of `read_image` for files that cannot be opened; the other codes are raised here and in `decode`."""
 

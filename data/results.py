@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from ringmark.data.files import PathLike
 from ringmark.data.lines import Lines, Record, plain, succeeded
+from ringmark.data.locks import lock, lock_file
 from ringmark.data.parts import Parts, are_parts
 from ringmark.data.positions import Positions
 from ringmark.data.tensor_files import Block, Rows, TensorFiles, TensorRow, Tensors
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 __all__ = ["Results", "ResultsFolder", "content_id"]
-
-LOG = logging.getLogger(__name__)
 
 ID_DIGITS = 32  # hexadecimal; equal ids of different contents are out of the question
 
@@ -251,24 +248,14 @@ def content_id(*parts: object) -> str:
 def _remove(path: Path) -> None:
     """Remove results, their tensors and their lock."""
     TensorFiles(path).remove()
-    for file in (path, _lock_file(path)):
+    for file in (path, lock_file(path)):
         file.unlink(missing_ok=True)
 
 
 def _lock(path: Path) -> BaseFileLock | None:
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
-    lock = FileLock(_lock_file(path), timeout=0, thread_local=False)
     try:
-        lock.acquire()
+        return lock(path, wait=False)
     except Timeout as error:
         raise StoreError("results.locked", "is being written by another run", subject=path) from error
-    except (OSError, NotImplementedError):  # some network file systems have no locks; continue anyway
-        LOG.warning("%s: cannot be locked here; do not write to it from two runs at once", path)
-        return None
-    return lock
-
-
-def _lock_file(path: Path) -> Path:
-    target = Path(os.path.realpath(path))  # the same lock for all names of the file
-    return target.with_name(f".{target.name}.lock")

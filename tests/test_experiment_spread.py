@@ -20,7 +20,7 @@ def test_the_spread_of_one_half_widens_the_other():
 
 def test_the_walk_by_hand():
     p = [np.log10([[0.01]]), np.log10([[0.01]]), np.log10([[0.5]])]
-    assert 10 ** script.walked(p) == pytest.approx(0.05)  # 0.01 / 0.2
+    assert 10 ** script.walked(p, [0.1, 0.2, 0.7]) == pytest.approx(0.05)  # 0.01 / 0.2
 
 
 def test_small_setting(experiment, tmp_path):

@@ -95,7 +95,7 @@ def test_nothing_that_is_told_shows_a_value(ring, tmp_path):
     one = next(iter(keys.values()))
     record = export_public(one, tmp_path / "public.json")
     assert json.loads((tmp_path / "public.json").read_text()) == record
-    told = json.dumps([record, describe(one)]) + listing(keys)
+    told = json.dumps([record, describe(one)]) + json.dumps(listing(keys))
     for shown in (one.secret.hex(), base64.b64encode(one.secret).decode(), repr(one.secret)[2:-1], str([*one.secret])):
         assert shown not in told
     assert record["commitment"].startswith(one.fingerprint) and len(record["commitment"]) == 64

@@ -26,9 +26,8 @@ class Bank:
 
     Templates are kept in float32: 4 d bytes a key, 170 MB for 100 000 keys of d = 424 features. All else is computed in
     float64, so cosines differ from those of `SchemeTest.score` by less than 1e-7, the relative rounding of a template.
-    Scores that are −log₁₀ p, as those of default keys, differ more: by 1e-7 at a score of 10 and 1e-6 at one of 100 on
-    latents of 64x64, by 1e-5 elsewhere, and by whole numbers if a mark is recovered perfectly. Keys of a scheme without
-    templates are scored one by one.
+    Scores that are −log₁₀ p, as those of default keys are, differ by about 1e-5, and by far more where the mark is
+    recovered perfectly and p is tiny. Keys of a scheme without templates are scored one by one.
     """
 
     def __init__(self, schemes: Sequence[Scheme], null: Null, test: SchemeTest | None = None) -> None:

@@ -22,10 +22,10 @@ _ANSWERS: WeakKeyDictionary[torch.nn.Module, dict[tuple[Any, ...], Any]] = WeakK
 def remembered(module: torch.nn.Module, question: str, ask: Callable[[], Any]) -> Any:
     """The answer of diffusers to a question about a module, asked again only once its first weight moved or got a hook.
 
-    diffusers looks through all modules for the device and the dtype, at every call. That takes milliseconds, as long as
-    a small network itself.
+    diffusers looks through all modules for the device and the dtype, at every call, which takes milliseconds. Leaf by
+    leaf, offloading hooks only the modules that have weights of their own.
     """
-    owner = next(part for part in module.modules() if part._parameters)
+    owner = next(part for part in module.modules() if any(True for _ in part.parameters(recurse=False)))
     first = next(owner.parameters())
     state = question, first.device, first.dtype, *(hasattr(part, hook) for part in (module, owner) for hook in HOOKS)
     answers = _ANSWERS.setdefault(module, {})

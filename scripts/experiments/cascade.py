@@ -30,7 +30,7 @@ from ringmark.data.sources import find_images
 from ringmark.inversion.recover import Recoverer
 from ringmark.watermark.attacks.chains import Chain
 from ringmark.watermark.calibration import Calibration
-from ringmark.watermark.detect.cascade import EARLY, early_stages
+from ringmark.watermark.detect.cascade import EARLY, early_stages, stage_name
 from ringmark.watermark.detect.detector import Detector
 from ringmark.watermark.figures import COLOURS
 from ringmark.watermark.keys.key import Key
@@ -61,6 +61,11 @@ def weights_of(stages: Sequence[Recoverer]) -> list[float]:
     """The weights of these stages, the last of which has what the others leave."""
     early = [EARLY[stage.steps] for stage in stages[:-1]]
     return [*early, 1 - sum(early)]
+
+
+def names_of(stages: Sequence[Recoverer]) -> list[str]:
+    """The names of these stages, as verdicts have them."""
+    return [*(stage_name(stage.steps) for stage in stages[:-1]), "full"]
 
 
 def recovered(bench: Bench, stages: Sequence[Recoverer], images: Tensor, name: str) -> tuple[list[Tensor], Tensor]:

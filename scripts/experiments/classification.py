@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from ringmark.inversion.decoder import Inverter
 from ringmark.inversion.models.pipeline import LatentModel
-from ringmark.watermark.detect.cascade import calibrated_stages, stage_name
+from ringmark.watermark.detect.cascade import calibrated_stages
 from ringmark.watermark.embed import initial_noise
 from ringmark.watermark.evaluation.rates import Curve, confusion, roc
 from ringmark.watermark.keys.key import Key
@@ -46,7 +46,7 @@ from ringmark.watermark.schemes.fourier import Placement
 from ringmark.watermark.schemes.tree_ring import TreeRing
 from ringmark.watermark.statistics import published_distance
 from ringmark.watermark.tasks.draw import prompts_for
-from scripts.experiments.cascade import p_values, recovered, weights_of
+from scripts.experiments.cascade import names_of, p_values, recovered, weights_of
 from scripts.experiments.common import Bench, experiment, score_and_p
 from scripts.experiments.costs import peak_memory, seconds
 from scripts.experiments.plots import panels
@@ -117,8 +117,7 @@ def by_stages(bench: Bench, keys: list[Key], images: Tensor) -> dict[str, np.nda
         for (recoverer, calibration), noise in zip(stages, noises, strict=True)
     ]
     corrected = [each / weight for each, weight in zip(p, weights_of(recoverers), strict=True)]
-    names = [*(stage_name(recoverer.steps) for recoverer in recoverers[:-1]), "full"]
-    return {name: -np.log(values) for name, values in zip(names, p, strict=True)} | {
+    return {name: -np.log(values) for name, values in zip(names_of(recoverers), p, strict=True)} | {
         "all stages": -np.log(np.min(corrected, 0))
     }
 

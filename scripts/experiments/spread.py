@@ -22,10 +22,11 @@ import click
 import numpy as np
 
 from ringmark.errors import CalibrationError
-from ringmark.watermark.detect.cascade import EARLY, stage_name
+from ringmark.watermark.detect.cascade import calibrated_stages
 from ringmark.watermark.figures import COLOURS
 from ringmark.watermark.schemes.base import scheme_of
 from ringmark.watermark.statistics import inflation, widened
+from scripts.experiments.cascade import names_of, weights_of
 from scripts.experiments.common import Bench, experiment
 from scripts.experiments.false_positives import bootstrap
 from scripts.experiments.plots import legend_below, panels
@@ -48,10 +49,8 @@ def by_halves(log10_p: Array) -> Array:
     return wide
 
 
-def walked(stages: Sequence[Array]) -> Array:
-    """log₁₀ of the smallest p/w (n, K) over the stages, without the correction for ending early."""
-    early = list(EARLY.values())
-    weights = [*early, 1 - sum(early)]
+def walked(stages: Sequence[Array], weights: Sequence[float]) -> Array:
+    """log₁₀ of the smallest p/w (n, K) over all stages, wherever the walk ends."""
     return np.min([each - np.log10(weight) for each, weight in zip(stages, weights, strict=True)], 0)
 
 
@@ -73,12 +72,14 @@ def row_of(stage: str, way: str, log10_p: Array, seed: int) -> dict:
     return row | {f"{level:g} worst": worst_share(log10_p, level) / level for level in RATED}
 
 
-def rows_of(stages: Sequence[Array], names: Sequence[str], seed: int) -> list[dict]:
+def rows_of(stages: Sequence[Array], names: Sequence[str], weights: Sequence[float], seed: int) -> list[dict]:
     """A row for each stage and the walk, with p as the null gives it and, of early stages, widened."""
     wide = [*(by_halves(each) for each in stages[:-1]), stages[-1]]
     rows = [row_of(name, "by the null", each, seed) for name, each in zip(names, stages, strict=True)]
     rows += [row_of(name, "widened", each, seed) for name, each in zip(names[:-1], wide[:-1], strict=True)]
-    return [*rows, row_of("walk", "by the null", walked(stages), seed), row_of("walk", "widened", walked(wide), seed)]
+    for way, each in (("by the null", stages), ("widened", wide)):
+        rows.append(row_of("walk", way, walked(each, weights), seed))
+    return rows
 
 
 def figure_of(rows: list[dict]) -> Figure:
@@ -113,10 +114,10 @@ def main(bench: Bench, key_count: int) -> None:
     if last is None or not last.earlier:
         raise CalibrationError("calibration.stages", "no calibration of the stages", subject=bench.source)
     schemes = [scheme_of(bench.key(seed=[bench.seed, i])) for i in range(key_count)]
-    names = [*(stage_name(each.settings["steps"]) for each in last.earlier), "full"]
-    test = schemes[0].on(last.null)  # p depends on the score alone, whatever the null
-    stages = [test.log10_p(each.reference_table(schemes)) for each in (*last.earlier, last)]
-    rows = rows_of(stages, names, bench.seed)
+    recoverers, nulls = zip(*calibrated_stages(bench.recoverer, last), (bench.recoverer, last), strict=True)
+    names, test = names_of(recoverers), schemes[0].on(last.null)  # p depends on the score alone, whatever the null
+    stages = [test.log10_p(each.reference_table(schemes)) for each in nulls]
+    rows = rows_of(stages, names, weights_of(recoverers), bench.seed)
     for row in rows:
         click.echo(summary(row))
     spreads = {name: np.quantile(inflation(each), (0.5, 0.95, 1)) for name, each in zip(names, stages, strict=True)}

@@ -129,8 +129,8 @@ def _preamble(evaluation: Evaluation, rows: Sequence[Row]) -> list[str]:
         f"Calibrations: {calibrations}; {NONE} means the model's own null.{unfit}",
         f"Files that could not be used: {len(evaluation.refused)}. Intervals are 95 %. For the AUC, they are DeLong's; "
         "if a prompt recurs among the marked or the unmarked images, they are those of a bootstrap clustered by "
-        f"prompt, and left out with fewer than {GROUPS} prompts of either. For rates, they are Clopper-Pearson's, for "
-        "independent images. An image that shows nothing (one flat colour) ranks below all others. "
+        f"prompt, and left out with fewer than {GROUPS} prompts of either kind. For rates, they are Clopper-Pearson's, "
+        "for independent images. An image that shows nothing (one flat colour) ranks below all others. "
         f"Means are over the attacks, without {CLEAN}.",
     ]
 

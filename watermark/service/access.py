@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ringmark.data.files import open_regular, write_atomic
+from ringmark.data.locks import lock
 from ringmark.errors import ServiceError
 
 __all__ = ["PUBLIC", "Access", "Caller", "Scope", "Token", "add_token", "load_tokens", "remove_token"]
@@ -102,11 +102,12 @@ def remove_token(path: Path, name: str) -> None:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Context in which no other process changes the file."""
-    if not path.parent.is_dir():
+    held = lock(path, wait=True) if path.parent.is_dir() else None
+    try:
         yield
-        return
-    with FileLock(path.with_name(f".{path.name}.lock"), mode=0o600):
-        yield
+    finally:
+        if held:
+            held.release()
 
 
 def _save(path: Path, tokens: list[Token]) -> None:

@@ -1,4 +1,4 @@
-"""Listing of keys as text; does not load torch."""
+"""Listing of keys as lines of text; does not load torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ringmark.watermark.schemes.base import description
 __all__ = ["card", "listing"]
 
 
-def listing(ring: dict[Path, Key]) -> str:
+def listing(ring: dict[Path, Key]) -> list[str]:
     """One line per key, in columns under a header; every field of a scheme is a column."""
     descriptions = [description(key.metadata, COMMON) for key in ring.values()]
     fields = list(dict.fromkeys(name for names in descriptions for name in names))
@@ -22,10 +22,10 @@ def listing(ring: dict[Path, Key]) -> str:
         texts = [meta["scheme"], *(values.get(name, "") for name in fields), meta["model"].get("name", "?")]
         rows.append((key.fingerprint, *map(one_line, [*texts, meta["created"], path])))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
-def card(key: Key) -> str:
+def card(key: Key) -> list[str]:
     """What may be told of one key, one line per fact; the model by name and fingerprint."""
     model = key.metadata["model"]
     texts = describe(key) | description(key.metadata, COMMON)
@@ -35,4 +35,4 @@ def card(key: Key) -> str:
     else:
         texts |= {"latent_shape": "x".join(map(str, key.latent_shape))}
     texts |= {"model": f"{model.get('name', '?')} (fingerprint {model.get('fingerprint', '?')})"}
-    return "\n".join(f"{name:14}{one_line(text)}" for name, text in texts.items())
+    return [f"{name:14}{one_line(text)}" for name, text in texts.items()]

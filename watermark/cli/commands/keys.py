@@ -163,7 +163,7 @@ def keys_list(paths: tuple[Path, ...], as_json: bool) -> None:
     from ringmark.watermark.tasks.keys import listing
 
     ring = load_ring(paths)
-    say([{"path": str(path)} | describe(key) for path, key in ring.items()], listing(ring).split("\n"), as_json)
+    say([{"path": str(path)} | describe(key) for path, key in ring.items()], listing(ring), as_json)
 
 
 @keys.command("show")
@@ -195,7 +195,7 @@ def keys_show(path: Path, plot: Path | None, force: bool, as_json: bool) -> None
 
         save_figure(key_figure(key), plot, 0o600, force=force)
     description = describe(key)
-    say(description, card(key).split("\n"), as_json)
+    say(description, card(key), as_json)
 
 
 @keys.command("export-public")
